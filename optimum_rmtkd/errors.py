@@ -1,0 +1,26 @@
+"""Named errors. Each message says what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+__all__ = ["BudgetError", "CalibrationError", "RMTKDError", "SpecMismatchError", "UnsupportedArchitectureError"]
+
+
+class RMTKDError(ValueError):
+    """Base of every error this library raises on purpose."""
+
+
+class UnsupportedArchitectureError(RMTKDError):
+    """The model belongs to no registered family, or its family has no such site."""
+
+
+class CalibrationError(RMTKDError):
+    """The calibration data cannot carry a spectrum: none, all padding, non-finite, or labels missing."""
+
+
+class BudgetError(RMTKDError):
+    """The requested size cannot be reached; the message names the smallest one that can, and why."""
+
+
+class SpecMismatchError(RMTKDError):
+    """A checkpoint holds tensors that do not fit the widths its own config declares."""

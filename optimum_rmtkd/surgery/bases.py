@@ -1,0 +1,222 @@
+"""Which directions stay, and how they are laid along the new coordinates. Pure functions over fp64 tensors.
+
+Every function returns a `Projection`: `encode` (d, k) takes an old activation x (..., d) to the new one x @ encode, and
+`decode` (d, k) reconstructs x from it as new @ decode.T. A layer W (out, in) between two cut sites starts as
+encode_out.T @ W @ decode_in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import CalibrationError
+
+
+__all__ = [
+    "Projection",
+    "fisher_directions",
+    "head_projection",
+    "identity_projection",
+    "neuron_order",
+    "neuron_projection",
+    "pivoted_cholesky",
+    "polar_alignment",
+    "query_key_directions",
+    "rotate_onto_ones",
+    "symmetric_root",
+    "value_directions",
+]
+
+EIGENVALUE_FLOOR = 1e-9  # share of the largest eigenvalue below which a square root is not inverted
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A cut of one site: encode and decode, each (d, k) fp64; `index` (k,) where the cut selects features; `offset` (d,)
+    what a reconstruction adds where the cut was made around the mean."""
+
+    encode: torch.Tensor
+    decode: torch.Tensor
+    index: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+
+
+def identity_projection(width: int) -> Projection:
+    """The cut that changes nothing."""
+    eye = torch.eye(width, dtype=torch.float64)
+    return Projection(eye, eye)
+
+
+def symmetric_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Square root and inverse square root of a symmetric positive semi-definite matrix (..., d, d) fp64.
+
+    Eigenvalues under EIGENVALUE_FLOOR of the largest are raised to it in both, so that the two stay inverse to each other.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    top = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
+    roots = values.clamp_min(0).maximum(EIGENVALUE_FLOOR * top).sqrt()
+    return (vectors * roots[..., None, :]) @ vectors.mT, (vectors / roots[..., None, :]) @ vectors.mT
+
+
+def fisher_directions(moment: torch.Tensor, gradient: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions of a stream by what removing them costs, best first, and that cost.
+
+    With S the second moment of the activation and F that of the loss gradient, both (d, d) fp64, the directions are the
+    eigenvectors of S^(1/2) F S^(1/2) mapped back by S^(1/2): removing one changes the loss by half its eigenvalue, to
+    second order and per token. F is shrunk by 0.1 % towards a multiple of the identity, which orders what the loss does
+    not see by variance. Without a gradient: the eigenvectors of S and its eigenvalues.
+
+    Returns:
+        (basis (d, d), not orthonormal, columns in order; scores (d,) descending).
+    """
+    if gradient is None:
+        values, vectors = torch.linalg.eigh(moment)
+        return vectors.flip(1), values.flip(0).clamp_min(0)
+    root, _ = symmetric_root(moment)
+    dim = len(moment)
+    shrunk = gradient + 1e-3 * gradient.trace() / dim * torch.eye(dim, dtype=gradient.dtype)
+    values, vectors = torch.linalg.eigh(root @ shrunk @ root)
+    return root @ vectors.flip(1), values.flip(0).clamp_min(0)
+
+
+def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy choice of features that span the rest (Harbrecht, Peters and Schneider 2012).
+
+    Args:
+        gram: (m, m) fp64, symmetric positive semi-definite.
+        rank: number of pivots, at most m.
+
+    Returns:
+        (pivots (rank,) in order of choice, residual (rank + 1,): the trace of what 0, 1, ... rank pivots leave).
+    """
+    size = len(gram)
+    factor = torch.zeros(rank, size, dtype=gram.dtype)
+    left = gram.diagonal().clone()
+    floor = 1e-12 * left.sum().clamp_min(torch.finfo(gram.dtype).tiny) / size
+    pivots, residual = [], [left.sum().item()]
+    chosen = torch.zeros(size, dtype=torch.bool)
+    for step in range(rank):
+        pivot = int(left.masked_fill(chosen, -1.0).argmax())
+        chosen[pivot] = True
+        if left[pivot] > floor:
+            row = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / left[pivot].sqrt()
+            factor[step] = row
+            left = (left - row.square()).clamp_min(0)
+        pivots.append(pivot)
+        residual.append(left.masked_fill(chosen, 0.0).sum().item())
+    return torch.tensor(pivots), torch.tensor(residual, dtype=torch.float64)
+
+
+def polar_alignment(basis: torch.Tensor) -> torch.Tensor:
+    """Rotate an orthonormal basis (d, k) inside its span so that it lies as close to k coordinate axes as it can.
+
+    The rows are picked by pivoted Cholesky of basis @ basis.T (the pivots of a column-pivoted QR of basis.T) and kept in
+    their original order; the orthogonal factor of the polar decomposition of those k rows is undone. At k = d the result
+    is the identity.
+    """
+    pivots, _ = pivoted_cholesky(basis @ basis.T, basis.shape[1])
+    left, _, right = torch.linalg.svd(basis[pivots.sort().values])
+    return basis @ (left @ right).T
+
+
+def rotate_onto_ones(basis: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """The smallest rotation inside the span of `basis` (d, k) after which `direction` (k,) is the all-ones direction.
+
+    `direction` is a unit vector in the coordinates of the basis. Its plane with the all-ones vector is turned, the rest
+    stays where it is, so a layer norm of the new coordinates subtracts what lies along `direction`.
+    """
+    k = basis.shape[1]
+    ones = torch.full((k,), k**-0.5, dtype=basis.dtype)
+    direction = direction if direction @ ones >= 0 else -direction
+    cosine = direction @ ones
+    side = ones - cosine * direction
+    sine = side.norm()
+    if sine < 1e-12:
+        return basis
+    side = side / sine
+    eye = torch.eye(k, dtype=basis.dtype)
+    plane = torch.outer(direction, direction) + torch.outer(side, side)
+    turn = torch.outer(side, direction) - torch.outer(direction, side)
+    return basis @ (eye + (cosine - 1) * plane + sine * turn).T
+
+
+def neuron_order(moment: torch.Tensor, weight_norm: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Neurons by how well they span the rest, seen through their consumer.
+
+    Args:
+        moment: (m, m) fp64 second moment of the activation.
+        weight_norm: (m,) norm of the consumer's column of each neuron.
+
+    Returns:
+        (order (m,), residual (m + 1,)): see `pivoted_cholesky`; the residual is the consumer's lost output energy.
+    """
+    return pivoted_cholesky(moment * torch.outer(weight_norm, weight_norm), len(moment))
+
+
+def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
+    """Keep the features `index` (k,); the consumer is compensated by the best linear prediction of all from those kept.
+
+    decode = S[:, index] S[index, index]^-1 (Nystrom), with a jitter of 1e-10 of the mean variance.
+
+    Raises:
+        CalibrationError: the kept features have no finite second moment.
+    """
+    kept = moment[index][:, index]
+    jitter = 1e-10 * kept.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
+    factor, info = torch.linalg.cholesky_ex(kept + jitter * torch.eye(len(index), dtype=moment.dtype))
+    if info:
+        factor, info = torch.linalg.cholesky_ex(kept + 1e4 * jitter * torch.eye(len(index), dtype=moment.dtype))
+    if info:
+        raise CalibrationError(
+            f"The second moment of {len(index)} kept features is not positive definite even with a jitter of 1e-6 of its mean "
+            "variance; expected finite activations. Check the calibration data, or use more of it."
+        )
+    decode = torch.cholesky_solve(moment[:, index].T.contiguous(), factor).T
+    encode = torch.zeros(len(moment), len(index), dtype=moment.dtype)
+    encode[index, torch.arange(len(index))] = 1.0
+    return Projection(encode, decode, index)
+
+
+def value_directions(context: torch.Tensor, effect: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per head: what of the values matters to the output projection.
+
+    Args:
+        context: (heads, w, w) fp64 second moments of the attention output, head by head.
+        effect: (heads, w, w) Wo_h^T M Wo_h with M the metric of the stream (identity, or the loss gradient's moment).
+
+    Returns:
+        (encode (heads, w, w), decode (heads, w, w), scores (heads, w) descending), from the eigenvectors of
+        S^(1/2) effect S^(1/2).
+    """
+    root, inverse = symmetric_root(context)
+    values, vectors = torch.linalg.eigh(root @ effect @ root)
+    vectors = vectors.flip(-1)
+    return inverse @ vectors, root @ vectors, values.flip(-1).clamp_min(0)
+
+
+def query_key_directions(
+    query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per head: the bilinear form q^T k in its best low rank.
+
+    Args:
+        query, key: (heads, w, w) fp64 second moments of queries and keys.
+
+    Returns:
+        (query encode (heads, w, w), key encode, scores (heads, w)): the SVD of Sq^(1/2) Sk^(1/2), its singular values split
+        evenly; a score is the mean squared attention logit (before the softmax scale) that its direction carries.
+    """
+    query_root, query_inverse = symmetric_root(query)
+    key_root, key_inverse = symmetric_root(key)
+    left, singular, right = torch.linalg.svd(query_root @ key_root)
+    split = singular.sqrt()[..., None, :]
+    return query_inverse @ left * split, key_inverse @ right.mT * split, singular.square()
+
+
+def head_projection(encode: torch.Tensor, decode: torch.Tensor, width: int) -> Projection:
+    """Block-diagonal cut of all heads to `width` features each, from per-head (heads, w, w) directions."""
+    return Projection(
+        torch.block_diag(*encode[..., :width].unbind()), torch.block_diag(*decode[..., :width].unbind())
+    )

@@ -1,0 +1,291 @@
+"""Moments of activations and of loss gradients, taken by removable hooks while data flows through a model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..config import RMTKDConfig
+from ..errors import CalibrationError
+from ..modeling_rmtkd import resolve_path
+from ..spectra import SecondMoments, sample_tokens
+from .sites import Point, get_module
+
+
+__all__ = ["Calibration", "calibrate", "collect_batches", "features_last", "gives_likelihood", "observed", "token_mask"]
+
+LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
+
+
+def collect_batches(dataloader: Iterable, samples: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The first batches of a dataloader that hold `samples` samples together, on `device`.
+
+    They are kept, because surgery goes over the same data more than once and a dataloader may shuffle.
+
+    Raises:
+        CalibrationError: no batch, a batch that is no mapping, token ids outside the vocabulary being the model's business.
+    """
+    batches, seen = [], 0
+    for batch in dataloader:
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"A calibration batch is a {type(batch).__name__}; expected a mapping of model inputs, as a transformers data "
+                "collator returns."
+            )
+        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        if not tensors or not len(next(iter(tensors.values()))):
+            continue
+        size = len(next(iter(tensors.values())))
+        if seen + size > samples:
+            tensors = {k: v[: samples - seen] if v.dim() and len(v) == size else v for k, v in tensors.items()}
+        batches.append(tensors)
+        seen += min(size, samples - seen)
+        if seen >= samples:
+            break
+    if not batches:
+        raise CalibrationError("The calibration data is empty: expected at least one batch. Check the dataset and its filters.")
+    masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
+    if masks and not any(bool(mask.any()) for mask in masks):
+        raise CalibrationError(
+            f"All tokens of the {len(batches)} calibration batches are padding (attention_mask is 0 everywhere): expected real "
+            "tokens. Check the tokenizer and the collator."
+        )
+    return batches
+
+
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch without labels: surgery never needs them."""
+    return {k: v for k, v in batch.items() if k not in LABELS}
+
+
+def token_mask(batch: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
+    """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded."""
+    mask = batch.get("attention_mask")
+    return mask.bool() if mask is not None and mask.dim() == 2 and x.dim() == 3 and mask.shape == x.shape[:2] else None
+
+
+def features_last(x: torch.Tensor) -> torch.Tensor:
+    """(batch, channels, h, w) -> (batch, h * w, channels); everything else as it is."""
+    return x.flatten(2).mT if x.dim() == 4 else x
+
+
+@contextlib.contextmanager
+def observed(
+    model: nn.Module, points: Iterable[Point], see: Callable[[Point, torch.Tensor], None]
+) -> Iterator[None]:
+    """Call `see(point, activation)` at each point of every forward pass; the hooks are gone afterwards."""
+    handles = []
+    for point in points:
+        module = get_module(model, point.path)
+
+        def on_output(_module, _args, output, point=point):
+            see(point, output if isinstance(output, torch.Tensor) else output[0])
+
+        def on_input(_module, args, kwargs, point=point):
+            see(point, args[0] if args else next(iter(kwargs.values())))
+
+        if point.side == "output":
+            handles.append(module.register_forward_hook(on_output))
+        else:
+            handles.append(module.register_forward_pre_hook(on_input, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Calibration:
+    """Accumulates moments at points of a model, batch by batch; resumable.
+
+    Args:
+        points: where activations are observed.
+        gradients: the subset where loss gradients are, too.
+        config: sample_unit, edge_estimator (signflip needs null moments) and seed are read.
+
+    Attributes:
+        moments: {point: SecondMoments}; those of the gradient are in `gradient_moment`.
+        batches_seen, samples_seen, tokens_seen: what has flowed through; tokens are unmasked positions.
+    """
+
+    def __init__(self, points: Iterable[Point], gradients: Iterable[Point], config: RMTKDConfig):
+        self.points, self.gradients, self.config = tuple(points), frozenset(gradients), config
+        self.moments: dict[Point, SecondMoments] = {}
+        self.batches_seen = self.samples_seen = 0
+        self.tokens_seen = 0.0
+        self.generator = torch.Generator().manual_seed(config.seed)
+
+    @property
+    def tokens_per_sample(self) -> float:
+        """Mean number of unmasked positions of a sample."""
+        return self.tokens_seen / max(self.samples_seen, 1)
+
+    def _moments_at(self, point: Point, dim: int, device: torch.device) -> SecondMoments:
+        if point not in self.moments:
+            null = self.config.edge_estimator == "signflip"
+            self.moments[point] = SecondMoments(dim, null_moments=null, device=device, seed=self.config.seed)
+        return self.moments[point]
+
+    def update(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+        """One forward pass (and one backward pass where gradients are asked for).
+
+        Raises:
+            CalibrationError: non-finite activations or gradients; names the module, the batch and how many.
+        """
+        tokens = 0.0
+
+        def see(point: Point, x: torch.Tensor) -> None:
+            nonlocal tokens
+            if point in self.gradients and not x.requires_grad:
+                x.requires_grad_()
+            mask = token_mask(batch, x)
+            positions = mask.sum().item() if mask is not None else features_last(x)[..., 0].numel()
+            tokens = max(tokens, float(positions))
+            flat, kept = sample_tokens(features_last(x.detach()), mask, self.config.sample_unit)
+            moments = self._moments_at(point, flat.shape[-1], flat.device)
+            with self._naming(model, point):
+                moments.update(flat, kept)
+            if point in self.gradients:
+                x.register_hook(lambda g: self._see_gradient(model, point, g, mask))
+
+        with observed(model, self.points, see):
+            if self.gradients:
+                with torch.enable_grad(), frozen(model):
+                    outputs = model(**model_inputs(batch))
+                    log_likelihood(model, outputs, batch, self.generator).backward()
+            else:
+                with torch.no_grad():
+                    model(**model_inputs(batch))
+        self.batches_seen += 1
+        self.samples_seen += len(next(iter(batch.values())))
+        self.tokens_seen += tokens
+
+    def _see_gradient(self, model: nn.Module, point: Point, g: torch.Tensor, mask: torch.Tensor | None) -> None:
+        # all positions: a head may read one token alone, and only that one then has a gradient in the last block
+        with self._naming(model, point):
+            self.moments[point].update_gradient(features_last(g.detach()), mask)
+
+    @contextlib.contextmanager
+    def _naming(self, model: nn.Module, point: Point) -> Iterator[None]:
+        try:
+            yield
+        except CalibrationError as error:
+            raise CalibrationError(
+                f"The {point.side} of module {resolve_path(model, point.path)!r} is not finite in calibration batch "
+                f"{self.batches_seen}: {error}"
+            ) from error
+
+    def all_reduce(self, accelerator: Any) -> None:
+        """Sum over processes; every process ends with the same moments."""
+        for point in self.points:
+            self.moments[point].all_reduce(accelerator)
+        counts = torch.tensor([self.samples_seen, self.tokens_seen], dtype=torch.float64, device=accelerator.device)
+        samples, tokens = accelerator.reduce(counts, reduction="sum").tolist()
+        self.samples_seen, self.tokens_seen = int(samples), tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on with the next batch."""
+        return {
+            "batches_seen": self.batches_seen,
+            "samples_seen": self.samples_seen,
+            "tokens_seen": self.tokens_seen,
+            "generator": self.generator.get_state(),
+            "moments": {f"{p.path}|{p.side}": m.state_dict() for p, m in self.moments.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`, for the same points."""
+        self.batches_seen, self.samples_seen = state["batches_seen"], state["samples_seen"]
+        self.tokens_seen = state["tokens_seen"]
+        self.generator.set_state(state["generator"])
+        for key, moments in state["moments"].items():
+            path, _, side = key.rpartition("|")
+            dim = moments["dim"] if isinstance(moments["dim"], int) else int(moments["dim"])
+            restored = self._moments_at(Point(path, side), dim, torch.device("cpu"))
+            restored.load_state_dict(moments)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """No gradients for parameters: those of activations are enough, and cheaper."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+def gives_likelihood(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the model's outputs define a likelihood that gradients can be taken of."""
+    with torch.no_grad():
+        outputs = model(**model_inputs({k: v[:1] if v.dim() else v for k, v in batch.items()}))
+    return "logits" in outputs or "start_logits" in outputs
+
+
+def log_likelihood(
+    model: nn.Module, outputs: Any, batch: Mapping[str, torch.Tensor], generator: torch.Generator
+) -> torch.Tensor:
+    """Summed log-likelihood of labels drawn from the model's own predictions: its gradients have the Fisher information
+    as second moment (Kunstner, Hennig and Balles 2019, the true and not the empirical one).
+
+    Classes, several independent labels, regression with unit variance, tokens and spans are told apart by the outputs'
+    names and shapes and by `config.problem_type`.
+    """
+    if "start_logits" in outputs:
+        return sum(_sampled(outputs[name], generator).sum() for name in ("start_logits", "end_logits"))
+    logits = outputs["logits"].float()
+    problem = getattr(model.config, "problem_type", None)
+    if problem == "multi_label_classification":
+        drawn = torch.bernoulli(logits.detach().sigmoid().cpu(), generator=generator).to(logits.device)
+        return -nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
+    if problem == "regression" or logits.shape[-1] == 1 or logits.dim() == 1:
+        noise = torch.randn(logits.shape, generator=generator).to(logits.device)
+        return (noise * logits).sum()
+    likelihood = _sampled(logits, generator)
+    if likelihood.dim() == 2:
+        mask = batch["labels"] != -100 if "labels" in batch and batch["labels"].shape == likelihood.shape else None
+        mask = batch.get("attention_mask") if mask is None else mask
+        likelihood = likelihood if mask is None else likelihood.masked_fill(~mask.bool(), 0.0)
+    return likelihood.sum()
+
+
+def _sampled(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Log-probability (...,) of one class drawn from each row of logits (..., classes)."""
+    log_p = logits.float().log_softmax(-1)
+    rows = log_p.detach().exp().cpu().reshape(-1, logits.shape[-1])
+    drawn = torch.multinomial(rows, 1, generator=generator).reshape(*logits.shape[:-1], 1).to(logits.device)
+    return log_p.gather(-1, drawn)[..., 0]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: list[dict[str, torch.Tensor]],
+    calibration: Calibration,
+    *,
+    accelerator: Any = None,
+    progress: bool = True,
+) -> Calibration:
+    """Let `batches` flow through `model` (eval mode), going on where `calibration` stands.
+
+    Raises:
+        CalibrationError: see `Calibration.update`.
+    """
+    training = model.training
+    model.eval()
+    try:
+        todo = batches[calibration.batches_seen :]
+        for batch in tqdm(todo, desc="Calibrating", unit="batch", disable=not progress, leave=False):
+            calibration.update(model, batch)
+    finally:
+        model.train(training)
+    if accelerator is not None and accelerator.num_processes > 1:
+        calibration.all_reduce(accelerator)
+    return calibration

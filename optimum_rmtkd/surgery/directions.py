@@ -1,0 +1,277 @@
+"""For every site: its directions in the order they should go, what their loss is predicted to cost, and the cut itself.
+
+Predicted loss, in nats of the model's likelihood a sample: half the product of the covariance of what is removed and the
+Fisher information of the place in the stream where it lands (to second order, positions taken as independent). Without
+gradients: the share of the stream's energy there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .bases import (
+    Projection,
+    fisher_directions,
+    head_projection,
+    neuron_order,
+    neuron_projection,
+    polar_alignment,
+    query_key_directions,
+    rotate_onto_ones,
+    value_directions,
+)
+from .calibration import Calibration
+from .sites import Anatomy, Point, Site, Unit, get_module
+
+
+__all__ = ["Directions", "dense_table", "dense_weight", "site_directions", "stream_metric"]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What a site offers to a budget and to the surgery.
+
+    Attributes:
+        site: the site.
+        damage: (group_width + 1,) fp64; predicted loss when w features of each group stay. Falls to 0 at full width.
+        cut: (width of a group, Projection of the stream or None) -> {unit path or "": Projection}; "" serves the units
+            that have no entry of their own.
+    """
+
+    site: Site
+    damage: torch.Tensor
+    cut: Callable[[int, Projection | None], dict[str, Projection]]
+
+
+def stream_metric(calibration: Calibration, point: Point | None, dim: int) -> torch.Tensor:
+    """(dim, dim) fp64 M such that tr(M C) is the predicted loss of an error of covariance C at a point of the stream."""
+    moments = calibration.moments.get(point) if point else None
+    if moments is None:
+        return torch.eye(dim, dtype=torch.float64) / dim
+    if moments.gradient_moment is None:
+        return torch.eye(dim, dtype=torch.float64) / moments.second_moment.trace().cpu().clamp_min(1e-30)
+    return 0.5 * calibration.tokens_per_sample * moments.gradient_moment.cpu()
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """Weight (out, in) fp64 of a linear layer, (out, in, h, w) of a convolution; factored ones multiplied out."""
+    if hasattr(module, "down"):
+        up, down = module.up.weight.detach().double(), module.down.weight.detach().double()
+        return torch.einsum("or...,ri...->oi...", up, down) if up.dim() == 2 else (
+            (up.flatten(1) @ down.flatten(1))[..., None, None]
+        )
+    return module.weight.detach().double()
+
+
+def dense_table(module: nn.Module) -> torch.Tensor:
+    """(num_embeddings, dim) fp64 of an embedding, a factored one multiplied out."""
+    table = module.weight.detach().double()
+    return table @ module.up.weight.detach().double().T if hasattr(module, "up") else table
+
+
+def _tail_sums(scores: torch.Tensor) -> torch.Tensor:
+    """(w,) -> (w + 1,): what is left out when the first 0, 1, ... w are kept."""
+    return torch.cat([scores.flip(0).cumsum(0).flip(0), scores.new_zeros(1)])
+
+
+def _unit_reading(anatomy: Anatomy, site: Site) -> Unit | None:
+    return next((unit for unit in anatomy.units if unit.reads == site.name), None)
+
+
+def _metric_behind(model: nn.Module, unit: Unit | None, calibration: Calibration) -> torch.Tensor | None:
+    if unit is None:
+        return None
+    return stream_metric(calibration, unit.lands, dense_weight(get_module(model, unit.path)).shape[0])
+
+
+def hidden_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+    """The residual stream: one basis for its whole depth, from trace-normalised moments before and after each norm."""
+    at = [calibration.moments[point] for point in site.points]
+    seconds = [moments.second_moment.cpu() for moments in at]
+    joint = sum(s / s.trace() for s in seconds) / len(seconds)
+    gradients = [moments.gradient_moment.cpu() for moments in at if moments.gradient_moment is not None]
+    gradients = [g / g.trace() for g in gradients if g.trace() > 0]
+    fisher = sum(gradients) / len(gradients) if gradients else None
+    dim = site.width
+    ones = torch.full((dim, 1), dim**-0.5, dtype=torch.float64)
+    if basis == "random":
+        generator = torch.Generator().manual_seed(calibration.config.seed)
+        ranked = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    else:
+        ranked, _ = fisher_directions(joint, fisher)
+    if anatomy.pre_norm:
+        # The folded stream has no mean over its features; that direction must stay, for layer norm to subtract nothing.
+        ranked = torch.cat([ones, (ranked - ones @ (ones.T @ ranked))], dim=1)
+    nested = torch.linalg.qr(ranked)[0]
+    # tr(M (1 - P) S (1 - P)) for every nested P at once: sums over the lower right corner of a Hadamard product
+    corner = torch.zeros(dim, dim, dtype=torch.float64)
+    for point, second in zip(site.points, seconds, strict=True):
+        metric = stream_metric(calibration, point, dim)
+        corner += (nested.T @ metric @ nested) * (nested.T @ second @ nested) / len(seconds)
+    sums = corner.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
+    damage = torch.cat([sums, sums.new_zeros(1)]).clamp_min(0)
+
+    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
+        kept = polar_alignment(nested[:, :width])
+        if width < dim:
+            inside = kept.T @ joint @ kept
+            quiet = (kept.T @ ones)[:, 0] if anatomy.pre_norm else torch.linalg.eigh(inside)[1][:, 0]
+            kept = rotate_onto_ones(kept, quiet / quiet.norm())
+        return {"": Projection(kept, kept)}
+
+    return Directions(site, damage.cummin(0).values, cut)
+
+
+def neuron_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+    """Element-wise sites (feed-forward neurons, channels, a pooler): select by pivoted Cholesky, compensate."""
+    reader = _unit_reading(anatomy, site)
+    moment = calibration.moments[site.points[0]].second_moment.cpu()
+    if reader is None:
+        effect = torch.ones(site.width, dtype=torch.float64)
+    else:
+        weight = dense_weight(get_module(model, reader.path)).cpu()
+        metric = _metric_behind(model, reader, calibration)
+        effect = torch.einsum("oik,op,pik->i", weight.flatten(2) if weight.dim() == 4 else weight[..., None], metric,
+                              weight.flatten(2) if weight.dim() == 4 else weight[..., None]).clamp_min(0)
+    if basis == "random":
+        generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
+        order = torch.randperm(site.width, generator=generator)
+        residual = _tail_sums((moment.diagonal() * effect)[order])
+    else:
+        order, residual = neuron_order(moment, effect.sqrt())
+
+    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
+        return {"": neuron_projection(moment, order[:width].sort().values)}
+
+    return Directions(site, residual, cut)
+
+
+def _per_head(matrix: torch.Tensor, heads: int) -> torch.Tensor:
+    """Diagonal blocks (heads, w, w) of a (heads * w, heads * w) matrix."""
+    width = len(matrix) // heads
+    return torch.stack([matrix[h * width : (h + 1) * width, h * width : (h + 1) * width] for h in range(heads)])
+
+
+def _random_head_bases(site: Site, calibration: Calibration) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
+    shape = (site.groups, site.group_width, site.group_width)
+    return torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))[0]
+
+
+def _values(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration):
+    unit = next(u for u in anatomy.units if u.reads == site.name)
+    weight = dense_weight(get_module(model, unit.path)).cpu()
+    effect = weight.T @ _metric_behind(model, unit, calibration) @ weight
+    context = calibration.moments[site.points[0]].second_moment.cpu()
+    return value_directions(_per_head(context, site.groups), _per_head(effect, site.groups))
+
+
+def value_site_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+    """Values, per head, by their effect on the stream."""
+    encode, decode, scores = _values(model, site, anatomy, calibration)
+    if basis == "random":
+        encode = decode = _random_head_bases(site, calibration)
+    return Directions(site, _tail_sums(scores.sum(0)), lambda width, stream=None: {"": head_projection(encode, decode, width)})
+
+
+def query_key_site_directions(
+    model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
+) -> Directions:
+    """Queries and keys, per head and jointly.
+
+    An error e of an attention logit moves the output by about e times the spread of the values, so the predicted loss is
+    the variance of the lost logits times the loss carried by the head's whole output (at most all of it).
+    """
+    query, key = (_per_head(calibration.moments[p].second_moment.cpu(), site.groups) for p in site.points)
+    encode_q, encode_k, scores = query_key_directions(query, key)
+    if basis == "random":
+        encode_q = encode_k = _random_head_bases(site, calibration)
+    partner = next(s for s in anatomy.sites.values() if s.couple == site.couple and s.kind == "attention_vo")
+    carried = _values(model, partner, anatomy, calibration)[2].sum(-1)
+    scale = anatomy.fixed_attrs[_attention_of(anatomy, partner)]["scaling"]
+    lost = torch.stack([_tail_sums(s) for s in scores]) * scale**2
+    damage = (lost.clamp(max=1.0) * carried[:, None]).sum(0)
+    query_unit, key_unit = (u.path for u in anatomy.units if u.writes == site.name)
+
+    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
+        return {
+            query_unit: head_projection(encode_q, encode_q, width),
+            key_unit: head_projection(encode_k, encode_k, width),
+        }
+
+    return Directions(site, damage, cut)
+
+
+def _attention_of(anatomy: Anatomy, site: Site) -> str:
+    return next(a.path for a in anatomy.attributes if a.site == site.name)
+
+
+def table_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+    """The word table as two factors. Its moment is half that of the calibration text, half that of all rows alike: words
+    that the text lacks must survive, too."""
+    unit = next(u for u in anatomy.units if u.factor == site.name)
+    table = dense_table(get_module(model, unit.path)).cpu()
+    seen = calibration.moments[site.points[0]].second_moment.cpu()
+    alike = table.T @ table / len(table)
+    moment = (seen / seen.trace() + alike / alike.trace()) * (seen.trace() / 2)
+    metric = stream_metric(calibration, unit.lands, table.shape[1])
+
+    def ranked(stream: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        effect = stream.T @ metric @ stream
+        effect = effect + 1e-3 * effect.trace() / len(effect) * torch.eye(len(effect), dtype=effect.dtype)
+        encode, decode, scores = value_directions((stream.T @ moment @ stream)[None], effect[None])
+        return stream @ encode[0], stream @ decode[0], scores[0]
+
+    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
+        if basis == "random":
+            generator = torch.Generator().manual_seed(calibration.config.seed)
+            shape = (len(moment), width)
+            random = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))[0]
+            return {"": Projection(random, random)}
+        encode, decode, _ = ranked(torch.eye(len(moment), dtype=torch.float64) if stream is None else stream.encode)
+        return {"": Projection(encode[:, :width], decode[:, :width])}
+
+    scores = ranked(torch.eye(len(moment), dtype=torch.float64))[2]
+    return Directions(site, _tail_sums(scores)[: site.width + 1], cut)
+
+
+def factored_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+    """Any linear layer: the directions of its output, the best rank-k layer in the mean square of its own inputs."""
+    moments = calibration.moments[site.points[0]]
+    module = get_module(model, next(u for u in anatomy.units if u.factor == site.name).path)
+    # without a bias there is nowhere to put the mean back: it is then one of the directions
+    moment = (moments.second_moment if module.bias is None else moments.covariance).cpu()
+    mean = None if module.bias is None else moments.mean.cpu()
+    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    if basis == "random":
+        generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
+        vectors = torch.linalg.qr(torch.randn(*vectors.shape, generator=generator, dtype=torch.float64))[0]
+    damage = _tail_sums(values)[: site.width + 1] / values.sum().clamp_min(1e-30)
+
+    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
+        kept = vectors[:, :width]
+        return {"": Projection(kept, kept, offset=None if mean is None else mean - kept @ (kept.T @ mean))}
+
+    return Directions(site, damage, cut)
+
+
+KINDS: dict[str, Callable[..., Directions]] = {
+    "hidden": hidden_directions,
+    "intermediate": neuron_directions,
+    "channels": neuron_directions,
+    "pooled": neuron_directions,
+    "attention_vo": value_site_directions,
+    "attention_qk": query_key_site_directions,
+    "embedding": table_directions,
+    "linear": factored_directions,
+}
+
+
+def site_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+    """Directions of one site, by its kind. `basis`: "signal", or "random" for the control."""
+    return KINDS[site.kind](model, site, anatomy, calibration, basis)

@@ -1,0 +1,34 @@
+"""RoBERTa and its namesakes: BERT's body, a two-layer classification head, a tied `lm_head`."""
+
+from ..layouts import EncoderLayout
+from . import Family, register_family
+
+
+register_family(
+    Family(
+        name="RoBERTa",
+        model_types=("roberta", "xlm-roberta", "camembert"),
+        layout=EncoderLayout(
+            stream=(
+                "@.embeddings.word_embeddings",
+                "@.embeddings.position_embeddings",
+                "@.embeddings.token_type_embeddings",
+            ),
+            stream_norm="@.embeddings.LayerNorm",
+            table="@.embeddings.word_embeddings",
+            blocks="@.encoder.layer",
+            attention="attention.self",
+            query="attention.self.query",
+            key="attention.self.key",
+            value="attention.self.value",
+            output="attention.output.dense",
+            attention_norm="attention.output.LayerNorm",
+            up="intermediate.dense",
+            down="output.dense",
+            ffn_norm="output.LayerNorm",
+            pooler="@.pooler.dense",
+            head_reads=("classifier", "classifier.dense", "qa_outputs", "lm_head.dense"),
+            decoder="lm_head.decoder",
+        ),
+    )
+)

@@ -1,0 +1,239 @@
+"""Layouts: how the anatomy of a model is read off a declaration of paths. Two serve all families shipped here."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..modeling_rmtkd import LowRankConv2d, LowRankLinear
+from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, linear_shape
+
+
+__all__ = ["EncoderLayout", "ResidualConvLayout", "factored_anatomy"]
+
+
+@dataclass(frozen=True)
+class EncoderLayout:
+    """A stack of attention and feed-forward blocks around one residual stream.
+
+    Paths start with "@." where relative to the backbone; paths of `query` to `ffn_norm` are relative to a block.
+
+    Attributes:
+        stream: tables, convolutions and bare parameters whose sum is the stream; those a model lacks are passed over.
+        project: a linear layer between tables and stream; where a model has it, it alone writes the stream.
+        table: the word table, which the site "embedding" factorises; None for images.
+        blocks: the ModuleList of blocks.
+        attention: the module that holds head sizes; `head_size`, `heads` name its attributes; `total_size` may be "".
+        pre_norm: norms stand before attention and feed-forward (ViT) instead of behind the sums (BERT).
+        pooler: a linear layer with element-wise activation whose output follows the hidden width; `pooled_by` reads it.
+        head_reads: layers of any task head that read the stream with their input features.
+        decoder: an output layer tied to the word table.
+        width_field: field of the config that states the hidden width.
+    """
+
+    stream: tuple[str, ...]
+    blocks: str
+    query: str
+    key: str
+    value: str
+    output: str
+    up: str
+    down: str
+    attention_norm: str
+    ffn_norm: str
+    attention: str
+    head_size: str = "attention_head_size"
+    total_size: str = "all_head_size"
+    heads: str = "num_attention_heads"
+    pre_norm: bool = False
+    stream_norm: str | None = None
+    project: str | None = None
+    table: str | None = None
+    final_norm: str | None = None
+    pooler: str | None = None
+    pooled_by: str | None = None
+    head_reads: tuple[str, ...] = ()
+    decoder: str | None = None
+    width_field: str = "hidden_size"
+
+    def anatomy(self, model: nn.Module) -> Anatomy:
+        """Sites and units of `model`.
+
+        Raises:
+            UnsupportedArchitectureError: the model lacks a declared module.
+        """
+        blocks = [f"{self.blocks}.{i}" for i in range(len(get_module(model, self.blocks)))]
+        units = self._stream_units(model)
+        sites, attributes, fixed = {}, [], {}
+        norm_points = self._first_points(model)
+        for depth, block in enumerate(blocks):
+            layer_sites = self._layer_sites(model, block, depth)
+            sites.update({site.name: site for site in layer_sites})
+            after = f"{blocks[depth + 1]}.{self.attention_norm}" if depth + 1 < len(blocks) else self.final_norm
+            units += self._layer_units(block, depth, after)
+            norms = [f"{block}.{self.attention_norm}", f"{block}.{self.ffn_norm}"]
+            norm_points += [Point(norm, side) for norm in norms for side in ("input", "output")]
+            heads = f"layer.{depth}.attention_vo"
+            attributes.append(Attribute(f"{block}.{self.attention}", self.head_size, heads, True))
+            if self.total_size:
+                attributes.append(Attribute(f"{block}.{self.attention}", self.total_size, heads, False))
+            fixed[f"{block}.{self.attention}"] = {"scaling": float(get_module(model, f"{block}.{self.attention}").scaling)}
+        if self.final_norm:
+            units.append(Unit(self.final_norm, writes="hidden"))
+            norm_points += [Point(self.final_norm, side) for side in ("input", "output")]
+        width = linear_shape(get_module(model, f"{blocks[0]}.{self.up}"))[0]
+        stream = {"hidden": Site("hidden", "hidden", width, tuple(norm_points), couple="hidden")}
+        stream |= self._table_sites(model, width)
+        head_units, head_sites = self._head_units(model, width, len(blocks))
+        if "embedding" in stream:
+            units = [
+                dataclasses.replace(u, factor="embedding", lands=Point(self.stream_norm, "input")) if u.path == self.table else u for u in units
+            ]
+        return Anatomy(
+            sites=stream | sites | head_sites,
+            units=tuple(units + head_units),
+            blocks=tuple(blocks),
+            attributes=tuple(attributes),
+            config_fields={self.width_field: "hidden"},
+            fixed_attrs=fixed,
+            pre_norm=self.pre_norm,
+        )
+
+    def _projects(self, model: nn.Module) -> bool:
+        return self.project is not None and has_module(model, self.project)
+
+    def _first_points(self, model: nn.Module) -> list[Point]:
+        if self._projects(model):
+            return [Point(self.project)]
+        return [Point(self.stream_norm, side) for side in ("input", "output")] if self.stream_norm else []
+
+    def _stream_units(self, model: nn.Module) -> list[Unit]:
+        if self._projects(model):
+            return [Unit(self.project, writes="hidden")]
+        units = [Unit(path, writes="hidden") for path in self.stream if has_module(model, path)]
+        return units + ([Unit(self.stream_norm, writes="hidden")] if self.stream_norm else [])
+
+    def _table_sites(self, model: nn.Module, width: int) -> dict[str, Site]:
+        tied = self.decoder and has_module(model, self.decoder)  # a tied decoder reads the table row by row: keep it whole
+        if not (self.table and self.stream_norm) or tied or self._projects(model):
+            return {}
+        table = get_module(model, self.table)
+        return {
+            "embedding": Site(
+                "embedding", "embedding", getattr(table, "rank", width), (Point(self.table),), couple="embedding"
+            )
+        }
+
+    def _layer_sites(self, model: nn.Module, block: str, depth: int) -> list[Site]:
+        heads = getattr(get_module(model, f"{block}.{self.attention}"), self.heads)
+        value = linear_shape(get_module(model, f"{block}.{self.value}"))[1]
+        query = linear_shape(get_module(model, f"{block}.{self.query}"))[1]
+        inner = linear_shape(get_module(model, f"{block}.{self.up}"))[1]
+        name, couple = f"layer.{depth}", f"layer.{depth}.heads"
+        queries = (Point(f"{block}.{self.query}"), Point(f"{block}.{self.key}"))
+        return [
+            Site(f"{name}.attention_qk", "attention_qk", query, queries, heads, depth, couple),
+            Site(f"{name}.attention_vo", "attention_vo", value, (Point(f"{block}.{self.output}", "input"),), heads, depth, couple),
+            Site(f"{name}.intermediate", "intermediate", inner, (Point(f"{block}.{self.down}", "input"),), 1, depth, f"{name}.intermediate"),
+        ]
+
+    def _layer_units(self, block: str, depth: int, after: str | None) -> list[Unit]:
+        name = f"layer.{depth}"
+        at = lambda path: f"{block}.{path}"  # noqa: E731
+        if self.pre_norm:
+            ffn_skip, lands = Point(at(self.ffn_norm), "input"), (at(self.ffn_norm), after)
+        else:
+            ffn_skip, lands = Point(at(self.attention_norm), "output"), (at(self.attention_norm), at(self.ffn_norm))
+        landing = [Point(path, "input") for path in lands]
+        attention = [
+            Unit(at(self.query), "hidden", f"{name}.attention_qk", block=block),
+            Unit(at(self.key), "hidden", f"{name}.attention_qk", block=block),
+            Unit(at(self.value), "hidden", f"{name}.attention_vo", block=block),
+            Unit(at(self.output), f"{name}.attention_vo", "hidden", Point(block, "input"), landing[0], block),
+        ]
+        feed_forward = [
+            Unit(at(self.up), "hidden", f"{name}.intermediate", block=block),
+            Unit(at(self.down), f"{name}.intermediate", "hidden", ffn_skip, landing[1], block),
+        ]
+        first = [Unit(at(self.attention_norm), writes="hidden", block=block)]
+        second = [Unit(at(self.ffn_norm), writes="hidden", block=block)]
+        if self.pre_norm:
+            return first + attention + second + feed_forward
+        return attention + first + feed_forward + second
+
+    def _head_units(self, model: nn.Module, width: int, depth: int) -> tuple[list[Unit], dict[str, Site]]:
+        units, sites, pooled = [], {}, False
+        if self.pooler:
+            units.append(Unit(self.pooler, "hidden", "pooler"))
+        if self.pooler and has_module(model, self.pooler):
+            pooled = self.pooled_by is not None and has_module(model, self.pooled_by)
+            point = Point(self.pooled_by, "input") if pooled else Point(self.pooler)
+            sites["pooler"] = Site("pooler", "pooled", width, (point,), depth=depth, couple="hidden")
+        if self.pooled_by:
+            units.append(Unit(self.pooled_by, "pooler" if pooled else "hidden"))
+        units += [Unit(path, "hidden") for path in self.head_reads]
+        if self.decoder and not self._projects(model):
+            units.append(Unit(self.decoder, factor="hidden"))
+        return units, sites
+
+
+@dataclass(frozen=True)
+class ResidualConvLayout:
+    """Stages of residual blocks of convolutions; the channels inside a block can be cut, those of the sum cannot.
+
+    Attributes:
+        stages: the ModuleList of stages; `blocks` the Sequential of blocks in a stage.
+        inner: the Sequential of convolution layers in a block, each with `convolution` and `normalization`.
+    """
+
+    stages: str
+    blocks: str
+    inner: str
+    convolution: str = "convolution"
+    normalization: str = "normalization"
+
+    def anatomy(self, model: nn.Module) -> Anatomy:
+        """Sites and units of `model`; raises UnsupportedArchitectureError where it lacks a declared module."""
+        sites, units, blocks = {}, [], []
+        for s in range(len(get_module(model, self.stages))):
+            for b in range(len(get_module(model, f"{self.stages}.{s}.{self.blocks}"))):
+                block = f"{self.stages}.{s}.{self.blocks}.{b}"
+                inner = [f"{block}.{self.inner}.{i}" for i in range(len(get_module(model, f"{block}.{self.inner}")))]
+                names = [f"stage.{s}.{b}.channels.{i}" for i in range(len(inner) - 1)]
+                for i, name in enumerate(names):
+                    width = linear_shape(get_module(model, f"{inner[i]}.{self.convolution}"))[1]
+                    point = Point(f"{inner[i + 1]}.{self.convolution}", "input")
+                    sites[name] = Site(name, "channels", width, (point,), depth=len(blocks), couple=name)
+                for i, layer in enumerate(inner):
+                    reads = names[i - 1] if i else None
+                    writes = names[i] if i < len(names) else None
+                    units.append(Unit(f"{layer}.{self.convolution}", reads, writes, block=block))
+                    units.append(Unit(f"{layer}.{self.normalization}", None, writes, block=block))
+                blocks.append(block)
+        return Anatomy(sites, tuple(units), tuple(blocks))
+
+
+def factored_anatomy(model: nn.Module) -> Anatomy:
+    """Every linear layer and 1x1 convolution as a site of its own, whose width is the rank of two factors.
+
+    Layers that share their weight (tied decoders) and those inside a factored one are left as they are.
+    """
+    prefix = model.base_model_prefix + "." if model.base_model is not model else ""
+    owners = [id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
+    sites, units = {}, []
+    factored = (LowRankLinear, LowRankConv2d)
+    inside = {id(child) for m in model.modules() if isinstance(m, factored) for child in m.children()}
+    for name, module in model.named_modules():
+        pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+        if id(module) in inside or not (isinstance(module, (nn.Linear, *factored)) or pointwise):
+            continue
+        if not isinstance(module, factored) and owners.count(id(module.weight)) > 1:
+            continue
+        path = "@." + name[len(prefix) :] if name.startswith(prefix) else name
+        features_in, features_out, _ = linear_shape(module)
+        rank = getattr(module, "rank", min(features_in, features_out))
+        sites[path] = Site(path, "linear", rank, (Point(path),), depth=len(sites), couple=path)
+        units.append(Unit(path, factor=path))
+    return Anatomy(sites, tuple(units), ())

@@ -1,0 +1,252 @@
+"""The cut itself: a narrow model built from its spec, its layers initialised from the teacher's through projections."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import RMTKDError
+from ..modeling_rmtkd import VERSION, reduced_class
+from .bases import Projection
+from .budget import site_widths
+from .directions import dense_table, dense_weight
+from .sites import Anatomy, Unit, get_module, has_module, unit_delta
+
+
+__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec"]
+
+
+class Cuts:
+    """The projections of one surgery: {site: {unit path or "": Projection}}."""
+
+    def __init__(self, projections: Mapping[str, Mapping[str, Projection]]):
+        self.projections = dict(projections)
+
+    def __contains__(self, site: str | None) -> bool:
+        return site in self.projections
+
+    def of(self, site: str | None, path: str) -> Projection | None:
+        """The projection of a site as the unit at `path` sees it; None where the site is not cut."""
+        found = self.projections.get(site)
+        return None if found is None else found.get(path, found.get(""))
+
+
+def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
+    """A copy of a pre-norm model whose stream can be rotated: same outputs of its heads, other weights.
+
+    Scales of layer norms go into the layers that read them, shifts too where those have a bias, and the mean over features
+    is subtracted by whatever writes the stream (Ashkboos et al. 2024, SliceGPT, section 3.2, for layer norm).
+    Post-norm models are copied as they are.
+    """
+    model = copy.deepcopy(model).eval()
+    if not anatomy.pre_norm:
+        return model
+    norm = None
+    with torch.no_grad():
+        for unit in anatomy.units:
+            if not has_module(model, unit.path):
+                continue
+            module = get_module(model, unit.path)
+            if isinstance(module, nn.LayerNorm):
+                norm = module
+                readers = _readers_of(model, anatomy, unit)
+                _fold_scale(norm, readers)
+            elif unit.writes == "hidden":
+                _centre(module)
+    return model
+
+
+def _readers_of(model: nn.Module, anatomy: Anatomy, norm: Unit) -> list[nn.Module]:
+    """Layers that read the stream through a norm: those between it and the next one."""
+    at = anatomy.units.index(norm)
+    readers = []
+    for unit in anatomy.units[at + 1 :]:
+        if has_module(model, unit.path):
+            module = get_module(model, unit.path)
+            if isinstance(module, nn.LayerNorm):
+                break
+            if unit.reads == "hidden" and hasattr(module, "in_features"):
+                readers.append(module)
+    return readers
+
+
+def _fold_scale(norm: nn.LayerNorm, readers: list[nn.Module]) -> None:
+    scale, shift = norm.weight.double(), norm.bias.double()
+    if not readers or bool((scale.abs() < 1e-8).any()):
+        return  # a dead feature cannot be divided by; its norm keeps its scale and the refit does the rest
+    foldable = all(reader.bias is not None for reader in readers)
+    for reader in readers:
+        first = reader.down if hasattr(reader, "down") else reader
+        if foldable:
+            reader.bias.copy_(reader.bias.double() + dense_weight(reader) @ shift)
+        first.weight.copy_(first.weight.double() * scale)
+    norm.weight.fill_(1.0)
+    norm.bias.copy_(torch.zeros_like(shift) if foldable else shift / scale)
+
+
+def _centre(module: nn.Module | nn.Parameter) -> None:
+    """Subtract the mean over output features from whatever the layer writes."""
+    if isinstance(module, nn.Parameter):
+        module.copy_(module - module.mean(-1, keepdim=True))
+    elif isinstance(module, nn.Embedding) and not hasattr(module, "up"):
+        module.weight.copy_(module.weight - module.weight.mean(-1, keepdim=True))
+    else:
+        last = module.up if hasattr(module, "up") else module
+        last.weight.copy_(last.weight - last.weight.mean(0, keepdim=True))
+        if getattr(last, "bias", None) is not None:
+            last.bias.copy_(last.bias - last.bias.mean())
+
+
+def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, int]) -> dict[str, Any]:
+    """The spec of `model` narrowed to {couple: features of a group}, on top of the spec it may already have."""
+    spec = copy.deepcopy((getattr(model.config, "rmtkd", None) or {}).get("spec", {}))
+    modules, parameters = spec.setdefault("modules", {}), spec.setdefault("parameters", {})
+    base, attrs = spec.setdefault("base", {}), spec.setdefault("attrs", {})
+    widths = site_widths(couples, anatomy)
+    for unit in anatomy.units:
+        module = get_module(model, unit.path) if has_module(model, unit.path) else nn.Linear(1, 1)  # a head of another task
+        delta = unit_delta(unit, module, widths)
+        if not delta:
+            continue
+        if isinstance(module, nn.LayerNorm):
+            # the same sum of squares is now divided by fewer features
+            delta["eps"] = module.eps * module.weight.numel() / delta["dim"]
+        target = parameters if isinstance(module, nn.Parameter) else modules
+        target[unit.path] = {**target.get(unit.path, {}), **delta}
+    for attribute in anatomy.attributes:
+        if attribute.site in widths:
+            groups = anatomy.sites[attribute.site].groups
+            value = widths[attribute.site] // (groups if attribute.per_group else 1)
+            attrs[attribute.path] = {**attrs.get(attribute.path, {}), **anatomy.fixed_attrs.get(attribute.path, {}), attribute.name: value}
+    for name, site in anatomy.config_fields.items():
+        if site in widths:
+            base.setdefault(name, getattr(model.config, name))
+    return spec
+
+
+def build_student(
+    model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, int], recipe: dict, provenance: dict
+) -> PreTrainedModel:
+    """The narrow architecture, in the dtype and on the device of `model`; what did not change is copied, the rest is still
+    to be initialised."""
+    spec = narrow_spec(model, anatomy, couples)
+    model_class = reduced_class(type(model))
+    values = model.config.to_dict()
+    for name in ("model_type", "transformers_version", "architectures", "auto_map"):
+        values.pop(name, None)
+    config = model_class.config_class(**values)
+    widths = site_widths(couples, anatomy)
+    for name, site in anatomy.config_fields.items():
+        if site in widths:
+            setattr(config, name, widths[site])
+    config.rmtkd = {"version": VERSION, "spec": spec, "recipe": recipe, "provenance": provenance}
+    config._attn_implementation = model.config._attn_implementation
+    student = model_class(config).to(device=model.device, dtype=model.dtype).eval()
+    if hasattr(model, "generation_config"):
+        student.generation_config = copy.deepcopy(model.generation_config)
+    old, new = model.state_dict(), student.state_dict()
+    with torch.no_grad():
+        for name, tensor in new.items():
+            if name in old and old[name].shape == tensor.shape:
+                tensor.copy_(old[name])
+    return student
+
+
+def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: Cuts) -> None:
+    """Fill every layer of the student that a cut touches: W' = encode_out.T @ W @ decode_in, and so on.
+
+    Raises:
+        RMTKDError: a layer of a changed shape that no cut accounts for: the family's declaration is incomplete.
+    """
+    touched = set()
+    with torch.no_grad():
+        for unit in anatomy.units:
+            if not has_module(teacher, unit.path):
+                continue
+            reads, writes = cuts.of(unit.reads, unit.path), cuts.of(unit.writes, unit.path)
+            factor = cuts.of(unit.factor, unit.path)
+            if reads is None and writes is None and factor is None:
+                continue
+            old, new = get_module(teacher, unit.path), get_module(student, unit.path)
+            if isinstance(new, nn.Parameter):
+                new.copy_(old.double() @ writes.encode.to(old.device))
+                touched.add(id(new))
+                continue
+            _fill(new, old, reads, writes, factor)
+            touched.update(id(p) for p in new.parameters())
+    shapes = {name: p.shape for name, p in teacher.named_parameters()}
+    forgotten = [n for n, p in student.named_parameters() if id(p) not in touched and shapes.get(n) != p.shape]
+    if forgotten:
+        raise RMTKDError(
+            f"{len(forgotten)} tensor(s) of the narrowed model were not initialised, the first is {forgotten[0]}: the declaration of "
+            "this family names a site but not all layers that read or write it. Complete its layout."
+        )
+
+
+def _fill(new: nn.Module, old: nn.Module, reads, writes, factor) -> None:
+    device = old.weight.device if isinstance(old.weight, torch.Tensor) else "cpu"
+    encode = writes.encode.to(device) if writes is not None else None
+    decode = reads.decode.to(device) if reads is not None else None
+    if isinstance(new, nn.Embedding):
+        _fill_table(new, old, encode, factor)
+    elif isinstance(new, nn.LayerNorm):
+        # fewer features share the same sum of squares, so the normalised ones come out larger by sqrt(d / k)
+        shrink = (len(encode) / encode.shape[1]) ** 0.5
+        new.weight.copy_(torch.einsum("dk,d,dk->k", encode, old.weight.double(), encode) * shrink)
+        if new.bias is not None:
+            new.bias.copy_(encode.T @ old.bias.double())
+    elif isinstance(new, nn.BatchNorm2d):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if getattr(new, name) is not None:
+                getattr(new, name).copy_(getattr(old, name)[writes.index])
+    elif factor is not None and reads is None and writes is None:
+        _fill_factors(new, old, factor)
+    else:
+        _fill_linear(new, old, encode, decode)
+
+
+def _fill_table(new: nn.Embedding, old: nn.Embedding, encode: torch.Tensor | None, factor: Projection | None) -> None:
+    if factor is not None:
+        down, up = factor.encode.to(old.weight.device), factor.decode.to(old.weight.device)
+        new.weight.copy_(dense_table(old) @ down)
+        new.up.weight.copy_(up if encode is None else encode.T @ up)
+    elif hasattr(old, "up"):
+        new.weight.copy_(old.weight)
+        new.up.weight.copy_(encode.T @ old.up.weight.double())
+    else:
+        new.weight.copy_(old.weight.double() @ encode)
+
+
+def _fill_factors(new: nn.Module, old: nn.Module, factor: Projection) -> None:
+    """W ~ decode (encode.T W): a factored layer, or a decoder whose second factor is the cut table it is tied to."""
+    down, up = factor.encode.T.to(old.weight.device), factor.decode.to(old.weight.device)
+    weight = dense_weight(old)
+    if len(up) != weight.shape[0]:  # tied: the features are cut, not the vocabulary
+        previous = old.down.weight.double() if hasattr(old, "down") else torch.eye(len(up), dtype=down.dtype, device=down.device)
+        new.down.weight.copy_(down @ previous)
+        if new.up.bias is not None:
+            new.up.bias.copy_(old.bias)
+        return
+    new.down.weight.copy_((down @ weight.flatten(1)).reshape(new.down.weight.shape))
+    new.up.weight.copy_(up.reshape(new.up.weight.shape))
+    if new.bias is not None:
+        kept = up @ (down @ old.bias.double())
+        new.bias.copy_(kept if factor.offset is None else kept + factor.offset.to(kept.device))
+
+
+def _fill_linear(new: nn.Module, old: nn.Module, encode: torch.Tensor | None, decode: torch.Tensor | None) -> None:
+    if hasattr(new, "down"):  # stays factored: only the outer widths change
+        up, down = old.up.weight.double(), old.down.weight.double()
+        new.up.weight.copy_(up if encode is None else torch.einsum("or...,ok->kr...", up, encode))
+        new.down.weight.copy_(down if decode is None else torch.einsum("ri...,ik->rk...", down, decode))
+    else:
+        weight = dense_weight(old)
+        weight = weight if encode is None else torch.einsum("oi...,ok->ki...", weight, encode)
+        new.weight.copy_(weight if decode is None else torch.einsum("oi...,ik->ok...", weight, decode))
+    if new.bias is not None:
+        new.bias.copy_(old.bias if encode is None else encode.T @ old.bias.double())

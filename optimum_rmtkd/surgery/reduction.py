@@ -1,0 +1,412 @@
+"""One surgery from end to end: calibrate, look at the spectra, decide the widths, cut, refit."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..config import RMTKDConfig
+from ..errors import RMTKDError
+from ..spectra import SecondMoments, SignalSubspace, signal_subspace
+from .budget import (
+    BudgetPoint,
+    Couple,
+    allocate,
+    count_parameters,
+    couple_grid,
+    flops_of,
+    parameters_of,
+    site_widths,
+)
+from .calibration import Calibration, calibrate, collect_batches, gives_likelihood, model_inputs
+from .directions import Directions, site_directions
+from .families import family_of
+from .layouts import factored_anatomy
+from .narrowing import Cuts, build_student, fold_norms, initialise
+from .refit import refit
+from .report import SiteSpectrum, SpectralReport
+from .sites import Anatomy, Point, Site, get_module, has_module, select_sites
+
+
+__all__ = ["Reduction", "SiteRecord", "analyze", "anatomy_of", "block_paths", "narrow", "narrow_to", "reduce", "stage_sites"]
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """What one cut did to a site: its width before and after, the noise edge, and the rank above it."""
+
+    name: str
+    kind: str
+    width_before: int
+    width_after: int
+    edge: float
+    rank: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; a missing edge is None."""
+        return dataclasses.asdict(self) | {"edge": self.edge if math.isfinite(self.edge) else None}
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One cut.
+
+    Attributes:
+        model: the narrow model, in eval mode, on the device and in the dtype of the old one.
+        projections: {"hidden": (d_old, d_new) fp32}: stream of the narrow model = old stream @ projection, at the output of
+            every block; empty where the stream was not cut.
+        sites: what happened to each site that was cut.
+        parameters_before, parameters_after: tied parameters counted once.
+        report: the spectra the widths come from.
+    """
+
+    model: PreTrainedModel
+    projections: dict[str, torch.Tensor]
+    sites: tuple[SiteRecord, ...]
+    parameters_before: int
+    parameters_after: int
+    report: SpectralReport = field(repr=False)
+
+
+def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:
+    """Sites and units of a model in the form of the recipe; raises UnsupportedArchitectureError."""
+    if config.form == "factored":
+        return factored_anatomy(model)
+    return family_of(model).layout.anatomy(model)
+
+
+def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
+    """Absolute module paths of the residual blocks, whose outputs are the residual stream, in forward order.
+
+    Raises:
+        UnsupportedArchitectureError: no family is registered for the model.
+    """
+    from ..modeling_rmtkd import resolve_path
+
+    return tuple(resolve_path(model, path) for path in family_of(model).layout.anatomy(model).blocks)
+
+
+def stage_sites(model: PreTrainedModel, config: RMTKDConfig) -> list[list[str]]:
+    """Names of the sites a recipe cuts, grouped layer by layer, shallow to deep (the paper's order)."""
+    anatomy = anatomy_of(model, config)
+    chosen = [site for site in select_sites(anatomy, config.sites) if site.kind != "pooled"]
+    depths = sorted({site.depth for site in chosen})
+    return [[site.name for site in chosen if site.depth == depth] for depth in depths]
+
+
+class Surgeon:
+    """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        dataloader: Iterable,
+        config: RMTKDConfig,
+        sites: Iterable[str] | None = None,
+        accelerator: Any = None,
+        progress: bool = True,
+    ):
+        if not isinstance(model, PreTrainedModel):
+            raise RMTKDError(f"Expected a transformers PreTrainedModel, got {type(model).__name__}.")
+        self.source, self.config, self.progress = model, config, progress
+        self.anatomy = anatomy_of(model, config)
+        wanted = config.sites if sites is None else tuple(sites)
+        self.sites = select_sites(self.anatomy, wanted)
+        self.batches = collect_batches(dataloader, _share(config.calibration_samples, accelerator), model.device)
+        self.teacher = fold_norms(model, self.anatomy)
+        points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
+        self.calibration = Calibration(sorted(points, key=str), self._gradient_points(), config)
+        calibrate(self.teacher, self.batches, self.calibration, accelerator=accelerator, progress=progress)
+        if accelerator is not None and accelerator.num_processes > 1:
+            self.batches = _all_batches(self.batches, model.device)
+        self.directions: dict[str, Directions] = {}
+        self.subspaces: dict[str, SignalSubspace] = {}
+
+    def _needed(self, site: Site) -> bool:
+        """The stream is observed in any case where there is one: its loss gradients price all other cuts."""
+        return site in self.sites or site.kind == "hidden"
+
+    def _gradient_points(self) -> list[Point]:
+        hidden = self.anatomy.sites.get("hidden")
+        importance = self.config.importance
+        if importance == "variance" or hidden is None:
+            if importance == "fisher":
+                raise RMTKDError(
+                    f"importance='fisher' was asked for, but {type(self.source).__name__} in form {self.config.form!r} has no residual "
+                    "stream whose loss gradient could weigh directions; use 'auto' or 'variance'."
+                )
+            return []
+        if gives_likelihood(self.teacher, self.batches[0]):
+            return list(hidden.points)
+        if importance == "fisher":
+            from ..errors import CalibrationError
+
+            raise CalibrationError(
+                f"importance='fisher' needs a model with logits to draw labels from; {type(self.source).__name__} returns none. Use "
+                "importance='variance' for a bare encoder, or add a task head."
+            )
+        return []
+
+    def directions_of(self, site: Site) -> Directions:
+        """Directions of a site, computed once."""
+        if site.name not in self.directions:
+            self.directions[site.name] = site_directions(
+                self.teacher, site, self.anatomy, self.calibration, self.config.basis
+            )
+        return self.directions[site.name]
+
+    def subspace_of(self, site: Site) -> SignalSubspace:
+        """Spectral diagnosis of a site, computed once."""
+        if site.name not in self.subspaces:
+            config = self.config
+            self.subspaces[site.name] = signal_subspace(
+                self._merged(site),
+                estimator=config.edge_estimator,
+                n_effective=config.n_effective,
+                tracy_widom_alpha=config.tracy_widom_alpha,
+                min_rank=config.min_rank,
+                **config.edge_options,
+            )
+        return self.subspaces[site.name]
+
+    def _merged(self, site: Site) -> SecondMoments:
+        """Moments of all places of a site that are on one scale: for the stream, those behind its norms."""
+        points = [p for p in site.points if p.side == "output"] or list(site.points)
+        if len({p.path for p in points}) < len(points) or site.kind != "hidden":
+            points = points[:1] if site.kind != "attention_qk" else points
+        merged = copy.deepcopy(self.calibration.moments[points[0]])
+        for point in points[1:]:
+            merged.merge(self.calibration.moments[point])
+        return merged
+
+    def couples(self) -> list[Couple]:
+        """The widths there are to decide, each with what it costs to narrow it."""
+        grouped: dict[str, list[Site]] = {}
+        for site in self.sites:
+            grouped.setdefault(site.couple, []).append(site)
+        return [self._couple(name, tuple(members)) for name, members in grouped.items()]
+
+    def _couple(self, name: str, members: tuple[Site, ...]) -> Couple:
+        lead = next(site for site in members if site.kind != "pooled")
+        floor, step, stride = couple_grid(lead, self.config)
+        damage = sum(self.directions_of(site).damage for site in members if site.kind != "pooled")
+        subspaces = [self.subspace_of(site) for site in members if site.kind != "pooled"]
+        score = torch.stack([_group_means(s.eigenvalues / s.edge, lead) for s in subspaces]).mean(0)
+        rank = max(math.ceil(s.rank / lead.groups) for s in subspaces)
+        rank = min(lead.group_width, max(floor, -(-rank // step) * step))
+        return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
+
+    def plan(
+        self, target_reduction: float | None = None, reference_parameters: int | None = None
+    ) -> tuple[dict[str, int], list[BudgetPoint]]:
+        """({couple: features of a group}, curve): by budget where there is a target, else by the spectral edges.
+
+        Raises:
+            BudgetError: the target cannot be reached, or already is.
+        """
+        couples = self.couples()
+        target = self.config.target_reduction if target_reduction is None else target_reduction
+        if target is not None:
+            whole = float(reference_parameters or count_parameters(self.source))
+            count = parameters_of(self.teacher, self.anatomy)
+
+            def scoped(couple: Couple):
+                return parameters_of(self.teacher, self.anatomy, self._units_of(couple))
+
+            return allocate(couples, count, scoped, (1 - target) * whole, whole, self.config, "parameters")
+        if self.config.target_flops is not None:
+            positions = self._positions()
+            count = flops_of(self.teacher, self.anatomy, positions)
+            whole = count({})
+
+            def scoped(couple: Couple):
+                return flops_of(self.teacher, self.anatomy, positions, self._units_of(couple))
+
+            goal = (1 - self.config.target_flops) * whole
+            return allocate(couples, count, scoped, goal, whole, self.config, "FLOPs")
+        return {c.name: c.rank for c in couples}, []
+
+    def _units_of(self, couple: Couple):
+        names = {site.name for site in couple.sites} | ({"pooler"} if couple.name == "hidden" else set())
+        return [u for u in self.anatomy.units if names & {u.reads, u.writes, u.factor}]
+
+    def _positions(self) -> dict[str, float]:
+        """{unit path: positions a sample is applied at}, from one batch."""
+        positions: dict[str, float] = {}
+        size = len(next(iter(self.batches[0].values())))
+
+        def see(point: Point, x: torch.Tensor) -> None:
+            positions[point.path] = (x.numel() / x.shape[1] if x.dim() == 4 else x.numel() / x.shape[-1]) / size
+
+        from .calibration import observed
+
+        linear = [u.path for u in self.anatomy.units if has_module(self.teacher, u.path)]
+        linear = [p for p in linear if isinstance(get_module(self.teacher, p), (nn.Linear, nn.Conv2d)) or hasattr(get_module(self.teacher, p), "down")]
+        with observed(self.teacher, [Point(p) for p in linear], see), torch.no_grad():
+            self.teacher(**model_inputs(self.batches[0]))
+        return positions
+
+    def report(self, couples: dict[str, int], curve: list[BudgetPoint]) -> SpectralReport:
+        """The spectra of all sites in question and what the plan makes of them."""
+        widths = site_widths(couples, self.anatomy)
+        spectra = [
+            SiteSpectrum(s.name, s.kind, s.width, widths.get(s.name, s.width), self.subspace_of(s))
+            for s in self.sites
+            if s.kind != "pooled"
+        ]
+        after = parameters_of(self.teacher, self.anatomy)(couples)
+        return SpectralReport(tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict())
+
+    def operate(self, couples: dict[str, int]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        """The narrow model for {couple: features of a group}, and its projections."""
+        cuts = self._cuts(couples)
+        provenance = {"base_model": self.source.config._name_or_path, "parameters_before": count_parameters(self.source)}
+        previous = getattr(self.source.config, "rmtkd", None)
+        if previous:
+            provenance = {**previous.get("provenance", {}), "rounds": previous.get("provenance", {}).get("rounds", 1) + 1}
+        student = build_student(self.teacher, self.anatomy, couples, self.config.to_dict(), provenance)
+        initialise(student, self.teacher, self.anatomy, cuts)
+        student.tie_weights()
+        if self.config.refit and self.config.form == "absorbed":
+            refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
+        return student, self._stream_projection(cuts)
+
+    def _cuts(self, couples: dict[str, int]) -> Cuts:
+        chosen, stream = {}, None
+        order = sorted(self.anatomy.sites.values(), key=lambda site: site.kind != "hidden")
+        for site in order:
+            if site.couple in couples:
+                chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
+                if site.kind == "hidden":
+                    stream = chosen[site.name][""]
+        return Cuts(chosen)
+
+    def _stream_projection(self, cuts: Cuts) -> dict[str, torch.Tensor]:
+        cut = cuts.of("hidden", "")
+        if cut is None:
+            return {}
+        # the folded stream of a pre-norm model is the old one less its mean over features
+        basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
+        return {"hidden": basis.float().to(self.source.device)}
+
+
+def _group_means(values: torch.Tensor, site: Site) -> torch.Tensor:
+    """(width,) descending values -> (group_width,): heads are cut alike, so their k-th directions go together."""
+    return values[: site.width].reshape(site.group_width, site.groups).mean(1)
+
+
+def _share(samples: int, accelerator: Any) -> int:
+    return samples if accelerator is None else -(-samples // accelerator.num_processes)
+
+
+def _all_batches(batches: list[dict[str, torch.Tensor]], device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The batches of all processes, rank after rank: the refit runs where all data are."""
+    from accelerate.utils import gather_object
+
+    gathered = gather_object([{k: v.cpu() for k, v in batch.items()} for batch in batches])
+    return [{k: v.to(device) for k, v in batch.items()} for batch in gathered]
+
+
+def analyze(
+    model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig | None = None, *, progress: bool = True
+) -> SpectralReport:
+    """Spectra of a model's sites and the widths that a recipe would give them; nothing is cut.
+
+    Args:
+        model: any supported PreTrainedModel; left untouched.
+        dataloader: yields mappings of model inputs; the first `config.calibration_samples` samples are used.
+
+    Raises:
+        UnsupportedArchitectureError, CalibrationError, BudgetError: see `optimum_rmtkd.errors`.
+    """
+    surgeon = Surgeon(model, dataloader, config or RMTKDConfig(), progress=progress)
+    return surgeon.report(*surgeon.plan())
+
+
+def narrow(
+    model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig | None = None, *, progress: bool = True
+) -> PreTrainedModel:
+    """One cut, no training: a new, narrow model; `model` is left bit-identical.
+
+    Arguments and errors as for `analyze`.
+    """
+    return reduce(model, dataloader, config or RMTKDConfig(), progress=progress).model
+
+
+def narrow_to(
+    model: PreTrainedModel, dataloader: Iterable, couples: dict[str, int], config: RMTKDConfig, *, progress: bool = True
+) -> PreTrainedModel:
+    """Narrow to given widths, {couple: features of a group} (a site's `couple` names it), instead of found ones."""
+    anatomy = anatomy_of(model, config)
+    known = {site.couple: site.group_width for site in anatomy.sites.values()}
+    wrong = {name: width for name, width in couples.items() if not 1 <= width <= known.get(name, 0)}
+    if wrong:
+        raise RMTKDError(f"Widths {wrong}: expected a couple and at most its width a group, of {known}.")
+    names = [site.name for site in anatomy.sites.values() if site.couple in couples]
+    return Surgeon(model, dataloader, config, names, progress=progress).operate(dict(couples))[0]
+
+
+def reduce(
+    model: PreTrainedModel,
+    dataloader: Iterable,
+    config: RMTKDConfig,
+    *,
+    target_reduction: float | None = None,
+    reference_parameters: int | None = None,
+    sites: Iterable[str] | None = None,
+    accelerator: Any = None,
+    progress: bool = True,
+) -> Reduction:
+    """One cut, with all that a trainer wants to know of it; `model` is left untouched.
+
+    Args:
+        target_reduction: overrides the recipe's; a share of `reference_parameters`.
+        reference_parameters: of the uncut model; default: of this one.
+        sites: names of the sites to cut now; default: the recipe's.
+        accelerator: with several processes, each passes its own data; moments are summed over all, the main process decides
+            and cuts, and every process returns the same model.
+
+    Raises:
+        UnsupportedArchitectureError, CalibrationError, BudgetError, RMTKDError: see `optimum_rmtkd.errors`.
+    """
+    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress)
+    couples, curve = _agreed(surgeon.plan(target_reduction, reference_parameters), accelerator)
+    student, projections = surgeon.operate(couples)
+    if accelerator is not None and accelerator.num_processes > 1:
+        _broadcast_model(student, projections)
+    report = surgeon.report(couples, curve)
+    widths = site_widths(couples, surgeon.anatomy)
+    records = tuple(
+        SiteRecord(s.name, s.kind, s.width, s.planned, s.subspace.edge, s.subspace.rank)
+        for s in report.sites
+        if s.name in widths
+    )
+    return Reduction(
+        student, projections, records, count_parameters(model), count_parameters(student), report
+    )
+
+
+def _agreed(plan: tuple, accelerator: Any) -> tuple:
+    """The plan of the main process: equal moments could still round to different widths."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return plan
+    from accelerate.utils import broadcast_object_list
+
+    return tuple(broadcast_object_list(list(plan), from_process=0))
+
+
+def _broadcast_model(student: PreTrainedModel, projections: dict[str, torch.Tensor]) -> None:
+    """Weights of the main process to all others, bit for bit."""
+    from accelerate.utils import broadcast
+
+    with torch.no_grad():
+        for tensor in (*student.state_dict().values(), *projections.values()):
+            tensor.copy_(broadcast(tensor, from_process=0))

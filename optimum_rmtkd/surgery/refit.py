@@ -1,0 +1,311 @@
+"""Sequential least squares: every narrowed layer is fitted to the teacher's output from the student's own inputs.
+
+Shallow to deep, block by block: the teacher's activations inside one block are held for the calibration data, the student's
+are computed anew after each fit, so that a layer repairs what the layers before it lost.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .calibration import features_last, model_inputs, observed, token_mask
+from .narrowing import Cuts
+from .sites import Anatomy, Point, Unit, get_module, has_module
+
+
+__all__ = ["least_squares_update", "norm_fit", "refit"]
+
+MAX_TOKENS = 32768  # rows of a regression; ten times the widest input that is common
+
+
+class _Stop(Exception):
+    """Raised inside a forward pass once everything asked for has been seen."""
+
+
+@dataclass
+class Scope:
+    """Something that can be run on the data again and again: a block, or the whole model.
+
+    Attributes:
+        run: index of a batch -> output.
+        masks: per batch (batch, length) bool or None.
+    """
+
+    module: nn.Module
+    run: Callable[[int], Any]
+    masks: list[torch.Tensor | None]
+
+    def watch(self, index: int, points: list[Point]) -> dict[Point, torch.Tensor]:
+        """Activations at `points` in batch `index`; the pass ends as soon as all are seen."""
+        seen: dict[Point, torch.Tensor] = {}
+
+        def see(point: Point, x: torch.Tensor) -> None:
+            seen[point] = x.detach()
+            if len(seen) == len(set(points)):
+                raise _Stop
+
+        with observed(self.module, points, see), torch.no_grad():
+            try:
+                self.run(index)
+            except _Stop:
+                pass
+        return seen
+
+
+def least_squares_update(
+    inputs: list[torch.Tensor], residuals: list[torch.Tensor], ridge: float, intercept: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The change of a linear layer that best explains what it still misses.
+
+    Solves min |R - X D^T - 1 e^T|^2 + n lambda |D|^2, lambda = ridge * mean variance of X; ridge regression shrinks towards
+    the layer as it is, not towards zero, so a layer that fits exactly is left exactly as it is.
+
+    Args:
+        inputs: chunks (n_i, a); residuals: chunks (n_i, o), any float dtype. Products in fp32, sums in fp64.
+
+    Returns:
+        D (o, a) and e (o,), fp64; e is zero without `intercept`.
+    """
+    count = sum(len(x) for x in inputs)
+    zero = torch.zeros((), dtype=torch.float64, device=inputs[0].device)
+    mean_x = sum(x.double().sum(0) for x in inputs) / count if intercept else zero
+    mean_r = sum(r.double().sum(0) for r in residuals) / count if intercept else zero
+    gram = cross = 0.0
+    for x, r in zip(inputs, residuals, strict=True):
+        x = (x.float() - mean_x.float()) if intercept else x.float()
+        r = (r.float() - mean_r.float()) if intercept else r.float()
+        gram = gram + (x.T @ x).double()
+        cross = cross + (x.T @ r).double()
+    scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    gram = gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    update = torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).T
+    return update, (mean_r - update @ mean_x) if intercept else update.new_zeros(len(update))
+
+
+def norm_fit(normalised: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Scale and shift per coordinate by least squares.
+
+    Args:
+        normalised, target: (n, k).
+
+    Returns:
+        scale (k,), shift (k,) fp64, and usable (k,) bool: coordinates that vary enough to be fitted.
+    """
+    u, t = normalised.double(), target.double()
+    mean_u, mean_t = u.mean(0), t.mean(0)
+    variance = (u - mean_u).square().mean(0)
+    scale = ((u - mean_u) * (t - mean_t)).mean(0) / variance.clamp_min(1e-12)
+    return scale, mean_t - scale * mean_u, variance > 1e-9
+
+
+def refit(
+    student: nn.Module,
+    teacher: nn.Module,
+    anatomy: Anatomy,
+    cuts: Cuts,
+    batches: list[dict[str, torch.Tensor]],
+    ridge: float,
+    progress: bool = True,
+) -> None:
+    """Fit all units of `student` that a cut touches, in place, in forward order."""
+    batches = _cap(batches)
+    masks = [b["attention_mask"].bool() if "attention_mask" in b else None for b in batches]
+    with tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False) as bar:
+        scopes = _scopes(student, teacher, anatomy, batches, masks)
+        for units, student_scope, teacher_scope in scopes:
+            _fit_scope(units, student_scope, teacher_scope, cuts, ridge)
+            bar.update()
+
+
+def _cap(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+    """As many batches as hold MAX_TOKENS positions."""
+    kept, tokens = [], 0
+    for batch in batches:
+        if tokens >= MAX_TOKENS:
+            break
+        kept.append(batch)
+        mask = batch.get("attention_mask")
+        tokens += int(mask.sum()) if mask is not None else len(next(iter(batch.values())))
+    return kept
+
+
+def _scopes(student, teacher, anatomy, batches, masks) -> Iterator[tuple[list[Unit], Scope, Scope]]:
+    """What comes before the blocks, each block, and what comes after, with both networks ready to run."""
+    whole = [
+        Scope(model, lambda i, model=model: model(**model_inputs(batches[i])), masks) for model in (student, teacher)
+    ]
+    positions = [i for i, unit in enumerate(anatomy.units) if unit.block is not None]
+    first, last = (positions[0], positions[-1] + 1) if positions else (len(anatomy.units), len(anatomy.units))
+    yield list(anatomy.units[:first]), *whole
+    if anatomy.blocks:
+        replays = [Replay(model, anatomy.blocks, scope) for model, scope in zip((student, teacher), whole, strict=True)]
+        for block, units in itertools.groupby(anatomy.units[first:last], key=lambda unit: unit.block):
+            scopes = [replay.scope(block) for replay in replays]
+            yield list(units), *scopes
+            for replay in replays:
+                replay.advance(block)
+    yield list(anatomy.units[last:]), *whole
+
+
+class Replay:
+    """Runs the blocks of one model one at a time, from hidden states held between them."""
+
+    def __init__(self, model: nn.Module, blocks: tuple[str, ...], whole: Scope):
+        self.model, self.masks, self.at = model, whole.masks, 0
+        self.blocks = blocks
+        self.calls = [self._first_call(whole, i) for i in range(len(whole.masks))]
+
+    def _first_call(self, whole: Scope, index: int) -> tuple[tuple, dict]:
+        caught = []
+
+        def stop(_module, args, kwargs):
+            caught.append((args, kwargs))
+            raise _Stop
+
+        handle = get_module(self.model, self.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                whole.run(index)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+    def _call(self, index: int) -> torch.Tensor:
+        args, kwargs = self.calls[index]
+        output = get_module(self.model, self.blocks[self.at])(*args, **kwargs)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    def scope(self, block: str) -> Scope:
+        """The scope of one block; those before it are advanced over."""
+        while self.blocks[self.at] != block:
+            self.advance(self.blocks[self.at])
+        return Scope(self.model, self._call, self.masks)
+
+    def advance(self, block: str) -> None:
+        """Push the hidden states through a block."""
+        with torch.no_grad():
+            outputs = [self._call(i) for i in range(len(self.calls))]
+        self.calls = [
+            ((output, *args[1:]), kwargs) if args else (args, {**kwargs, next(iter(kwargs)): output})
+            for output, (args, kwargs) in zip(outputs, self.calls, strict=True)
+        ]
+        self.at += 1
+
+
+def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
+    """Whether least squares has anything to do: tables and what reads nothing cut are exact already."""
+    if not has_module(scope.module, unit.path):
+        return False
+    module = get_module(scope.module, unit.path)
+    if isinstance(module, (nn.Parameter, nn.Embedding)) or unit.factor is not None:
+        return False
+    if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+        return unit.writes in cuts or (isinstance(module, nn.BatchNorm2d) and bool(cuts.projections))
+    inside = unit.reads is not None or unit.block is not None
+    return hasattr(module, "weight") and (unit.reads in cuts or (inside and unit.writes in cuts))
+
+
+def _fit_scope(units: list[Unit], student: Scope, teacher: Scope, cuts: Cuts, ridge: float) -> None:
+    units = [unit for unit in units if _touched(unit, student, cuts)]
+    if not units:
+        return
+    points = [Point(u.path) for u in units] + [u.skip for u in units if u.skip is not None]
+    targets = [
+        {p: _rows(x, mask) if x.dim() < 4 else x for p, x in teacher.watch(i, points).items()}
+        for i, mask in enumerate(teacher.masks)
+    ]
+    for _, group in itertools.groupby(units, key=lambda u: (u.reads, u.skip, _is_norm(student, u) and u.path)):
+        group = list(group)
+        wanted = [Point(group[0].path, "input")] + ([group[0].skip] if group[0].skip is not None else [])
+        seen = [student.watch(i, wanted) for i in range(len(student.masks))]
+        for unit in group:
+            module = get_module(student.module, unit.path)
+            if _is_norm(student, unit):
+                _fit_norm(module, unit, seen, targets, student.masks, cuts)
+            else:
+                entries = [activations[wanted[0]] for activations in seen]  # one input for all units of the group
+                _fit_linear(module, unit, entries, seen, targets, student.masks, cuts, ridge)
+
+
+def _is_norm(scope: Scope, unit: Unit) -> bool:
+    return isinstance(get_module(scope.module, unit.path), (nn.LayerNorm, nn.BatchNorm2d))
+
+
+def _rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """(n, d) of the unmasked positions of (batch, length, d), (batch, d) or (batch, d, h, w)."""
+    keep = token_mask({"attention_mask": mask}, x) if mask is not None else None
+    x = features_last(x)
+    return x[keep] if keep is not None else x.reshape(-1, x.shape[-1])
+
+
+def _linear_rows(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What a linear layer multiplies its weight with, (n, in); patches (n, in * kernel) for a convolution."""
+    if not isinstance(module, nn.Conv2d):
+        return _rows(x, mask)
+    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+    return patches.mT.reshape(-1, patches.shape[1])
+
+
+def _project(rows: torch.Tensor, cut) -> torch.Tensor:
+    if cut is None:
+        return rows
+    if cut.index is not None:
+        return rows[:, cut.index.to(rows.device)]
+    return rows @ cut.encode.to(rows)
+
+
+def _fit_linear(module, unit, entries, seen, targets, masks, cuts, ridge) -> None:
+    writes = cuts.of(unit.writes, unit.path)
+    last = module.up if hasattr(module, "down") else module
+    inputs, residuals = [], []
+    for x, activations, target, mask in zip(entries, seen, targets, masks, strict=True):
+        y = target[Point(unit.path)]
+        x = module.down(x) if hasattr(module, "down") else x
+        rows, wanted = _linear_rows(last, x, mask), y if y.dim() < 4 else _rows(y, None)
+        if unit.skip is not None:
+            # the sum of both paths is what must be right: what the student's own skip path lacks is fitted, too
+            skip_t, skip_s = target[unit.skip], _rows(activations[unit.skip], mask)
+            wanted = _project(wanted + skip_t, writes) - skip_s
+        else:
+            wanted = _project(wanted, writes)
+        stride = max(1, -(-len(rows) * len(seen) // MAX_TOKENS))
+        rows, wanted = rows[::stride], wanted[::stride]
+        with torch.no_grad():
+            now = F.linear(rows, last.weight.flatten(1), last.bias)
+        inputs.append(rows)
+        residuals.append(wanted - now)
+    update, shift = least_squares_update(inputs, residuals, ridge, last.bias is not None)
+    with torch.no_grad():
+        last.weight.copy_(last.weight.double() + update.reshape(last.weight.shape))
+        if last.bias is not None:
+            last.bias.copy_(last.bias.double() + shift)
+
+
+def _fit_norm(module, unit, seen, targets, masks, cuts) -> None:
+    writes = cuts.of(unit.writes, unit.path)
+    normalised, wanted = [], []
+    for activations, target, mask in zip(seen, targets, masks, strict=True):
+        x, y = activations[Point(unit.path, "input")], target[Point(unit.path)]
+        if isinstance(module, nn.LayerNorm):
+            x = F.layer_norm(x, module.normalized_shape, eps=module.eps)
+        else:
+            x = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
+        rows, goal = _rows(x, mask), _project(y if y.dim() < 4 else _rows(y, None), writes)
+        stride = max(1, -(-len(rows) * len(seen) // MAX_TOKENS))
+        normalised.append(rows[::stride])
+        wanted.append(goal[::stride])
+    scale, shift, usable = norm_fit(torch.cat(normalised), torch.cat(wanted))
+    with torch.no_grad():
+        module.weight.copy_(torch.where(usable, scale, module.weight.double()))
+        if module.bias is not None:
+            module.bias.copy_(torch.where(usable, shift, module.bias.double()))

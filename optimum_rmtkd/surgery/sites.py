@@ -1,0 +1,208 @@
+"""What a network looks like to a surgeon: sites that can be cut, and the layers that read and write them.
+
+A *site* is a place of the network whose width can change: the residual stream, a feed-forward activation, the queries of a
+layer. A *unit* is a layer (or bare parameter) that reads one site with its input features and writes one with its output
+features. Sites and units together are the *anatomy* of one concrete model; a family of models is a layout from which
+anatomies are read off (`families`).
+
+Paths starting with "@." are relative to the backbone, the others to the whole model (`modeling_rmtkd.resolve_path`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..errors import RMTKDError, UnsupportedArchitectureError
+from ..modeling_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear, resolve_path
+
+
+__all__ = ["Anatomy", "Attribute", "Point", "Site", "Unit", "get_module", "has_module", "select_sites"]
+
+
+@dataclass(frozen=True)
+class Point:
+    """Where an activation is seen: the input or the output of the module at `path`."""
+
+    path: str
+    side: str = "output"
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place whose width can change.
+
+    Attributes:
+        name: unique in the model, for example "layer.3.intermediate".
+        kind: one of hidden, intermediate, attention_qk, attention_vo, embedding, channels, linear; or "pooled", the
+            element-wise width of a pooler, which follows the hidden width and is never chosen on its own.
+        width: number of features now.
+        points: where its activation is observed.
+        groups: number of attention heads the width is split into, 1 elsewhere; groups are cut alike.
+        depth: index of the block, -1 for the stream and the tables, the number of blocks for heads.
+        couple: sites with the same couple share one width a group.
+    """
+
+    name: str
+    kind: str
+    width: int
+    points: tuple[Point, ...]
+    groups: int = 1
+    depth: int = -1
+    couple: str = ""
+
+    @property
+    def group_width(self) -> int:
+        """Features of one group."""
+        return self.width // self.groups
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A layer or bare parameter, and the sites at its two ends.
+
+    Attributes:
+        path: spec path of the module or parameter.
+        reads, writes: names of the sites of its input and output features; None where that end never changes.
+        skip: where the residual path that its output is added to is seen.
+        lands: where the sum of both is seen.
+        block: path of the residual block it belongs to; None before and after the blocks.
+        factor: name of a site whose width becomes the rank of this layer (a decoder tied to a table of that width; a
+            factored layer; a factorised table).
+    """
+
+    path: str
+    reads: str | None = None
+    writes: str | None = None
+    skip: Point | None = None
+    lands: Point | None = None
+    block: str | None = None
+    factor: str | None = None
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A plain number on a module that follows a site: `per_group` the width of one head, else the width of all."""
+
+    path: str
+    name: str
+    site: str
+    per_group: bool
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """All sites and units of one model, units in forward order.
+
+    Attributes:
+        blocks: paths of the residual blocks, in forward order.
+        config_fields: {field of the config: site whose width it states}.
+        fixed_attrs: {path: {name: value}} that must be pinned when heads change (the softmax scale of the original head).
+        pre_norm: the stream is normalised before the layers that read it, and is itself a plain sum.
+        stream_parameters: paths of bare parameters that are added to the stream.
+    """
+
+    sites: dict[str, Site]
+    units: tuple[Unit, ...]
+    blocks: tuple[str, ...]
+    attributes: tuple[Attribute, ...] = ()
+    config_fields: dict[str, str] = field(default_factory=dict)
+    fixed_attrs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pre_norm: bool = False
+
+    def units_of(self, site: str) -> list[Unit]:
+        """Units that read, write or are factored by `site`."""
+        return [unit for unit in self.units if site in (unit.reads, unit.writes, unit.factor)]
+
+
+def get_module(model: nn.Module, path: str) -> nn.Module | nn.Parameter:
+    """Module or parameter at a spec path.
+
+    Raises:
+        UnsupportedArchitectureError: this model has none there.
+    """
+    parent, _, name = resolve_path(model, path).rpartition(".")
+    try:
+        found = getattr(model.get_submodule(parent), name, None)
+    except AttributeError:
+        found = None
+    if found is None:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} has nothing at {path!r}, which its family declares. Register a family whose layout fits "
+            "(optimum_rmtkd.register_family), or use form='factored', which works for every architecture."
+        )
+    return found
+
+
+def has_module(model: nn.Module, path: str) -> bool:
+    """Whether a module or parameter stands at a spec path."""
+    try:
+        get_module(model, path)
+    except UnsupportedArchitectureError:
+        return False
+    return True
+
+
+def module_parameters(module: nn.Module | nn.Parameter, delta: dict[str, int]) -> int:
+    """Number of parameters that a layer has once `delta` ("in", "out", "dim", "rank") is applied; without building it."""
+    if isinstance(module, nn.Parameter):
+        return module.numel() // module.shape[-1] * delta.get("dim", module.shape[-1])
+    if isinstance(module, (nn.Embedding, LowRankEmbedding)):
+        dim = delta.get("dim", getattr(module, "output_dim", module.embedding_dim))
+        rank = delta.get("rank", getattr(module, "rank", None))
+        return module.num_embeddings * dim if rank is None else rank * (module.num_embeddings + dim)
+    if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+        return len(list(module.parameters())) * delta.get("dim", module.weight.numel())
+    features_in, features_out, area = linear_shape(module)
+    features_in, features_out = delta.get("in", features_in), delta.get("out", features_out)
+    rank = delta.get("rank", getattr(module, "rank", None))
+    bias = features_out if module.bias is not None else 0
+    if rank is None:
+        return features_in * features_out * area + bias
+    return rank * (features_in + features_out) + bias
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int, int]:
+    """(input features, output features, kernel positions) of a linear layer or convolution, factored or not."""
+    if isinstance(module, (nn.Linear, LowRankLinear)):
+        return module.in_features, module.out_features, 1
+    if isinstance(module, (nn.Conv2d, LowRankConv2d)):
+        return module.in_channels // module.groups, module.out_channels, module.kernel_size[0] * module.kernel_size[1]
+    raise UnsupportedArchitectureError(f"A {type(module).__name__} is no linear layer or convolution that could be narrowed.")
+
+
+def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, int]) -> dict[str, int]:
+    """Spec entry of one unit under `widths` {site: new width}; empty where nothing of it changes."""
+    delta = {}
+    if isinstance(module, (nn.Embedding, nn.LayerNorm, nn.BatchNorm2d, nn.Parameter)):
+        if unit.writes in widths:
+            delta["dim"] = widths[unit.writes]
+    else:
+        if unit.reads in widths:
+            delta["in"] = widths[unit.reads]
+        if unit.writes in widths:
+            delta["out"] = widths[unit.writes]
+    if unit.factor in widths:
+        delta["rank"] = widths[unit.factor]
+    return delta
+
+
+def select_sites(anatomy: Anatomy, wanted: tuple[str, ...] | None) -> list[Site]:
+    """Sites that a recipe's `sites` names, by kind or by name; coupled partners come along.
+
+    Raises:
+        RMTKDError: a name that is neither; the message lists those of this model.
+    """
+    if wanted is None:
+        return list(anatomy.sites.values())
+    kinds = {site.kind for site in anatomy.sites.values()}
+    unknown = [name for name in wanted if name not in kinds and name not in anatomy.sites]
+    if unknown:
+        raise RMTKDError(
+            f"Unknown site(s) {', '.join(unknown)}. Kinds of this model: {', '.join(sorted(kinds - {'pooled'}))}; single "
+            f"sites: {', '.join(anatomy.sites)}."
+        )
+    couples = {site.couple for site in anatomy.sites.values() if site.kind in wanted or site.name in wanted}
+    return [site for site in anatomy.sites.values() if site.couple in couples]
