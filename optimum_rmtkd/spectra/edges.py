@@ -1,0 +1,413 @@
+"""Edge estimators: where the noise bulk ends. One function each, in one registry."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RMTKDError
+from . import marchenko_pastur as mp
+
+
+__all__ = ["EDGE_ESTIMATORS", "Edge", "Spectrum", "estimate_edge", "register_edge_estimator"]
+
+ROUNDOFF = 1e-10
+NULL_SHARE = 1e-6
+DEFLATION_ALPHA = 1e-3
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """What an edge estimator may look at.
+
+    Attributes:
+        eigenvalues: (d,) fp64, descending, >= 0, of the centred covariance.
+        n: number of samples the random-matrix formulas use (may be an effective one).
+        count: number of samples really seen; None means n. It bounds the number of non-zero eigenvalues.
+        diagonal: (d,) fp64, variance of each channel, for `dpa`.
+        vectors: (d, d) fp64, eigenvectors as columns in the order of the eigenvalues, for the deflation in `dpa`.
+        null_eigenvalues: (d,) fp64, of the sign-flipped samples, for `signflip`.
+    """
+
+    eigenvalues: Tensor
+    n: float
+    count: float | None = None
+    diagonal: Tensor | None = None
+    vectors: Tensor | None = None
+    null_eigenvalues: Tensor | None = None
+
+    @property
+    def dim(self) -> int:
+        """Number of channels d."""
+        return len(self.eigenvalues)
+
+    @cached_property
+    def positive(self) -> Tensor:
+        """Eigenvalues that are not numerically null, descending: the only ones that medians and quantiles may see.
+
+        Notes:
+            Dropped: (i) beyond count - 1, exact zeros of a centred sample covariance with few samples; (ii) below ROUNDOFF
+            (1e-10) of the largest: fp64 eigenvalues carry no digits there; (iii) below NULL_SHARE (1e-6) of the median of the
+            rest: an exact null direction (LayerNorm subtracts the mean) is seen at about 1e-8 of the typical variance when
+            the products are fp32, while a real direction a million times weaker than the median cannot matter.
+        """
+        count = self.n if self.count is None else self.count
+        rest = self.eigenvalues[: max(1, min(self.dim, math.ceil(count) - 1))]
+        rest = rest[rest > ROUNDOFF * rest[0]]
+        if not len(rest):
+            raise RMTKDError(
+                f"All {self.dim} eigenvalues are zero: the activations are constant, there is no spectrum."
+            )
+        return rest[rest > NULL_SHARE * rest.median()]
+
+    @property
+    def null_count(self) -> int:
+        """Number of numerically null eigenvalues."""
+        return self.dim - len(self.positive)
+
+    @property
+    def width(self) -> int:
+        """Channels the noise can live in: d less the structural null directions (unknowable when count <= d)."""
+        count = self.n if self.count is None else self.count
+        return self.dim if count <= self.dim else len(self.positive)
+
+    @property
+    def q(self) -> float:
+        """width / n."""
+        return self.width / self.n
+
+
+@dataclass(frozen=True)
+class Edge:
+    """Answer of an estimator: eigenvalues above `value` are signal.
+
+    Attributes:
+        value: the edge, in units of the eigenvalues.
+        noise_variance: estimated variance of the noise per channel; NaN when the estimator has no noise model.
+        details: JSON-able facts about how it was found. A `rank` entry, where present, is the exact rank (rules that count
+            directions rather than compare with an edge); a `warning` entry is shown to the user.
+    """
+
+    value: float
+    noise_variance: float
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def rank(self, spectrum: Spectrum) -> int:
+        """Number of directions kept, before any minimum or rounding."""
+        exact = self.details.get("rank")
+        return int((spectrum.positive > self.value).sum()) if exact is None else int(exact)
+
+
+EDGE_ESTIMATORS: dict[str, Callable[..., Edge]] = {}
+
+
+def register_edge_estimator(name: str) -> Callable[[Callable[..., Edge]], Callable[..., Edge]]:
+    """Register an edge estimator under a name that `signal_subspace(estimator=...)` and the recipe accept.
+
+    Write a pure function from a `Spectrum` to an `Edge`; its keyword arguments after the spectrum are its options:
+
+        @register_edge_estimator("kaiser")
+        def kaiser(spectrum: Spectrum, factor: float = 1.0) -> Edge:
+            mean = float(spectrum.positive.mean())
+            return Edge(factor * mean, mean)
+
+    Use `spectrum.positive`, not `spectrum.eigenvalues`, for anything like a median: it is free of numerically null
+    directions. An option called `tracy_widom_alpha` receives the user's setting of that name. Where something is missing
+    (too few eigenvalues, no null moments) raise RMTKDError saying what to do; comparisons then show it as a reason.
+
+    Raises:
+        RMTKDError: the name is taken.
+    """
+
+    def register(function: Callable[..., Edge]) -> Callable[..., Edge]:
+        if name in EDGE_ESTIMATORS:
+            raise RMTKDError(f"Edge estimator {name!r} is already registered; choose another name.")
+        EDGE_ESTIMATORS[name] = function
+        return function
+
+    return register
+
+
+def find_estimator(name: str) -> Callable[..., Edge]:
+    """The registered function. Raises RMTKDError listing the known names."""
+    if name not in EDGE_ESTIMATORS:
+        raise RMTKDError(f"Unknown edge estimator {name!r}. Known: {', '.join(sorted(EDGE_ESTIMATORS))}.")
+    return EDGE_ESTIMATORS[name]
+
+
+def estimator_options(name: str) -> list[str]:
+    """Names of the options that an estimator takes."""
+    return list(inspect.signature(find_estimator(name)).parameters)[1:]
+
+
+def estimate_edge(spectrum: Spectrum, estimator: str = "screenot", **options: Any) -> Edge:
+    """Run one registered estimator.
+
+    Raises:
+        RMTKDError: unknown estimator or option, or the estimator cannot be applied to this spectrum.
+    """
+    known = estimator_options(estimator)
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise RMTKDError(
+            f"Unknown option(s) {', '.join(unknown)} of edge estimator {estimator!r}. It takes: {', '.join(known) or 'none'}."
+        )
+    return find_estimator(estimator)(spectrum, **options)
+
+
+def _bulk_edge(spectrum: Spectrum, sigma2: float, alpha: float | None) -> float:
+    if alpha is None:
+        return mp.edges(spectrum.q, sigma2)[1]
+    return mp.tracy_widom_edge(spectrum.n, spectrum.width, sigma2, alpha)
+
+
+def _noise_below(spectrum: Spectrum, edge: float) -> float:
+    """Mean variance of the channels once everything above the edge is taken out."""
+    rest = spectrum.positive[spectrum.positive <= edge]
+    return float(rest.sum() / max(1, spectrum.width - (len(spectrum.positive) - len(rest))))
+
+
+@register_edge_estimator("mp_quantile")
+def mp_quantile(
+    spectrum: Spectrum, tau: float = 0.5, refine: bool = True, tracy_widom_alpha: float | None = None
+) -> Edge:
+    """The RMT-KD paper's rule: sigma2 = tau-quantile of the eigenvalues, refined; edge sigma2 (1 + sqrt q)^2.
+
+    Args:
+        tau: quantile in (0, 1).
+        refine: fit sigma2 by least squares between histogram and Marchenko-Pastur density on [lambda-, lambda+].
+
+    Notes:
+        arXiv 2509.15724, section 3. The fit is made in units of sigma2 (in units of the eigenvalues a larger sigma2 always
+        fits better, the integral being proportional to 1 / sigma2) and searches within the Marchenko-Pastur band around the
+        quantile: with q near 0 the band closes and the rule is the quantile itself.
+
+    Raises:
+        RMTKDError: tau outside (0, 1).
+    """
+    if not 0 < tau < 1:
+        raise RMTKDError(f"tau={tau}: expected a quantile in (0, 1).")
+    start = float(torch.quantile(spectrum.positive, tau))
+    sigma2 = _histogram_fit(spectrum, start) if refine else start
+    details = {"tau": tau, "sigma2_quantile": start}
+    return Edge(_bulk_edge(spectrum, sigma2, tracy_widom_alpha), sigma2, details)
+
+
+def _histogram_fit(spectrum: Spectrum, start: float, grid: int = 201) -> float:
+    q, ascending = spectrum.q, spectrum.positive.flip(0).contiguous()
+    low, high = mp.edges(q)
+    factors = torch.logspace(math.log10(max(low, 0.5)), math.log10(min(high, 2.0)), grid, dtype=torch.float64)
+    bins = max(8, min(64, round(2 * len(ascending) ** (1 / 3))))
+    nodes = torch.linspace(low, high, bins + 1, dtype=torch.float64)
+    # The law of the non-zero eigenvalues: for q > 1 the atom is not in `ascending`.
+    masses = mp.cdf(nodes, q).diff() * max(1.0, q)
+    position = torch.searchsorted(ascending, start * factors[:, None] * nodes.to(ascending)[None, :])
+    shares = position.diff(dim=1) / len(ascending)
+    return start * float(factors[(shares - masses).square().sum(1).argmin()])
+
+
+@register_edge_estimator("mp_median")
+def mp_median(spectrum: Spectrum, tracy_widom_alpha: float | None = None) -> Edge:
+    """sigma2 = median / mu_q, edge sigma2 (1 + sqrt q)^2. Right for white noise; keeps more as n grows otherwise."""
+    sigma2 = float(torch.quantile(spectrum.positive, 0.5)) / mp.median(spectrum.q)
+    return Edge(_bulk_edge(spectrum, sigma2, tracy_widom_alpha), sigma2)
+
+
+@register_edge_estimator("gavish_donoho")
+def gavish_donoho(spectrum: Spectrum) -> Edge:
+    """omega(beta)^2 times the median eigenvalue: optimal hard threshold for white noise (marchenko_pastur.py)."""
+    beta = min(spectrum.q, 1 / spectrum.q)
+    middle = float(torch.quantile(spectrum.positive, 0.5))
+    coefficient = mp.hard_threshold_coefficient(beta)
+    return Edge(coefficient**2 * middle, middle / mp.median(spectrum.q), {"omega": coefficient})
+
+
+@register_edge_estimator("signflip")
+def signflip(spectrum: Spectrum) -> Edge:
+    """Largest eigenvalue of the covariance of randomly sign-flipped samples (Hong, Sheng, Dobriban 2020).
+
+    Raises:
+        RMTKDError: no null moments.
+    """
+    if spectrum.null_eigenvalues is None:
+        raise RMTKDError(
+            "signflip needs the moments of sign-flipped samples: accumulate with SecondMoments(dim, null_moments=True)."
+        )
+    edge = float(spectrum.null_eigenvalues.max())
+    return Edge(edge, _noise_below(spectrum, edge))
+
+
+@register_edge_estimator("dpa")
+def dpa(spectrum: Spectrum, deflate: bool = True, tracy_widom_alpha: float | None = None) -> Edge:
+    """Deterministic parallel analysis: edge of the generalised Marchenko-Pastur law of the channel variances.
+
+    Args:
+        deflate: take out the components above the edge and start again until nothing new appears. Strong spikes inflate the
+            channel variances and would otherwise hide weaker ones (shadowing).
+
+    Notes:
+        Dobriban, Owen, "Deterministic parallel analysis", JRSS-B 81 (2019). The edge is the minimum over w in (0, 1 / max t)
+        of 1/w + q mean(t / (1 - w t)), t the channel variances. Tracy-Widom scale: El Karoui 2007. What is taken out of a
+        component is its signal variance 1 / D(lam), D(lam) = lam m (q m + (1 - q) / lam), m = mean of 1 / (lam - lam_j) over
+        the eigenvalues below the edge (Benaych-Georges, Nadakuditi 2012). Taking out lam itself would remove noise as well,
+        lower the edge, and run away: measured, 400 of 400 directions of white noise with 15 spikes.
+
+        Variance confined to one channel is noise to this rule and to signflip: a single massive channel lifts the edge above
+        everything; and where all channels are correlated, deflation goes on until little is left (`rank_undeflated` in
+        the details is the other end). Prefer screenot on such activations.
+
+    Raises:
+        RMTKDError: no diagonal, or no eigenvectors to deflate with.
+    """
+    if spectrum.diagonal is None or (deflate and spectrum.vectors is None):
+        raise RMTKDError("dpa needs Spectrum.diagonal, and Spectrum.vectors to deflate; got none.")
+    variances, kept, rounds = spectrum.diagonal, 0, 0
+    while deflate:
+        # What is taken out must be beyond doubt: one noise direction taken out by mistake lowers the edge onto the next.
+        sure = int((spectrum.positive > _generalised_edge(variances, spectrum.n, DEFLATION_ALPHA)).sum())
+        if sure <= kept:
+            break
+        kept, rounds = sure, rounds + 1
+        removed = spectrum.vectors[:, :kept].square() @ _spike_strengths(spectrum, kept)
+        variances = (spectrum.diagonal - removed).clamp_min(0)
+    edge = _generalised_edge(variances, spectrum.n, tracy_widom_alpha)
+    undeflated = _generalised_edge(spectrum.diagonal, spectrum.n, tracy_widom_alpha)
+    details = {"rounds": rounds, "deflated": kept, "rank_undeflated": int((spectrum.positive > undeflated).sum())}
+    return Edge(edge, float(variances.sum()) / max(1, spectrum.width), details)
+
+
+def _spike_strengths(spectrum: Spectrum, kept: int) -> Tensor:
+    """Signal variance (kept,) behind each of the leading eigenvalues, from those that follow."""
+    spikes, bulk = spectrum.positive[:kept], spectrum.positive[kept:]
+    if not len(bulk):
+        return spikes
+    ratio = len(bulk) / spectrum.n
+    # 1 / (lam - lam_j) has no pole: the last spike lies above the edge and the bulk at or below it.
+    mean = (1 / (spikes[:, None] - bulk[None, :])).mean(1)
+    return torch.minimum(spikes, 1 / (spikes * mean * (ratio * mean + (1 - ratio) / spikes)))
+
+
+def _generalised_edge(variances: Tensor, n: float, alpha: float | None) -> float:
+    t, ratio = variances / variances.max(), len(variances) / n
+
+    def slope(w: float) -> float:
+        return ratio * float((t * w / (1 - t * w)).square().mean()) - 1
+
+    low, high = 0.0, 1.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(middle) < 0 else (low, middle)
+    w = low
+    edge = 1 / w + ratio * float((t / (1 - t * w)).mean())
+    if alpha is not None:
+        cube = (1 + ratio * float((t * w / (1 - t * w)).pow(3).mean())) / w**3
+        edge += cube ** (1 / 3) * n ** (-2 / 3) * mp.tracy_widom_quantile(1 - alpha)
+    return edge * float(variances.max())
+
+
+@register_edge_estimator("screenot")
+def screenot(spectrum: Spectrum, rank_bound: int | None = None) -> Edge:
+    """Optimal hard threshold for low rank plus noise of unknown, possibly correlated, spectrum.
+
+    Args:
+        rank_bound: upper bound on the number of signal directions. None: a sweep over d/16, d/8, d/4. The answer is that
+            of the smallest bound which no larger bound contradicts (by finding more than it allows); a warning is attached
+            when the rank moves by more than 20 % of it over the bounds that hold.
+
+    Notes:
+        Donoho, Gavish, Romanov, "ScreeNOT: exact MSE-optimal singular value thresholding in correlated noise", Ann. Statist.
+        51 (2023). The top k singular values are replaced by an imputed edge, and the threshold y solves y D'(y) / D(y) = -4
+        with D(y) = phi (g phi + (1 - g) / y), phi = mean(y / (y^2 - z^2)), g = min(n/d, d/n).
+
+    Raises:
+        RMTKDError: fewer than 4 non-null eigenvalues, or 2 rank_bound + 1 not below their number.
+    """
+    values = spectrum.positive.sqrt()
+    aspect = min(spectrum.q, 1 / spectrum.q)
+    limit = (len(values) - 2) // 2
+    if limit < 1 or (rank_bound is not None and not 1 <= rank_bound <= limit):
+        raise RMTKDError(
+            f"screenot with rank_bound={rank_bound} on {len(values)} non-null eigenvalues: expected 1 <= rank_bound <= {limit}; "
+            "give more samples or another estimator."
+        )
+    wanted = [spectrum.dim // 16, spectrum.dim // 8, spectrum.dim // 4] if rank_bound is None else [rank_bound]
+    bounds = sorted({max(1, min(k, limit)) for k in wanted})
+    edges = [_screenot_threshold(_impute(values, bound), aspect) ** 2 for bound in bounds]
+    ranks = [int((spectrum.positive > edge).sum()) for edge in edges]
+    # A bound that a larger bound's answer exceeds was no upper bound; of the others the smallest leaves the most bulk as it is.
+    chosen = next(i for i in range(len(bounds)) if i == len(bounds) - 1 or max(ranks[i + 1 :]) <= bounds[i])
+    valid = ranks[chosen:] if chosen < len(bounds) - 1 else ranks
+    moved = (max(valid) - min(valid)) / max(1, ranks[chosen])
+    details: dict[str, Any] = {"rank_bounds": bounds, "ranks": ranks, "spread": moved}
+    if moved > 0.2:
+        details["warning"] = (
+            f"no separated bulk: the rank is a budget, not a finding (screenot answers {ranks} for rank bounds {bounds})"
+        )
+    return Edge(edges[chosen], _noise_below(spectrum, edges[chosen]), details)
+
+
+def _impute(values: Tensor, k: int) -> Tensor:
+    """Replace the k largest of the descending `values` by a square-root edge continuing the next k."""
+    steps = torch.arange(k, dtype=torch.float64, device=values.device) / k
+    rise = (1 - steps.pow(2 / 3)) / (2 ** (2 / 3) - 1)
+    return torch.cat([values[k] + rise * (values[k] - values[2 * k]), values[k:]])
+
+
+def _screenot_threshold(noise: Tensor, aspect: float) -> float:
+    """Root of y D'(y) / D(y) = -4 above the largest noise singular value; the left side is increasing."""
+    top = float(noise.max())
+    squares = (noise / top).square()
+
+    def steepness(y: float) -> float:
+        gap = y * y - squares
+        phi = float((y / gap).mean())
+        slope = -float(((y * y + squares) / gap.square()).mean())
+        mixed = aspect * phi + (1 - aspect) / y
+        return y * (slope / phi + (aspect * slope - (1 - aspect) / y**2) / mixed)
+
+    low, high = 1.0, 2.0
+    while steepness(high) < -4:
+        low, high = high, 2 * high
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if steepness(middle) < -4 else (low, middle)
+    return top * (low + high) / 2
+
+
+@register_edge_estimator("energy")
+def energy(spectrum: Spectrum, share: float = 0.95) -> Edge:
+    """Control without a noise model: the fewest directions that hold `share` of the variance.
+
+    Raises:
+        RMTKDError: share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise RMTKDError(f"share={share}: expected a share of the variance in (0, 1].")
+    kept = torch.cumsum(spectrum.positive, 0) / spectrum.positive.sum()
+    # At share = 1 rounding may leave the last sum a hair below 1.
+    rank = min(len(kept), int((kept < share * (1 - 1e-12)).sum()) + 1)
+    return _fixed_edge(spectrum, rank, {"share": share})
+
+
+@register_edge_estimator("fixed")
+def fixed(spectrum: Spectrum, rank: int) -> Edge:
+    """Control without a noise model: the `rank` largest directions.
+
+    Raises:
+        RMTKDError: rank outside [1, d].
+    """
+    if not 1 <= rank <= spectrum.dim:
+        raise RMTKDError(f"rank={rank}: expected a number in [1, {spectrum.dim}], the number of channels.")
+    return _fixed_edge(spectrum, rank, {})
+
+
+def _fixed_edge(spectrum: Spectrum, rank: int, details: dict[str, Any]) -> Edge:
+    value = float(spectrum.eigenvalues[rank]) if rank < spectrum.dim else 0.0
+    return Edge(value, math.nan, {**details, "rank": rank})

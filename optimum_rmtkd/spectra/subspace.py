@@ -1,0 +1,276 @@
+"""From moments to the subspace that is kept, with everything needed to judge it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CalibrationError, RMTKDError
+from . import marchenko_pastur as mp
+from .covariance import SecondMoments
+from .edges import EDGE_ESTIMATORS, Edge, Spectrum, estimate_edge, estimator_options
+
+
+__all__ = ["SignalSubspace", "signal_subspace", "spectrum_of"]
+
+
+@dataclass(frozen=True)
+class SignalSubspace:
+    """Leading eigenvectors of a covariance and the diagnosis of where they were cut.
+
+    Attributes:
+        basis: (d, rank) fp64, orthonormal columns by descending eigenvalue, the largest entry of each positive.
+        eigenvalues: (d,) fp64, descending, all of them.
+        estimator: name of the edge estimator.
+        edge: eigenvalues above are signal.
+        noise_variance: per channel; NaN when the estimator has no noise model.
+        rank: number of directions kept, after `min_rank` and `round_to`.
+        spectral_rank: what the estimator said.
+        n: number of samples seen.
+        n_eff: number of samples the formulas used.
+        q: channels over n_eff, null directions left out.
+        null_directions: number of numerically null eigenvalues.
+        variance_kept: share of the variance inside the basis.
+        ks_distance: Kolmogorov-Smirnov distance between the eigenvalues below the edge and the Marchenko-Pastur law fitted
+            to their median; NaN with fewer than two of them.
+        split_half_overlap: ||U1^T U2||_F^2 / rank of the leading subspaces of two halves of the samples, in [0, 1]; NaN when
+            not computed.
+        last_overlap: squared cosine to be expected between the last direction above the edge and the truth, under the spiked
+            model; NaN without a noise model.
+        ranks: spectral rank under every other estimator that applies.
+        skipped: estimator -> why it does not apply.
+        details: of the edge.
+        warnings: sentences for the user.
+    """
+
+    basis: Tensor
+    eigenvalues: Tensor
+    estimator: str
+    edge: float
+    noise_variance: float
+    rank: int
+    spectral_rank: int
+    n: int
+    n_eff: float
+    q: float
+    null_directions: int
+    variance_kept: float
+    ks_distance: float
+    split_half_overlap: float
+    last_overlap: float
+    ranks: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def dim(self) -> int:
+        """Number of channels d."""
+        return len(self.eigenvalues)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: everything but the basis; NaN and infinities become None."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "basis"}
+        values |= {"dim": self.dim, "eigenvalues": self.eigenvalues.tolist(), "warnings": list(self.warnings)}
+        return _jsonable(values)
+
+
+def signal_subspace(
+    moments: SecondMoments,
+    *,
+    estimator: str = "screenot",
+    n_effective: str | int = "none",
+    tracy_widom_alpha: float | None = None,
+    min_rank: int = 1,
+    round_to: int = 1,
+    compare: bool = True,
+    split_half: bool | None = None,
+    **options: Any,
+) -> SignalSubspace:
+    """Find the signal directions of accumulated moments.
+
+    Args:
+        moments: with at least 2 samples.
+        estimator: a name in EDGE_ESTIMATORS.
+        n_effective: sample size in the formulas. "none": `moments.sample_size`; "auto": `moments.n_effective`; or a number.
+        tracy_widom_alpha: level of the finite-size correction, for the estimators that have one (a warning for the others).
+        min_rank: the rank is at least this, and at most d.
+        round_to: the rank is rounded up to a multiple of this, and cut at d.
+        compare: also run every other estimator.
+        split_half: compute the split-half overlap (two more eigendecompositions). None: as `compare`.
+        options: of the estimator, for example `tau`, `share`, `rank`, `rank_bound`.
+
+    Raises:
+        CalibrationError: fewer than 2 samples, constant or non-finite activations.
+        RMTKDError: unknown estimator or option, or the estimator cannot be applied.
+    """
+    if min_rank < 1 or round_to < 1:
+        raise RMTKDError(f"min_rank={min_rank}, round_to={round_to}: expected whole numbers of at least 1.")
+    spectrum = spectrum_of(moments, n_effective)
+    edge = _estimate(spectrum, estimator, tracy_widom_alpha, options)
+    found = edge.rank(spectrum)
+    rank = min(spectrum.dim, math.ceil(max(found, min_rank) / round_to) * round_to)
+    ranks, skipped = _compare(spectrum, estimator, tracy_widom_alpha) if compare else ({}, {})
+    distance = bulk_distance(spectrum, found)
+    eigenvalues = spectrum.eigenvalues
+    last = math.nan
+    if found and edge.noise_variance > 0:
+        spike = mp.sample_to_spike(float(eigenvalues[found - 1]), spectrum.q, edge.noise_variance)
+        last = mp.eigenvector_overlap(spike, spectrum.q, edge.noise_variance)
+    return SignalSubspace(
+        basis=spectrum.vectors[:, :rank].clone(),
+        eigenvalues=eigenvalues,
+        estimator=estimator,
+        edge=edge.value,
+        noise_variance=edge.noise_variance,
+        rank=rank,
+        spectral_rank=found,
+        n=moments.count,
+        n_eff=float(spectrum.n),
+        q=spectrum.q,
+        null_directions=spectrum.null_count,
+        variance_kept=float(eigenvalues[:rank].sum() / eigenvalues.sum()),
+        ks_distance=distance,
+        split_half_overlap=_split_half_overlap(moments, rank)
+        if (compare if split_half is None else split_half)
+        else math.nan,
+        last_overlap=last,
+        ranks=ranks,
+        skipped=skipped,
+        details=edge.details,
+        warnings=_warnings(spectrum, estimator, edge, found, distance, tracy_widom_alpha),
+    )
+
+
+def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spectrum:
+    """Eigendecomposition in fp64 of the centred covariance, ready for the estimators.
+
+    Notes:
+        The covariance is a difference of sums, so an exact null direction comes out as about -1e-16 of the largest
+        eigenvalue; a variance cannot be negative, and such values are set to 0.
+
+    Raises:
+        CalibrationError: fewer than 2 samples, constant or non-finite activations.
+        RMTKDError: n_effective is neither "none", "auto" nor a number above 1.
+    """
+    covariance = moments.covariance
+    if moments.count < 2:
+        raise CalibrationError(
+            f"Got {moments.count} sample(s): a covariance needs at least 2; pass more calibration data."
+        )
+    values, vectors = _eigh(covariance)
+    if not values[0] > 0:
+        raise CalibrationError(
+            f"The {moments.count} samples of {moments.dim} channels are all equal: no variance, no spectrum. Check that the hook "
+            "sits on an activation that depends on the input."
+        )
+    null = moments.null_covariance
+    return Spectrum(
+        eigenvalues=values,
+        n=_sample_size(moments, n_effective),
+        count=moments.count,
+        diagonal=covariance.diagonal().clone(),
+        vectors=vectors,
+        null_eigenvalues=None if null is None else torch.linalg.eigvalsh(null).flip(0),
+    )
+
+
+def bulk_distance(spectrum: Spectrum, rank: int) -> float:
+    """Kolmogorov-Smirnov distance between the eigenvalues beyond `rank` and the Marchenko-Pastur law of their median."""
+    bulk = spectrum.positive[rank:].flip(0)
+    if len(bulk) < 2:
+        return math.nan
+    q = max(1, spectrum.width - rank) / spectrum.n
+    atom = max(0.0, 1 - 1 / q)
+    sigma2 = float(torch.quantile(bulk, 0.5)) / mp.median(q)
+    fitted = (mp.cdf(bulk, q, sigma2) - atom) / (1 - atom)
+    steps = torch.arange(len(bulk) + 1, dtype=torch.float64, device=bulk.device) / len(bulk)
+    return float(torch.maximum((fitted - steps[:-1]).abs().max(), (fitted - steps[1:]).abs().max()))
+
+
+def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Descending eigenvalues (d,) clipped at 0 and eigenvectors (d, d) of deterministic sign."""
+    if not bool(torch.isfinite(covariance).all()):
+        bad = int((~torch.isfinite(covariance)).sum())
+        raise CalibrationError(
+            f"{bad} of {covariance.numel()} entries of the covariance are NaN or infinite; expected finite sums."
+        )
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    # An eigenvector is defined up to its sign only; LAPACK's choice differs between builds.
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return values, vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors)
+
+
+def _sample_size(moments: SecondMoments, n_effective: str | int) -> float:
+    if n_effective == "none":
+        return moments.sample_size
+    if n_effective == "auto":
+        return max(2.0, moments.n_effective)
+    if isinstance(n_effective, (int, float)) and not isinstance(n_effective, bool) and n_effective > 1:
+        return float(n_effective)
+    raise RMTKDError(f"n_effective={n_effective!r}: expected 'none', 'auto' or a number above 1.")
+
+
+def _estimate(spectrum: Spectrum, name: str, alpha: float | None, options: dict[str, Any]) -> Edge:
+    if alpha is not None and "tracy_widom_alpha" in estimator_options(name):
+        options = {**options, "tracy_widom_alpha": alpha}
+    return estimate_edge(spectrum, name, **options)
+
+
+def _compare(spectrum: Spectrum, chosen: str, alpha: float | None) -> tuple[dict[str, int], dict[str, str]]:
+    ranks, skipped = {}, {}
+    for name in sorted(set(EDGE_ESTIMATORS) - {chosen}):
+        if name == "fixed":
+            skipped[name] = "the rank is the user's"
+            continue
+        try:
+            ranks[name] = _estimate(spectrum, name, alpha, {}).rank(spectrum)
+        except RMTKDError as error:
+            skipped[name] = str(error)
+    return ranks, skipped
+
+
+def _split_half_overlap(moments: SecondMoments, rank: int) -> float:
+    halves = moments.half_covariances()
+    if halves is None:
+        return math.nan
+    first, second = (_eigh(half)[1][:, :rank] for half in halves)
+    return float((first.T @ second).square().sum() / rank)
+
+
+def _warnings(spectrum, estimator, edge, found, distance, alpha) -> tuple[str, ...]:
+    texts = []
+    if spectrum.q < 0.01:
+        percent = 100 * ((1 + math.sqrt(spectrum.q)) ** 2 - 1)
+        texts.append(
+            f"quantile rule: q = {spectrum.q:.2g}, the Marchenko-Pastur edge lies within {percent:.0f} % of sigma^2, so rules based "
+            "on a quantile or the median keep the share of directions above it, whatever the spectrum"
+        )
+    if distance > 0.1:
+        texts.append(
+            f"bulk is not Marchenko-Pastur: Kolmogorov-Smirnov distance {distance:.2f} (> 0.1); the rank is a heuristic"
+        )
+    if found > spectrum.dim / 2:
+        texts.append(
+            f"more than half is signal: {found} of {spectrum.dim} directions lie above the edge; low rank plus noise fails"
+        )
+    if alpha is not None and "tracy_widom_alpha" not in estimator_options(estimator):
+        texts.append(f"tracy_widom_alpha has no effect on {estimator}")
+    if "warning" in edge.details:
+        texts.append(edge.details["warning"])
+    return tuple(texts)
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
