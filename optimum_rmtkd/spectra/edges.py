@@ -295,6 +295,8 @@ def _spike_strengths(spectrum: Spectrum, kept: int) -> Tensor:
 
 
 def _generalised_edge(variances: Tensor, n: float, alpha: float | None) -> float:
+    if not variances.max() > 0:
+        return 0.0  # deflation took everything: no noise is left to have an edge
     t, ratio = variances / variances.max(), len(variances) / n
 
     def slope(w: float) -> float:

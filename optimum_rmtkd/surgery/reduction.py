@@ -103,7 +103,10 @@ def stage_sites(model: PreTrainedModel, config: RMTKDConfig) -> list[list[str]]:
 
 
 class Surgeon:
-    """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it."""
+    """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
+
+    `thorough` adds the diagnostics that cost further eigendecompositions (the overlap of two halves of the data).
+    """
 
     def __init__(
         self,
@@ -113,10 +116,11 @@ class Surgeon:
         sites: Iterable[str] | None = None,
         accelerator: Any = None,
         progress: bool = True,
+        thorough: bool = False,
     ):
         if not isinstance(model, PreTrainedModel):
             raise RMTKDError(f"Expected a transformers PreTrainedModel, got {type(model).__name__}.")
-        self.source, self.config, self.progress = model, config, progress
+        self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
@@ -173,6 +177,7 @@ class Surgeon:
                 n_effective=config.n_effective,
                 tracy_widom_alpha=config.tracy_widom_alpha,
                 min_rank=config.min_rank,
+                split_half=self.thorough,
                 **config.edge_options,
             )
         return self.subspaces[site.name]
@@ -327,7 +332,7 @@ def analyze(
     Raises:
         UnsupportedArchitectureError, CalibrationError, BudgetError: see `optimum_rmtkd.errors`.
     """
-    surgeon = Surgeon(model, dataloader, config or RMTKDConfig(), progress=progress)
+    surgeon = Surgeon(model, dataloader, config or RMTKDConfig(), progress=progress, thorough=True)
     return surgeon.report(*surgeon.plan())
 
 

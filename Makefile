@@ -1,0 +1,52 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+
+# What an install depends on: with an unchanged pyproject.toml the stamp is newer and nothing is installed again.
+RECIPE := pyproject.toml constraints.txt optimum_rmtkd/commands/register_rmtkd.py
+
+.PHONY: help demo test slow_tests quality style benchmark clean
+
+help:
+	@echo "make demo        install into $(VENV) and run the demonstration (no network once installed)"
+	@echo "make test        install the development extras and run the quick tests"
+	@echo "make slow_tests  the tests marked slow"
+	@echo "make quality     ruff check and ruff format --check"
+	@echo "make style       let ruff repair what it can"
+	@echo "make benchmark   the measurements quoted in README.md"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: $(RECIPE) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.installed-dev: $(RECIPE) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[dev]"
+	@touch $@ $(VENV)/.installed-demo
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/optimum-cli rmtkd demo -o rmtkd-demo --overwrite
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests -m "not slow" -n 2
+
+slow_tests: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests -m slow
+
+quality: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+style: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: $(VENV)/.installed-dev
+	@test -n "$(wildcard examples/benchmarks/*.py)" || { echo "no script in examples/benchmarks yet"; exit 1; }
+	@set -e; for script in $(wildcard examples/benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
+
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache

@@ -1,0 +1,64 @@
+"""`optimum-cli rmtkd analyze`: what each site of a model could lose. Changes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..config import RMTKDConfig
+from ..errors import RMTKDError
+from .base import Command, set_help
+from .data import DataArguments
+from .options import add_options, add_recipe_options, from_options, recipe_from_options
+
+
+__all__ = ["AnalyzeCommand"]
+
+USAGE = "optimum-cli rmtkd analyze --model MODEL (--train-file FILE | --dataset NAME) [options]"
+
+DESCRIPTION = """\
+Run a little data through a fine-tuned model and print, for each site that can be narrowed, its width, its noise edge,
+the rank that lies above it, and the rank under the other edge estimators. Nothing is cut and nothing is trained.
+"""
+
+EPILOG = """\
+examples:
+  a text classifier on local files; text and label columns are found
+    optimum-cli rmtkd analyze --model ./my-bert --train-file train.csv
+  the same numbers for another tool, and a picture
+    optimum-cli rmtkd analyze --model ./my-bert --train-file train.parquet --json spectra.json --plot spectra.png
+  the rule of the paper, on all tokens
+    optimum-cli rmtkd analyze --model ./my-bert --train-file train.csv --edge-estimator mp_quantile --sample-unit token
+  a dataset of the Hub
+    optimum-cli rmtkd analyze --model org/bert-sst2 --dataset glue --dataset-config sst2
+"""
+
+
+class AnalyzeCommand(Command):
+    @staticmethod
+    def parse_args(parser):
+        set_help(parser, DESCRIPTION, EPILOG, USAGE)
+        parser.add_argument("--model", required=True, help="Hub name or local folder of a fine-tuned classifier.")
+        parser.add_argument("--batch-size", type=int, default=32, help="Samples in one forward pass. Default: 32.")
+        parser.add_argument("--json", metavar="FILE", help="Also write the report as JSON.")
+        parser.add_argument("--plot", metavar="FILE", help="Also plot the spectra (needs matplotlib).")
+        add_options(parser, DataArguments, "data")
+        add_recipe_options(parser)
+
+    def execute(self) -> None:
+        recipe: RMTKDConfig = recipe_from_options(self.args)
+        data = from_options(DataArguments, self.args)
+        for path in (self.args.json, self.args.plot):
+            if path and not Path(path).absolute().parent.is_dir():
+                raise RMTKDError(f"Cannot write {path}: its folder does not exist.")
+
+        from ..surgery import analyze
+        from .task import load_task
+
+        task = load_task(self.args.model, data, recipe.seed)
+        loader = task.calibration_loader(self.args.batch_size, recipe.seed)
+        report = analyze(task.model, loader, recipe)
+        print(report.table())
+        if self.args.json:
+            report.to_json(self.args.json)
+        if self.args.plot:
+            report.plot(self.args.plot)

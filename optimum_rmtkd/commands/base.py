@@ -1,0 +1,44 @@
+"""What every command shares: its help text and the way its errors reach the user."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+
+from optimum.commands.base import BaseOptimumCLICommand
+
+from ..errors import RMTKDError
+
+
+__all__ = ["Command", "set_help"]
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def set_help(parser: ArgumentParser, description: str, epilog: str, usage: str | None = None) -> None:
+    """Give `parser` a description and an epilog that keep their line breaks, and a usage shorter than all its options.
+
+    optimum creates the parser itself and passes on no formatter, so it is set afterwards.
+    """
+    parser.usage = usage
+    parser.formatter_class = RawDescriptionHelpFormatter
+    parser.description, parser.epilog = description, epilog
+
+
+class Command(BaseOptimumCLICommand):
+    """A command whose expected errors end in one line on stderr and exit code 2; anything else keeps its traceback."""
+
+    def execute(self) -> None:
+        raise NotImplementedError
+
+    def run(self) -> None:
+        try:
+            self.execute()
+        except RMTKDError as error:
+            message = " ".join(str(error).split())
+            print(f"optimum-cli rmtkd {self.COMMAND.name}: error: {message}", file=sys.stderr)
+            raise SystemExit(EXIT_USER_ERROR) from error
+        except KeyboardInterrupt as interrupt:
+            print(f"optimum-cli rmtkd {self.COMMAND.name}: interrupted, nothing was written", file=sys.stderr)
+            raise SystemExit(EXIT_INTERRUPTED) from interrupt

@@ -1,0 +1,55 @@
+"""The `rmtkd` group of commands of optimum-cli."""
+
+from __future__ import annotations
+
+from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
+
+from .analyze import AnalyzeCommand
+from .base import set_help
+from .compress import CompressCommand
+from .demo import DemoCommand
+
+
+__all__ = ["RMTKDCommand"]
+
+DESCRIPTION = """\
+Narrow a Transformers model by the spectra of its own activations, distil it back, save it so that from_pretrained
+reloads it.
+"""
+
+EPILOG = """\
+examples:
+  optimum-cli rmtkd demo
+      the whole way on a small vision transformer, without network, in a few minutes
+  optimum-cli rmtkd analyze --model MODEL --train-file train.csv
+      what every part of a model could lose; changes nothing
+  optimum-cli rmtkd compress --model MODEL --train-file train.csv --validation-file dev.csv --target-reduction 0.8 -o OUT
+      cut, distil, evaluate, save
+
+Each command has its own --help.
+"""
+
+
+class RMTKDCommand(BaseOptimumCLICommand):
+    COMMAND = CommandInfo(name="rmtkd", help="Compress models by random-matrix spectra and self-distillation.")
+    SUBCOMMANDS = (
+        CommandInfo(
+            name="analyze",
+            help="Print the spectrum of every site of a model and the width it would keep.",
+            subcommand_class=AnalyzeCommand,
+        ),
+        CommandInfo(
+            name="compress",
+            help="Narrow a fine-tuned model, distil it, evaluate it and save it.",
+            subcommand_class=CompressCommand,
+        ),
+        CommandInfo(
+            name="demo",
+            help="Train, narrow, distil and reload a small vision transformer; needs no network.",
+            subcommand_class=DemoCommand,
+        ),
+    )
+
+    @staticmethod
+    def parse_args(parser):
+        set_help(parser, DESCRIPTION, EPILOG)

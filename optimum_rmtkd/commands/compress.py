@@ -1,0 +1,253 @@
+"""`optimum-cli rmtkd compress`: cut, distil, evaluate, save."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..config import RMTKDConfig
+from ..errors import RMTKDError
+from .base import Command, set_help
+from .data import DataArguments
+from .options import add_options, add_recipe_options, from_options, option, recipe_from_options
+from .output import comparison, format_table, weight_bytes, writing_beside
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..trainer import Stage
+    from .task import Task
+
+
+__all__ = ["CompressCommand", "TrainingOptions"]
+
+RECIPE_NAME = "rmtkd_recipe.json"
+
+USAGE = "optimum-cli rmtkd compress --model MODEL (--train-file FILE | --dataset NAME) -o OUT [options]"
+
+DESCRIPTION = """\
+Narrow a fine-tuned text or image classifier (or regressor), distil it from its former self, and save it with its
+tokenizer or image processor. No width is chosen by hand: give the share of parameters to remove, or nothing, and the
+spectral edge of each site decides.
+"""
+
+EPILOG = """\
+examples:
+  remove 80 % of the parameters of a text classifier and distil for one epoch
+    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
+        --target-reduction 0.8 -o ./my-bert-small
+  only cut: no training, a few seconds
+    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
+        --target-reduction 0.5 --no-train -o ./my-bert-cut
+  two text columns, and a dataset of the Hub
+    optimum-cli rmtkd compress --model org/bert-mrpc --dataset glue --dataset-config mrpc \\
+        --text-column sentence1 sentence2 --target-reduction 0.6 -o ./small
+  an image classifier on a folder of images, one sub-folder for each class
+    optimum-cli rmtkd compress --model ./my-vit --train-file ./train --validation-file ./test -o ./small
+  the schedule and the edge of the paper
+    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --edge-estimator mp_quantile --tau 0.5 \\
+        --schedule layerwise --teacher previous -o ./small
+
+reload:
+  import optimum_rmtkd
+  model = AutoModelForSequenceClassification.from_pretrained("./my-bert-small")
+
+OUT appears only when everything has succeeded. For training on several devices use examples/text_classification.py.
+"""
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How the narrowed model is distilled."""
+
+    train: bool = option(True, "Distil after the cut. --no-train: one cut, no training.")
+    epochs: float = option(1.0, "Passes over the training rows.")
+    max_steps: int = option(-1, "Stop after so many optimizer steps; -1: as many as the epochs need.")
+    batch_size: int = option(32, "Rows in one step on one device.")
+    learning_rate: float = option(3e-4, "Peak learning rate of AdamW.")
+    weight_decay: float = option(0.01, "Weight decay of AdamW.")
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    gradient_accumulation_steps: int = option(1, "Batches summed up into one step.")
+    bf16: bool = option(False, "Train in bfloat16 mixed precision.")
+    logging_steps: int = option(100, "Steps between two lines of the training log.")
+    checkpoints: str | None = option(
+        None, "Folder for checkpoints: kept, and continued from if it already holds one. None: no checkpoints."
+    )
+    save_steps: int = option(500, "Steps between two checkpoints.")
+
+    def __post_init__(self):
+        if self.epochs <= 0 or self.batch_size < 1 or self.learning_rate <= 0:
+            raise RMTKDError(
+                f"--epochs {self.epochs:g}, --batch-size {self.batch_size}, --learning-rate {self.learning_rate:g}: "
+                "expected numbers above 0."
+            )
+
+
+class CompressCommand(Command):
+    @staticmethod
+    def parse_args(parser):
+        set_help(parser, DESCRIPTION, EPILOG, USAGE)
+        parser.add_argument("--model", required=True, help="Hub name or local folder of a fine-tuned classifier.")
+        parser.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder of the reduced model.")
+        parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it holds something.")
+        parser.add_argument(
+            "--save-dtype",
+            choices=("auto", "float32", "float16", "bfloat16"),
+            default="auto",
+            help="Number format of the saved weights. Default: auto, that of the original checkpoint.",
+        )
+        parser.add_argument(
+            "--push-to-hub",
+            nargs="?",
+            const="",
+            metavar="REPO",
+            help="Also upload OUT to the Hub. Default REPO: the name of OUT, in your own name space.",
+        )
+        add_options(parser, DataArguments, "data")
+        add_options(parser, TrainingOptions, "training")
+        add_recipe_options(parser)
+
+    def execute(self) -> None:
+        recipe = recipe_from_options(self.args)
+        data = from_options(DataArguments, self.args)
+        training = from_options(TrainingOptions, self.args)
+        _check_single_process()
+        with writing_beside(self.args.output, self.args.overwrite) as folder:
+            table = _compress(self.args.model, data, training, recipe, self.args.save_dtype, folder)
+        print(table)
+        print(f"saved to {self.args.output}")
+        if self.args.push_to_hub is not None:
+            _push(Path(self.args.output), self.args.push_to_hub)
+
+
+def _check_single_process() -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        raise RMTKDError(f"compress runs in one process, this is one of {world}: use examples/text_classification.py.")
+
+
+def _compress(
+    name: str, data: DataArguments, training: TrainingOptions, recipe: RMTKDConfig, save_dtype: str, folder: Path
+) -> str:
+    """Fill `folder` with the reduced model and return the table before / after."""
+    from ..surgery import count_parameters, family_of
+    from ..trainer.stages import write_journal
+    from .task import evaluate, load_task, stored_dtype, weights_folder
+
+    task = load_task(name, data, recipe.seed)
+    family_of(task.model)  # an unsupported architecture is refused before the first forward pass
+    parameters = count_parameters(task.model)
+    before = evaluate(task, task.model)
+    model, stages = _distil(task, training, recipe, folder) if training.train else _cut(task, training, recipe)
+
+    dtype = stored_dtype(name) if save_dtype == "auto" else save_dtype
+    model = _rounded_to(model, dtype)
+    after = evaluate(task, model)
+    _save(model, dtype, task, folder)
+    recipe.to_json_file(folder / RECIPE_NAME)
+    write_journal(folder, stages, recipe, parameters, count_parameters(model))
+    rows = comparison(
+        parameters=(parameters, count_parameters(model)),
+        size=(weight_bytes(weights_folder(name)), weight_bytes(folder)),
+        metric=task.metric,
+        values=(before, after),
+    )
+    return format_table(("", "before", "after", "change"), rows)
+
+
+def _cut(task: Task, training: TrainingOptions, recipe: RMTKDConfig) -> tuple[PreTrainedModel, list[Stage]]:
+    """One cut without training: a single stage, without a metric."""
+    from ..surgery import reduce
+    from ..trainer import Stage
+
+    reduction = reduce(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
+    stage = Stage(
+        index=0,
+        step=0,
+        sites=tuple(site.to_dict() for site in reduction.sites),
+        parameters_before=reduction.parameters_before,
+        parameters_after=reduction.parameters_after,
+        target_reduction=recipe.target_reduction,
+        status="accepted",
+        reason="cut without training",
+    )
+    return reduction.model, [stage]
+
+
+def _distil(
+    task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
+) -> tuple[PreTrainedModel, list[Stage]]:
+    """The whole schedule of cuts and distillation."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from ..trainer import RMTKDTrainer, RMTKDTrainingArguments
+
+    args = RMTKDTrainingArguments(
+        output_dir=training.checkpoints or str(folder / "trainer"),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=max(training.batch_size, 64),
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup_steps,
+        bf16=training.bf16,
+        logging_steps=training.logging_steps,
+        save_strategy="steps" if training.checkpoints else "no",
+        save_steps=training.save_steps,
+        save_total_limit=2,
+        seed=recipe.seed,
+        report_to="none",
+        remove_unused_columns=False,
+        metric_for_best_model=task.metric,
+        greater_is_better=True,
+    )
+    trainer = RMTKDTrainer(
+        model=task.model,
+        args=args,
+        rmtkd_config=recipe,
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        processing_class=task.processor,
+        data_collator=task.collator,
+        compute_metrics=task.compute_metrics,
+    )
+    there = training.checkpoints is not None and Path(training.checkpoints).is_dir()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.checkpoints) if there else None)
+    return trainer.accelerator.unwrap_model(trainer.model), list(trainer.stages)
+
+
+def _rounded_to(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
+    """The same float32 model with the values it will have on disk, so that what is evaluated is what is saved."""
+    import torch
+
+    return model if dtype == "float32" else model.to(getattr(torch, dtype)).to(torch.float32)
+
+
+def _save(model: PreTrainedModel, dtype: str, task: Task, folder: Path) -> None:
+    import torch
+
+    shutil.rmtree(folder / "trainer", ignore_errors=True)
+    model.to("cpu", getattr(torch, dtype)).save_pretrained(folder)
+    task.processor.save_pretrained(folder)
+
+
+def _push(folder: Path, repo: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        repo_id = api.create_repo(repo or folder.name, exist_ok=True).repo_id
+        url = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Reduced with optimum-rmtkd")
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise RMTKDError(
+            f"The model is saved in {folder}, but it could not be uploaded: {error}. Log in with 'hf auth login', then "
+            f"'hf upload {repo or folder.name} {folder}'."
+        ) from error
+    print(f"pushed to {url}")

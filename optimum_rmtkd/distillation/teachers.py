@@ -1,0 +1,144 @@
+"""Teachers: models that answer in evaluation mode and receive no gradient."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RMTKDError
+from .features import capture
+
+
+__all__ = ["EMATeacher", "FrozenTeacher", "SnapshotTeacher", "Teacher", "check_compatible", "clean_copy", "fingerprint"]
+
+# What accelerate leaves on a prepared module; a copy that kept them would run the original's forward wrapper.
+_PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
+
+
+class Teacher:
+    """Calls `model` on a batch without gradient.
+
+    Not an `nn.Module`: registered beneath a student it would be saved, counted and optimised with it.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model.eval()
+        parameters = inspect.signature(type(model).forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        self._accepted = None if takes_any else set(parameters)
+
+    @torch.no_grad()
+    def __call__(
+        self, inputs: Mapping[str, Any], paths: Iterable[str] = (), drop: Iterable[str] = ()
+    ) -> tuple[Any, dict[str, torch.Tensor]]:
+        """Run the model on `inputs` less the keys in `drop` (the labels) and those that its forward does not take.
+
+        Returns:
+            (outputs, features by path)
+        """
+        # An encoder-decoder derives its decoder inputs from the labels.
+        keep_labels = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
+        dropped = set() if keep_labels else set(drop)
+        kept = {k: v for k, v in inputs.items() if k not in dropped and (self._accepted is None or k in self._accepted)}
+        with capture(self.model, paths) as features:
+            outputs = self.model(**kept)
+        return outputs, features
+
+    def update(self, student: nn.Module) -> None:
+        """Called after every optimizer step; a teacher that follows the student overrides it."""
+
+
+class FrozenTeacher(Teacher):
+    """A given model, as it is. The model is put in evaluation mode and otherwise left untouched."""
+
+
+class SnapshotTeacher(FrozenTeacher):
+    """A copy of the student, taken now."""
+
+    def __init__(self, student: nn.Module):
+        super().__init__(clean_copy(student))
+
+
+class EMATeacher(SnapshotTeacher):
+    """Exponential moving average of the student: t <- decay t + (1 - decay) s after every step, in the weights' dtype.
+
+    It has the student's own shapes, so it is created anew at each cut, from the student just cut: what was lost in the cut
+    has to come back through the other objectives.
+    """
+
+    def __init__(self, student: nn.Module, decay: float = 0.999):
+        super().__init__(student)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, student: nn.Module) -> None:
+        new = dict(student.named_parameters())
+        for name, old in self.model.named_parameters():
+            old.lerp_(new[name].to(old.dtype), 1.0 - self.decay)
+        for old, fresh in zip(self.model.buffers(), student.buffers(), strict=True):
+            old.copy_(fresh)
+
+
+def clean_copy(model: nn.Module) -> nn.Module:
+    """A deep copy in evaluation mode, free of gradients and of what accelerate hung on the original."""
+    twin = copy.deepcopy(model)
+    for name in _PREPARED:
+        twin.__dict__.pop(name, None)
+    for parameter in twin.parameters():
+        parameter.grad = None
+    return twin.eval()
+
+
+def fingerprint(model: nn.Module, per_tensor: int = 256) -> str:
+    """Hash of names, shapes, dtypes and at most `per_tensor` evenly spaced raw values of each tensor.
+
+    Milliseconds where a full hash takes seconds; any training step moves nearly every value, so two different sets of
+    weights agree only if somebody edited single entries.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // per_tensor)][:per_tensor].contiguous().cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(picked.view(torch.uint8).numpy().tobytes() if picked.numel() else b"")
+    return digest.hexdigest()
+
+
+def check_compatible(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a teacher whose answers do not mean what the student's mean.
+
+    Raises:
+        RMTKDError: different vocabularies, numbers of labels, or meanings of a label.
+    """
+    ours, theirs = student.config, teacher.config
+    for what, get in (("vocab_size", _vocab_size), ("num_labels", lambda config: getattr(config, "num_labels", None))):
+        mine, other = get(ours), get(theirs)
+        if mine is not None and other is not None and mine != other:
+            raise RMTKDError(
+                f"teacher_model ({type(teacher).__name__}) has {what}={other}, the student ({type(student).__name__}) "
+                f"{what}={mine}; expected the same. Distillation needs one tokenizer and one label set for both: choose a "
+                "teacher trained with the student's, or leave teacher_model out for self-distillation."
+            )
+    mine, other = _label_names(ours), _label_names(theirs)
+    if mine and other and mine != other:
+        raise RMTKDError(
+            f"teacher_model calls its labels {other}, the student {mine}; expected the same names at the same indices. "
+            "Reorder the labels of one of the two, or set the same id2label if only the names differ."
+        )
+
+
+def _vocab_size(config) -> int | None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def _label_names(config) -> dict[int, str] | None:
+    """id2label, or None where it is the placeholder LABEL_0, LABEL_1, ... and says nothing."""
+    names = {int(k): str(v) for k, v in (getattr(config, "id2label", None) or {}).items()}
+    return None if all(v == f"LABEL_{k}" for k, v in names.items()) else names

@@ -1,0 +1,123 @@
+"""Makes narrowed models known to transformers' Auto classes, without importing torch before anybody needs it."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import sys
+from types import ModuleType
+
+
+__all__ = ["install", "register_model_type"]
+
+AUTO_MODULE = "transformers.models.auto.modeling_auto"
+CONFIGS = {
+    "bert": "BertConfig",
+    "roberta": "RobertaConfig",
+    "xlm-roberta": "XLMRobertaConfig",
+    "camembert": "CamembertConfig",
+    "distilbert": "DistilBertConfig",
+    "electra": "ElectraConfig",
+    "vit": "ViTConfig",
+    "deit": "DeiTConfig",
+    "resnet": "ResNetConfig",
+}
+
+
+def install() -> None:
+    """Register now if transformers' Auto classes are loaded, else as soon as they are.
+
+    transformers calls no entry points, so whoever wants its Auto classes to know more must import something; waiting for
+    the Auto classes themselves keeps `import optimum_rmtkd` free of torch.
+    """
+    if AUTO_MODULE in sys.modules:
+        _register_configs()
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Finds the Auto module as Python would, and registers behind its execution; then it is gone."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name != AUTO_MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        run = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            _register_configs()
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def _register_configs() -> None:
+    import transformers
+
+    from . import modeling_rmtkd
+    from .errors import SpecMismatchError
+
+    modeling_rmtkd.SpecMismatchError = SpecMismatchError  # the file knows nothing of the package, the package lends its name
+    if _register_models not in modeling_rmtkd.CONFIG_HOOKS:
+        modeling_rmtkd.CONFIG_HOOKS.append(_register_models)
+    for name in CONFIGS.values():
+        if hasattr(transformers, name):
+            _register_config(modeling_rmtkd.reduced_class(getattr(transformers, name)))
+
+
+def _register_config(config_class: type) -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
+
+    if config_class.model_type not in CONFIG_MAPPING:
+        AutoConfig.register(config_class.model_type, config_class)
+        # makes save_pretrained copy the file and write auto_map, for readers without the plugin
+        config_class.register_for_auto_class()
+
+
+def _register_models(config_class: type) -> None:
+    """Register the model classes of one narrowed config, when it is first used: modelling code is slow to import."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    from . import modeling_rmtkd
+
+    if getattr(config_class, "_rmtkd_registered", False):
+        return
+    config_class._rmtkd_registered = True
+    base = config_class.__mro__[1]
+    _register_config(config_class)
+    _share_tokenizer(base, config_class)
+    for auto in vars(modeling_auto).values():
+        mapping = getattr(auto, "_model_mapping", None) if isinstance(auto, type) else None
+        if mapping is None or base not in mapping:
+            continue
+        classes = mapping[base] if isinstance(mapping[base], (tuple, list)) else (mapping[base],)
+        for cls in classes:
+            reduced = modeling_rmtkd.reduced_class(cls) if hasattr(transformers, cls.__name__) else None
+            if reduced is not None and len(classes) == 1:
+                auto.register(config_class, reduced, exist_ok=True)
+                reduced.register_for_auto_class(auto.__name__)
+
+
+def _share_tokenizer(base: type, config_class: type) -> None:
+    """Narrowed models read what their dense ones do."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
+
+    for mapping in (TOKENIZER_MAPPING, IMAGE_PROCESSOR_MAPPING):
+        if base in mapping and config_class not in mapping:
+            mapping.register(config_class, mapping[base])
+
+
+def register_model_type(config_class: type) -> None:
+    """Make narrowed models of a user's own family known to the Auto classes.
+
+    Args:
+        config_class: the dense model's config class; it must be an attribute of `transformers`.
+    """
+    from . import modeling_rmtkd
+
+    _register_models(modeling_rmtkd.reduced_class(config_class))

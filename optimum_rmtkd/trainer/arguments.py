@@ -1,0 +1,23 @@
+"""Training arguments: transformers' own, with the one default that a cut inside training needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+__all__ = ["RMTKDTrainingArguments"]
+
+
+@dataclass
+class RMTKDTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments`; what concerns the reduction itself lives in `RMTKDConfig`."""
+
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={
+            "help": "As in TrainingArguments, but off by default: every parameter of a reduced model takes part in the loss, "
+            "and the search costs a pass over the graph at every step."
+        },
+    )

@@ -1,0 +1,91 @@
+"""What a resumed run needs besides transformers' own checkpoint: `rmtkd_state.json` and `rmtkd_state.safetensors`.
+
+The checkpoint's `config.json` already describes the architecture. Here lie the stages done, the projections between the
+teacher's stream and the student's, what the objectives learned from the calibration data, and those teachers that exist
+nowhere else (`previous`, `ema`). The initial teacher is not stored: it is the model that the user passes in again, and its
+fingerprint says whether it is the same one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RMTKDError
+from .stages import write_json
+
+
+__all__ = ["STATE", "TENSORS", "flatten", "read_state", "same_weights_or_raise", "subset", "write_state"]
+
+STATE = "rmtkd_state.json"
+TENSORS = "rmtkd_state.safetensors"
+VERSION = 1
+
+
+def write_state(folder: str | Path, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write both files into a checkpoint folder, tensors first: the JSON file stands for a whole pair."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    beside = folder / (TENSORS + ".tmp")
+    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, beside)
+    os.replace(beside, folder / TENSORS)
+    write_json(folder / STATE, {"version": VERSION, **values})
+
+
+def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
+    """Inverse of `write_state`; None where the folder holds no such state and an uncut model.
+
+    Raises:
+        RMTKDError: a reduced model without its state, or a state of another version.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    if not (folder / STATE).is_file():
+        config = folder / "config.json"
+        kind = json.loads(config.read_text(encoding="utf8")).get("model_type", "") if config.is_file() else ""
+        if str(kind).startswith("rmtkd_"):
+            raise RMTKDError(
+                f"{folder} holds a reduced model but no {STATE}: it was saved with save_only_model=True or by save_model(). "
+                "Resume from a checkpoint-N folder of a run with save_only_model=False, or start a new run from this model."
+            )
+        return None
+    values = json.loads((folder / STATE).read_text(encoding="utf8"))
+    if values.get("version") != VERSION:
+        raise RMTKDError(f"{folder / STATE} has version {values.get('version')!r}; expected {VERSION}.")
+    return values, load_file(folder / TENSORS)
+
+
+def same_weights_or_raise(expected: str, found: str, folder: str | Path) -> None:
+    """Raises:
+    RMTKDError: the model passed in is not the one that the checkpoint's run started from.
+    """
+    if expected != found:
+        raise RMTKDError(
+            f"The run in {folder} started from a model with fingerprint {expected[:12]}, the model passed to RMTKDTrainer has "
+            f"{found[:12]}. It is the teacher of the run and must be the same: pass the uncut model the run started from "
+            "(the same weights and dtype), or start a new run."
+        )
+
+
+def flatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Keys under "prefix/"."""
+    return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
+
+
+def subset(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Inverse of `flatten`: what lies under "prefix/"."""
+    return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + "/")}
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """Fill a skeleton, strictly; evaluation mode."""
+    model.load_state_dict(dict(tensors), strict=True)
+    return model.eval()

@@ -1,0 +1,214 @@
+"""The schedule of the cuts, their records and the stop rules: plain functions over plain data."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..config import RMTKDConfig
+from ..errors import BudgetError, RMTKDError
+
+
+__all__ = [
+    "JOURNAL",
+    "PlannedCut",
+    "Stage",
+    "geometric_shares",
+    "metric_dropped",
+    "metric_reached",
+    "narrowest",
+    "plan_cuts",
+    "spread_steps",
+    "stage_table",
+    "write_json",
+    "write_journal",
+]
+
+JOURNAL = "rmtkd_stages.json"
+ONE_CUT_UP_TO = 0.65  # rmt-kd.md, section 6: above this a single cut loses what a second round keeps
+
+
+@dataclass(frozen=True)
+class PlannedCut:
+    """One cut to come. `target_reduction` counts from the uncut model; None: the edge (or `target_flops`) decides."""
+
+    index: int
+    step: int
+    target_reduction: float | None = None
+    target_flops: float | None = None
+    sites: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What happened at one cut.
+
+    Attributes:
+        index, step: number of the stage, and optimizer steps done when it was cut.
+        sites: one dictionary per site: name, kind, width_before, width_after, edge, rank.
+        parameters_before, parameters_after: of the model, tied ones once.
+        metric_name, metric_before, metric_cut, metric_after: validation before the cut, just after it, at the end of the
+            stage; None without an eval_dataset.
+        status: "open" (being distilled), "accepted", "rolled_back" (metric fell too far), "rejected" (never applied).
+        reason: why it was rolled back or rejected, or why no further one follows.
+    """
+
+    index: int
+    step: int
+    sites: tuple[dict[str, Any], ...]
+    parameters_before: int
+    parameters_after: int
+    target_reduction: float | None = None
+    metric_name: str | None = None
+    metric_before: float | None = None
+    metric_cut: float | None = None
+    metric_after: float | None = None
+    status: str = "open"
+    reason: str | None = None
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the model still has the widths of this stage."""
+        return self.status in ("open", "accepted")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able dictionary; non-finite numbers become None."""
+        return _finite(asdict(self) | {"sites": [dict(site) for site in self.sites]})
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Stage:
+        """Inverse of `to_dict`."""
+        known = {item.name for item in fields(cls)}
+        return cls(**{k: v for k, v in values.items() if k in known} | {"sites": tuple(values["sites"])})
+
+
+def geometric_shares(target: float, rounds: int) -> tuple[float, ...]:
+    """Reductions after each round when every round keeps the same share of what is left: 1 - (1 - target)^(i / rounds)."""
+    return tuple(1.0 - (1.0 - target) ** (i / rounds) for i in range(1, rounds)) + (target,)
+
+
+def spread_steps(cuts: int, max_steps: int, share: float) -> tuple[int, ...]:
+    """Steps of the cuts: the first before step one, the last at `share` of the training, at least one step apart.
+
+    Raises:
+        RMTKDError: fewer training steps than cuts.
+    """
+    if cuts > max_steps:
+        raise RMTKDError(
+            f"{cuts} cuts in {max_steps} training steps: every stage needs at least one step to be distilled. Train longer "
+            "(max_steps, num_train_epochs), or lower `rounds` or restrict `sites`."
+        )
+    steps: list[int] = []
+    for i in range(cuts):
+        wanted = round(i * share * max_steps / max(cuts - 1, 1))
+        steps.append(max(wanted, steps[-1] + 1) if steps else 0)
+    # The push to one step apart may run past the end when the share is tiny; pull back from the right.
+    for i in range(cuts - 1, -1, -1):
+        steps[i] = min(steps[i], max_steps - (cuts - i))
+    return tuple(steps)
+
+
+def plan_cuts(config: RMTKDConfig, max_steps: int, groups: Sequence[Sequence[str]] = ()) -> tuple[PlannedCut, ...]:
+    """All cuts of a run.
+
+    Args:
+        groups: for schedule="layerwise", the sites of each layer, shallow to deep. Each is cut at its spectral edge; with
+            a target the run stops once it is met.
+    """
+    if config.schedule == "layerwise":
+        steps = spread_steps(len(groups), max_steps, config.stage_share)
+        return tuple(PlannedCut(i, s, sites=tuple(g)) for i, (s, g) in enumerate(zip(steps, groups, strict=True)))
+    target = config.target_reduction if config.target_reduction is not None else config.target_flops
+    rounds = config.rounds or (2 if target is not None and target > ONE_CUT_UP_TO else 1)
+    steps = spread_steps(rounds, max_steps, config.stage_share)
+    if config.target_reduction is not None:
+        shares = geometric_shares(target, rounds)
+        return tuple(PlannedCut(i, s, target_reduction=t) for i, (s, t) in enumerate(zip(steps, shares, strict=True)))
+    # FLOPs are counted against the model at hand, so every round removes the same share of what is left.
+    flops = None if target is None else 1.0 - (1.0 - target) ** (1.0 / rounds)
+    return tuple(PlannedCut(i, s, target_flops=flops) for i, s in enumerate(steps))
+
+
+def check_target(config: RMTKDConfig, parameters: int, reference: int) -> None:
+    """Refuse a target that the model already meets.
+
+    Raises:
+        BudgetError: nothing to remove.
+    """
+    if config.target_reduction is None:
+        return
+    allowed = round((1.0 - config.target_reduction) * reference)
+    if parameters <= allowed:
+        raise BudgetError(
+            f"The model has {parameters:,} parameters, {1 - parameters / reference:.1%} less than the {reference:,} of the "
+            f"uncut one; target_reduction={config.target_reduction} asks for at most {allowed:,}, which it already meets. "
+            "Give a larger target_reduction, or train it with a plain Trainer."
+        )
+
+
+def narrowest(sites: Iterable[dict[str, Any]]) -> tuple[str, float] | None:
+    """(name, width after / width before) of the site cut hardest; None without sites."""
+    ratios = [(site["width_after"] / site["width_before"], site["name"]) for site in sites if site["width_before"]]
+    return (min(ratios)[1], min(ratios)[0]) if ratios else None
+
+
+def metric_reached(value: float, baseline: float, share: float, greater_is_better: bool) -> bool:
+    """Has the metric come back to `share` of its value before the first cut? (a loss: to 1 / share of it)"""
+    return value >= share * baseline if greater_is_better else value * share <= baseline
+
+
+def metric_dropped(value: float, baseline: float, allowed: float, greater_is_better: bool) -> bool:
+    """Does the metric lie more than `allowed` below the uncut model's (a loss: above)? NaN counts as a drop."""
+    return not ((baseline - value if greater_is_better else value - baseline) <= allowed)
+
+
+def stage_table(stages: Sequence[Stage]) -> str:
+    """The stages as a table for people."""
+    rows = [("stage", "step", "parameters", "removed", "metric before", "cut", "after", "status")]
+    for stage in stages:
+        removed = 1 - stage.parameters_after / stages[0].parameters_before
+        metrics = [
+            "-" if m is None else f"{m:.4f}" for m in (stage.metric_before, stage.metric_cut, stage.metric_after)
+        ]
+        status = stage.status + (f" ({stage.reason})" if stage.reason else "")
+        size = f"{stage.parameters_before:,} -> {stage.parameters_after:,}"
+        rows.append((str(stage.index), str(stage.step), size, f"{removed:.1%}", *metrics, status))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if name := next((s.metric_name for s in stages if s.metric_name), None):
+        lines[0] += f"   [metric: {name}]"
+    return "\n".join(lines)
+
+
+def write_journal(folder: str | Path, stages: Sequence[Stage], config: RMTKDConfig, reference: int, parameters: int) -> None:
+    """Write `rmtkd_stages.json`: what is known so far, whole or not at all."""
+    values = {
+        "version": 1,
+        "parameters_before": reference,
+        "parameters_after": parameters,
+        "reduction": 1 - parameters / reference,
+        "recipe": config.to_dict(),
+        "stages": [stage.to_dict() for stage in stages],
+    }
+    write_json(Path(folder) / JOURNAL, values)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Beside, then rename: a reader never meets half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(_finite(values), indent=2) + "\n", encoding="utf8")
+    os.replace(beside, path)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

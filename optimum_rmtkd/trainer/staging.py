@@ -1,0 +1,388 @@
+"""The life of a run: when to cut, whether a stage stands, who teaches. It drives the trainer through a few named methods."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..distillation import EMATeacher, FrozenTeacher, Teacher, compose, fingerprint
+from ..distillation.teachers import clean_copy
+from . import checkpoint
+from .data import isolated_rng
+from .stages import (
+    PlannedCut,
+    Stage,
+    check_target,
+    metric_dropped,
+    metric_reached,
+    narrowest,
+    plan_cuts,
+    write_journal,
+)
+from .swap import DropoutSwitch, install, load_skeleton, skeleton
+
+
+if TYPE_CHECKING:
+    from .trainer import RMTKDTrainer
+
+
+__all__ = ["Staging"]
+
+logger = logging.getLogger(__name__)
+
+
+class Staging:
+    """State of the stages of one run.
+
+    Attributes:
+        plan: all cuts, done ones included; None before training begins.
+        stages: one record per cut that was tried.
+        initial: the uncut model, teacher "initial" and template of every architecture read from a checkpoint.
+        before: the model before the open stage, kept where it may be needed again (teacher "previous", roll-back).
+        projections, projections_before: teacher's stream -> student's, now and in `before`.
+        baseline: validation metric of the uncut model.
+        stopped: why no further cut will follow.
+    """
+
+    def __init__(self, trainer: RMTKDTrainer):
+        self.trainer, self.config = trainer, trainer.rmtkd_config
+        self.given_teacher: Teacher | None = None
+        self.dropout = DropoutSwitch()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run (a new trial from `model_init`)."""
+        self.plan: tuple[PlannedCut, ...] | None = None
+        self.stages: list[Stage] = []
+        self.initial: nn.Module | None = None
+        self.initial_fingerprint = ""
+        self.before: nn.Module | None = None
+        self.projections: dict[str, torch.Tensor] = {}
+        self.projections_before: dict[str, torch.Tensor] = {}
+        self.teacher: Teacher | None = None
+        self.baseline: float | None = None
+        self.stopped: str | None = None
+        self.retry_at: int | None = None
+        self._restored: dict[str, torch.Tensor] | None = None  # tensors of a checkpoint not yet taken up
+
+    # -- sizes ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the model now, tied ones once."""
+        from .. import surgery
+
+        return surgery.count_parameters(self.trainer.model)
+
+    @property
+    def reference_parameters(self) -> int:
+        """Parameters of the uncut model that reductions count from."""
+        from .. import surgery
+
+        return surgery.count_parameters(self.initial)
+
+    @property
+    def uses_previous(self) -> bool:
+        """Whether the model before each cut has to be kept."""
+        return self.config.max_metric_drop is not None or (self.given_teacher is None and self.config.teacher == "previous")
+
+    # -- moments of the run --------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Training begins or goes on: plan, the cuts that are due, teacher and objectives."""
+        self.remember_initial()
+        if self.plan is None:
+            self.plan = self._make_plan()
+        if self._restored is not None:
+            self._appoint_teacher()
+        self._disable_dropout()
+        self.advance(self.trainer.state.global_step)
+        if self.teacher is None:
+            self._appoint_teacher()
+
+    def remember_initial(self) -> None:
+        """Keep a copy of the model as the user passed it in."""
+        if self.initial is None:
+            self.initial = clean_copy(self.trainer.model)
+            self.initial_fingerprint = fingerprint(self.initial)
+
+    def advance(self, step: int) -> None:
+        """Make the cuts that are due after `step` optimizer steps. Gradients must have been cleared."""
+        cut = self._next_cut()
+        if cut is None or step < max(cut.step, self.retry_at or 0):
+            return
+        value = self.trainer.measure()
+        if self.baseline is None:
+            self.baseline = value
+        if self._must_wait(value):
+            self.retry_at = step + self.trainer.threshold_interval
+            return
+        self.retry_at = None
+        if self._close_stage(value) and not self._target_met():
+            self._cut(cut, step, value)
+
+    def end(self) -> None:
+        """Training is over: the last stage is judged, dropout comes back."""
+        if self.stages and self.stages[-1].status == "open":
+            self._close_stage(self.trainer.measure())
+        if (cut := self._next_cut()) is not None and self.stages:
+            logger.warning(
+                "%d of %d planned cuts were not made (the next one was due at step %d%s).",
+                len(self.plan) - cut.index,
+                len(self.plan),
+                cut.step,
+                ", and the validation metric stayed below stage_threshold" if self.retry_at else "",
+            )
+        self._warn_short_of_target()
+        self.dropout.restore()
+        self._write_journal()
+
+    # -- rules ---------------------------------------------------------------------------------------------------------
+
+    def _make_plan(self) -> tuple[PlannedCut, ...]:
+        from .. import surgery
+
+        check_target(self.config, self.parameters, self._declared_reference())
+        groups = surgery.stage_sites(self.trainer.model, self.config) if self.config.schedule == "layerwise" else ()
+        return plan_cuts(self.config, self.trainer.state.max_steps, groups)
+
+    def _declared_reference(self) -> int:
+        """A model that comes reduced says how large it once was."""
+        declared = (getattr(self.initial.config, "rmtkd", None) or {}).get("provenance", {}).get("parameters_before")
+        return max(int(declared or 0), self.parameters)
+
+    def _next_cut(self) -> PlannedCut | None:
+        done = len(self.stages)
+        return self.plan[done] if self.stopped is None and done < len(self.plan) else None
+
+    def _target_met(self) -> bool:
+        target = self.config.target_reduction
+        if target is None or self.parameters > (1 - target) * self.reference_parameters or not self.stages:
+            return False
+        self.stopped = "target met"
+        return True
+
+    def _must_wait(self, value: float | None) -> bool:
+        share = self.config.stage_threshold
+        if share is None or value is None or not self.stages:
+            return False
+        return not metric_reached(value, self.baseline, share, self.trainer.greater_is_better)
+
+    def _close_stage(self, value: float | None) -> bool:
+        """Judge the open stage by its metric; False if it was rolled back."""
+        if not self.stages or self.stages[-1].status != "open":
+            return True
+        allowed, stage = self.config.max_metric_drop, self.stages[-1]
+        if allowed is None or value is None or self.baseline is None:
+            self.stages[-1] = dataclasses.replace(stage, status="accepted", metric_after=value)
+        elif metric_dropped(value, self.baseline, allowed, self.trainer.greater_is_better):
+            reason = f"{stage.metric_name} {value:.4f}, uncut {self.baseline:.4f}, max_metric_drop {allowed:g}"
+            self.stages[-1] = dataclasses.replace(stage, status="rolled_back", metric_after=value, reason=reason)
+            self._roll_back(reason)
+            return False
+        else:
+            self.stages[-1] = dataclasses.replace(stage, status="accepted", metric_after=value)
+        self._write_journal()
+        return True
+
+    def _warn_short_of_target(self) -> None:
+        target, reached = self.config.target_reduction, 1 - self.parameters / self.reference_parameters
+        if target is not None and reached < target - 0.01:
+            why = self.stopped or "all planned stages are done"
+            logger.warning("The model is reduced by %.1f %%, target_reduction asks for %.1f %% (%s).", 100 * reached, 100 * target, why)
+
+    # -- the cut -------------------------------------------------------------------------------------------------------
+
+    def _cut(self, cut: PlannedCut, step: int, value: float | None) -> None:
+        self.dropout.restore()  # the reduced model must inherit the real rates
+        before = clean_copy(self.trainer.model) if self.uses_previous else None
+        reduction = self._reduce(cut)
+        stage = Stage(
+            index=cut.index,
+            step=step,
+            sites=tuple(site.to_dict() for site in reduction.sites),
+            parameters_before=reduction.parameters_before,
+            parameters_after=reduction.parameters_after,
+            target_reduction=cut.target_reduction,
+            metric_name=self.trainer.metric_name if value is not None else None,
+            metric_before=value,
+        )
+        hardest = narrowest(stage.sites)
+        if hardest and hardest[1] < self.config.min_rank_ratio:
+            reason = f"{hardest[0]} would keep {hardest[1]:.3f} of its width, min_rank_ratio is {self.config.min_rank_ratio:g}"
+            logger.warning("Stage %d is not cut: %s.", cut.index, reason)
+            self.stages.append(dataclasses.replace(stage, status="rejected", reason=reason))
+            self.stopped = reason
+            self._disable_dropout()
+            self._write_journal()
+            return
+        self._apply(reduction, before)
+        self.stages.append(dataclasses.replace(stage, metric_cut=self.trainer.measure()))
+        self._disable_dropout()
+        self.trainer.reports.append(reduction.report)
+        self._write_journal()
+        self.trainer.log_stage(self.stages[-1])
+
+    def _reduce(self, cut: PlannedCut):
+        from .. import surgery
+
+        config = self.config
+        if config.schedule == "layerwise":
+            config = config.replace(target_reduction=None, target_flops=None)
+        elif cut.target_flops is not None:
+            config = config.replace(target_flops=cut.target_flops)
+        with isolated_rng(config.seed):
+            return surgery.reduce(
+                self.trainer.model,
+                self.trainer.calibration_batches(),
+                config,
+                target_reduction=cut.target_reduction,
+                reference_parameters=self.reference_parameters,
+                sites=None if cut.sites is None else list(cut.sites),
+                accelerator=self.trainer.accelerator,
+                progress=not self.trainer.args.disable_tqdm,
+            )
+
+    def _apply(self, reduction: Any, before: nn.Module | None) -> None:
+        install(self.trainer, reduction.model)
+        cut = {name: matrix.detach().float() for name, matrix in reduction.projections.items()}
+        self.before, self.projections_before = before, self.projections
+        teacher = self.config.teacher
+        if teacher == "initial" or self.given_teacher is not None:
+            self.projections = compose(self.projections, cut)
+        else:
+            self.projections = cut if teacher == "previous" else {}
+        self._after_change()
+
+    def _roll_back(self, reason: str) -> None:
+        """The model before the stage comes back; it is the last one, so no cut follows."""
+        logger.warning("Stage %d is rolled back: %s.", self.stages[-1].index, reason)
+        self.dropout.restore()
+        install(self.trainer, clean_copy(self.before))
+        # The teacher before `before` is gone: from here on "previous" teaches the model what it was itself.
+        self.projections = {} if self.config.teacher == "previous" else self.projections_before
+        self.stopped = reason
+        self._after_change()
+        self._disable_dropout()
+        self.trainer.log_stage(self.stages[-1])
+        self._write_journal()
+
+    def _after_change(self) -> None:
+        # A metric of the larger network must not win `load_best_model_at_end`.
+        state = self.trainer.state
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self._appoint_teacher()
+
+    def _disable_dropout(self) -> None:
+        if self.config.disable_dropout and any(stage.accepted for stage in self.stages):
+            self.dropout.disable(self.trainer.model)
+
+    # -- teacher and objectives ----------------------------------------------------------------------------------------
+
+    def _appoint_teacher(self) -> None:
+        kind, model = self.config.teacher, self.trainer.model
+        if self.given_teacher is not None:
+            self.teacher = self.given_teacher
+        elif kind == "ema":
+            self.teacher = EMATeacher(model, self.config.ema_decay)
+            if average := checkpoint.subset("ema", self._restored or {}):
+                checkpoint.load_into(self.teacher.model, average)
+        elif kind == "previous" and self.before is not None:
+            self.teacher = FrozenTeacher(self.before)
+        else:
+            self.teacher = FrozenTeacher(self.initial)
+        for objective in self.trainer.objectives:
+            objective.to(self.trainer.args.device)
+            objective.setup(model, self.teacher.model, self.projections)
+        if self._restored is not None:
+            self._restore_objectives()
+        else:
+            self._fit_objectives()
+
+    def _fit_objectives(self) -> None:
+        """Let those objectives that ask for it see the teacher on the calibration data."""
+        watching = [objective for objective in self.trainer.objectives if objective.observes]
+        if not watching:
+            return
+        with isolated_rng(self.config.seed):
+            for batch in self.trainer.calibration_batches():
+                step = self.trainer.teacher_step(batch, watching)
+                for objective in watching:
+                    objective.observe(step)
+        for objective in watching:
+            objective.finish(lambda tensor: self.trainer.accelerator.reduce(tensor, reduction="sum"))
+
+    def _restore_objectives(self) -> None:
+        for objective in self.trainer.objectives:
+            for name, tensor in checkpoint.subset(f"objective/{objective.name}", self._restored).items():
+                setattr(objective, name, tensor.to(self.trainer.args.device))
+        self._restored = None
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write the state of the run into a checkpoint folder (main process)."""
+        keep = self.before is not None and (self.config.teacher == "previous" or self.stages[-1].status == "open")
+        same = keep and fingerprint(self.before) == self.initial_fingerprint
+        values = {
+            "fingerprint": self.initial_fingerprint,
+            "plan": [dataclasses.asdict(cut) for cut in self.plan],
+            "stages": [stage.to_dict() for stage in self.stages],
+            "baseline": self.baseline,
+            "stopped": self.stopped,
+            "retry_at": self.retry_at,
+            "before": "initial" if same else self.before.config.to_dict() if keep else None,
+        }
+        tensors = checkpoint.flatten("projection", self.projections)
+        tensors |= checkpoint.flatten("projection_before", self.projections_before)
+        if keep and not same:
+            tensors |= checkpoint.flatten("before", self.before.state_dict())
+        if isinstance(self.teacher, EMATeacher):
+            tensors |= checkpoint.flatten("ema", self.teacher.model.state_dict())
+        for objective in self.trainer.objectives:
+            tensors |= checkpoint.flatten(f"objective/{objective.name}", objective.state_dict())
+        checkpoint.write_state(folder, values, tensors)
+
+    def restore(self, folder: str | Path) -> None:
+        """Take up the run whose checkpoint lies in `folder`; the model gets its architecture, not yet its weights.
+
+        Raises:
+            RMTKDError: no state for a reduced model, or another model than the run started from.
+        """
+        found = checkpoint.read_state(folder)
+        if found is None:
+            return
+        self.remember_initial()
+        values, tensors = found
+        checkpoint.same_weights_or_raise(values["fingerprint"], self.initial_fingerprint, folder)
+        self.plan = tuple(
+            PlannedCut(**cut | {"sites": None if cut["sites"] is None else tuple(cut["sites"])}) for cut in values["plan"]
+        )
+        self.stages = [Stage.from_dict(stage) for stage in values["stages"]]
+        self.baseline, self.stopped, self.retry_at = values["baseline"], values["stopped"], values["retry_at"]
+        device = self.trainer.args.device
+        self.projections = {k: v.to(device) for k, v in checkpoint.subset("projection", tensors).items()}
+        self.projections_before = {k: v.to(device) for k, v in checkpoint.subset("projection_before", tensors).items()}
+        if values["before"] == "initial":
+            self.before = self.initial
+        elif values["before"] is not None:
+            self.before = skeleton(self.initial, values["before"])
+            checkpoint.load_into(self.before, checkpoint.subset("before", tensors))
+        self.teacher, self._restored = None, tensors
+        self.adopt(folder)
+
+    def adopt(self, folder: str | Path) -> None:
+        """Give the model the architecture saved in `folder`, untrained, if it has another one."""
+        fresh = load_skeleton(self.trainer.model, self.initial, folder)
+        if fresh is not None:
+            install(self.trainer, fresh)
+
+    def _write_journal(self) -> None:
+        if self.trainer.args.should_save and self.initial is not None:
+            folder = self.trainer.args.output_dir
+            write_journal(folder, self.stages, self.config, self.reference_parameters, self.parameters)

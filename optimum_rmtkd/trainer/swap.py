@@ -1,0 +1,217 @@
+"""The swap: one model object takes over the architecture of another in the middle of training.
+
+`Trainer._inner_training_loop` and `_run_epoch` keep local references to the wrapped model, and users keep one to theirs.
+So the object stays and its inside is exchanged (`become`); what had been built around the old inside (optimizer groups,
+DDP, autocast, compilation) is refreshed in place (`rewrap`, `regroup_optimizer`).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import RMTKDError
+from .data import isolated_rng
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .trainer import RMTKDTrainer
+
+
+__all__ = ["DropoutSwitch", "become", "install", "load_skeleton", "regroup_optimizer", "skeleton"]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def become(model: nn.Module, other: nn.Module) -> set[str]:
+    """Turn `model` into `other`, keeping the object. `other` must not be used afterwards: both share their inside.
+
+    Frozen parameters stay frozen by name (a factor that replaces one: by its nearest relatives), the training mode and hooks on the model itself are kept; whatever accelerate hung
+    on it is gone with the old inside.
+
+    Returns:
+        Names of the parameters that the cut left as they were: same name, shape and values.
+    """
+    old = dict(model.named_parameters())
+    same = set()
+    for name, parameter in other.named_parameters():
+        before = old.get(name)
+        if before is None:
+            parameter.requires_grad_(not _relatives_frozen(name, old))
+            continue
+        parameter.requires_grad_(before.requires_grad)
+        if before.shape == parameter.shape and torch.equal(before.detach(), parameter.detach().to(before)):
+            same.add(name)
+    training = model.training
+    hooks = {name: model.__dict__[name] for name in _HOOKS if model.__dict__.get(name)}
+    model.__dict__.clear()
+    model.__dict__.update(other.__dict__ | hooks)
+    model.__class__ = other.__class__
+    model.train(training)
+    return same
+
+
+def _relatives_frozen(name: str, old: dict[str, nn.Parameter]) -> bool:
+    """Were all parameters of the nearest enclosing module that existed before frozen?"""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if family := [parameter for other, parameter in old.items() if other.startswith(name + ".")]:
+            return not any(parameter.requires_grad for parameter in family)
+    return False
+
+
+def install(trainer: RMTKDTrainer, replacement: nn.Module) -> None:
+    """Give `trainer.model` the inside of `replacement`, optimizer and wrappers included; the learning rate continues."""
+    model = trainer.model
+    place = next(model.parameters())
+    old_parameters = dict(model.named_parameters())
+    wrapped = trainer.model_wrapped
+    prepared = any(known is wrapped for known in trainer.accelerator._models)
+    same = become(model, replacement.to(device=place.device))
+    if trainer.optimizer is not None:
+        regroup_optimizer(trainer, old_parameters, same)
+    trainer.after_swap()
+    if prepared:
+        rewrap(trainer, wrapped)
+    else:
+        trainer.model_wrapped = model
+    trainer.callback_handler.model = model
+
+
+def rewrap(trainer: RMTKDTrainer, wrapped: nn.Module) -> None:
+    """Prepare the changed model again (DDP, autocast, compilation) and take the old wrapper out of service."""
+    accelerator, model = trainer.accelerator, trainer.model
+    accelerator._models = [m for m in accelerator._models if m is not wrapped and m is not model]
+    trainer.model_wrapped = accelerator.prepare(model)
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and wrapped is not trainer.model_wrapped:
+        # `_run_epoch` asks its local wrapper for no_sync until the epoch ends; its reducer would wait for dead gradients.
+        wrapped.no_sync = lambda: trainer.model_wrapped.no_sync()
+        wrapped.reducer = wrapped.logger = None
+        wrapped._module_parameters, wrapped.modules_buffers, wrapped.named_module_buffers = [], [], {}
+
+
+def regroup_optimizer(trainer: RMTKDTrainer, old_parameters: dict[str, nn.Parameter], same: set[str]) -> None:
+    """Point the existing optimizer at the new parameters.
+
+    The optimizer object stays, so scheduler, accelerate's wrapper and callbacks keep valid references and the learning rate
+    goes on. State (Adam's moments) follows the parameters that did not change and is dropped for the others: it describes
+    coordinates that no longer exist.
+    """
+    raw = _raw(trainer.optimizer)
+    new_parameters = dict(trainer.model.named_parameters())
+    if trainer.optimizer_was_given:
+        groups = _groups_by_name(raw, old_parameters, new_parameters)
+    else:
+        groups = _groups_of_fresh(trainer)
+    if len(groups) != len(raw.param_groups):
+        raise RMTKDError(
+            f"The optimizer {type(raw).__name__} has {len(raw.param_groups)} parameter groups, the reduced model needs "
+            f"{len(groups)}: the groups depend on the architecture. Pass an optimizer whose groups do not, or `optim`."
+        )
+    state = {name: raw.state[old_parameters[name]] for name in same if old_parameters[name] in raw.state}
+    for group, parameters in zip(raw.param_groups, groups, strict=True):
+        group["params"] = parameters
+    raw.state.clear()
+    for name, values in state.items():
+        raw.state[new_parameters[name]] = values
+
+
+def _raw(optimizer: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _groups_of_fresh(trainer: RMTKDTrainer) -> list[list[nn.Parameter]]:
+    """The groups, in the very order, that `create_optimizer` would make now: what a resumed run will load into."""
+    kept, trainer.optimizer = trainer.optimizer, None
+    try:
+        return [group["params"] for group in _raw(trainer.create_optimizer()).param_groups]
+    finally:
+        trainer.optimizer = kept
+
+
+def _groups_by_name(raw, old: dict[str, nn.Parameter], new: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
+    """For an optimizer that the user built: each new parameter joins the group of its old namesake, or nearest relative."""
+    names = {id(parameter): name for name, parameter in old.items()}
+    group_of = {
+        names[id(p)]: number for number, group in enumerate(raw.param_groups) for p in group["params"] if id(p) in names
+    }
+    groups: list[list[nn.Parameter]] = [[] for _ in raw.param_groups]
+    for name, parameter in new.items():
+        if name in group_of:
+            groups[group_of[name]].append(parameter)
+        elif name not in old and parameter.requires_grad and group_of:
+            nearest = max(group_of, key=lambda known, name=name: _kinship(known, name))
+            groups[group_of[nearest]].append(parameter)
+    return groups
+
+
+def _kinship(known: str, name: str) -> tuple[int, bool]:
+    """(length of the common module path, same last word): "dense.weight" is nearest to "dense.down.weight"."""
+    ours, theirs = known.split("."), name.split(".")
+    common = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    return common, ours[-1] == theirs[-1]
+
+
+def skeleton(template: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
+    """An untrained model of the architecture in `config`, with the head, device, dtype and attention of `template`."""
+    cls = type(template)
+    if str(config.get("model_type")).startswith("rmtkd_"):
+        from .. import modeling_rmtkd
+
+        cls = modeling_rmtkd.reduced_class(cls)
+    built = cls.config_class.from_dict(config)
+    built._attn_implementation = template.config._attn_implementation
+    built.use_cache = getattr(template.config, "use_cache", None)
+    with isolated_rng(0):
+        fresh = cls(built)
+    place = next(template.parameters())
+    return fresh.to(device=place.device, dtype=place.dtype)
+
+
+def load_skeleton(model: PreTrainedModel, template: PreTrainedModel, folder: str | Path) -> PreTrainedModel | None:
+    """An untrained model of the architecture saved in `folder`; None where `model` has it already.
+
+    The config class comes from `template` (the uncut model): nothing has to be registered with the Auto classes.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf8"))
+    fresh = skeleton(template, config)
+    return None if _architecture(fresh) == _architecture(model) else fresh
+
+
+def _architecture(model: nn.Module) -> tuple[str, dict[str, tuple[int, ...]]]:
+    return model.config.model_type, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+class DropoutSwitch:
+    """Turns the dropout of a model off, and on again.
+
+    Both places where transformers keeps it are covered: `nn.Dropout` modules and float attributes of modules such as
+    `attention_dropout` or `drop_prob`. The config is never touched: a reduced checkpoint that is fine-tuned later trains with
+    the dropout its authors chose, and `restore` gives the model back to the user as it came.
+    """
+
+    def __init__(self):
+        self._saved: list[tuple[nn.Module, str, float]] = []
+
+    def disable(self, model: nn.Module) -> None:
+        """Set every rate of `model` to 0, remembering it."""
+        for module in model.modules():
+            names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else []
+            names += [n for n, v in vars(module).items() if "drop" in n and isinstance(v, float)]
+            for name in names:
+                if rate := getattr(module, name):
+                    self._saved.append((module, name, rate))
+                    setattr(module, name, 0.0)
+
+    def restore(self) -> None:
+        """Put back every rate that `disable` set to 0."""
+        for module, name, rate in self._saved:
+            setattr(module, name, rate)
+        self._saved.clear()

@@ -1,0 +1,407 @@
+"""RMTKDTrainer: transformers.Trainer that narrows its model while it trains it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl
+
+from ..config import RMTKDConfig
+from ..distillation import (
+    DistillationObjective,
+    DistillationStep,
+    FrozenTeacher,
+    HiddenStateLoss,
+    TaskLoss,
+    build_objectives,
+    capture,
+    check_compatible,
+    default_objectives,
+    fingerprint,
+)
+from ..distillation.step import token_mask
+from ..errors import RMTKDError, UnsupportedArchitectureError
+from .arguments import RMTKDTrainingArguments
+from .data import CalibrationBatches, isolated_rng, pick_samples
+from .stages import Stage, stage_table
+from .staging import Staging
+
+
+__all__ = ["RMTKDTrainer"]
+
+logger = logging.getLogger(__name__)
+
+
+class _StageCallback(TrainerCallback):
+    """Tells the staging that training began or a step ended. At both moments the gradients have been cleared."""
+
+    def __init__(self, trainer: RMTKDTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control: TrainerControl, **kwargs):
+        with _flags_kept(control):
+            self.trainer.staging.begin()
+
+    def on_step_end(self, args, state, control: TrainerControl, **kwargs):
+        staging = self.trainer.staging
+        staging.teacher.update(self.trainer.model)
+        if state.global_step < state.max_steps:  # a cut after the last step could not be distilled
+            with _flags_kept(control):
+                staging.advance(state.global_step)
+
+
+class _flags_kept:
+    """What `log` and an evaluation inside a callback clear: without it the step's own log line would be swallowed."""
+
+    names = ("should_log", "should_evaluate", "should_save")
+
+    def __init__(self, control: TrainerControl):
+        self.control = control
+
+    def __enter__(self):
+        self.values = {name: getattr(self.control, name) for name in self.names}
+
+    def __exit__(self, *exception):
+        for name, value in self.values.items():
+            setattr(self.control, name, value)
+
+
+class RMTKDTrainer(Trainer):
+    """Drop-in for `transformers.Trainer`: trains, and narrows the model on the way as the recipe says.
+
+    Args:
+        model: a `PreTrainedModel` of a supported family. It keeps its identity; class and widths change at each cut.
+        args: `RMTKDTrainingArguments`, or any `TrainingArguments`.
+        rmtkd_config: the recipe. None: `RMTKDConfig()`, where the spectral edges decide the widths.
+        teacher_model: None for self-distillation (`rmtkd_config.teacher`), or a model of the same vocabulary and labels.
+            Its hidden states are used only if it is the very model that is cut: no projection is known for another one.
+        objectives: None for the recipe's three terms; or a list of objectives (or of their dicts), or {name: arguments}.
+        reparameterization: must be None; reserved.
+        **kwargs: as `transformers.Trainer`.
+
+    Each training log line carries `loss/<objective>`, unweighted, averaged since the last one. `train()` adds
+    `parameters_before`, `parameters_after` and `reduction` to its metrics; `stages` and `rmtkd_stages.json` tell what happened
+    at each cut. Every term is a mean over the micro-batch: the Trainer divides it by the number of accumulation steps.
+
+    Raises:
+        RMTKDError: a setting that cannot work with cuts; an unfit teacher; a recipe that needs an eval_dataset without one.
+        UnsupportedArchitectureError: no known family.
+    """
+
+    # Our loss is a per-micro-batch mean. Inferred, it would be wrong: BERT & co. swallow `num_items_in_batch` through
+    # **kwargs and ignore it, so loss and gradients would grow with accumulation steps and processes (transformers #47688).
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model=None,
+        args=None,
+        *positional,
+        rmtkd_config: RMTKDConfig | None = None,
+        teacher_model: nn.Module | None = None,
+        objectives: Iterable[DistillationObjective] | Mapping[str, Any] | None = None,
+        reparameterization: None = None,
+        **kwargs,
+    ):
+        self.rmtkd_config = rmtkd_config if rmtkd_config is not None else RMTKDConfig()
+        if reparameterization is not None:
+            raise RMTKDError(
+                f"reparameterization={type(reparameterization).__name__}: expected None, over-parameterised training is not "
+                "part of this release. Leave the argument out."
+            )
+        args = args if args is not None else RMTKDTrainingArguments("tmp_trainer")
+        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
+            raise _unsharded("fsdp" if args.fsdp else "deepspeed")
+        super().__init__(model, args, *positional, **kwargs)
+        self.model_accepts_loss_kwargs = False
+        self._refuse_unsupported()
+        self.optimizer_was_given = self.optimizer is not None
+        self.reports: list[Any] = []
+        self._terms: dict[str, list] = {}
+        self.objectives = default_objectives(self.rmtkd_config) if objectives is None else build_objectives(objectives)
+        self.staging = Staging(self)
+        if teacher_model is not None:
+            self._accept_teacher(teacher_model)
+        self.add_callback(_StageCallback(self))
+
+    # -- what the user reads -------------------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Records of the cuts so far, in order."""
+        return list(self.staging.stages)
+
+    @property
+    def metric_name(self) -> str:
+        """Key of the validation metric that judges the stages: `metric_for_best_model`, else the loss."""
+        name = self.args.metric_for_best_model or "loss"
+        return name if name.startswith("eval_") else f"eval_{name}"
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Direction of that metric."""
+        given = self.args.greater_is_better
+        return not self.metric_name.endswith("loss") if given is None else given
+
+    @property
+    def threshold_interval(self) -> int:
+        """Steps between two looks at a metric that has not reached `stage_threshold` yet."""
+        by_steps = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) == "steps"
+        return self.state.eval_steps if by_steps and self.state.eval_steps else max(1, self.state.max_steps // 20)
+
+    def train(self, resume_from_checkpoint=None, *positional, **kwargs):
+        """As `Trainer.train`; the metrics also hold `parameters_before`, `parameters_after` and `reduction`.
+
+        Raises:
+            RMTKDError: no train_dataset; a checkpoint of a run that started from another model.
+            BudgetError: the model is already as small as the target.
+        """
+        if self.train_dataset is None:
+            raise RMTKDError(
+                "train() without train_dataset: it is needed to calibrate the cuts and to distil. Pass train_dataset to "
+                "RMTKDTrainer, or use optimum_rmtkd.narrow for a single cut without training."
+            )
+        if self.model_init is not None:  # a new trial: the model of the last one is thrown away
+            self.staging.reset()
+        self._terms.clear()
+        try:
+            output = super().train(resume_from_checkpoint, *positional, **kwargs)
+            self.staging.end()
+        finally:
+            self.staging.dropout.restore()
+        before, after = self.staging.reference_parameters, self.staging.parameters
+        output.metrics.update(parameters_before=before, parameters_after=after, reduction=1 - after / before)
+        if self.is_world_process_zero() and self.stages:
+            print(stage_table(self.stages))
+        return output
+
+    # -- the loss ------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Evaluation: the task loss, comparable between runs. Training: sum over objectives of weight * term.
+
+        `num_items_in_batch` is withheld from the task loss: it would normalise that one term over the accumulated batch.
+        """
+        if not model.training or self.staging.teacher is None:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        requests = [objective.features() for objective in self.objectives]
+        paths = dict.fromkeys(path for request in requests for path in request.student)
+        offered = dict(inputs)  # label smoothing takes the labels out of `inputs`
+        with capture(self.model, paths) as features:
+            task_loss, outputs = self._student(model, inputs)
+        if missing := [path for path in paths if path not in features]:
+            raise RMTKDError(
+                f"The forward pass did not reach the hooks of {missing[0]!r}: torch.compile drops hooks set after compilation. "
+                "Set torch_compile=False, or hidden_weight=0."
+            )
+        taught = self.teacher_step(offered, [o for o in self.objectives if o.needs_teacher], prepared=True)
+        step = DistillationStep(
+            inputs=offered,
+            student_outputs=outputs,
+            teacher_outputs=taught.teacher_outputs,
+            student_features=features,
+            teacher_features=taught.teacher_features,
+            mask=taught.mask,
+            num_items_in_batch=num_items_in_batch,
+            task_loss=task_loss,
+        )
+        loss = self._weigh(step)
+        return (loss, outputs) if return_outputs else loss
+
+    def teacher_step(
+        self, inputs: Mapping[str, Any], objectives: list[DistillationObjective], prepared: bool = False
+    ) -> DistillationStep:
+        """A step with the teacher's side filled in, for those objectives that look at it."""
+        if not prepared:
+            inputs = self._prepare_inputs(dict(inputs))
+        outputs, features = None, {}
+        if objectives:
+            paths = dict.fromkeys(path for objective in objectives for path in objective.features().teacher)
+            with self.accelerator.autocast():
+                outputs, features = self.staging.teacher(inputs, paths, drop=self.label_names)
+        return DistillationStep(inputs, teacher_outputs=outputs, teacher_features=features, mask=token_mask(inputs))
+
+    def _student(self, model, inputs) -> tuple[torch.Tensor | None, Any]:
+        """(task loss or None, outputs). Without a TaskLoss the data may be unlabelled."""
+        if any(isinstance(objective, TaskLoss) for objective in self.objectives):
+            return super().compute_loss(model, inputs, return_outputs=True)
+        return None, model(**inputs)
+
+    def _weigh(self, step: DistillationStep) -> torch.Tensor:
+        total = None
+        for objective in self.objectives:
+            term = objective(step)
+            total = objective.weight * term if total is None else total + objective.weight * term
+            entry = self._terms.setdefault(objective.name, [torch.zeros((), device=term.device), 0])
+            entry[0] += term.detach()
+            entry[1] += 1
+        return total
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`; a training line ("loss") also gets the mean of each term since the last one."""
+        if "loss" in logs and self._terms:
+            for name, (total, count) in self._terms.items():
+                mean = self.accelerator.gather((total / count).reshape(1)).mean().item()
+                logs[f"loss/{name}"] = mean
+            self._terms.clear()
+        super().log(logs, start_time)
+
+    # -- what the staging asks for -------------------------------------------------------------------------------------
+
+    def calibration_batches(self) -> CalibrationBatches:
+        """This process's share of the calibration data, through the trainer's collator, the same in every pass."""
+        dataset, collate = self.train_dataset, self.data_collator
+        if _is_hf_dataset(dataset):
+            dataset = self._remove_unused_columns(dataset, description="calibration")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="calibration")
+        config = self.rmtkd_config
+        return CalibrationBatches(
+            pick_samples(dataset, config.calibration_samples, config.seed),
+            collate,
+            self.args.per_device_eval_batch_size,
+            seed=config.seed,
+            process_index=self.args.process_index,
+            num_processes=self.args.world_size,
+            prepare=self._prepare_inputs,
+        )
+
+    def measure(self) -> float | None:
+        """The validation metric now, or None without an eval_dataset.
+
+        Not `evaluate`: its callbacks would count for early stopping, and its sampler would advance the random numbers.
+        """
+        if self.eval_dataset is None:
+            return None
+        several = isinstance(self.eval_dataset, dict)
+        metrics: dict[str, float] = {}
+        with isolated_rng(self.rmtkd_config.seed):
+            for name in self.eval_dataset if several else (None,):
+                output = self.evaluation_loop(
+                    self.get_eval_dataloader(name),
+                    description="Stage",
+                    prediction_loss_only=True if self.compute_metrics is None else None,
+                    metric_key_prefix=f"eval_{name}" if several else "eval",
+                )
+                metrics.update(output.metrics)
+        if self.metric_name not in metrics:
+            raise RMTKDError(
+                f"The evaluation gave {', '.join(sorted(metrics))}; the stages are judged by {self.metric_name!r}. Set "
+                "metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
+            )
+        return float(metrics[self.metric_name])
+
+    def after_swap(self) -> None:
+        """Repeat on the new layers what `Trainer.train` did to the old ones before training."""
+        if getattr(self.args, "activation_checkpointing", False) or getattr(self.args, "gradient_checkpointing", False):
+            options = dict(getattr(self.args, "activation_checkpointing_kwargs", None) or {})
+            layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+            self.model.activation_checkpointing_enable(
+                activation_checkpointing_kwargs=options or None, every_n_layers=layers, offload=offload
+            )
+        if self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
+            from transformers.integrations.neftune import activate_neftune
+
+            self.neftune_hook_handle = activate_neftune(self.model, self.neftune_noise_alpha, self.accelerator)
+
+    def log_stage(self, stage: Stage) -> None:
+        """One line in the trainer's log."""
+        line = {"rmtkd/stage": stage.index, "rmtkd/parameters": self.staging.parameters}
+        if stage.metric_cut is not None:
+            line[f"rmtkd/{stage.metric_name}"] = stage.metric_cut
+        self.log(line)
+
+    # -- private hooks of Trainer --------------------------------------------------------------------------------------
+    # `_inner_training_loop` wraps the model once and hands that wrapper down as a local variable; after a cut under DDP,
+    # autocast or torch.compile it is a stale one. Each override below puts the live wrapper in its place.
+
+    def _run_epoch(self, model, *positional, **kwargs):
+        return super()._run_epoch(self.model_wrapped, *positional, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        return super().training_step(self.model_wrapped, inputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model):
+        return super()._clip_grad_norm(self.model_wrapped)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        return super()._get_grad_norm(self.model_wrapped, grad_norm=grad_norm)
+
+    # The three below touch checkpoints: the architecture has to be in place before weights are loaded, and what only we
+    # know has to lie beside the optimizer's state (hence not with save_only_model).
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self.staging.restore(resume_from_checkpoint)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self):
+        self.staging.adopt(self.state.best_model_checkpoint)
+        super()._load_best_model()
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.staging.save(output_dir)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _refuse_unsupported(self) -> None:
+        from .. import surgery
+
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise _unsharded("fsdp" if self.is_fsdp_enabled else "deepspeed")
+        if self.args.n_gpu > 1 or self.is_model_parallel:
+            raise RMTKDError(
+                f"{self.args.n_gpu} devices in one process (DataParallel or a device map): expected one device a process. "
+                "Launch with torchrun --nproc_per_node, or show the process one device (CUDA_VISIBLE_DEVICES=0)."
+            )
+        wanted = [n for n in ("stage_threshold", "max_metric_drop") if getattr(self.rmtkd_config, n) is not None]
+        if wanted and self.eval_dataset is None:
+            raise RMTKDError(f"{wanted[0]} compares validation metrics; expected an eval_dataset, got none. Pass one.")
+        if not hasattr(self.model, "config"):
+            raise UnsupportedArchitectureError(
+                f"{type(self.model).__name__} is no transformers PreTrainedModel; expected one with a config."
+            )
+        surgery.family_of(self.model)
+
+    def _accept_teacher(self, teacher: nn.Module) -> None:
+        check_compatible(self.model, teacher)
+        if teacher is self.model or fingerprint(teacher) == fingerprint(self.model):
+            logger.info("teacher_model is the model that is cut: taken as teacher='initial'.")
+            self.rmtkd_config = self.rmtkd_config.replace(teacher="initial")
+            self.staging = Staging(self)
+            return
+        self._move_model_to_device(teacher, self.args.device)
+        self.staging.given_teacher = FrozenTeacher(teacher)
+        kept = [objective for objective in self.objectives if not isinstance(objective, HiddenStateLoss)]
+        if len(kept) < len(self.objectives):
+            logger.warning(
+                "HiddenStateLoss is dropped: the student's residual stream is a projection of its own uncut model's, and no "
+                "projection to the stream of the given teacher_model (%s) is known. The other objectives stay.",
+                type(teacher).__name__,
+            )
+            self.objectives = kept
+        if not kept:
+            raise RMTKDError("No objective is left after HiddenStateLoss; add TaskLoss or KLDivergence.")
+
+
+def _unsharded(what: str) -> RMTKDError:
+    return RMTKDError(
+        f"{what} shards the parameters; a cut inside training needs whole ones on every process. Use DDP (torchrun), or cut "
+        "first with optimum_rmtkd.narrow and train the result sharded."
+    )
+
+
+def _is_hf_dataset(dataset: Any) -> bool:
+    from transformers.utils import is_datasets_available
+
+    if not is_datasets_available():
+        return False
+    import datasets
+
+    return isinstance(dataset, (datasets.Dataset, datasets.IterableDataset))

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from optimum_rmtkd.commands.data import DataArguments, find_columns, has_images, label_values, load_rows
+from optimum_rmtkd.errors import RMTKDError
+
+from .conftest import sentence_rows, write_csv
+
+
+class Config:
+    """The fields of a model config that labels are checked against."""
+
+    def __init__(self, names=("negative", "positive"), problem_type=None):
+        self.label2id = {name: i for i, name in enumerate(names)}
+        self.num_labels, self.problem_type = len(names), problem_type
+
+
+def rows_of(columns: dict, **features):
+    from datasets import Dataset
+
+    rows = Dataset.from_dict(columns)
+    for name, feature in features.items():
+        rows = rows.cast_column(name, feature)
+    return rows
+
+
+def class_label(*names):
+    from datasets import ClassLabel
+
+    return ClassLabel(names=list(names))
+
+
+def write_rows(folder, suffix, rows):
+    path = folder / f"rows{suffix}"
+    if suffix == ".csv":
+        return write_csv(path, rows)
+    if suffix == ".tsv":
+        lines = ["sentence\tlabel"] + [f"{r['sentence']}\t{r['label']}" for r in rows]
+        path.write_text("\n".join(lines) + "\n")
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    elif suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        from datasets import Dataset
+
+        Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".json", ".jsonl", ".parquet"])
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, suffix):
+    rows = sentence_rows(20)
+    path = str(write_rows(tmp_path, suffix, rows))
+    train, validation = load_rows(DataArguments(train_file=path, validation_file=path))
+    assert train.to_list() == rows and validation.to_list() == rows
+
+
+def test_a_tenth_is_held_out_without_validation_data(table):
+    train, validation = load_rows(DataArguments(train_file=str(table)))
+    assert (train.num_rows, validation.num_rows) == (86, 10)
+    again, _ = load_rows(DataArguments(train_file=str(table)))
+    assert again.to_list() == train.to_list()
+
+
+def test_sample_limits(table, validation_table):
+    data = DataArguments(
+        train_file=str(table), validation_file=str(validation_table), max_train_samples=10, max_eval_samples=7
+    )
+    train, validation = load_rows(data)
+    assert (train.num_rows, validation.num_rows) == (10, 7)
+    assert len(set(train["label"])) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.csv", None, "no such file"),
+        ("empty.csv", "", "is empty"),
+        ("header.csv", "sentence,label\n", "no row|Cannot read"),
+        ("ragged.csv", "sentence,label\na,1\nb,1,2,3,4\n", "Cannot read"),
+        ("broken.json", '[{"sentence": "a"', "Cannot read"),
+        ("broken.parquet", "not parquet", "Cannot read"),
+        ("rows.xlsx", "x", "unknown kind of file '.xlsx'"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(RMTKDError, match=message) as error:
+        load_rows(DataArguments(train_file=str(path), validation_file=str(path)))
+    assert name in str(error.value) or "no row" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"dataset": "glue", "train_file": "a.csv"},
+        {"train_file": "a.csv", "text_column": ["a", "b", "c"]},
+        {"train_file": "a.csv", "max_length": 0},
+    ],
+)
+def test_contradictory_arguments(values):
+    with pytest.raises(RMTKDError):
+        DataArguments(**values)
+
+
+def test_columns_are_found():
+    single = rows_of({"idx": [1], "sentence": ["a"], "label": [0]})
+    assert find_columns(single, DataArguments(train_file="x")) == (["sentence"], "label")
+    pair = rows_of({"sentence1": ["a"], "sentence2": ["b"], "score": [0.5]})
+    assert find_columns(pair, DataArguments(train_file="x")) == (["sentence1", "sentence2"], "score")
+    named = rows_of({"sentence": ["a"], "label": ["positive"]})
+    assert find_columns(named, DataArguments(train_file="x")) == (["sentence"], "label")
+
+
+def test_columns_are_given():
+    rows = rows_of({"id": ["1"], "q": ["a"], "s": ["b"], "gold": [0]})
+    data = DataArguments(train_file="x", text_column=["q", "s"], label_column="gold")
+    assert find_columns(rows, data) == (["q", "s"], "gold")
+
+
+@pytest.mark.parametrize(
+    ("columns", "given", "message"),
+    [
+        ({"sentence": ["a"]}, {}, "No label column.*sentence"),
+        ({"a": ["x"], "b": ["x"], "c": ["x"], "label": [0]}, {}, "3 columns hold strings.*--text-column"),
+        ({"a": [1], "label": [0]}, {}, "no column holds strings"),
+        ({"a": ["x"], "label": [0]}, {"label_column": "gold"}, "No column 'gold'.*a, label"),
+        ({"a": ["x"], "label": [0]}, {"text_column": ["b"]}, "No column 'b'"),
+    ],
+)
+def test_columns_that_cannot_be_told(columns, given, message):
+    with pytest.raises(RMTKDError, match=message):
+        find_columns(rows_of(columns), DataArguments(train_file="x", **given))
+
+
+def test_labels_as_indices():
+    assert label_values(rows_of({"label": [0, 1, 1]}), "label", Config()) == [0, 1, 1]
+    assert label_values(rows_of({"label": [True, False]}), "label", Config()) == [1, 0]
+    assert label_values(rows_of({"label": [0.0, 1.0]}), "label", Config()) == [0, 1]
+
+
+def test_class_names_are_matched_with_those_of_the_model():
+    rows = rows_of({"label": [0, 1, 1]}, label=class_label("POSITIVE", "Negative"))
+    assert label_values(rows, "label", Config()) == [1, 0, 0]
+
+
+def test_class_names_the_model_does_not_have_keep_their_order():
+    rows = rows_of({"label": [0, 1, 1]}, label=class_label("bad", "good"))
+    assert label_values(rows, "label", Config()) == [0, 1, 1]
+
+
+def test_strings_are_matched_with_the_names_of_the_model():
+    assert label_values(rows_of({"label": ["Positive", "negative"]}), "label", Config()) == [1, 0]
+
+
+def test_regression_labels():
+    assert label_values(rows_of({"label": [0, 2.5]}), "label", Config(("LABEL_0",))) == [0.0, 2.5]
+
+
+@pytest.mark.parametrize(
+    ("labels", "config", "message"),
+    [
+        ([0, 1, 2], Config(), "from 0 to 2; the model has 2 classes: expected 0 to 1"),
+        ([-1, 0], Config(), "-1 marks rows without a label"),
+        ([0.5, 1.0], Config(), "0.5.*2 classes"),
+        (["positive", "neutral"], Config(), "'neutral'.*negative, positive"),
+        ([None, 1], Config(), "row 0 has no label"),
+        (["a", "b"], Config(("LABEL_0",)), "one output"),
+        ([0, 1], Config(problem_type="multi_label_classification"), "multi-label"),
+    ],
+)
+def test_labels_that_do_not_fit(labels, config, message):
+    with pytest.raises(RMTKDError, match=message):
+        label_values(rows_of({"label": labels}), "label", config)
+
+
+def test_class_labels_that_do_not_fit():
+    rows = rows_of({"label": [0, 1, 1]}, label=class_label("a", "b", "c"))
+    with pytest.raises(RMTKDError, match="3 classes .a, b, c., the model has 2"):
+        label_values(rows, "label", Config())
+    with pytest.raises(RMTKDError, match="3 classes.*one output"):
+        label_values(rows, "label", Config(("LABEL_0",)))
+
+
+def test_image_folder(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    for name, level in (("cat", 0), ("dog", 200)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(3):
+            image.new("RGB", (8, 8), (level, i, 0)).save(tmp_path / "pictures" / name / f"{i}.png")
+    folder = str(tmp_path / "pictures")
+    data = DataArguments(train_file=folder, validation_file=folder)
+    train, _ = load_rows(data)
+    assert has_images(train) and train.num_rows == 6
+    assert find_columns(train, data) == (["image"], "label")
+    assert label_values(train, "label", Config(("dog", "cat"))) == [1, 1, 1, 0, 0, 0]

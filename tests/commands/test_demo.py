@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+
+pytest.importorskip("sklearn")
+
+SMALL = ("--epochs", 1, "--distil-epochs", 1, "--hidden-size", 32, "--layers", 2, "--train-samples", 192)
+
+
+def row(out: str, name: str) -> list[str]:
+    line = [line for line in out.splitlines() if line.startswith(name)][-1]  # the spectra come first and name some too
+    return re.split(r"  +", line)
+
+
+def test_small_demo_goes_the_whole_way(cli, tmp_path):
+    code, out, err = cli("demo", "-o", tmp_path / "out", *SMALL, "--target-reduction", 0.5)
+    assert code in (0, 1), err  # so short a training may lose more than a point, and then says so
+    before, after = (int(row(out, "parameters")[i].replace(",", "")) for i in (1, 2))
+    assert 0.4 < after / before < 0.55
+    accuracy = [float(row(out, "accuracy")[i].split()[0]) for i in (1, 2)]
+    assert (code == 1) == (accuracy[0] - accuracy[1] > 1) == ("more than the one point" in out)
+    assert float(row(out, "latency, batch 256")[3].split("x")[0]) > 0
+    assert float(re.search(r"largest difference of the logits: (\S+)", out)[1]) <= 1e-5
+    assert {"config.json", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert not [p for p in (tmp_path / "out").iterdir() if p.name in ("trainer", "dense", "logits.pt")]
+
+
+def test_filled_folder_is_refused(cli, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "kept").write_text("")
+    code, _, err = cli("demo", "-o", tmp_path / "out", *SMALL)
+    assert code == 2 and "--overwrite" in err
+
+
+@pytest.mark.parametrize("wrong", [("--train-samples", 5000), ("--hidden-size", 30), ("--target-reduction", 2)])
+def test_wrong_sizes(cli, tmp_path, wrong):
+    code, _, err = cli("demo", "-o", tmp_path / "out", *SMALL, *wrong)
+    assert code == 2 and "expected" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_split_is_the_same_every_time_and_does_not_overlap():
+    from optimum_rmtkd.commands.demo import _load_digits
+
+    first, second = _load_digits(1198), _load_digits(1198)
+    assert (len(first.train_labels), len(first.test_labels)) == (1198, 599)
+    assert first.train_pixels.equal(second.train_pixels) and first.test_pixels.equal(second.test_pixels)
+    assert first.train_pixels.shape == (1198, 1, 8, 8)
+    assert first.train_pixels.min() == -1 and first.train_pixels.max() == 1
+    seen = {tuple(x.flatten().tolist()) for x in first.train_pixels}
+    assert sum(tuple(x.flatten().tolist()) in seen for x in first.test_pixels) == 0
+
+
+@pytest.mark.slow
+def test_demo_keeps_its_promise(cli, tmp_path):
+    code, out, err = cli("demo", "-o", tmp_path / "out")
+    assert code == 0, out + err
+    before, after = (int(row(out, "parameters")[i].replace(",", "")) for i in (1, 2))
+    assert after / before <= 0.25

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from optimum_rmtkd.commands.data import DataArguments
+from optimum_rmtkd.commands.task import evaluate, load_task, stored_dtype
+from optimum_rmtkd.errors import RMTKDError
+
+from .conftest import WORDS, save_bert, sentence_rows, write_csv
+
+
+def text_data(table, validation_table, **more):
+    return DataArguments(train_file=str(table), validation_file=str(validation_table), **more)
+
+
+def test_text_task(bert, table, validation_table):
+    import torch
+
+    task = load_task(str(bert), text_data(table, validation_table, max_length=5))
+    assert task.metric == "accuracy" and (len(task.train), len(task.validation)) == (96, 40)
+    assert {p.dtype for p in task.model.parameters()} == {torch.float32}
+    batch = next(iter(task.calibration_loader(32, seed=0)))
+    assert batch["input_ids"].shape == (32, 5) and batch["labels"].shape == (32,)
+    again = next(iter(task.calibration_loader(32, seed=0)))
+    assert torch.equal(batch["input_ids"], again["input_ids"])
+    assert 0 < batch["labels"].sum() < 32
+
+
+def test_evaluate_counts_right_answers(bert, table, validation_table):
+    import torch
+
+    task = load_task(str(bert), text_data(table, validation_table))
+    with torch.no_grad():
+        task.model.classifier.weight.zero_()
+        task.model.classifier.bias.copy_(torch.tensor([0.0, 1.0]))
+    assert evaluate(task, task.model) == 0.5  # always "positive"; half of the rows are
+    positives = [i for i, label in enumerate(task.validation["labels"]) if label == 1]
+    only = task.validation.select(positives)
+    object.__setattr__(task, "validation", only)
+    assert evaluate(task, task.model) == 1.0
+
+
+def test_labels_given_by_name_count_as_the_model_counts(bert, tmp_path):
+    rows = [row | {"label": ("Negative", "Positive")[row["label"]]} for row in sentence_rows(8)]
+    path = write_csv(tmp_path / "named.csv", rows)
+    task = load_task(str(bert), text_data(path, path))
+    assert task.train["labels"][:] == [0, 1] * 4
+
+
+def test_regression_task(tmp_path):
+    import numpy as np
+    from transformers import EvalPrediction
+
+    folder = save_bert(tmp_path / "bert", label2id={"LABEL_0": 0}, id2label={0: "LABEL_0"})
+    rows = [row | {"label": i / 4} for i, row in enumerate(sentence_rows(9))]
+    path = write_csv(tmp_path / "rows.csv", rows)
+    task = load_task(str(folder), text_data(path, path))
+    assert task.metric == "pearson" and task.train["labels"][3] == 0.75
+    assert task.collator([task.train[0], task.train[1]])["labels"].is_floating_point()
+    got = task.compute_metrics(EvalPrediction(np.array([[1.0], [2.0], [4.0]]), np.array([-1.0, -2.0, -4.0])))
+    assert got == {"pearson": pytest.approx(-1.0)}
+    assert -1 <= evaluate(task, task.model) <= 1
+
+
+def test_image_task(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    for name, level in (("cat", 0), ("dog", 255)):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(3):
+            image.new("L", (12, 12), level).save(tmp_path / "pictures" / name / f"{i}.png")
+    labels = {"label2id": {"dog": 0, "cat": 1}, "id2label": {0: "dog", 1: "cat"}}
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=8,
+        patch_size=4,
+        **labels,
+    )
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    pictures = str(tmp_path / "pictures")
+    task = load_task(str(tmp_path / "vit"), DataArguments(train_file=pictures, validation_file=pictures))
+    batch = next(iter(task.calibration_loader(6, seed=0)))
+    assert batch["pixel_values"].shape == (6, 3, 8, 8)
+    bright = batch["pixel_values"].amax(dim=(1, 2, 3)) > 0
+    assert (bright == (batch["labels"] == 0)).all()  # dogs are white, and the model counts dogs as 0
+    assert 0 <= evaluate(task, task.model) <= 1
+
+
+def refused(model, table, match, **more):
+    with pytest.raises(RMTKDError, match=match):
+        load_task(str(model), text_data(table, table, **more))
+
+
+def test_model_that_is_not_there(tmp_path, table):
+    refused(tmp_path / "nowhere", table, "Cannot load model")
+
+
+def test_model_without_a_head(tmp_path, table):
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
+        tmp_path / "bert"
+    )
+    refused(tmp_path / "bert", table, "BertModel.*Fine-tune")
+
+
+def test_model_without_tokenizer(bert, tmp_path, table):
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(bert / name, folder / name)
+    refused(folder, table, "no tokenizer")
+
+
+def test_model_without_weights(bert, tmp_path, table):
+    shutil.copytree(bert, tmp_path / "bert")
+    (tmp_path / "bert" / "model.safetensors").unlink()
+    refused(tmp_path / "bert", table, "Cannot load the weights")
+
+
+def test_tokenizer_of_another_model(tmp_path, table):
+    folder = save_bert(tmp_path / "bert", vocabulary=len(WORDS) - 10)
+    refused(folder, table, r"gives token \d+, its embedding table has 28 rows")
+
+
+def test_rows_without_text(bert, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        "\n".join(json.dumps(row) for row in [{"sentence": "the film", "label": 0}, {"sentence": None, "label": 1}])
+    )
+    refused(bert, path, "Column 'sentence' holds None")
+
+
+def test_labels_the_model_does_not_have(bert, tmp_path):
+    path = write_csv(tmp_path / "rows.csv", [row | {"label": i % 3} for i, row in enumerate(sentence_rows(9))])
+    refused(bert, path, "the model has 2 classes")
+
+
+def test_validation_data_with_other_columns(bert, table, tmp_path):
+    other = write_csv(tmp_path / "other.csv", [{"text": "the film", "label": 0}])
+    with pytest.raises(RMTKDError, match="validation data has no column 'sentence'; it has text, label"):
+        load_task(str(bert), text_data(table, other))
+
+
+def test_stored_dtype(bert, tmp_path):
+    import torch
+    from transformers import BertForSequenceClassification
+
+    assert stored_dtype(str(bert)) == "float32"
+    BertForSequenceClassification.from_pretrained(bert).half().save_pretrained(tmp_path)
+    assert stored_dtype(str(tmp_path)) == "float16"
+    assert torch.float16 == BertForSequenceClassification.from_pretrained(tmp_path).dtype

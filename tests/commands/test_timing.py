@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+import time
+
+from torch import nn
+
+from optimum_rmtkd.commands.timing import compare_latency
+
+
+class Sleeper(nn.Module):
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds, self.calls = seconds, []
+
+    def forward(self, log):
+        assert not self.training
+        log.append(self)
+        time.sleep(self.seconds)
+
+
+def test_ratio_and_interleaving():
+    slow, quick, log = Sleeper(0.02), Sleeper(0.002), []
+    latency = compare_latency(slow, quick, {"log": log}, repeats=4, warmup=2)
+    assert log == [slow, quick] * 6
+    assert 0.02 <= latency.before < 0.2 and latency.after < latency.before
+    assert 2 < latency.ratio <= 10.5

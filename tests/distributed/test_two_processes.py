@@ -1,0 +1,82 @@
+"""Real processes: torchrun with gloo on the CPU. (`accelerate launch --cpu --num_processes 2` silently runs one.)"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(out: Path, processes: int, *options: str):
+    """Run the script; returns (results, weights), one of each per process."""
+    out.mkdir()
+    module = "tests.distributed.train_script"
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m", module]
+    command = [sys.executable, *(torchrun if processes > 1 else ["-m", module]), str(out), *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [json.loads((out / f"result-{rank}.json").read_text()) for rank in range(processes)]
+    return results, [torch.load(out / f"weights-{rank}.pt") for rank in range(processes)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two") / "out"
+    return (*launch(folder, 2, "--batch-size", "4"), folder)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("one") / "out", 1, "--batch-size", "8")
+
+
+def widths(stage):
+    return [(s["name"], s["width_before"], s["width_after"], s["rank"]) for s in stage["sites"]]
+
+
+def test_both_processes_make_the_same_cuts_and_end_with_the_same_weights(two):
+    results, weights, _ = two
+    assert [r["processes"] for r in results] == [2, 2]
+    assert results[0]["wrapped"] == "DistributedDataParallel" and results[0]["find_unused"] is False
+    assert results[0]["stages"] == results[1]["stages"] and len(results[0]["stages"]) == 2
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_spectra_and_widths_are_those_of_one_process_with_twice_the_batch(two, one):
+    ours, theirs = two[0][0]["stages"][0], one[0][0]["stages"][0]
+    assert one[0][0]["processes"] == 1
+    assert widths(ours) == widths(theirs)
+    assert [s["edge"] for s in ours["sites"]] == pytest.approx([s["edge"] for s in theirs["sites"]], rel=1e-6)
+    assert ours["metric_cut"] == pytest.approx(theirs["metric_cut"], rel=1e-4)
+
+
+def test_training_is_that_of_one_process_under_accumulation_too(tmp_path):
+    """Neurons only: the coordinates inside a narrowed stream or head are free, and rounding may choose other ones."""
+    cut = ("--sites", "intermediate", "--target", "0.15")
+    (theirs,), (weights,) = launch(tmp_path / "one", 1, "--batch-size", "8", *cut)
+    for batch, accumulation in ((4, 1), (2, 2)):
+        options = ("--batch-size", str(batch), "--accumulation", str(accumulation), *cut)
+        results, ranks = launch(tmp_path / f"two-{accumulation}", 2, *options)
+        ours = results[0]
+        assert [widths(s) for s in ours["stages"]] == [widths(s) for s in theirs["stages"]]
+        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3, abs=1e-5)
+        for name, tensor in ranks[0].items():
+            assert torch.allclose(tensor, weights[name], atol=1e-4), name
+            assert torch.equal(tensor, ranks[1][name])
+
+
+def test_two_processes_resume_to_the_same_bits(two, tmp_path):
+    checkpoint = two[2] / "run" / "checkpoint-4"
+    results, weights = launch(tmp_path / "out", 2, "--batch-size", "4", "--resume", str(checkpoint))
+    assert results[0]["stages"] == two[0][0]["stages"]
+    for rank in range(2):
+        assert all(torch.equal(tensor, two[1][rank][name]) for name, tensor in weights[rank].items())

@@ -1,0 +1,49 @@
+"""Importing the package is cheap and makes the reduced architectures known."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+
+HEAVY = ("torch", "transformers", "datasets", "numpy", "scipy", "sklearn", "matplotlib", "accelerate", "peft")
+
+
+def run_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["optimum_rmtkd", "optimum_rmtkd.config", "optimum_rmtkd.errors", "optimum_rmtkd.commands.cli"],
+)
+def test_import_takes_nothing_heavy(module):
+    loaded = run_python(f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))")
+    assert set(json.loads(loaded)) & set(HEAVY) == set()
+
+
+def test_import_registers_reduced_models_whichever_comes_first():
+    ask = "print(type(AutoConfig.for_model('rmtkd_bert')).__name__)"
+    for code in (
+        f"import optimum_rmtkd\nfrom transformers import AutoConfig\n{ask}",
+        f"from transformers import AutoConfig\nimport optimum_rmtkd\n{ask}",
+    ):
+        assert run_python(code) == "RMTKDBertConfig"
+
+
+def test_every_public_name_resolves():
+    names = json.loads(run_python("import json, optimum_rmtkd; print(json.dumps(list(optimum_rmtkd.__all__)))"))
+    assert {"RMTKDConfig", "RMTKDTrainer", "RMTKDTrainingArguments", "analyze", "narrow"} <= set(names)
+    missing = run_python(
+        "import optimum_rmtkd; print([n for n in optimum_rmtkd.__all__ if getattr(optimum_rmtkd, n, None) is None])"
+    )
+    assert missing == "[]"
+
+
+def test_unknown_name_is_an_attribute_error():
+    assert run_python("import optimum_rmtkd; print(hasattr(optimum_rmtkd, 'no_such_name'))") == "False"

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from optimum_rmtkd.errors import RMTKDError
+from optimum_rmtkd.surgery import count_parameters
+from optimum_rmtkd.trainer.checkpoint import STATE, TENSORS
+from optimum_rmtkd.trainer.stages import JOURNAL
+
+from .conftest import tiny_bert
+
+
+ROUNDS = {"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5}  # cuts at steps 0 and 3 of 6
+SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 16}
+
+
+def folder(trainer, step):
+    return Path(trainer.args.output_dir) / f"checkpoint-{step}"
+
+
+def losses(trainer):
+    return {(e["step"], k): v for e in trainer.state.log_history for k, v in e.items() if k.startswith("loss")}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step"),
+    [
+        ({}, 2),  # between the cuts: the second one happens again
+        ({}, 3),  # saved at the step of the second cut, just after it
+        ({}, 5),  # in the second epoch
+        ({"disable_dropout": False}, 2),
+        ({"teacher": "previous"}, 4),  # its teacher lies in the checkpoint
+        ({"teacher": "previous"}, 2),  # its teacher is the uncut model
+        ({"teacher": "ema", "ema_decay": 0.5}, 4),
+        ({"importance": "fisher"}, 1),
+        ({"max_metric_drop": -1.0}, 2),  # rolled back at step 3, after the resumption
+        ({"max_metric_drop": 5.0}, 4),  # the model before the stage lies in the checkpoint
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_bits(make_trainer, weights, recipe, step):
+    whole = make_trainer(recipe=ROUNDS | recipe, out="whole", **SAVING)
+    expected = whole.train()
+    resumed = make_trainer(recipe=ROUNDS | recipe, out="resumed", **SAVING)
+    torch.rand(100)  # the other process may have drawn numbers; transformers derives the data order from the seed alone
+    output = resumed.train(resume_from_checkpoint=str(folder(whole, step)))
+    assert type(resumed.model) is type(whole.model)
+    ours, theirs = weights(resumed.model), weights(whole.model)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[n], theirs[n]) for n in ours)
+    assert losses(resumed) == losses(whole)
+    assert output.metrics["reduction"] == expected.metrics["reduction"]
+    assert [s.to_dict() for s in resumed.stages] == [s.to_dict() for s in whole.stages]
+    journals = [json.loads((Path(t.args.output_dir) / JOURNAL).read_text()) for t in (whole, resumed)]
+    assert journals[0] == journals[1]
+
+
+def test_the_same_trainer_can_go_back_to_its_own_checkpoint(make_trainer, weights):
+    trainer = make_trainer(recipe=ROUNDS, **SAVING)
+    trainer.train()
+    end = weights(trainer.model)
+    trainer.train(resume_from_checkpoint=str(folder(trainer, 2)))
+    assert all(torch.equal(tensor, end[name]) for name, tensor in weights(trainer.model).items())
+
+
+def test_checkpoints_do_not_hold_the_initial_teacher(make_trainer):
+    trainer = make_trainer(recipe=ROUNDS, **SAVING)
+    trainer.train()
+    checkpoint = folder(trainer, 6)
+    assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "rmtkd_bert"
+    values = json.loads((checkpoint / STATE).read_text())
+    assert [s["status"] for s in values["stages"]] == ["accepted", "open"] and values["before"] is None
+    from safetensors.torch import load_file
+
+    tensors = load_file(checkpoint / TENSORS)
+    assert set(tensors) <= {"projection/hidden", "projection_before/hidden", "objective/hidden/variance"}
+    assert sum(t.numel() for t in tensors.values()) < 0.2 * count_parameters(trainer.staging.initial)
+
+
+def test_another_model_than_the_run_started_from_is_refused(make_trainer):
+    first = make_trainer(recipe=ROUNDS, **SAVING)
+    first.train()
+    other = make_trainer(tiny_bert(seed=9), recipe=ROUNDS, out="other", **SAVING)
+    with pytest.raises(RMTKDError, match="must be the same: pass the uncut model"):
+        other.train(resume_from_checkpoint=str(folder(first, 4)))
+
+
+def test_a_reduced_checkpoint_without_state_is_refused(make_trainer):
+    first = make_trainer(recipe=ROUNDS, save_only_model=True, **SAVING)
+    first.train()
+    assert not (folder(first, 4) / STATE).exists()
+    with pytest.raises(RMTKDError, match="save_only_model"):
+        make_trainer(recipe=ROUNDS, out="other", **SAVING).train(resume_from_checkpoint=str(folder(first, 4)))

@@ -1,0 +1,397 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, EarlyStoppingCallback
+
+from optimum_rmtkd.distillation import HiddenStateLoss, KLDivergence, TaskLoss
+from optimum_rmtkd.errors import BudgetError, RMTKDError
+from optimum_rmtkd.surgery import count_parameters
+from optimum_rmtkd.trainer.stages import JOURNAL
+
+from .conftest import tiny_bert, toy_data
+
+
+def history(trainer, key="loss"):
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def test_one_round_meets_its_target_and_tells_about_it(make_trainer, capsys):
+    model = tiny_bert()
+    trainer, size = make_trainer(model, max_steps=4), count_parameters(model)
+    output = trainer.train()
+    assert trainer.model is model and type(model).__name__ == "RMTKDBertForSequenceClassification"
+    metrics = output.metrics
+    assert metrics["parameters_before"] == size and metrics["parameters_after"] == count_parameters(model)
+    assert metrics["reduction"] == pytest.approx(0.3, abs=0.02)
+    (stage,) = trainer.stages
+    assert (stage.index, stage.step, stage.status) == (0, 0, "accepted")
+    assert {"name", "width_before", "width_after", "edge"} <= set(stage.sites[0])
+    assert None not in (stage.metric_before, stage.metric_cut, stage.metric_after)
+    journal = json.loads((trainer.args.output_dir and open(f"{trainer.args.output_dir}/{JOURNAL}")).read())
+    assert journal["stages"][0]["sites"] == list(stage.sites) and journal["parameters_after"] == count_parameters(model)
+    assert "metric: eval_loss" in capsys.readouterr().out
+
+
+def test_later_cuts_come_inside_training_and_swallow_no_log_line(make_trainer):
+    trainer = make_trainer(recipe={"target_reduction": 0.6, "rounds": 3, "stage_share": 0.5}, max_steps=8)
+    trainer.train()
+    assert [s.step for s in trainer.stages] == [0, 2, 4]
+    steps = [e["step"] for e in trainer.state.log_history if "loss" in e]
+    assert steps == list(range(1, 9))
+    rates = history(trainer, "learning_rate")
+    assert rates == pytest.approx([1e-3 * (1 - i / 8) for i in range(8)])
+    assert [s.parameters_after for s in trainer.stages][-1] == count_parameters(trainer.model)
+    assert trainer.callback_handler.model is trainer.model and trainer.model_wrapped is trainer.model
+
+
+def test_total_is_the_weighted_sum_of_the_logged_terms(make_trainer):
+    trainer = make_trainer(recipe={"task_weight": 0.3, "kl_weight": 0.7, "hidden_weight": 2.0}, max_steps=3)
+    trainer.train()
+    terms = [history(trainer, f"loss/{name}") for name in ("task", "kl", "hidden")]
+    for total, task, kl, hidden in zip(history(trainer), *terms, strict=True):
+        assert total == pytest.approx(0.3 * task + 0.7 * kl + 2.0 * hidden, rel=1e-5)
+    assert max(terms[2]) > 0
+
+
+def test_terms_are_averaged_since_the_last_line(make_trainer):
+    logs = {}
+    for every in (1, 4):
+        trainer = make_trainer(max_steps=4, logging_steps=every)
+        trainer.train()
+        logs[every] = history(trainer, "loss/hidden")
+    assert logs[4] == pytest.approx([sum(logs[1]) / 4], rel=1e-5)
+
+
+def test_evaluation_is_the_plain_task_loss(make_trainer):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    model = trainer.model.eval()
+    with torch.no_grad():
+        losses = [model(**trainer.data_collator(toy_data(16, seed=2)[i : i + 8])).loss.item() for i in (0, 8)]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+
+
+def test_accumulated_batches_give_the_loss_and_gradients_of_the_large_one(make_trainer, weights):
+    results = {}
+    for batch, accumulation in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=3,
+            optim="sgd",
+            learning_rate=0.1,
+            trainer_kwargs={"train_dataset": [dict(x, attention_mask=torch.ones(10, dtype=torch.long)) for x in toy_data()]},
+        )
+        trainer.train()
+        results[batch] = history(trainer), history(trainer, "grad_norm"), weights(trainer.model)
+    assert results[8][0] == pytest.approx(results[2][0], rel=1e-6)
+    assert results[8][1] == pytest.approx(results[2][1], rel=1e-5)
+    for name, tensor in results[8][2].items():
+        assert torch.allclose(tensor, results[2][2][name], atol=1e-6), name
+
+
+def test_the_cut_leaves_the_random_numbers_of_training_alone(make_trainer):
+    """The order of the data and the dropout masks before a late cut do not depend on whether it comes."""
+    losses = {}
+    for rounds in (1, 2):
+        torch.manual_seed(0)
+        trainer = make_trainer(recipe={"rounds": rounds, "target_reduction": None, "disable_dropout": False}, max_steps=3)
+        seen = []
+        step = trainer.training_step
+
+        def spy(model, inputs, n=None, step=step, seen=seen):
+            seen.append(inputs["input_ids"].clone())
+            result = step(model, inputs, n)
+            seen.append(torch.rand(1))
+            return result
+
+        trainer.training_step = spy
+        trainer.train()
+        losses[rounds] = seen
+    # Dropout draws as many numbers as the tensors are large: compare up to the second cut, at step 1.
+    assert all(torch.equal(a, b) for a, b in zip(losses[1][:3], losses[2][:3], strict=True))
+
+
+def test_adam_keeps_the_moments_of_unchanged_tensors_only(make_trainer):
+    trainer = make_trainer(
+        recipe={"target_reduction": None, "sites": ("intermediate",), "schedule": "layerwise", "edge_estimator": "fixed", "fixed_rank": 16},
+        max_steps=4,
+    )
+    states = {}
+    install = trainer.staging._apply
+
+    def spy(reduction, before):
+        if not trainer.stages:
+            return install(reduction, before)
+        raw = trainer.optimizer.optimizer
+        old = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+        moments = {n: raw.state[p]["exp_avg"].clone() for n, p in trainer.model.named_parameters()}
+        install(reduction, before)
+        states.update(old=old, moments=moments, raw=raw)
+        for name, parameter in trainer.model.named_parameters():
+            same = old[name].shape == parameter.shape and torch.equal(old[name], parameter)
+            state = raw.state.get(parameter, {})
+            assert ("exp_avg" in state) == same, name
+            if same:
+                assert torch.equal(state["exp_avg"], moments[name])
+        states["kept"] = len(raw.state)
+
+    trainer.staging._apply = spy
+    trainer.train()
+    assert len(trainer.stages) == 2 and 0 < states["kept"] < len(states["old"])
+
+
+def test_an_optimizer_given_by_the_user_survives(make_trainer):
+    model = tiny_bert()
+    decayed = [p for n, p in model.named_parameters() if p.dim() > 1]
+    rest = [p for n, p in model.named_parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": rest, "lr": 2e-3}], lr=1e-3)
+    trainer = make_trainer(model, max_steps=2, trainer_kwargs={"optimizers": (optimizer, None)})
+    trainer.train()
+    assert trainer.optimizer.optimizer is optimizer
+    assert [(g["weight_decay"], g["lr"]) for g in optimizer.param_groups] == [(0.1, 0.0), (0.01, 0.0)]
+    assert {id(p) for g in optimizer.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+    assert [{p.dim() > 1 for p in g["params"]} for g in optimizer.param_groups] == [{True}, {False}]
+
+
+def test_frozen_parameters_stay_frozen(make_trainer):
+    model = tiny_bert()
+    model.bert.embeddings.requires_grad_(False)
+    trainer = make_trainer(model, max_steps=2)
+    trainer.train()
+    assert not any(p.requires_grad for p in model.bert.embeddings.parameters())
+    assert model.classifier.weight.requires_grad
+
+
+def test_dropout_is_off_while_distilling_and_back_afterwards(make_trainer):
+    trainer, seen = make_trainer(max_steps=2), []
+    step = trainer.training_step
+    trainer.training_step = lambda m, i, n=None: (seen.append({x.p for x in rates(trainer.model)}), step(m, i, n))[1]
+    trainer.train()
+    assert seen == [{0.0}] * 2
+    assert {x.p for x in rates(trainer.model)} == {0.1} and trainer.model.config.hidden_dropout_prob == 0.1
+
+
+def rates(model):
+    return [m for m in model.modules() if isinstance(m, torch.nn.Dropout)]
+
+
+def test_the_best_model_is_never_the_uncut_one(make_trainer):
+    trainer = make_trainer(
+        recipe={"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5},
+        max_steps=6,
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=1,
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="wide",
+        greater_is_better=True,
+        trainer_kwargs={"compute_metrics": lambda prediction: {"wide": float(count_parameters(trainer.model))}},
+    )
+    trainer.train()
+    assert trainer.stages[-1].step == 3 and trainer.state.best_global_step >= 3
+    assert count_parameters(trainer.model) == trainer.stages[-1].parameters_after
+    assert trainer.state.best_metric == trainer.stages[-1].parameters_after
+
+
+def test_stage_evaluations_do_not_feed_early_stopping(make_trainer):
+    trainer = make_trainer(
+        recipe={"rounds": 3, "stage_share": 1.0},
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=4,
+        save_steps=4,
+        save_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="loss",
+        trainer_kwargs={"callbacks": [EarlyStoppingCallback(1)]},
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_saved_model_loads_with_the_auto_class(make_trainer, tmp_path):
+    import optimum_rmtkd  # noqa: F401 - registers the reduced classes
+
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    trainer.save_model(tmp_path / "final")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "final").eval()
+    batch = trainer.data_collator(toy_data(4))
+    with torch.no_grad():
+        assert torch.equal(again(**batch).logits, trainer.model.eval()(**batch).logits)
+
+
+# -- schedules and stop rules --------------------------------------------------------------------------------------------
+
+
+def test_layerwise_cuts_layer_after_layer(make_trainer):
+    trainer = make_trainer(recipe={"schedule": "layerwise", "target_reduction": None, "sites": ("intermediate",)})
+    trainer.train()
+    assert [s.step for s in trainer.stages] == [0, 2]
+    names = [site["name"] for stage in trainer.stages for site in stage.sites]
+    assert len(names) == len(set(names)) == 2
+
+
+def test_layerwise_stops_once_the_target_is_met(make_trainer):
+    recipe = {"schedule": "layerwise", "target_reduction": 0.02, "sites": ("intermediate",), "edge_estimator": "fixed", "fixed_rank": 8}
+    trainer = make_trainer(recipe=recipe)
+    trainer.train()
+    assert len(trainer.stages) == 1 and trainer.staging.stopped == "target met"
+
+
+def test_a_site_that_would_keep_too_little_stops_the_run(make_trainer, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(recipe={"target_reduction": 0.6, "min_rank_ratio": 0.9})
+        output = trainer.train()
+    (stage,) = trainer.stages
+    assert stage.status == "rejected" and "min_rank_ratio is 0.9" in stage.reason
+    assert output.metrics["reduction"] == 0.0 and "asks for 60.0 %" in caplog.text
+
+
+def test_a_stage_that_costs_too_much_is_rolled_back(make_trainer):
+    sizes = []
+
+    def compute_metrics(prediction):
+        sizes.append(count_parameters(trainer.model))
+        return {"size": float(sizes[-1])}
+
+    uncut = count_parameters(tiny_bert())
+    trainer = make_trainer(
+        # the metric is the size: the first stage (-22 %) is allowed, the second one (-40 %) is not
+        recipe={"target_reduction": 0.4, "rounds": 2, "max_metric_drop": 0.3 * uncut, "stage_share": 0.5},
+        metric_for_best_model="size",
+        greater_is_better=True,
+        trainer_kwargs={"compute_metrics": compute_metrics},
+    )
+    output = trainer.train()
+    assert [s.status for s in trainer.stages] == ["accepted", "rolled_back"]
+    assert "max_metric_drop" in trainer.stages[1].reason
+    assert count_parameters(trainer.model) == trainer.stages[0].parameters_after == output.metrics["parameters_after"]
+    assert {x.p for x in rates(trainer.model)} == {0.1}
+
+
+def test_an_early_roll_back_trains_on_with_the_wider_model(make_trainer):
+    trainer = make_trainer(
+        recipe={"target_reduction": 0.4, "rounds": 2, "max_metric_drop": 0.5, "stage_share": 0.5},
+        metric_for_best_model="size",
+        greater_is_better=True,
+        trainer_kwargs={"compute_metrics": lambda p: {"size": float(count_parameters(trainer.model))}},
+    )
+    trainer.train()
+    assert [s.status for s in trainer.stages] == ["rolled_back"]
+    assert trainer.state.global_step == 8 and len(history(trainer)) == 8
+    assert type(trainer.model).__name__ == "BertForSequenceClassification"
+    assert history(trainer, "loss/kl")[-1] == pytest.approx(0.0, abs=1e-2)
+
+
+def test_a_stage_waits_for_its_threshold(make_trainer):
+    values = iter([1.0, 0.5, 0.5, 0.95, 0.95, 0.95, 0.95])
+    trainer = make_trainer(
+        recipe={"target_reduction": 0.4, "rounds": 2, "stage_threshold": 0.9},
+        max_steps=12,
+        metric_for_best_model="m",
+        trainer_kwargs={"compute_metrics": lambda p: {"m": next(values)}},
+    )
+    trainer.train()
+    # uncut 1.0, after the cut 0.5; at step 4 still 0.5: wait; at step 5 it is 0.95
+    assert [s.step for s in trainer.stages] == [0, 5]
+    assert trainer.stages[1].metric_before == 0.95
+
+
+# -- teachers ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("teacher", ["initial", "previous", "ema"])
+def test_every_teacher_has_a_known_projection(make_trainer, teacher):
+    trainer = make_trainer(recipe={"teacher": teacher, "target_reduction": 0.6, "rounds": 2, "stage_share": 0.5})
+    trainer.train()
+    width = {"initial": 32, "ema": trainer.model.config.hidden_size}
+    if teacher == "previous":
+        assert type(trainer.staging.teacher.model).__name__.startswith("RMTKD")
+        assert count_parameters(trainer.staging.teacher.model) == trainer.stages[0].parameters_after
+    else:
+        assert trainer.staging.teacher.model.bert.embeddings.word_embeddings.embedding_dim == width[teacher]
+    assert all(0 <= value < 100 for value in history(trainer, "loss/hidden"))
+
+
+def test_given_teacher_drops_the_hidden_states_with_a_warning(make_trainer, caplog):
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(teacher_model=tiny_bert(seed=5), max_steps=2)
+    assert "HiddenStateLoss is dropped" in caplog.text
+    assert [o.name for o in trainer.objectives] == ["task", "kl"]
+    trainer.train()
+    assert not history(trainer, "loss/hidden") and len(history(trainer, "loss/kl")) == 2
+
+
+def test_given_teacher_that_is_the_uncut_model_keeps_them(make_trainer):
+    trainer = make_trainer(teacher_model=tiny_bert(), max_steps=2)
+    trainer.train()
+    assert len(history(trainer, "loss/hidden")) == 2
+
+
+def test_unlabelled_data_can_be_distilled(make_trainer):
+    data = [{k: v for k, v in sample.items() if k != "labels"} for sample in toy_data()]
+    trainer = make_trainer(
+        objectives=[KLDivergence(1.0), HiddenStateLoss(1.0)], max_steps=2, trainer_kwargs={"train_dataset": data, "eval_dataset": None}
+    )
+    trainer.train()
+    assert trainer.stages[0].metric_before is None and len(history(trainer)) == 2
+
+
+def test_masked_language_model(make_trainer):
+    data = [{**x, "labels": torch.where(torch.arange(10) % 3 == 0, x["input_ids"], -100)} for x in toy_data()]
+    trainer = make_trainer(
+        tiny_bert(cls=BertForMaskedLM), max_steps=2, trainer_kwargs={"train_dataset": data, "eval_dataset": data[:8]}
+    )
+    output = trainer.train()
+    assert output.metrics["reduction"] == pytest.approx(0.3, abs=0.02)
+    assert all(torch.isfinite(torch.tensor(history(trainer, "loss/kl"))))
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------------
+
+
+def test_settings_that_cannot_work_are_refused(make_trainer):
+    with pytest.raises(RMTKDError, match="reparameterization=str"):
+        make_trainer(trainer_kwargs={"reparameterization": "mpo"})
+    with pytest.raises(RMTKDError, match="stage_threshold compares.*eval_dataset"):
+        make_trainer(recipe={"stage_threshold": 0.9}, trainer_kwargs={"eval_dataset": None})
+    with pytest.raises(RMTKDError, match="train\\(\\) without train_dataset"):
+        make_trainer(trainer_kwargs={"train_dataset": None}).train()
+    with pytest.raises(RMTKDError, match="vocab_size=61"):
+        make_trainer(teacher_model=tiny_bert(vocab_size=61))
+    with pytest.raises(RMTKDError, match="3 cuts in 2 training steps"):
+        make_trainer(recipe={"rounds": 3}, max_steps=2).train()
+
+
+@pytest.mark.parametrize("sharding", ["fsdp", "deepspeed"])
+def test_sharded_training_is_refused(make_trainer, sharding, tmp_path):
+    from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
+
+    args = RMTKDTrainingArguments(str(tmp_path), use_cpu=True)
+    setattr(args, sharding, True)
+    with pytest.raises(RMTKDError, match=f"{sharding} shards the parameters"):
+        RMTKDTrainer(tiny_bert(), args, train_dataset=toy_data())
+
+
+def test_a_reduced_model_that_meets_the_target_is_refused(make_trainer):
+    first = make_trainer(recipe={"target_reduction": 0.5}, max_steps=1)
+    first.train()
+    with pytest.raises(BudgetError, match="already meets"):
+        make_trainer(first.model, recipe={"target_reduction": 0.3}, out="again").train()
+
+
+def test_an_unknown_metric_is_answered_with_the_known_ones(make_trainer):
+    trainer = make_trainer(metric_for_best_model="accuracy", trainer_kwargs={"compute_metrics": lambda p: {"f1": 1.0}})
+    with pytest.raises(RMTKDError, match="eval_f1.*'eval_accuracy'"):
+        trainer.train()
+
+
+def test_default_objectives(make_trainer):
+    assert [type(o) for o in make_trainer().objectives] == [TaskLoss, KLDivergence, HiddenStateLoss]
