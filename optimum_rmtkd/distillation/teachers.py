@@ -15,7 +15,15 @@ from ..errors import RMTKDError
 from .features import capture
 
 
-__all__ = ["EMATeacher", "FrozenTeacher", "SnapshotTeacher", "Teacher", "check_compatible", "clean_copy", "fingerprint"]
+__all__ = [
+    "EMATeacher",
+    "FrozenTeacher",
+    "SnapshotTeacher",
+    "Teacher",
+    "check_compatible",
+    "clean_copy",
+    "fingerprint",
+]
 
 # What accelerate leaves on a prepared module; a copy that kept them would run the original's forward wrapper.
 _PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")
@@ -45,7 +53,9 @@ class Teacher:
         # An encoder-decoder derives its decoder inputs from the labels.
         keep_labels = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
         dropped = set() if keep_labels else set(drop)
-        kept = {k: v for k, v in inputs.items() if k not in dropped and (self._accepted is None or k in self._accepted)}
+        kept = {
+            k: v for k, v in inputs.items() if k not in dropped and (self._accepted is None or k in self._accepted)
+        }
         with capture(self.model, paths) as features:
             outputs = self.model(**kept)
         return outputs, features

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..config import RMTKDConfig
-from ..errors import BudgetError, UnsupportedArchitectureError
-from .sites import Anatomy, Site, Unit, get_module, has_module, linear_shape, module_parameters, unit_delta
+from ..errors import BudgetError
+from .sites import Anatomy, Site, Unit, get_module, is_layer, linear_shape, module_parameters, unit_delta
 
 
 __all__ = ["BudgetPoint", "Couple", "allocate", "count_parameters", "flops_of", "parameters_of", "site_widths"]
@@ -82,19 +82,6 @@ def site_widths(couples: Mapping[str, int], anatomy: Anatomy) -> dict[str, int]:
     return widths
 
 
-def _narrowable(model: nn.Module, unit: Unit) -> bool:
-    if not has_module(model, unit.path):
-        return False
-    module = get_module(model, unit.path)
-    if isinstance(module, (nn.Parameter, nn.Embedding, nn.LayerNorm, nn.BatchNorm2d)):
-        return True
-    try:
-        linear_shape(module)
-    except UnsupportedArchitectureError:
-        return False
-    return True
-
-
 def _is_tied(model: nn.Module, unit: Unit) -> bool:
     """A decoder whose table is counted, and cut, elsewhere."""
     return unit.factor == "hidden"
@@ -102,7 +89,7 @@ def _is_tied(model: nn.Module, unit: Unit) -> bool:
 
 def parameters_of(model: nn.Module, anatomy: Anatomy, scope: list[Unit] | None = None) -> Callable[[Mapping[str, int]], int]:
     """A function from {couple: width} to the parameter count of the narrowed model (with `scope`: of these units)."""
-    units = [(u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if _narrowable(model, u)]
+    units = [(u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if is_layer(model, u.path)]
 
     def size(unit: Unit, module: nn.Module, widths: dict[str, int]) -> int:
         delta = unit_delta(unit, module, widths)

@@ -15,7 +15,7 @@ from ..modeling_rmtkd import VERSION, reduced_class
 from .bases import Projection
 from .budget import site_widths
 from .directions import dense_table, dense_weight
-from .sites import Anatomy, Unit, get_module, has_module, unit_delta
+from .sites import Anatomy, Unit, get_module, is_layer, unit_delta
 
 
 __all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec"]
@@ -49,7 +49,7 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     norm = None
     with torch.no_grad():
         for unit in anatomy.units:
-            if not has_module(model, unit.path):
+            if not is_layer(model, unit.path):
                 continue
             module = get_module(model, unit.path)
             if isinstance(module, nn.LayerNorm):
@@ -66,7 +66,7 @@ def _readers_of(model: nn.Module, anatomy: Anatomy, norm: Unit) -> list[nn.Modul
     at = anatomy.units.index(norm)
     readers = []
     for unit in anatomy.units[at + 1 :]:
-        if has_module(model, unit.path):
+        if is_layer(model, unit.path):
             module = get_module(model, unit.path)
             if isinstance(module, nn.LayerNorm):
                 break
@@ -109,7 +109,7 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
     base, attrs = spec.setdefault("base", {}), spec.setdefault("attrs", {})
     widths = site_widths(couples, anatomy)
     for unit in anatomy.units:
-        module = get_module(model, unit.path) if has_module(model, unit.path) else nn.Linear(1, 1)  # a head of another task
+        module = get_module(model, unit.path) if is_layer(model, unit.path) else nn.Linear(1, 1)  # a head of another task
         delta = unit_delta(unit, module, widths)
         if not delta:
             continue
@@ -166,7 +166,7 @@ def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: C
     touched = set()
     with torch.no_grad():
         for unit in anatomy.units:
-            if not has_module(teacher, unit.path):
+            if not is_layer(teacher, unit.path):
                 continue
             reads, writes = cuts.of(unit.reads, unit.path), cuts.of(unit.writes, unit.path)
             factor = cuts.of(unit.factor, unit.path)

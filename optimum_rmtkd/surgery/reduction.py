@@ -33,7 +33,7 @@ from .layouts import factored_anatomy
 from .narrowing import Cuts, build_student, fold_norms, initialise
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
-from .sites import Anatomy, Point, Site, get_module, has_module, select_sites
+from .sites import Anatomy, Point, Site, get_module, is_layer, select_sites
 
 
 __all__ = ["Reduction", "SiteRecord", "analyze", "anatomy_of", "block_paths", "narrow", "narrow_to", "reduce", "stage_sites"]
@@ -253,7 +253,7 @@ class Surgeon:
 
         from .calibration import observed
 
-        linear = [u.path for u in self.anatomy.units if has_module(self.teacher, u.path)]
+        linear = [u.path for u in self.anatomy.units if is_layer(self.teacher, u.path)]
         linear = [p for p in linear if isinstance(get_module(self.teacher, p), (nn.Linear, nn.Conv2d)) or hasattr(get_module(self.teacher, p), "down")]
         with observed(self.teacher, [Point(p) for p in linear], see), torch.no_grad():
             self.teacher(**model_inputs(self.batches[0]))

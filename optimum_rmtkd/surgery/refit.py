@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .calibration import features_last, model_inputs, observed, token_mask
 from .narrowing import Cuts
-from .sites import Anatomy, Point, Unit, get_module, has_module
+from .sites import Anatomy, Point, Unit, get_module, is_layer
 
 
 __all__ = ["least_squares_update", "norm_fit", "refit"]
@@ -204,7 +204,7 @@ class Replay:
 
 def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
     """Whether least squares has anything to do: tables and what reads nothing cut are exact already."""
-    if not has_module(scope.module, unit.path):
+    if not is_layer(scope.module, unit.path):
         return False
     module = get_module(scope.module, unit.path)
     if isinstance(module, (nn.Parameter, nn.Embedding)) or unit.factor is not None:

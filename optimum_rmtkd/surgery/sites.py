@@ -19,7 +19,7 @@ from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear, resolve_path
 
 
-__all__ = ["Anatomy", "Attribute", "Point", "Site", "Unit", "get_module", "has_module", "select_sites"]
+__all__ = ["Anatomy", "Attribute", "Point", "Site", "Unit", "get_module", "has_module", "is_layer", "select_sites"]
 
 
 @dataclass(frozen=True)
@@ -143,6 +143,24 @@ def has_module(model: nn.Module, path: str) -> bool:
     except UnsupportedArchitectureError:
         return False
     return True
+
+
+LAYERS = (
+    nn.Parameter,
+    nn.Linear,
+    nn.Conv2d,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.BatchNorm2d,
+    LowRankLinear,
+    LowRankConv2d,
+)
+
+
+def is_layer(model: nn.Module, path: str) -> bool:
+    """Whether a layer that can be narrowed stands at a spec path. Task heads differ: the same name may be a container,
+    or missing."""
+    return has_module(model, path) and isinstance(get_module(model, path), LAYERS)
 
 
 def module_parameters(module: nn.Module | nn.Parameter, delta: dict[str, int]) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 
-__all__ = ["CalibrationBatches", "calibration_indices", "isolated_rng"]
+__all__ = ["CalibrationBatches", "calibration_indices", "is_hf_dataset", "isolated_rng", "pick_samples"]
 
 
 @contextmanager
@@ -89,3 +89,14 @@ def pick_samples(dataset: Any, wanted: int, seed: int) -> Sequence[Any]:
         with isolated_rng(seed):
             return list(itertools.islice(iter(dataset), wanted))
     return torch.utils.data.Subset(dataset, calibration_indices(len(dataset), wanted, seed))
+
+
+def is_hf_dataset(dataset: Any) -> bool:
+    """Does the dataset name its columns, so that unused ones can be dropped before they are read?"""
+    from transformers.utils import is_datasets_available
+
+    if not is_datasets_available():
+        return False
+    import datasets
+
+    return isinstance(dataset, (datasets.Dataset, datasets.IterableDataset))

@@ -185,7 +185,9 @@ def stage_table(stages: Sequence[Stage]) -> str:
     return "\n".join(lines)
 
 
-def write_journal(folder: str | Path, stages: Sequence[Stage], config: RMTKDConfig, reference: int, parameters: int) -> None:
+def write_journal(
+    folder: str | Path, stages: Sequence[Stage], config: RMTKDConfig, reference: int, parameters: int
+) -> None:
     """Write `rmtkd_stages.json`: what is known so far, whole or not at all."""
     values = {
         "version": 1,

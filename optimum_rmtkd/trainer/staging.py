@@ -89,7 +89,9 @@ class Staging:
     @property
     def uses_previous(self) -> bool:
         """Whether the model before each cut has to be kept."""
-        return self.config.max_metric_drop is not None or (self.given_teacher is None and self.config.teacher == "previous")
+        return self.config.max_metric_drop is not None or (
+            self.given_teacher is None and self.config.teacher == "previous"
+        )
 
     # -- moments of the run --------------------------------------------------------------------------------------------
 
@@ -194,7 +196,12 @@ class Staging:
         target, reached = self.config.target_reduction, 1 - self.parameters / self.reference_parameters
         if target is not None and reached < target - 0.01:
             why = self.stopped or "all planned stages are done"
-            logger.warning("The model is reduced by %.1f %%, target_reduction asks for %.1f %% (%s).", 100 * reached, 100 * target, why)
+            logger.warning(
+                "The model is reduced by %.1f %%, target_reduction asks for %.1f %% (%s).",
+                100 * reached,
+                100 * target,
+                why,
+            )
 
     # -- the cut -------------------------------------------------------------------------------------------------------
 
@@ -361,7 +368,8 @@ class Staging:
         values, tensors = found
         checkpoint.same_weights_or_raise(values["fingerprint"], self.initial_fingerprint, folder)
         self.plan = tuple(
-            PlannedCut(**cut | {"sites": None if cut["sites"] is None else tuple(cut["sites"])}) for cut in values["plan"]
+            PlannedCut(**cut | {"sites": None if cut["sites"] is None else tuple(cut["sites"])})
+            for cut in values["plan"]
         )
         self.stages = [Stage.from_dict(stage) for stage in values["stages"]]
         self.baseline, self.stopped, self.retry_at = values["baseline"], values["stopped"], values["retry_at"]
@@ -374,13 +382,13 @@ class Staging:
             self.before = skeleton(self.initial, values["before"])
             checkpoint.load_into(self.before, checkpoint.subset("before", tensors))
         self.teacher, self._restored = None, tensors
-        self.adopt(folder)
+        self.adopt(folder, prepare=False)
 
-    def adopt(self, folder: str | Path) -> None:
+    def adopt(self, folder: str | Path, prepare: bool = True) -> None:
         """Give the model the architecture saved in `folder`, untrained, if it has another one."""
         fresh = load_skeleton(self.trainer.model, self.initial, folder)
         if fresh is not None:
-            install(self.trainer, fresh)
+            install(self.trainer, fresh, prepare)
 
     def _write_journal(self) -> None:
         if self.trainer.args.should_save and self.initial is not None:

@@ -66,18 +66,21 @@ def _relatives_frozen(name: str, old: dict[str, nn.Parameter]) -> bool:
     return False
 
 
-def install(trainer: RMTKDTrainer, replacement: nn.Module) -> None:
-    """Give `trainer.model` the inside of `replacement`, optimizer and wrappers included; the learning rate continues."""
+def install(trainer: RMTKDTrainer, replacement: nn.Module, prepare: bool = True) -> None:
+    """Give `trainer.model` the inside of `replacement`, optimizer and wrappers included; the learning rate continues.
+
+    Args:
+        prepare: wrap the model for training again; False before training, where the Trainer is about to do it.
+    """
     model = trainer.model
     place = next(model.parameters())
     old_parameters = dict(model.named_parameters())
     wrapped = trainer.model_wrapped
-    prepared = any(known is wrapped for known in trainer.accelerator._models)
     same = become(model, replacement.to(device=place.device))
     if trainer.optimizer is not None:
         regroup_optimizer(trainer, old_parameters, same)
     trainer.after_swap()
-    if prepared:
+    if prepare:
         rewrap(trainer, wrapped)
     else:
         trainer.model_wrapped = model
@@ -140,7 +143,10 @@ def _groups_by_name(raw, old: dict[str, nn.Parameter], new: dict[str, nn.Paramet
     """For an optimizer that the user built: each new parameter joins the group of its old namesake, or nearest relative."""
     names = {id(parameter): name for name, parameter in old.items()}
     group_of = {
-        names[id(p)]: number for number, group in enumerate(raw.param_groups) for p in group["params"] if id(p) in names
+        names[id(p)]: number
+        for number, group in enumerate(raw.param_groups)
+        for p in group["params"]
+        if id(p) in names
     }
     groups: list[list[nn.Parameter]] = [[] for _ in raw.param_groups]
     for name, parameter in new.items():
@@ -155,7 +161,9 @@ def _groups_by_name(raw, old: dict[str, nn.Parameter], new: dict[str, nn.Paramet
 def _kinship(known: str, name: str) -> tuple[int, bool]:
     """(length of the common module path, same last word): "dense.weight" is nearest to "dense.down.weight"."""
     ours, theirs = known.split("."), name.split(".")
-    common = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+    common = next(
+        (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+    )
     return common, ours[-1] == theirs[-1]
 
 

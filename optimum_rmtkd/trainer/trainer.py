@@ -27,7 +27,7 @@ from ..distillation import (
 from ..distillation.step import token_mask
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from .arguments import RMTKDTrainingArguments
-from .data import CalibrationBatches, isolated_rng, pick_samples
+from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from .stages import Stage, stage_table
 from .staging import Staging
 
@@ -256,7 +256,7 @@ class RMTKDTrainer(Trainer):
     def calibration_batches(self) -> CalibrationBatches:
         """This process's share of the calibration data, through the trainer's collator, the same in every pass."""
         dataset, collate = self.train_dataset, self.data_collator
-        if _is_hf_dataset(dataset):
+        if is_hf_dataset(dataset):
             dataset = self._remove_unused_columns(dataset, description="calibration")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="calibration")
@@ -298,7 +298,9 @@ class RMTKDTrainer(Trainer):
 
     def after_swap(self) -> None:
         """Repeat on the new layers what `Trainer.train` did to the old ones before training."""
-        if getattr(self.args, "activation_checkpointing", False) or getattr(self.args, "gradient_checkpointing", False):
+        if getattr(self.args, "activation_checkpointing", False) or getattr(
+            self.args, "gradient_checkpointing", False
+        ):
             options = dict(getattr(self.args, "activation_checkpointing_kwargs", None) or {})
             layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
             self.model.activation_checkpointing_enable(
@@ -395,13 +397,3 @@ def _unsharded(what: str) -> RMTKDError:
         f"{what} shards the parameters; a cut inside training needs whole ones on every process. Use DDP (torchrun), or cut "
         "first with optimum_rmtkd.narrow and train the result sharded."
     )
-
-
-def _is_hf_dataset(dataset: Any) -> bool:
-    from transformers.utils import is_datasets_available
-
-    if not is_datasets_available():
-        return False
-    import datasets
-
-    return isinstance(dataset, (datasets.Dataset, datasets.IterableDataset))

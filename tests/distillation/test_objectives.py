@@ -247,7 +247,9 @@ def test_observed_variance_makes_the_loss_independent_of_the_split(hidden):
     ours = {n.lower(): theirs[n] + torch.randn(8, 4, 5) for n in "AB"}
 
     def part(rows):
-        return DistillationStep({}, None, None, {k: v[rows] for k, v in ours.items()}, {k: v[rows] for k, v in theirs.items()})
+        return DistillationStep(
+            {}, None, None, {k: v[rows] for k, v in ours.items()}, {k: v[rows] for k, v in theirs.items()}
+        )
 
     for rows in (slice(0, 3), slice(3, 8)):
         objective.observe(part(rows))

@@ -19,7 +19,13 @@ from optimum_rmtkd.errors import RMTKDError
 
 def bert(seed=0, **changes):
     torch.manual_seed(seed)
-    sizes = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    sizes = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+    }
     return BertForSequenceClassification(BertConfig(**(sizes | changes)))
 
 

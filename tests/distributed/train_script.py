@@ -25,7 +25,9 @@ def main():
     parser.add_argument("--resume", default=None)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    whole = torch.ones(10, dtype=torch.long)  # no padding: means over tokens are then the same however a batch is split
+    whole = torch.ones(
+        10, dtype=torch.long
+    )  # no padding: means over tokens are then the same however a batch is split
     trainer = RMTKDTrainer(
         model=tiny_bert(),
         args=RMTKDTrainingArguments(

@@ -45,7 +45,9 @@ def test_a_resumed_run_ends_with_the_same_bits(make_trainer, weights, recipe, st
     whole = make_trainer(recipe=ROUNDS | recipe, out="whole", **SAVING)
     expected = whole.train()
     resumed = make_trainer(recipe=ROUNDS | recipe, out="resumed", **SAVING)
-    torch.rand(100)  # the other process may have drawn numbers; transformers derives the data order from the seed alone
+    torch.rand(
+        100
+    )  # the other process may have drawn numbers; transformers derives the data order from the seed alone
     output = resumed.train(resume_from_checkpoint=str(folder(whole, step)))
     assert type(resumed.model) is type(whole.model)
     ours, theirs = weights(resumed.model), weights(whole.model)

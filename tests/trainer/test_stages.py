@@ -54,7 +54,9 @@ def test_layerwise_plans_a_cut_for_each_layer_in_order():
     assert [c.step for c in plan] == [0, 15, 30] and {c.target_reduction for c in plan} == {None}
 
 
-@pytest.mark.parametrize(("cuts", "steps", "share"), [(1, 1, 0.3), (4, 4, 0.1), (5, 7, 0.01), (12, 1000, 0.3), (3, 9, 1.0)])
+@pytest.mark.parametrize(
+    ("cuts", "steps", "share"), [(1, 1, 0.3), (4, 4, 0.1), (5, 7, 0.01), (12, 1000, 0.3), (3, 9, 1.0)]
+)
 def test_cuts_start_at_once_and_lie_a_step_apart(cuts, steps, share):
     at = spread_steps(cuts, steps, share)
     assert at[0] == 0 and at[-1] < steps and all(b > a for a, b in zip(at, at[1:], strict=False))
@@ -96,5 +98,7 @@ def test_record_and_journal_are_json_both_ways(tmp_path):
 
 
 def test_table_counts_reductions_from_the_uncut_model():
-    rows = stage_table([Stage(0, 0, (), 100, 50, metric_name="eval_loss"), Stage(1, 9, (), 50, 25, reason="why")]).splitlines()
+    rows = stage_table(
+        [Stage(0, 0, (), 100, 50, metric_name="eval_loss"), Stage(1, 9, (), 50, 25, reason="why")]
+    ).splitlines()
     assert "eval_loss" in rows[0] and "50.0%" in rows[1] and "75.0%" in rows[2] and "open (why)" in rows[2]

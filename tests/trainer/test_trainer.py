@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +32,10 @@ def test_one_round_meets_its_target_and_tells_about_it(make_trainer, capsys):
     assert (stage.index, stage.step, stage.status) == (0, 0, "accepted")
     assert {"name", "width_before", "width_after", "edge"} <= set(stage.sites[0])
     assert None not in (stage.metric_before, stage.metric_cut, stage.metric_after)
-    journal = json.loads((trainer.args.output_dir and open(f"{trainer.args.output_dir}/{JOURNAL}")).read())
-    assert journal["stages"][0]["sites"] == list(stage.sites) and journal["parameters_after"] == count_parameters(model)
+    journal = json.loads((Path(trainer.args.output_dir) / JOURNAL).read_text())
+    assert journal["stages"][0]["sites"] == list(stage.sites) and journal["parameters_after"] == count_parameters(
+        model
+    )
     assert "metric: eval_loss" in capsys.readouterr().out
 
 
@@ -84,7 +87,9 @@ def test_accumulated_batches_give_the_loss_and_gradients_of_the_large_one(make_t
             max_steps=3,
             optim="sgd",
             learning_rate=0.1,
-            trainer_kwargs={"train_dataset": [dict(x, attention_mask=torch.ones(10, dtype=torch.long)) for x in toy_data()]},
+            trainer_kwargs={
+                "train_dataset": [dict(x, attention_mask=torch.ones(10, dtype=torch.long)) for x in toy_data()]
+            },
         )
         trainer.train()
         results[batch] = history(trainer), history(trainer, "grad_norm"), weights(trainer.model)
@@ -99,7 +104,9 @@ def test_the_cut_leaves_the_random_numbers_of_training_alone(make_trainer):
     losses = {}
     for rounds in (1, 2):
         torch.manual_seed(0)
-        trainer = make_trainer(recipe={"rounds": rounds, "target_reduction": None, "disable_dropout": False}, max_steps=3)
+        trainer = make_trainer(
+            recipe={"rounds": rounds, "target_reduction": None, "disable_dropout": False}, max_steps=3
+        )
         seen = []
         step = trainer.training_step
 
@@ -118,7 +125,13 @@ def test_the_cut_leaves_the_random_numbers_of_training_alone(make_trainer):
 
 def test_adam_keeps_the_moments_of_unchanged_tensors_only(make_trainer):
     trainer = make_trainer(
-        recipe={"target_reduction": None, "sites": ("intermediate",), "schedule": "layerwise", "edge_estimator": "fixed", "fixed_rank": 16},
+        recipe={
+            "target_reduction": None,
+            "sites": ("intermediate",),
+            "schedule": "layerwise",
+            "edge_estimator": "fixed",
+            "fixed_rank": 16,
+        },
         max_steps=4,
     )
     states = {}
@@ -227,6 +240,27 @@ def test_saved_model_loads_with_the_auto_class(make_trainer, tmp_path):
         assert torch.equal(again(**batch).logits, trainer.model.eval()(**batch).logits)
 
 
+def test_bf16_autocast_survives_a_cut(make_trainer):
+    trainer = make_trainer(recipe={"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5}, max_steps=4, bf16=True)
+    dtypes, step = [], trainer.training_step
+
+    def spy(model, inputs, n=None):
+        handle = trainer.model.bert.encoder.layer[0].register_forward_hook(
+            lambda m, i, o: dtypes.append((o[0] if isinstance(o, tuple) else o).dtype)
+        )
+        dense = trainer.model.bert.encoder.layer[0].intermediate.dense.register_forward_hook(
+            lambda m, i, o: dtypes.append(o.dtype)
+        )
+        result = step(model, inputs, n)
+        handle.remove(), dense.remove()
+        return result
+
+    trainer.training_step = spy
+    trainer.train()
+    assert len(trainer.stages) == 2 and dtypes.count(torch.bfloat16) >= 4
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+
+
 # -- schedules and stop rules --------------------------------------------------------------------------------------------
 
 
@@ -239,7 +273,13 @@ def test_layerwise_cuts_layer_after_layer(make_trainer):
 
 
 def test_layerwise_stops_once_the_target_is_met(make_trainer):
-    recipe = {"schedule": "layerwise", "target_reduction": 0.02, "sites": ("intermediate",), "edge_estimator": "fixed", "fixed_rank": 8}
+    recipe = {
+        "schedule": "layerwise",
+        "target_reduction": 0.02,
+        "sites": ("intermediate",),
+        "edge_estimator": "fixed",
+        "fixed_rank": 8,
+    }
     trainer = make_trainer(recipe=recipe)
     trainer.train()
     assert len(trainer.stages) == 1 and trainer.staging.stopped == "target met"
@@ -338,7 +378,9 @@ def test_given_teacher_that_is_the_uncut_model_keeps_them(make_trainer):
 def test_unlabelled_data_can_be_distilled(make_trainer):
     data = [{k: v for k, v in sample.items() if k != "labels"} for sample in toy_data()]
     trainer = make_trainer(
-        objectives=[KLDivergence(1.0), HiddenStateLoss(1.0)], max_steps=2, trainer_kwargs={"train_dataset": data, "eval_dataset": None}
+        objectives=[KLDivergence(1.0), HiddenStateLoss(1.0)],
+        max_steps=2,
+        trainer_kwargs={"train_dataset": data, "eval_dataset": None},
     )
     trainer.train()
     assert trainer.stages[0].metric_before is None and len(history(trainer)) == 2

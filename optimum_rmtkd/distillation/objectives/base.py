@@ -116,7 +116,9 @@ def register_objective(cls: type[DistillationObjective]) -> type[DistillationObj
         raise RMTKDError(f"{cls.__name__} has no name; set the class attribute `name`, its log and registry key.")
     taken = _REGISTRY.get(cls.name)
     if taken is not None and taken.__qualname__ != cls.__qualname__:
-        raise RMTKDError(f"The name {cls.name!r} belongs to {taken.__qualname__}; give {cls.__qualname__} another one.")
+        raise RMTKDError(
+            f"The name {cls.name!r} belongs to {taken.__qualname__}; give {cls.__qualname__} another one."
+        )
     _REGISTRY[cls.name] = cls
     return cls
 
@@ -148,8 +150,12 @@ def build_objectives(given: Mapping[str, Mapping[str, Any]] | Iterable) -> list[
     built = [DistillationObjective.from_dict(item) if isinstance(item, Mapping) else item for item in given]
     for item in built:
         if not isinstance(item, DistillationObjective):
-            raise RMTKDError(f"objectives holds a {type(item).__name__}; expected DistillationObjective instances or dicts.")
+            raise RMTKDError(
+                f"objectives holds a {type(item).__name__}; expected DistillationObjective instances or dicts."
+            )
     names = [item.name for item in built]
     if not built or len(set(names)) < len(names):
-        raise RMTKDError(f"objectives={names}: expected at least one, each name once. Known: {', '.join(objective_names())}.")
+        raise RMTKDError(
+            f"objectives={names}: expected at least one, each name once. Known: {', '.join(objective_names())}."
+        )
     return built

@@ -67,7 +67,9 @@ class KLDivergence(DistillationObjective):
         if ours.dim() == 3:
             return self._tokens(ours, theirs, step)
         if ours.dim() != 2:
-            raise RMTKDError(f"Logits of shape {tuple(ours.shape)}: expected (batch, classes) or (batch, tokens, classes).")
+            raise RMTKDError(
+                f"Logits of shape {tuple(ours.shape)}: expected (batch, classes) or (batch, tokens, classes)."
+            )
         return self._sequences(ours.float(), theirs.float())
 
     def _sequences(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,267 @@
+"""Accuracy of narrowed text classifiers against their teacher, over targets and seeds, with controls.
+
+    python examples/benchmarks/text.py run --task sst2 --target 0.8 --seed 0 -o results      one run, one JSON file
+    python examples/benchmarks/text.py all --task sst2 -o results                            the whole table (hours on 2 cores)
+    python examples/benchmarks/text.py latency -o results                                    dense / narrow, CPU, interleaved
+    python examples/benchmarks/text.py table -o results                                      prints what is there
+
+Data and checkpoints are looked for in RMTKD_SHARED (default ../shared). Arms:
+
+    rmtkd        the library's defaults: rounds, widths by budget
+    narrow       the same cut without any training
+    paper        mp_quantile edge, layer by layer, shallow to deep, teacher before each cut, no hidden states
+    random_basis as rmtkd at the same target, uniform shares, random subspaces and neurons
+    random_init  the architecture that rmtkd found, initialised at random, distilled alike
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, Trainer, set_seed
+from transformers.utils import logging
+
+from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments, count_parameters, narrow
+from optimum_rmtkd.commands.data import DataArguments
+from optimum_rmtkd.commands.task import Task, load_task
+from optimum_rmtkd.commands.timing import compare_latency
+
+
+SHARED = Path(os.environ.get("RMTKD_SHARED", "../shared"))
+TASKS = {
+    "sst2": ("models/minilm_l6_sst2", "data/sst2_train.parquet", "data/sst2_validation.parquet"),
+    "ag_news": (None, "data/ag_news_sub_train.parquet", "data/ag_news_test.parquet"),
+}
+EPOCHS = {0.5: 0.0, 0.63: 1.0, 0.8: 3.0, 0.9: 3.0}
+ARMS = ("rmtkd", "narrow", "paper", "random_basis", "random_init")
+
+
+@dataclass
+class Arguments:
+    """What to run."""
+
+    action: str = field(metadata={"help": "run, all, teacher, latency or table."})
+    output: str = field(default="results", metadata={"aliases": ["-o"], "help": "Folder of the result files."})
+    task: str = field(default="sst2", metadata={"help": "sst2 or ag_news."})
+    target: float = field(default=0.8, metadata={"help": "target_reduction."})
+    seed: int = field(default=0, metadata={"help": "Seed of training, calibration and surgery."})
+    arm: str = field(default="rmtkd", metadata={"help": ", ".join(ARMS)})
+    epochs: float | None = field(default=None, metadata={"help": "None: 0, 1, 3, 3 for 0.5, 0.63, 0.8, 0.9."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    batch_size: int = field(default=64, metadata={"help": "Training batch."})
+    recipe: str = field(default="{}", metadata={"help": "JSON of RMTKDConfig fields that replace the defaults."})
+    name: str = field(default="", metadata={"help": "Suffix of the result file."})
+
+
+def teacher_path(task: str, output: Path) -> Path:
+    """The checkpoint to narrow; AG News has none at hand, so one is fine-tuned first (action `teacher`)."""
+    stored = TASKS[task][0]
+    return SHARED / stored if stored else output / f"teacher_{task}"
+
+
+def load(task: str, output: Path, model: str | None = None) -> Task:
+    """Model and data of a task."""
+    _, train, validation = TASKS[task]
+    data = DataArguments(train_file=str(SHARED / train), validation_file=str(SHARED / validation), max_length=128)
+    return load_task(model or str(teacher_path(task, output)), data)
+
+
+def training_arguments(arguments: Arguments, folder: Path, epochs: float) -> RMTKDTrainingArguments:
+    """One recipe for all arms."""
+    return RMTKDTrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=arguments.batch_size,
+        per_device_eval_batch_size=64,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=arguments.seed,
+        logging_steps=250,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def make_teacher(arguments: Arguments, output: Path) -> None:
+    """Fine-tune all-MiniLM-L6-v2 on AG News, two epochs at 4e-5: the ordinary script."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = SHARED / "models/all_minilm_l6_v2"
+    names = ("World", "Sports", "Business", "Sci/Tech")
+    labels = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    set_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, num_labels=4, **labels)
+    folder = output / f"teacher_{arguments.task}"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    task = load(arguments.task, output, str(folder))
+    args = training_arguments(dataclasses.replace(arguments, learning_rate=4e-5), folder / "run", 2.0)
+    trainer = Trainer(
+        task.model, args, train_dataset=task.train, data_collator=task.collator, compute_metrics=task.compute_metrics
+    )
+    trainer.train()
+    print("teacher", trainer.evaluate(task.validation))
+    trainer.model.half().save_pretrained(folder)
+
+
+class Distiller(RMTKDTrainer):
+    """An architecture that is given, distilled as RMTKDTrainer does: for the control from random weights."""
+
+    def __init__(self, *positional, teacher, **kwargs):
+        super().__init__(*positional, teacher_model=teacher, **kwargs)
+        self.callback_handler.callbacks = [c for c in self.callback_handler.callbacks if "Stage" not in type(c).__name__]
+        self.staging.teacher = self.staging.given_teacher
+
+
+def recipe_of(arguments: Arguments) -> RMTKDConfig:
+    """The recipe of an arm."""
+    common = {"target_reduction": arguments.target, "seed": arguments.seed} | json.loads(arguments.recipe)
+    if arguments.arm == "paper":
+        common |= {"edge_estimator": "mp_quantile", "importance": "variance", "schedule": "layerwise", "teacher": "previous"}
+        common |= {"hidden_weight": 0.0, "sample_unit": "token", "refit": False}
+    if arguments.arm == "random_basis":
+        common |= {"basis": "random", "allocation": "uniform"}
+    return RMTKDConfig(**common)
+
+
+def accuracy(trainer: Trainer, task: Task) -> float:
+    """Validation accuracy of the trainer's model now."""
+    return trainer.evaluate(task.validation)["eval_accuracy"]
+
+
+def run(arguments: Arguments, output: Path) -> dict:
+    """One arm, one seed."""
+    start = time.perf_counter()
+    set_seed(arguments.seed)
+    task = load(arguments.task, output)
+    epochs = EPOCHS.get(arguments.target, 3.0) if arguments.epochs is None else arguments.epochs
+    recipe, folder = recipe_of(arguments), output / "runs" / f"{arguments.arm}-{arguments.target}-{arguments.seed}{arguments.name}"
+    before = count_parameters(task.model)
+    args = training_arguments(arguments, folder, max(epochs, 1e-3))
+    common = {"data_collator": task.collator, "compute_metrics": task.compute_metrics, "train_dataset": task.train}
+    judge = Trainer(task.model, args, data_collator=task.collator, compute_metrics=task.compute_metrics)
+    row = {"task": task.metric and arguments.task, "teacher": accuracy(judge, task)}
+    cuts = []
+    if arguments.arm == "narrow" or epochs == 0:
+        student = narrow(judge.model, task.calibration_loader(64, arguments.seed), recipe)
+        trainer = Trainer(student, args, data_collator=task.collator, compute_metrics=task.compute_metrics)
+    elif arguments.arm == "random_init":
+        student = narrow(judge.model, task.calibration_loader(64, arguments.seed), recipe)
+        student = type(student)(student.config)
+        objectives = {"task": {"weight": recipe.task_weight}, "kl": {"weight": recipe.kl_weight}}
+        trainer = Distiller(student, args, teacher=judge.model, rmtkd_config=recipe, objectives=objectives, **common)
+        trainer.train()
+    else:
+        trainer = RMTKDTrainer(task.model, args, rmtkd_config=recipe, eval_dataset=task.validation, **common)
+        metrics = trainer.train().metrics
+        cuts = [stage.to_dict() for stage in trainer.stages]
+        row["train_loss"] = metrics.get("train_loss")
+    row |= {
+        "arm": arguments.arm,
+        "target": arguments.target,
+        "seed": arguments.seed,
+        "epochs": epochs,
+        "learning_rate": arguments.learning_rate,
+        "accuracy": accuracy(trainer, task),
+        "parameters_before": before,
+        "parameters_after": count_parameters(trainer.model),
+        "seconds": round(time.perf_counter() - start, 1),
+        "recipe": json.loads(arguments.recipe),
+        "stages": cuts,
+        "config": trainer.model.config.to_dict(),
+    }
+    return row
+
+
+def write(row: dict, output: Path, suffix: str) -> None:
+    """One result file, whole or not at all."""
+    target = output / f"{row['task']}-{row['arm']}-{row['target']}-{row['seed']}{suffix}.json"
+    beside = target.with_suffix(".tmp")
+    beside.write_text(json.dumps(row, indent=1, default=str), encoding="utf8")
+    beside.replace(target)
+    lost = 100 * (row["teacher"] - row["accuracy"])
+    print(f"{target.name}: {row['accuracy']:.4f}, lost {lost:.2f} points, {row['seconds']} s", flush=True)
+
+
+def rows(output: Path) -> list[dict]:
+    """All results there are."""
+    return [json.loads(p.read_text(encoding="utf8")) for p in sorted(output.glob("*.json")) if p.stem != "latency"]
+
+
+def table(output: Path) -> None:
+    """Mean and spread over seeds, as points lost against the teacher."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows(output):
+        groups.setdefault((row["task"], row["target"], row["arm"], row["epochs"], row["learning_rate"]), []).append(row)
+    print(f"{'task':8} {'target':>6} {'removed':>8} {'arm':13} {'epochs':>6} {'lr':>7} {'seeds':>5} {'accuracy':>9} {'lost, points':>20}")
+    for (task, target, arm, epochs, rate), found in sorted(groups.items()):
+        lost = [100 * (r["teacher"] - r["accuracy"]) for r in found]
+        spread = f"{statistics.mean(lost):.2f} ({min(lost):.2f} .. {max(lost):.2f})"
+        removed = statistics.mean(1 - r["parameters_after"] / r["parameters_before"] for r in found)
+        mean = statistics.mean(r["accuracy"] for r in found)
+        print(f"{task:8} {target:6} {removed:8.1%} {arm:13} {epochs:6} {rate:7} {len(found):5} {mean:9.4f} {spread:>20}")
+
+
+def latency(output: Path, task: str) -> None:
+    """Dense against each narrow architecture found (weights do not matter), fp32, length 128, batch 1 and 32."""
+    import transformers
+
+    from optimum_rmtkd import modeling_rmtkd
+
+    found = {}
+    for row in rows(output):
+        if row["arm"] == "rmtkd" and row["task"] == task and row["seed"] == 0:
+            config_class = modeling_rmtkd.RMTKDBertConfig
+            values = {k: v for k, v in row["config"].items() if k not in ("model_type", "architectures", "auto_map")}
+            narrow_model = modeling_rmtkd.RMTKDBertForSequenceClassification(config_class(**values)).eval()
+            dense = transformers.BertForSequenceClassification.from_pretrained(teacher_path(task, output), dtype=torch.float32)
+            for batch in (1, 32):
+                ids = torch.randint(1000, 20000, (batch, 128))
+                inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                timing = compare_latency(dense.eval(), narrow_model, inputs, repeats=30 if batch == 1 else 10)
+                found[f"{row['target']}-batch{batch}"] = timing.ratio
+                print(f"target {row['target']}, batch {batch}: dense / narrow = {timing.ratio:.2f} ({torch.get_num_threads()} threads)")
+    (output / "latency.json").write_text(json.dumps(found, indent=1), encoding="utf8")
+
+
+def main() -> None:
+    """Command line."""
+    positional = sys.argv[1:2] if sys.argv[1:2] and not sys.argv[1].startswith("-") else []
+    named = ["--action", *positional] if positional else []
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses([*named, *sys.argv[1 + len(positional) :]])
+    logging.set_verbosity_error()
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.action == "teacher":
+        make_teacher(arguments, output)
+    elif arguments.action == "run":
+        write(run(arguments, output), output, arguments.name)
+    elif arguments.action == "all":
+        for target in EPOCHS:
+            for seed in range(3):
+                write(run(dataclasses.replace(arguments, target=target, seed=seed), output), output, "")
+        for arm in ("paper", "random_basis", "random_init"):
+            write(run(dataclasses.replace(arguments, target=0.8, arm=arm), output), output, "")
+        table(output)
+    elif arguments.action == "latency":
+        latency(output, arguments.task)
+    else:
+        table(output)
+
+
+if __name__ == "__main__":
+    main()

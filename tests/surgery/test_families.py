@@ -1,0 +1,142 @@
+"""The life cycle of every family and head: exact at full width, narrow, save, load in a fresh process, narrow again."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+
+import optimum_rmtkd  # noqa: F401  registers the reduced classes
+from optimum_rmtkd import RMTKDConfig, UnsupportedArchitectureError, analyze, narrow
+from optimum_rmtkd.surgery import block_paths, count_parameters, narrow_to, reduce, stage_sites
+from optimum_rmtkd.surgery.reduction import anatomy_of
+
+from . import zoo
+
+
+RECIPE = RMTKDConfig(target_reduction=0.4, round_to=4, min_width=4, calibration_samples=48)
+
+
+def quiet(function, *arguments, **options):
+    return function(*arguments, progress=False, **options)
+
+
+@pytest.mark.parametrize("name, task", zoo.ALL)
+def test_full_width_changes_nothing(name, task):
+    model, data = zoo.make(name, task), zoo.batches(name)
+    full = {site.couple: site.group_width for site in anatomy_of(model, RECIPE).sites.values()}
+    same = quiet(narrow_to, model, data, full, RECIPE)
+    before, after = zoo.outputs(model, data[0]), zoo.outputs(same, data[0])
+    if task == "Model" and name in ("vit", "deit"):
+        # the folded final norm of a bare pre-norm model has no head to hide its scale in
+        scale = model.layernorm.weight
+        before, after = (before - model.layernorm.bias) / scale, after - same.layernorm.bias
+        assert torch.allclose(before, after, atol=1e-4)
+    else:
+        assert (before - after).abs().max() < 1e-5 * max(1.0, before.abs().max().item())
+
+
+@pytest.mark.parametrize("name, task", zoo.ALL)
+def test_life_cycle(name, task, tmp_path):
+    model, data = zoo.make(name, task), zoo.batches(name)
+    untouched = {key: value.clone() for key, value in model.state_dict().items()}
+    target = 0.12 if "resnet" in name else 0.4
+    found = quiet(reduce, model, data, RECIPE.replace(target_reduction=target))
+    assert all(torch.equal(value, untouched[key]) for key, value in model.state_dict().items())
+    small = found.model
+    assert abs(1 - count_parameters(small) / count_parameters(model) - target) < 0.08  # tiny models move in coarse steps
+    assert found.report.planned_parameters == found.parameters_after == count_parameters(small)
+    small.save_pretrained(tmp_path / "small")
+    auto = {"Model": "AutoModel"}.get(task, "AutoModel" + task)
+    again = getattr(transformers, auto).from_pretrained(tmp_path / "small")
+    assert type(again).__name__ == "RMTKD" + type(model).__name__
+    assert torch.equal(zoo.outputs(again, data[0]), zoo.outputs(small, data[0]))
+    bare = transformers.AutoModel.from_pretrained(tmp_path / "small")
+    assert bare.config.hidden_size == small.config.hidden_size if hasattr(small.config, "hidden_size") else True
+    twice = quiet(narrow, again, data, RECIPE.replace(target_reduction=0.05 if "resnet" in name else 0.2))
+    assert count_parameters(twice) < count_parameters(small)
+    twice.save_pretrained(tmp_path / "twice")
+    third = getattr(transformers, auto).from_pretrained(tmp_path / "twice")
+    assert torch.equal(zoo.outputs(third, data[0]), zoo.outputs(twice, data[0]))
+
+
+FRESH = """
+import sys, torch, transformers
+from safetensors.torch import load_file
+if sys.argv[3] == "plugin":
+    import optimum_rmtkd
+else:
+    sys.modules["optimum_rmtkd"] = None
+stored = load_file(sys.argv[2])
+logits = stored.pop("logits")
+auto = getattr(transformers, sys.argv[4])
+model = auto.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[3] != "plugin")
+with torch.no_grad():
+    assert torch.equal(model(**stored)[0], logits), "logits moved"
+print("equal")
+"""
+
+
+@pytest.mark.parametrize("plugin", ["plugin", "remote code"])
+@pytest.mark.parametrize("name", ["bert", "vit"])
+def test_fresh_process(name, plugin, tmp_path):
+    task = dict(zoo.CLASSIFIERS)[name]
+    data = zoo.batches(name)
+    small = quiet(narrow, zoo.make(name, task), data, RECIPE)
+    small.save_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        save_file({**data[0], "logits": small(**data[0])[0]}, tmp_path / "x.safetensors")
+    arguments = [tmp_path / "small", tmp_path / "x.safetensors", plugin, "AutoModel" + task]
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, *map(str, arguments)], capture_output=True, text=True, env=_environment(tmp_path)
+    )
+    assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
+
+
+def _environment(tmp_path):
+    import os
+
+    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hub")}
+
+
+@pytest.mark.parametrize("name, task", [("vit", "ForImageClassification"), ("bert", "ForMaskedLM")])
+@pytest.mark.parametrize("form", ["factored"])
+def test_factored_form(name, task, form, tmp_path):
+    model, data = zoo.make(name, task), zoo.batches(name)
+    small = quiet(narrow, model, data, RECIPE.replace(form=form, target_reduction=0.3))
+    small.save_pretrained(tmp_path)
+    auto = getattr(transformers, "AutoModel" + task)
+    assert torch.equal(zoo.outputs(auto.from_pretrained(tmp_path), data[0]), zoo.outputs(small, data[0]))
+
+
+def test_factored_form_serves_unknown_architectures():
+    config = transformers.MPNetConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    model = transformers.MPNetForSequenceClassification(config).eval()
+    with pytest.raises(UnsupportedArchitectureError, match="form='factored'"):
+        quiet(narrow, model, zoo.batches("bert"), RECIPE)
+    small = quiet(narrow, model, zoo.batches("bert"), RECIPE.replace(form="factored", target_reduction=0.2))
+    assert count_parameters(small) < 0.81 * count_parameters(model)
+
+
+def test_paths_and_stages():
+    model = zoo.make("bert", "ForSequenceClassification")
+    assert block_paths(model) == ("bert.encoder.layer.0", "bert.encoder.layer.1")
+    assert stage_sites(model, RECIPE)[0] == ["hidden", "embedding"]
+    assert stage_sites(model, RECIPE)[2] == ["layer.1.attention_qk", "layer.1.attention_vo", "layer.1.intermediate"]
+
+
+def test_report_reads(tmp_path):
+    model, data = zoo.make("bert", "ForSequenceClassification"), zoo.batches("bert")
+    report = quiet(analyze, model, data, RECIPE)
+    table = report.table()
+    assert "layer.1.intermediate" in table and "k screenot" in table and "k dpa" in table
+    report.to_json(tmp_path / "report.json")
+    report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").stat().st_size > 10_000
+    assert report.budget[-1].cost == report.planned_parameters
+    losses = [point.predicted_loss for point in report.budget]
+    assert losses == sorted(losses)
