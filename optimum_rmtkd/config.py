@@ -89,6 +89,12 @@ class RMTKDConfig:
         ("loss", "edge", "uniform"),
     )
 
+    speed_weight: float = _option(
+        1.0,
+        "What a share of the FLOPs is worth beside the same share of the parameters when allocation='loss' picks what to "
+        "cut. 0: size alone; a table of words then costs as much as layers that are slow.",
+    )
+
     # Surgery
     importance: str = _option(
         "auto",
@@ -163,7 +169,7 @@ class RMTKDConfig:
         for name in ("temperature", "ridge"):
             if not getattr(self, name) > 0:
                 raise RMTKDError(f"{name}={getattr(self, name)}: expected a number above 0.")
-        for name in ("task_weight", "kl_weight", "hidden_weight"):
+        for name in ("task_weight", "kl_weight", "hidden_weight", "speed_weight"):
             if not getattr(self, name) >= 0:
                 raise RMTKDError(f"{name}={getattr(self, name)}: expected a number of at least 0.")
         for name in ("min_rank", "min_width", "round_to", "calibration_samples", "rounds", "fixed_rank"):

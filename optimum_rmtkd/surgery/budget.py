@@ -75,8 +75,19 @@ def couple_grid(site: Site, config: RMTKDConfig) -> tuple[int, int, int]:
 
 
 def site_widths(couples: Mapping[str, int], anatomy: Anatomy) -> dict[str, int]:
-    """{site: all features} from {couple: features of a group}; the pooler follows the stream even where it is absent."""
-    widths = {s.name: couples[s.couple] * s.groups for s in anatomy.sites.values() if s.couple in couples}
+    """{site: all features} from {couple: features of a group}; the pooler follows the stream even where it is absent.
+
+    Factors of full rank are no cut, nor is a table's factor that is not thinner than the stream it feeds: such sites are
+    left out.
+    """
+    stream = couples.get("hidden", float("inf"))
+    widths = {}
+    for site in anatomy.sites.values():
+        width = couples.get(site.couple)
+        factored = site.kind in ("embedding", "linear")
+        if width is None or (factored and width >= min(site.width, stream if site.kind == "embedding" else width + 1)):
+            continue
+        widths[site.name] = width * site.groups
     if "hidden" in couples:
         widths["pooler"] = couples["hidden"]
     return widths
@@ -144,7 +155,7 @@ def _move_price(couple: Couple, old: int, new: int, config: RMTKDConfig) -> floa
 def allocate(
     couples: list[Couple],
     cost: Callable[[Mapping[str, int]], float],
-    scoped: Callable[[Couple], Callable[[Mapping[str, int]], float]],
+    worth: Callable[[Couple], Callable[[Mapping[str, int]], float]],
     goal: float,
     whole: float,
     config: RMTKDConfig,
@@ -152,12 +163,13 @@ def allocate(
 ) -> tuple[dict[str, int], list[BudgetPoint]]:
     """Narrow greedily until `cost` is at most `goal`.
 
-    Each move narrows the couple whose move is cheapest: predicted loss per unit of cost saved ("loss": the discrete form of
+    Each move narrows the couple whose move is cheapest: predicted loss per unit of worth saved ("loss": the discrete form of
     one common Lagrange multiplier), eigenvalue over edge ("edge": one common multiple c of the noise edge, above which all
     sites keep), or the widest share ("uniform").
 
     Args:
-        cost: {couple: width} -> size of the model; `scoped(couple)` the same for the layers that touch one couple.
+        cost: {couple: width} -> size of the model.
+        worth: couple -> {couple: width} -> what the layers that touch it are worth, in any unit: what "loss" divides by.
         goal, whole: size asked for, and size of the uncut model, of which shares are taken.
         what: "parameters" or "FLOPs", for the message.
 
@@ -168,7 +180,7 @@ def allocate(
         BudgetError: every couple is at its floor; names the largest reduction that can be reached.
     """
     widths = {c.name: c.width for c in couples}
-    local = {c.name: scoped(c) for c in couples}
+    local = {c.name: worth(c) for c in couples}
     size, curve = cost(widths), []
     if size <= goal:
         raise BudgetError(
@@ -177,7 +189,7 @@ def allocate(
         )
     lost = sum(float(c.damage[c.width]) for c in couples)
     while size > goal:
-        moves = [m for c in couples for m in _moves(c, widths, local[c.name], config)]
+        moves = [m for c in couples for m in _moves(c, widths, size, cost, local[c.name], config)]
         if not moves:
             raise BudgetError(
                 f"A reduction to {goal:,.0f} {what} was asked for; with min_width={config.min_width} and the chosen sites the "
@@ -196,7 +208,9 @@ def allocate(
     return widths, curve
 
 
-def _moves(couple: Couple, widths: dict[str, int], cost: Callable, config: RMTKDConfig) -> list[tuple]:
+def _moves(
+    couple: Couple, widths: dict[str, int], size: float, cost: Callable, worth: Callable, config: RMTKDConfig
+) -> list[tuple]:
     """(priority, saved, couple, new width, damage) of the one-stride and one-step moves of a couple."""
     old = widths[couple.name]
     moves = []
@@ -204,17 +218,17 @@ def _moves(couple: Couple, widths: dict[str, int], cost: Callable, config: RMTKD
         new = -(-(old - stride) // couple.step) * couple.step
         if new < couple.floor:
             continue
-        saved = cost(widths) - cost({**widths, couple.name: new})
+        saved = size - cost({**widths, couple.name: new})
         while saved <= 0 and new - couple.step >= couple.floor:
             # two factors save nothing above their break-even rank: jump below it
             new -= couple.step
-            saved = cost(widths) - cost({**widths, couple.name: new})
+            saved = size - cost({**widths, couple.name: new})
         if saved <= 0:
             continue
         price = _move_price(couple, old, new, config)
         damage = float(couple.damage[new] - couple.damage[old])
         if config.allocation == "loss":
-            priority = price / saved
+            priority = price / (worth(widths) - worth({**widths, couple.name: new}))
         elif config.allocation == "edge":
             priority = price
         else:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ..spectra import SecondMoments
 from .bases import (
     Projection,
     fisher_directions,
@@ -88,6 +89,13 @@ def _metric_behind(model: nn.Module, unit: Unit | None, calibration: Calibration
     return stream_metric(calibration, unit.lands, dense_weight(get_module(model, unit.path)).shape[0])
 
 
+def _moment(model: nn.Module, reader: Unit | None, moments: SecondMoments) -> torch.Tensor:
+    """What varies about an activation: its mean is no loss where the layer behind it has a bias to keep it in."""
+    if reader is not None and get_module(model, reader.path).bias is not None:
+        return moments.covariance.cpu()
+    return moments.second_moment.cpu()
+
+
 def hidden_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
     """The residual stream: one basis for its whole depth, from trace-normalised moments before and after each norm."""
     at = [calibration.moments[point] for point in site.points]
@@ -113,7 +121,9 @@ def hidden_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibratio
         metric = stream_metric(calibration, point, dim)
         corner += (nested.T @ metric @ nested) * (nested.T @ second @ nested) / len(seconds)
     sums = corner.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
-    damage = torch.cat([sums, sums.new_zeros(1)]).clamp_min(0)
+    # The stream is cut anew at each of its two sums a block, each time of what that block adds. Half as many whole cuts
+    # fitted best: of 1, L/2, 2L/3 and 5L/3 for L = 6 blocks (docs/concepts.md).
+    damage = torch.cat([sums, sums.new_zeros(1)]).clamp_min(0) * max(1.0, len(anatomy.blocks) / 2)
 
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
         kept = polar_alignment(nested[:, :width])
@@ -129,7 +139,7 @@ def hidden_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibratio
 def neuron_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
     """Element-wise sites (feed-forward neurons, channels, a pooler): select by pivoted Cholesky, compensate."""
     reader = _unit_reading(anatomy, site)
-    moment = calibration.moments[site.points[0]].second_moment.cpu()
+    moment = _moment(model, reader, calibration.moments[site.points[0]])
     if reader is None:
         effect = torch.ones(site.width, dtype=torch.float64)
     else:
@@ -166,7 +176,7 @@ def _values(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibra
     unit = next(u for u in anatomy.units if u.reads == site.name)
     weight = dense_weight(get_module(model, unit.path)).cpu()
     effect = weight.T @ _metric_behind(model, unit, calibration) @ weight
-    context = calibration.moments[site.points[0]].second_moment.cpu()
+    context = _moment(model, unit, calibration.moments[site.points[0]])
     return value_directions(_per_head(context, site.groups), _per_head(effect, site.groups))
 
 
@@ -186,7 +196,10 @@ def query_key_site_directions(
     An error e of an attention logit moves the output by about e times the spread of the values, so the predicted loss is
     the variance of the lost logits times the loss carried by the head's whole output (at most all of it).
     """
-    query, key = (_per_head(calibration.moments[p].second_moment.cpu(), site.groups) for p in site.points)
+    # what all keys have in common adds the same to every logit of a query, which softmax does not see
+    moments = [calibration.moments[p] for p in site.points]
+    query = _per_head(moments[0].second_moment.cpu(), site.groups)
+    key = _per_head(moments[1].covariance.cpu(), site.groups)
     encode_q, encode_k, scores = query_key_directions(query, key)
     if basis == "random":
         encode_q = encode_k = _random_head_bases(site, calibration)

@@ -219,25 +219,30 @@ class Surgeon:
         """
         couples = self.couples()
         target = self.config.target_reduction if target_reduction is None else target_reduction
+        if target is None and self.config.target_flops is None:
+            return {c.name: c.rank for c in couples}, []
+        parameters = parameters_of(self.teacher, self.anatomy)
+        flops = flops_of(self.teacher, self.anatomy, self._positions())
         if target is not None:
             whole = float(reference_parameters or count_parameters(self.source))
-            count = parameters_of(self.teacher, self.anatomy)
+            goal, cost, what = (1 - target) * whole, parameters, "parameters"
+        else:
+            whole = flops({})
+            goal, cost, what = (1 - self.config.target_flops) * whole, flops, "FLOPs"
+        return allocate(couples, cost, self._worth(parameters({}), flops({})), goal, whole, self.config, what)
 
-            def scoped(couple: Couple):
-                return parameters_of(self.teacher, self.anatomy, self._units_of(couple))
+    def _worth(self, parameters: float, flops: float):
+        """couple -> widths -> share of the parameters and, times `speed_weight`, of the FLOPs that its layers make up."""
+        positions = self._positions()
 
-            return allocate(couples, count, scoped, (1 - target) * whole, whole, self.config, "parameters")
-        if self.config.target_flops is not None:
-            positions = self._positions()
-            count = flops_of(self.teacher, self.anatomy, positions)
-            whole = count({})
+        def worth(couple: Couple):
+            units = self._units_of(couple)
+            size = parameters_of(self.teacher, self.anatomy, units)
+            work = flops_of(self.teacher, self.anatomy, positions, units)
+            weight = self.config.speed_weight / max(flops, 1.0)
+            return lambda widths: size(widths) / parameters + weight * work(widths)
 
-            def scoped(couple: Couple):
-                return flops_of(self.teacher, self.anatomy, positions, self._units_of(couple))
-
-            goal = (1 - self.config.target_flops) * whole
-            return allocate(couples, count, scoped, goal, whole, self.config, "FLOPs")
-        return {c.name: c.rank for c in couples}, []
+        return worth
 
     def _units_of(self, couple: Couple):
         names = {site.name for site in couple.sites} | ({"pooler"} if couple.name == "hidden" else set())
@@ -285,10 +290,10 @@ class Surgeon:
         return student, self._stream_projection(cuts)
 
     def _cuts(self, couples: dict[str, int]) -> Cuts:
-        chosen, stream = {}, None
+        chosen, stream, cut = {}, None, site_widths(couples, self.anatomy)
         order = sorted(self.anatomy.sites.values(), key=lambda site: site.kind != "hidden")
         for site in order:
-            if site.couple in couples:
+            if site.name in cut:
                 chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
                 if site.kind == "hidden":
                     stream = chosen[site.name][""]
