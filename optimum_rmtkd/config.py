@@ -90,7 +90,7 @@ class RMTKDConfig:
     )
 
     speed_weight: float = _option(
-        1.0,
+        2.0,
         "What a share of the FLOPs is worth beside the same share of the parameters when allocation='loss' picks what to "
         "cut. 0: size alone; a table of words then costs as much as layers that are slow.",
     )

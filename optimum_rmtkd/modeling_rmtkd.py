@@ -19,6 +19,7 @@ import sys
 import torch
 import transformers
 from torch import nn
+from transformers import conversion_mapping
 
 
 PREFIX = "RMTKD"
@@ -231,6 +232,14 @@ def _check_loaded(cls, model, info, ignore_mismatched):
         )
 
 
+def _share_key_renames(name, base_name):
+    """Weights of older checkpoints are renamed while loading, and back while saving, by class name; transformers withholds
+    this from classes it does not know, which would leave backbone and heads with different names on disk."""
+    renames = conversion_mapping.get_checkpoint_conversion_mapping(base_name)
+    if renames is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(name, renames, overwrite=True)
+
+
 def _make_config(name):
     base = getattr(transformers, name[len(PREFIX) :])
 
@@ -256,6 +265,7 @@ def _make_config(name):
 def _make_model(name):
     base = getattr(transformers, name[len(PREFIX) :])
     config_class = getattr(sys.modules[__name__], PREFIX + base.config_class.__name__)
+    _share_key_renames(name, base.__name__)
 
     def __init__(self, config, *args, **kwargs):
         spec = (getattr(config, "rmtkd", None) or {}).get("spec", {})

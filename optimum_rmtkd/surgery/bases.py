@@ -174,6 +174,8 @@ def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
             "variance; expected finite activations. Check the calibration data, or use more of it."
         )
     decode = torch.cholesky_solve(moment[:, index].T.contiguous(), factor).T
+    # what is kept predicts itself, also where it was silent in the data and its moment is null
+    decode[index] = torch.eye(len(index), dtype=moment.dtype)
     encode = torch.zeros(len(moment), len(index), dtype=moment.dtype)
     encode[index, torch.arange(len(index))] = 1.0
     return Projection(encode, decode, index)

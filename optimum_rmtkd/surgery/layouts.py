@@ -14,6 +14,9 @@ from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module
 __all__ = ["EncoderLayout", "ResidualConvLayout", "factored_anatomy"]
 
 
+THINNEST_FACTORED = 16  # two factors of such a layer save next to nothing
+
+
 @dataclass(frozen=True)
 class EncoderLayout:
     """A stack of attention and feed-forward blocks around one residual stream.
@@ -218,7 +221,8 @@ class ResidualConvLayout:
 def factored_anatomy(model: nn.Module) -> Anatomy:
     """Every linear layer and 1x1 convolution as a site of its own, whose width is the rank of two factors.
 
-    Layers that share their weight (tied decoders) and those inside a factored one are left as they are.
+    Layers that share their weight (tied decoders), those inside a factored one, and those thinner than THINNEST_FACTORED
+    at either end are left as they are.
     """
     prefix = model.base_model_prefix + "." if model.base_model is not model else ""
     owners = [id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
@@ -230,6 +234,8 @@ def factored_anatomy(model: nn.Module) -> Anatomy:
         if id(module) in inside or not (isinstance(module, (nn.Linear, *factored)) or pointwise):
             continue
         if not isinstance(module, factored) and owners.count(id(module.weight)) > 1:
+            continue
+        if min(linear_shape(module)[:2]) < THINNEST_FACTORED:
             continue
         path = "@." + name[len(prefix) :] if name.startswith(prefix) else name
         features_in, features_out, _ = linear_shape(module)

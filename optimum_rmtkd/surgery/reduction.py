@@ -39,6 +39,9 @@ from .sites import Anatomy, Point, Site, get_module, is_layer, select_sites
 __all__ = ["Reduction", "SiteRecord", "analyze", "anatomy_of", "block_paths", "narrow", "narrow_to", "reduce", "stage_sites"]
 
 
+TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
+
+
 @dataclass(frozen=True)
 class SiteRecord:
     """What one cut did to a site: its width before and after, the noise edge, and the rank above it."""
@@ -170,16 +173,20 @@ class Surgeon:
     def subspace_of(self, site: Site) -> SignalSubspace:
         """Spectral diagnosis of a site, computed once."""
         if site.name not in self.subspaces:
-            config = self.config
-            self.subspaces[site.name] = signal_subspace(
-                self._merged(site),
-                estimator=config.edge_estimator,
-                n_effective=config.n_effective,
-                tracy_widom_alpha=config.tracy_widom_alpha,
-                min_rank=config.min_rank,
-                split_half=self.thorough,
-                **config.edge_options,
-            )
+            config, moments = self.config, self._merged(site)
+            common = {
+                "n_effective": config.n_effective,
+                "tracy_widom_alpha": config.tracy_widom_alpha,
+                "min_rank": config.min_rank,
+                "split_half": self.thorough,
+            }
+            if site.width < TOO_NARROW:
+                found = signal_subspace(moments, estimator="energy", share=1.0, **common)
+                text = f"too narrow for a bulk: {site.width} features (< {TOO_NARROW}), all taken as signal"
+                found = dataclasses.replace(found, warnings=(*found.warnings, text))
+            else:
+                found = signal_subspace(moments, estimator=config.edge_estimator, **common, **config.edge_options)
+            self.subspaces[site.name] = found
         return self.subspaces[site.name]
 
     def _merged(self, site: Site) -> SecondMoments:
