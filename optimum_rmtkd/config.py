@@ -72,15 +72,19 @@ class RMTKDConfig:
         ("token", "spaced", "sequence_mean"),
     )
     n_effective: str | int = _option(
-        "none", "Sample size used by the edges: none (the count), auto (from the tokens' autocorrelation), or a number."
+        "none",
+        "Sample size used by the edges: none (the count), auto (from the tokens' autocorrelation), or a number.",
     )
     tracy_widom_alpha: float | None = _option(
-        None, "Level of the Tracy-Widom correction of the Marchenko-Pastur edge, for example 0.05. None: no correction."
+        None,
+        "Level of the Tracy-Widom correction of the Marchenko-Pastur edge, for example 0.05. None: no correction.",
     )
     min_rank: int = _option(1, "No spectral rank is smaller than this.")
 
     # Widths
-    min_width: int = _option(8, "No site is narrower than this (heads: no head narrower than an eighth of it, rounded up).")
+    min_width: int = _option(
+        8, "No site is narrower than this (heads: no head narrower than an eighth of it, rounded up)."
+    )
     round_to: int = _option(8, "Widths are multiples of this: odd widths cost the speed they should bring.")
     allocation: str = _option(
         "loss",
@@ -103,9 +107,13 @@ class RMTKDConfig:
         ("auto", "fisher", "variance"),
     )
     basis: str = _option(
-        "signal", "signal: the kept subspace follows the spectrum. random: a control of the same widths.", ("signal", "random")
+        "signal",
+        "signal: the kept subspace follows the spectrum. random: a control of the same widths.",
+        ("signal", "random"),
     )
-    refit: bool = _option(True, "Refit every narrowed layer by least squares to the teacher's output, shallow to deep.")
+    refit: bool = _option(
+        True, "Refit every narrowed layer by least squares to the teacher's output, shallow to deep."
+    )
     ridge: float = _option(1e-4, "Ridge of that refit, relative to the mean variance of the layer's input; > 0.")
     calibration_samples: int = _option(1024, "Samples of the data used for spectra and refit.")
 
@@ -121,9 +129,12 @@ class RMTKDConfig:
         0.3, "Share of the training steps within which the cuts are spread; the rest distils the final architecture."
     )
     stage_threshold: float | None = _option(
-        None, "A stage waits until the validation metric has reached this share of its value before the first cut (paper: 0.9)."
+        None,
+        "A stage waits until the validation metric has reached this share of its value before the first cut (paper: 0.9).",
     )
-    min_rank_ratio: float = _option(0.0, "Stop when a site would keep less than this share of its width (the paper's rho_min).")
+    min_rank_ratio: float = _option(
+        0.0, "Stop when a site would keep less than this share of its width (the paper's rho_min)."
+    )
     max_metric_drop: float | None = _option(
         None,
         "Reject and roll back a stage whose validation metric, at its end, lies more than this below the uncut model's "
@@ -142,7 +153,9 @@ class RMTKDConfig:
     kl_weight: float = _option(0.7, "Weight of the KL divergence between the teacher's and the student's logits.")
     hidden_weight: float = _option(1.0, "Weight of the hidden states against the projected teacher.")
     temperature: float = _option(1.0, "Temperature of the KL divergence, > 0.")
-    disable_dropout: bool = _option(True, "Train the narrowed student without dropout: it is small and fits a dense target.")
+    disable_dropout: bool = _option(
+        True, "Train the narrowed student without dropout: it is small and fits a dense target."
+    )
 
     seed: int = _option(0, "Seed of calibration and surgery.")
 
@@ -194,7 +207,11 @@ class RMTKDConfig:
     @property
     def edge_options(self) -> dict[str, Any]:
         """Options of this recipe that belong to its edge estimator."""
-        options = {"mp_quantile": {"tau": self.tau}, "energy": {"share": self.energy}, "fixed": {"rank": self.fixed_rank}}
+        options = {
+            "mp_quantile": {"tau": self.tau},
+            "energy": {"share": self.energy},
+            "fixed": {"rank": self.fixed_rank},
+        }
         return options.get(self.edge_estimator, {})
 
     def replace(self, **changes: Any) -> RMTKDConfig:
@@ -232,7 +249,9 @@ class RMTKDConfig:
         try:
             values = json.loads(Path(path).read_text(encoding="utf8"))
         except json.JSONDecodeError as error:
-            raise RMTKDError(f"{path} is not JSON ({error}); expected the file that RMTKDConfig.to_json_file writes.") from error
+            raise RMTKDError(
+                f"{path} is not JSON ({error}); expected the file that RMTKDConfig.to_json_file writes."
+            ) from error
         if not isinstance(values, dict):
             raise RMTKDError(f"{path} holds a JSON {type(values).__name__}; expected an object of RMTKDConfig fields.")
         return cls.from_dict(values)

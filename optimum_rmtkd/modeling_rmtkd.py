@@ -106,7 +106,15 @@ def _rebuild_conv(old, delta):
     if "rank" in delta:
         return LowRankConv2d(channels_in, channels_out, delta["rank"], old.stride, bias)
     return nn.Conv2d(
-        channels_in, channels_out, old.kernel_size, old.stride, old.padding, old.dilation, old.groups, bias, old.padding_mode
+        channels_in,
+        channels_out,
+        old.kernel_size,
+        old.stride,
+        old.padding,
+        old.dilation,
+        old.groups,
+        bias,
+        old.padding_mode,
     )
 
 
@@ -143,7 +151,9 @@ def rebuild_module(old, delta):
     for types, build in BUILDERS:
         if isinstance(old, types):
             return build(old, delta)
-    raise TypeError(f"A {type(old).__name__} cannot be narrowed; known: linear, 2-d convolution, layer and batch norm, embedding.")
+    raise TypeError(
+        f"A {type(old).__name__} cannot be narrowed; known: linear, 2-d convolution, layer and batch norm, embedding."
+    )
 
 
 def resolve_path(model, path):
@@ -174,7 +184,9 @@ def apply_spec(model, spec):
         found = _locate(model, raw)
         if found is not None:
             old = getattr(*found)
-            setattr(*found, nn.Parameter(torch.zeros(*old.shape[:-1], delta["dim"], dtype=old.dtype, device=old.device)))
+            setattr(
+                *found, nn.Parameter(torch.zeros(*old.shape[:-1], delta["dim"], dtype=old.dtype, device=old.device))
+            )
     for raw, attributes in spec.get("attrs", {}).items():
         module = model.get_submodule(resolve_path(model, raw))
         for name, value in attributes.items():
@@ -215,9 +227,12 @@ def _dense(config, spec):
 
 def _check_loaded(cls, model, info, ignore_mismatched):
     """Nothing of the backbone may have been re-initialised silently."""
-    prefix = model.base_model_prefix + "."
-    bare = model.base_model is model
-    inside = lambda key: (bare and not key.startswith("pooler.")) or (key.startswith(prefix) and not key.startswith(prefix + "pooler."))  # noqa: E731
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    poolers = prefix + "pooler."  # a head of its own: which task it serves decides whether it is there
+
+    def inside(key):
+        return key.startswith(prefix) and not key.startswith(poolers)
+
     for key, found, expected in sorted(info["mismatched_keys"]):
         if inside(key) or not ignore_mismatched:
             raise SpecMismatchError(

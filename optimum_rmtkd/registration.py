@@ -10,7 +10,7 @@ from types import ModuleType
 
 __all__ = ["install", "register_model_type"]
 
-AUTO_MODULE = "transformers.models.auto.modeling_auto"
+AUTO_MODULE = "transformers.models.auto.configuration_auto"  # whatever Auto class is used, it reads a config first
 CONFIGS = {
     "bert": "BertConfig",
     "roberta": "RobertaConfig",
@@ -60,7 +60,9 @@ def _register_configs() -> None:
     from . import modeling_rmtkd
     from .errors import SpecMismatchError
 
-    modeling_rmtkd.SpecMismatchError = SpecMismatchError  # the file knows nothing of the package, the package lends its name
+    modeling_rmtkd.SpecMismatchError = (
+        SpecMismatchError  # the file knows nothing of the package, the package lends its name
+    )
     if _register_models not in modeling_rmtkd.CONFIG_HOOKS:
         modeling_rmtkd.CONFIG_HOOKS.append(_register_models)
     for name in CONFIGS.values():

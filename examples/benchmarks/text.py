@@ -123,7 +123,9 @@ class Distiller(RMTKDTrainer):
 
     def __init__(self, *positional, teacher, **kwargs):
         super().__init__(*positional, teacher_model=teacher, **kwargs)
-        self.callback_handler.callbacks = [c for c in self.callback_handler.callbacks if "Stage" not in type(c).__name__]
+        self.callback_handler.callbacks = [
+            c for c in self.callback_handler.callbacks if "Stage" not in type(c).__name__
+        ]
         self.staging.teacher = self.staging.given_teacher
 
 
@@ -131,7 +133,12 @@ def recipe_of(arguments: Arguments) -> RMTKDConfig:
     """The recipe of an arm."""
     common = {"target_reduction": arguments.target, "seed": arguments.seed} | json.loads(arguments.recipe)
     if arguments.arm == "paper":
-        common |= {"edge_estimator": "mp_quantile", "importance": "variance", "schedule": "layerwise", "teacher": "previous"}
+        common |= {
+            "edge_estimator": "mp_quantile",
+            "importance": "variance",
+            "schedule": "layerwise",
+            "teacher": "previous",
+        }
         common |= {"hidden_weight": 0.0, "sample_unit": "token", "refit": False}
     if arguments.arm == "random_basis":
         common |= {"basis": "random", "allocation": "uniform"}
@@ -149,7 +156,10 @@ def run(arguments: Arguments, output: Path) -> dict:
     set_seed(arguments.seed)
     task = load(arguments.task, output)
     epochs = EPOCHS.get(arguments.target, 3.0) if arguments.epochs is None else arguments.epochs
-    recipe, folder = recipe_of(arguments), output / "runs" / f"{arguments.arm}-{arguments.target}-{arguments.seed}{arguments.name}"
+    recipe, folder = (
+        recipe_of(arguments),
+        output / "runs" / f"{arguments.arm}-{arguments.target}-{arguments.seed}{arguments.name}",
+    )
     before = count_parameters(task.model)
     args = training_arguments(arguments, folder, max(epochs, 1e-3))
     common = {"data_collator": task.collator, "compute_metrics": task.compute_metrics, "train_dataset": task.train}
@@ -206,14 +216,20 @@ def table(output: Path) -> None:
     """Mean and spread over seeds, as points lost against the teacher."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows(output):
-        groups.setdefault((row["task"], row["target"], row["arm"], row["epochs"], row["learning_rate"]), []).append(row)
-    print(f"{'task':8} {'target':>6} {'removed':>8} {'arm':13} {'epochs':>6} {'lr':>7} {'seeds':>5} {'accuracy':>9} {'lost, points':>20}")
+        groups.setdefault((row["task"], row["target"], row["arm"], row["epochs"], row["learning_rate"]), []).append(
+            row
+        )
+    print(
+        f"{'task':8} {'target':>6} {'removed':>8} {'arm':13} {'epochs':>6} {'lr':>7} {'seeds':>5} {'accuracy':>9} {'lost, points':>20}"
+    )
     for (task, target, arm, epochs, rate), found in sorted(groups.items()):
         lost = [100 * (r["teacher"] - r["accuracy"]) for r in found]
         spread = f"{statistics.mean(lost):.2f} ({min(lost):.2f} .. {max(lost):.2f})"
         removed = statistics.mean(1 - r["parameters_after"] / r["parameters_before"] for r in found)
         mean = statistics.mean(r["accuracy"] for r in found)
-        print(f"{task:8} {target:6} {removed:8.1%} {arm:13} {epochs:6} {rate:7} {len(found):5} {mean:9.4f} {spread:>20}")
+        print(
+            f"{task:8} {target:6} {removed:8.1%} {arm:13} {epochs:6} {rate:7} {len(found):5} {mean:9.4f} {spread:>20}"
+        )
 
 
 def latency(output: Path, task: str) -> None:
@@ -228,13 +244,17 @@ def latency(output: Path, task: str) -> None:
             config_class = modeling_rmtkd.RMTKDBertConfig
             values = {k: v for k, v in row["config"].items() if k not in ("model_type", "architectures", "auto_map")}
             narrow_model = modeling_rmtkd.RMTKDBertForSequenceClassification(config_class(**values)).eval()
-            dense = transformers.BertForSequenceClassification.from_pretrained(teacher_path(task, output), dtype=torch.float32)
+            dense = transformers.BertForSequenceClassification.from_pretrained(
+                teacher_path(task, output), dtype=torch.float32
+            )
             for batch in (1, 32):
                 ids = torch.randint(1000, 20000, (batch, 128))
                 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
                 timing = compare_latency(dense.eval(), narrow_model, inputs, repeats=30 if batch == 1 else 10)
                 found[f"{row['target']}-batch{batch}"] = timing.ratio
-                print(f"target {row['target']}, batch {batch}: dense / narrow = {timing.ratio:.2f} ({torch.get_num_threads()} threads)")
+                print(
+                    f"target {row['target']}, batch {batch}: dense / narrow = {timing.ratio:.2f} ({torch.get_num_threads()} threads)"
+                )
     (output / "latency.json").write_text(json.dumps(found, indent=1), encoding="utf8")
 
 

@@ -198,9 +198,7 @@ def value_directions(context: torch.Tensor, effect: torch.Tensor) -> tuple[torch
     return inverse @ vectors, root @ vectors, values.flip(-1).clamp_min(0)
 
 
-def query_key_directions(
-    query: torch.Tensor, key: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def query_key_directions(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Per head: the bilinear form q^T k in its best low rank.
 
     Args:
@@ -219,6 +217,4 @@ def query_key_directions(
 
 def head_projection(encode: torch.Tensor, decode: torch.Tensor, width: int) -> Projection:
     """Block-diagonal cut of all heads to `width` features each, from per-head (heads, w, w) directions."""
-    return Projection(
-        torch.block_diag(*encode[..., :width].unbind()), torch.block_diag(*decode[..., :width].unbind())
-    )
+    return Projection(torch.block_diag(*encode[..., :width].unbind()), torch.block_diag(*decode[..., :width].unbind()))

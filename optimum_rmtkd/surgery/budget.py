@@ -98,9 +98,13 @@ def _is_tied(model: nn.Module, unit: Unit) -> bool:
     return unit.factor == "hidden"
 
 
-def parameters_of(model: nn.Module, anatomy: Anatomy, scope: list[Unit] | None = None) -> Callable[[Mapping[str, int]], int]:
+def parameters_of(
+    model: nn.Module, anatomy: Anatomy, scope: list[Unit] | None = None
+) -> Callable[[Mapping[str, int]], int]:
     """A function from {couple: width} to the parameter count of the narrowed model (with `scope`: of these units)."""
-    units = [(u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if is_layer(model, u.path)]
+    units = [
+        (u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if is_layer(model, u.path)
+    ]
 
     def size(unit: Unit, module: nn.Module, widths: dict[str, int]) -> int:
         delta = unit_delta(unit, module, widths)
@@ -126,7 +130,9 @@ def flops_of(
         positions: {unit path: positions of a sample it is applied to}. Attention products cost 2 L^2 a feature of queries
             and of values.
     """
-    units = [(u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if u.path in positions]
+    units = [
+        (u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if u.path in positions
+    ]
     attention = {s.name for s in anatomy.sites.values() if s.kind in ("attention_qk", "attention_vo")}
 
     def count(couples: Mapping[str, int]) -> float:

@@ -17,7 +17,15 @@ from ..spectra import SecondMoments, sample_tokens
 from .sites import Point, get_module
 
 
-__all__ = ["Calibration", "calibrate", "collect_batches", "features_last", "gives_likelihood", "observed", "token_mask"]
+__all__ = [
+    "Calibration",
+    "calibrate",
+    "collect_batches",
+    "features_last",
+    "gives_likelihood",
+    "observed",
+    "token_mask",
+]
 
 LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
 
@@ -48,7 +56,9 @@ def collect_batches(dataloader: Iterable, samples: int, device: torch.device) ->
         if seen >= samples:
             break
     if not batches:
-        raise CalibrationError("The calibration data is empty: expected at least one batch. Check the dataset and its filters.")
+        raise CalibrationError(
+            "The calibration data is empty: expected at least one batch. Check the dataset and its filters."
+        )
     masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
     if masks and not any(bool(mask.any()) for mask in masks):
         raise CalibrationError(
@@ -65,10 +75,14 @@ def _by_length(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.T
     halves the work, and more.
     """
     mask = batches[0].get("attention_mask")
-    if mask is None or mask.dim() != 2 or not all(
-        v.shape[:2] == batch["attention_mask"].shape or (v.dim() == 1 and len(v) == len(batch["attention_mask"]))
-        for batch in batches
-        for v in batch.values()
+    if (
+        mask is None
+        or mask.dim() != 2
+        or not all(
+            v.shape[:2] == batch["attention_mask"].shape or (v.dim() == 1 and len(v) == len(batch["attention_mask"]))
+            for batch in batches
+            for v in batch.values()
+        )
     ):
         return batches
     samples = [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(len(batch["attention_mask"]))]
@@ -77,8 +91,10 @@ def _by_length(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.T
         return batches
     order = sorted(range(len(samples)), key=lengths.__getitem__)
     size = len(mask)
-    return [_stack([samples[i] for i in chunk], lengths[chunk[-1]]) for chunk in
-            (order[at : at + size] for at in range(0, len(order), size))]
+    return [
+        _stack([samples[i] for i in chunk], lengths[chunk[-1]])
+        for chunk in (order[at : at + size] for at in range(0, len(order), size))
+    ]
 
 
 def _stack(samples: list[dict[str, torch.Tensor]], length: int) -> dict[str, torch.Tensor]:
@@ -89,7 +105,9 @@ def _stack(samples: list[dict[str, torch.Tensor]], length: int) -> dict[str, tor
         if not x.dim():
             return x
         missing = length - min(len(x), length)
-        return nn.functional.pad(x[:length], (0, 0) * (x.dim() - 1) + (0, missing), value=-100 if name == "labels" else 0)
+        return nn.functional.pad(
+            x[:length], (0, 0) * (x.dim() - 1) + (0, missing), value=-100 if name == "labels" else 0
+        )
 
     return {name: torch.stack([fitted(name, sample[name]) for sample in samples]) for name in samples[0]}
 
@@ -111,9 +129,7 @@ def features_last(x: torch.Tensor) -> torch.Tensor:
 
 
 @contextlib.contextmanager
-def observed(
-    model: nn.Module, points: Iterable[Point], see: Callable[[Point, torch.Tensor], None]
-) -> Iterator[None]:
+def observed(model: nn.Module, points: Iterable[Point], see: Callable[[Point, torch.Tensor], None]) -> Iterator[None]:
     """Call `see(point, activation)` at each point of every forward pass; the hooks are gone afterwards."""
     handles = []
     for point in points:

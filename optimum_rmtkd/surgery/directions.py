@@ -65,8 +65,10 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
     """Weight (out, in) fp64 of a linear layer, (out, in, h, w) of a convolution; factored ones multiplied out."""
     if hasattr(module, "down"):
         up, down = module.up.weight.detach().double(), module.down.weight.detach().double()
-        return torch.einsum("or...,ri...->oi...", up, down) if up.dim() == 2 else (
-            (up.flatten(1) @ down.flatten(1))[..., None, None]
+        return (
+            torch.einsum("or...,ri...->oi...", up, down)
+            if up.dim() == 2
+            else ((up.flatten(1) @ down.flatten(1))[..., None, None])
         )
     return module.weight.detach().double()
 
@@ -99,7 +101,9 @@ def _moment(model: nn.Module, reader: Unit | None, moments: SecondMoments) -> to
     return moments.second_moment.cpu()
 
 
-def hidden_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+def hidden_directions(
+    model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
+) -> Directions:
     """The residual stream: one basis for its whole depth, from trace-normalised moments before and after each norm."""
     at = [calibration.moments[point] for point in site.points]
     seconds = [moments.second_moment.cpu() for moments in at]
@@ -139,7 +143,9 @@ def hidden_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibratio
     return Directions(site, damage.cummin(0).values, cut)
 
 
-def neuron_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+def neuron_directions(
+    model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
+) -> Directions:
     """Element-wise sites (feed-forward neurons, channels, a pooler): select by pivoted Cholesky, compensate."""
     reader = _unit_reading(anatomy, site)
     moment = _moment(model, reader, calibration.moments[site.points[0]])
@@ -148,8 +154,12 @@ def neuron_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibratio
     else:
         weight = dense_weight(get_module(model, reader.path)).cpu()
         metric = _metric_behind(model, reader, calibration)
-        effect = torch.einsum("oik,op,pik->i", weight.flatten(2) if weight.dim() == 4 else weight[..., None], metric,
-                              weight.flatten(2) if weight.dim() == 4 else weight[..., None]).clamp_min(0)
+        effect = torch.einsum(
+            "oik,op,pik->i",
+            weight.flatten(2) if weight.dim() == 4 else weight[..., None],
+            metric,
+            weight.flatten(2) if weight.dim() == 4 else weight[..., None],
+        ).clamp_min(0)
     if basis == "random":
         generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
         order = torch.randperm(site.width, generator=generator)
@@ -183,12 +193,16 @@ def _values(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibra
     return value_directions(_per_head(context, site.groups), _per_head(effect, site.groups))
 
 
-def value_site_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+def value_site_directions(
+    model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
+) -> Directions:
     """Values, per head, by their effect on the stream."""
     encode, decode, scores = _values(model, site, anatomy, calibration)
     if basis == "random":
         encode = decode = _random_head_bases(site, calibration)
-    return Directions(site, _tail_sums(scores.sum(0)), lambda width, stream=None: {"": head_projection(encode, decode, width)})
+    return Directions(
+        site, _tail_sums(scores.sum(0)), lambda width, stream=None: {"": head_projection(encode, decode, width)}
+    )
 
 
 def query_key_site_directions(
@@ -227,7 +241,9 @@ def _attention_of(anatomy: Anatomy, site: Site) -> str:
     return next(a.path for a in anatomy.attributes if a.site == site.name)
 
 
-def table_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+def table_directions(
+    model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
+) -> Directions:
     """The word table as two factors. Its moment is half that of the calibration text, half that of all rows alike: words
     that the text lacks must survive, too."""
     unit = next(u for u in anatomy.units if u.factor == site.name)
@@ -256,7 +272,9 @@ def table_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration
     return Directions(site, _tail_sums(scores)[: site.width + 1], cut)
 
 
-def factored_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+def factored_directions(
+    model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
+) -> Directions:
     """Any linear layer: the directions of its output, the best rank-k layer in the mean square of its own inputs."""
     moments = calibration.moments[site.points[0]]
     module = get_module(model, next(u for u in anatomy.units if u.factor == site.name).path)
@@ -289,6 +307,8 @@ KINDS: dict[str, Callable[..., Directions]] = {
 }
 
 
-def site_directions(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str) -> Directions:
+def site_directions(
+    model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
+) -> Directions:
     """Directions of one site, by its kind. `basis`: "signal", or "random" for the control."""
     return KINDS[site.kind](model, site, anatomy, calibration, basis)

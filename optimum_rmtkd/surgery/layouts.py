@@ -82,7 +82,9 @@ class EncoderLayout:
             attributes.append(Attribute(f"{block}.{self.attention}", self.head_size, heads, True))
             if self.total_size:
                 attributes.append(Attribute(f"{block}.{self.attention}", self.total_size, heads, False))
-            fixed[f"{block}.{self.attention}"] = {"scaling": float(get_module(model, f"{block}.{self.attention}").scaling)}
+            fixed[f"{block}.{self.attention}"] = {
+                "scaling": float(get_module(model, f"{block}.{self.attention}").scaling)
+            }
         if self.final_norm:
             units.append(Unit(self.final_norm, writes="hidden"))
             norm_points += [Point(self.final_norm, side) for side in ("input", "output")]
@@ -92,7 +94,10 @@ class EncoderLayout:
         head_units, head_sites = self._head_units(model, width, len(blocks))
         if "embedding" in stream:
             units = [
-                dataclasses.replace(u, factor="embedding", lands=Point(self.stream_norm, "input")) if u.path == self.table else u for u in units
+                dataclasses.replace(u, factor="embedding", lands=Point(self.stream_norm, "input"))
+                if u.path == self.table
+                else u
+                for u in units
             ]
         return Anatomy(
             sites=stream | sites | head_sites,
@@ -119,7 +124,9 @@ class EncoderLayout:
         return units + ([Unit(self.stream_norm, writes="hidden")] if self.stream_norm else [])
 
     def _table_sites(self, model: nn.Module, width: int) -> dict[str, Site]:
-        tied = self.decoder and has_module(model, self.decoder)  # a tied decoder reads the table row by row: keep it whole
+        tied = self.decoder and has_module(
+            model, self.decoder
+        )  # a tied decoder reads the table row by row: keep it whole
         if not (self.table and self.stream_norm) or tied or self._projects(model):
             return {}
         table = get_module(model, self.table)
@@ -138,8 +145,24 @@ class EncoderLayout:
         queries = (Point(f"{block}.{self.query}"), Point(f"{block}.{self.key}"))
         return [
             Site(f"{name}.attention_qk", "attention_qk", query, queries, heads, depth, couple),
-            Site(f"{name}.attention_vo", "attention_vo", value, (Point(f"{block}.{self.output}", "input"),), heads, depth, couple),
-            Site(f"{name}.intermediate", "intermediate", inner, (Point(f"{block}.{self.down}", "input"),), 1, depth, f"{name}.intermediate"),
+            Site(
+                f"{name}.attention_vo",
+                "attention_vo",
+                value,
+                (Point(f"{block}.{self.output}", "input"),),
+                heads,
+                depth,
+                couple,
+            ),
+            Site(
+                f"{name}.intermediate",
+                "intermediate",
+                inner,
+                (Point(f"{block}.{self.down}", "input"),),
+                1,
+                depth,
+                f"{name}.intermediate",
+            ),
         ]
 
     def _layer_units(self, block: str, depth: int, after: str | None) -> list[Unit]:

@@ -109,7 +109,9 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
     base, attrs = spec.setdefault("base", {}), spec.setdefault("attrs", {})
     widths = site_widths(couples, anatomy)
     for unit in anatomy.units:
-        module = get_module(model, unit.path) if is_layer(model, unit.path) else nn.Linear(1, 1)  # a head of another task
+        module = (
+            get_module(model, unit.path) if is_layer(model, unit.path) else nn.Linear(1, 1)
+        )  # a head of another task
         delta = unit_delta(unit, module, widths)
         if not delta:
             continue
@@ -122,7 +124,11 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
         if attribute.site in widths:
             groups = anatomy.sites[attribute.site].groups
             value = widths[attribute.site] // (groups if attribute.per_group else 1)
-            attrs[attribute.path] = {**attrs.get(attribute.path, {}), **anatomy.fixed_attrs.get(attribute.path, {}), attribute.name: value}
+            attrs[attribute.path] = {
+                **attrs.get(attribute.path, {}),
+                **anatomy.fixed_attrs.get(attribute.path, {}),
+                attribute.name: value,
+            }
     for name, site in anatomy.config_fields.items():
         if site in widths:
             base.setdefault(name, getattr(model.config, name))
@@ -227,7 +233,11 @@ def _fill_factors(new: nn.Module, old: nn.Module, factor: Projection) -> None:
     down, up = factor.encode.T.to(old.weight.device), factor.decode.to(old.weight.device)
     weight = dense_weight(old)
     if len(up) != weight.shape[0]:  # tied: the features are cut, not the vocabulary
-        previous = old.down.weight.double() if hasattr(old, "down") else torch.eye(len(up), dtype=down.dtype, device=down.device)
+        previous = (
+            old.down.weight.double()
+            if hasattr(old, "down")
+            else torch.eye(len(up), dtype=down.dtype, device=down.device)
+        )
         new.down.weight.copy_(down @ previous)
         if new.up.bias is not None:
             new.up.bias.copy_(old.bias)

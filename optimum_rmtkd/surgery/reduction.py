@@ -36,7 +36,17 @@ from .report import SiteSpectrum, SpectralReport
 from .sites import Anatomy, Point, Site, get_module, is_layer, select_sites
 
 
-__all__ = ["Reduction", "SiteRecord", "analyze", "anatomy_of", "block_paths", "narrow", "narrow_to", "reduce", "stage_sites"]
+__all__ = [
+    "Reduction",
+    "SiteRecord",
+    "analyze",
+    "anatomy_of",
+    "block_paths",
+    "narrow",
+    "narrow_to",
+    "reduce",
+    "stage_sites",
+]
 
 
 TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
@@ -266,7 +276,12 @@ class Surgeon:
         from .calibration import observed
 
         linear = [u.path for u in self.anatomy.units if is_layer(self.teacher, u.path)]
-        linear = [p for p in linear if isinstance(get_module(self.teacher, p), (nn.Linear, nn.Conv2d)) or hasattr(get_module(self.teacher, p), "down")]
+        linear = [
+            p
+            for p in linear
+            if isinstance(get_module(self.teacher, p), (nn.Linear, nn.Conv2d))
+            or hasattr(get_module(self.teacher, p), "down")
+        ]
         with observed(self.teacher, [Point(p) for p in linear], see), torch.no_grad():
             self.teacher(**model_inputs(self.batches[0]))
         return positions
@@ -280,15 +295,23 @@ class Surgeon:
             if s.kind != "pooled"
         ]
         after = parameters_of(self.teacher, self.anatomy)(couples)
-        return SpectralReport(tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict())
+        return SpectralReport(
+            tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict()
+        )
 
     def operate(self, couples: dict[str, int]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """The narrow model for {couple: features of a group}, and its projections."""
         cuts = self._cuts(couples)
-        provenance = {"base_model": self.source.config._name_or_path, "parameters_before": count_parameters(self.source)}
+        provenance = {
+            "base_model": self.source.config._name_or_path,
+            "parameters_before": count_parameters(self.source),
+        }
         previous = getattr(self.source.config, "rmtkd", None)
         if previous:
-            provenance = {**previous.get("provenance", {}), "rounds": previous.get("provenance", {}).get("rounds", 1) + 1}
+            provenance = {
+                **previous.get("provenance", {}),
+                "rounds": previous.get("provenance", {}).get("rounds", 1) + 1,
+            }
         student = build_student(self.teacher, self.anatomy, couples, self.config.to_dict(), provenance)
         initialise(student, self.teacher, self.anatomy, cuts)
         student.tie_weights()
@@ -359,7 +382,12 @@ def narrow(
 
 
 def narrow_to(
-    model: PreTrainedModel, dataloader: Iterable, couples: dict[str, int], config: RMTKDConfig, *, progress: bool = True
+    model: PreTrainedModel,
+    dataloader: Iterable,
+    couples: dict[str, int],
+    config: RMTKDConfig,
+    *,
+    progress: bool = True,
 ) -> PreTrainedModel:
     """Narrow to given widths, {couple: features of a group} (a site's `couple` names it), instead of found ones."""
     anatomy = anatomy_of(model, config)
@@ -406,9 +434,7 @@ def reduce(
         for s in report.sites
         if s.name in widths
     )
-    return Reduction(
-        student, projections, records, count_parameters(model), count_parameters(student), report
-    )
+    return Reduction(student, projections, records, count_parameters(model), count_parameters(student), report)
 
 
 def _agreed(plan: tuple, accelerator: Any) -> tuple:

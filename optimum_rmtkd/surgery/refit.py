@@ -146,7 +146,9 @@ def _scopes(student, teacher, anatomy, batches, masks) -> Iterator[tuple[list[Un
     first, last = (positions[0], positions[-1] + 1) if positions else (len(anatomy.units), len(anatomy.units))
     yield list(anatomy.units[:first]), *whole
     if anatomy.blocks:
-        replays = [Replay(model, anatomy.blocks, scope) for model, scope in zip((student, teacher), whole, strict=True)]
+        replays = [
+            Replay(model, anatomy.blocks, scope) for model, scope in zip((student, teacher), whole, strict=True)
+        ]
         for block, units in itertools.groupby(anatomy.units[first:last], key=lambda unit: unit.block):
             scopes = [replay.scope(block) for replay in replays]
             yield list(units), *scopes

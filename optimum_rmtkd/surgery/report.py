@@ -32,7 +32,12 @@ class SiteSpectrum:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"name": self.name, "kind": self.kind, "width": self.width, "planned": self.planned} | self.subspace.to_dict()
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "width": self.width,
+            "planned": self.planned,
+        } | self.subspace.to_dict()
 
 
 @dataclass(frozen=True)
@@ -58,8 +63,22 @@ class SpectralReport:
         from ..spectra import EDGE_ESTIMATORS
 
         chosen = self.recipe["edge_estimator"]
-        others = [name for name in EDGE_ESTIMATORS if name != chosen and any(name in s.subspace.ranks for s in self.sites)]
-        head = ["site", "width", "planned", "n", "n_eff", "q", "edge", f"k {chosen}", "k/d", "KS", *[f"k {o}" for o in others]]
+        others = [
+            name for name in EDGE_ESTIMATORS if name != chosen and any(name in s.subspace.ranks for s in self.sites)
+        ]
+        head = [
+            "site",
+            "width",
+            "planned",
+            "n",
+            "n_eff",
+            "q",
+            "edge",
+            f"k {chosen}",
+            "k/d",
+            "KS",
+            *[f"k {o}" for o in others],
+        ]
         rows = []
         for site in self.sites:
             s = site.subspace
@@ -67,10 +86,18 @@ class SpectralReport:
             ratios = [f"{s.spectral_rank / s.dim:.2f}", _short(s.ks_distance)]
             rows.append([site.name, *map(str, numbers), *ratios, *[str(s.ranks.get(o, "-")) for o in others]])
         widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-        lines = ["  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
-                 for row in [head, ["-" * w for w in widths], *rows]]
+        lines = [
+            "  ".join(
+                cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [head, ["-" * w for w in widths], *rows]
+        ]
         share = 1 - self.planned_parameters / self.parameters
-        lines += ["", f"parameters {self.parameters:,} -> {self.planned_parameters:,} ({-share:+.1%})", *self.warnings()]
+        lines += [
+            "",
+            f"parameters {self.parameters:,} -> {self.planned_parameters:,} ({-share:+.1%})",
+            *self.warnings(),
+        ]
         return "\n".join(lines)
 
     def warnings(self) -> list[str]:
@@ -82,8 +109,10 @@ class SpectralReport:
                 label = text.split(":")[0]
                 kinds.setdefault(label, []).append(site.name)
                 texts.setdefault(label, text)
-        return [f"! {len(names)} of {len(self.sites)} sites ({names[0]}{', ...' if len(names) > 1 else ''}): {texts[label]}"
-                for label, names in kinds.items()]
+        return [
+            f"! {len(names)} of {len(self.sites)} sites ({names[0]}{', ...' if len(names) > 1 else ''}): {texts[label]}"
+            for label, names in kinds.items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; NaN becomes None."""

@@ -188,7 +188,9 @@ def linear_shape(module: nn.Module) -> tuple[int, int, int]:
         return module.in_features, module.out_features, 1
     if isinstance(module, (nn.Conv2d, LowRankConv2d)):
         return module.in_channels // module.groups, module.out_channels, module.kernel_size[0] * module.kernel_size[1]
-    raise UnsupportedArchitectureError(f"A {type(module).__name__} is no linear layer or convolution that could be narrowed.")
+    raise UnsupportedArchitectureError(
+        f"A {type(module).__name__} is no linear layer or convolution that could be narrowed."
+    )
 
 
 def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, int]) -> dict[str, int]:

@@ -48,7 +48,9 @@ def test_life_cycle(name, task, tmp_path):
     found = quiet(reduce, model, data, RECIPE.replace(target_reduction=target))
     assert all(torch.equal(value, untouched[key]) for key, value in model.state_dict().items())
     small = found.model
-    assert abs(1 - count_parameters(small) / count_parameters(model) - target) < 0.08  # tiny models move in coarse steps
+    assert (
+        abs(1 - count_parameters(small) / count_parameters(model) - target) < 0.08
+    )  # tiny models move in coarse steps
     assert found.report.planned_parameters == found.parameters_after == count_parameters(small)
     small.save_pretrained(tmp_path / "small")
     auto = {"Model": "AutoModel"}.get(task, "AutoModel" + task)
@@ -114,7 +116,9 @@ def test_factored_form(name, task, form, tmp_path):
 
 
 def test_factored_form_serves_unknown_architectures():
-    config = transformers.MPNetConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    config = transformers.MPNetConfig(
+        vocab_size=61, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )
     model = transformers.MPNetForSequenceClassification(config).eval()
     with pytest.raises(UnsupportedArchitectureError, match="form='factored'"):
         quiet(narrow, model, zoo.batches("bert"), RECIPE)

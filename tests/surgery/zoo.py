@@ -30,7 +30,7 @@ IMAGE_TASKS = ("Model", "ForImageClassification")
 
 
 def stem(name: str) -> str:
-    """"electra-projected" -> "Electra"."""
+    """ "electra-projected" -> "Electra"."""
     return type(CONFIGS[name]).__name__.removesuffix("Config")
 
 
