@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterable
@@ -10,46 +9,28 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
-from ..spectra import SecondMoments, SignalSubspace, signal_subspace
-from .budget import (
-    BudgetPoint,
-    Couple,
-    allocate,
-    count_parameters,
-    couple_grid,
-    flops_of,
-    parameters_of,
-    site_widths,
-)
-from .calibration import Calibration, calibrate, collect_batches, gives_likelihood, model_inputs
-from .directions import Directions, site_directions
+from ..modeling_rmtkd import resolve_path
+from .budget import count_parameters, site_widths
 from .families import family_of
-from .layouts import factored_anatomy
-from .narrowing import Cuts, build_student, fold_norms, initialise
-from .refit import refit
-from .report import SiteSpectrum, SpectralReport
-from .sites import Anatomy, Point, Site, get_module, is_layer, select_sites
+from .report import SpectralReport
+from .sites import select_sites
+from .surgeon import Surgeon, anatomy_of
 
 
 __all__ = [
     "Reduction",
     "SiteRecord",
     "analyze",
-    "anatomy_of",
     "block_paths",
     "narrow",
     "narrow_to",
     "reduce",
     "stage_sites",
 ]
-
-
-TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
 
 
 @dataclass(frozen=True)
@@ -89,21 +70,12 @@ class Reduction:
     report: SpectralReport = field(repr=False)
 
 
-def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:
-    """Sites and units of a model in the form of the recipe; raises UnsupportedArchitectureError."""
-    if config.form == "factored":
-        return factored_anatomy(model)
-    return family_of(model).layout.anatomy(model)
-
-
 def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
     """Absolute module paths of the residual blocks, whose outputs are the residual stream, in forward order.
 
     Raises:
         UnsupportedArchitectureError: no family is registered for the model.
     """
-    from ..modeling_rmtkd import resolve_path
-
     return tuple(resolve_path(model, path) for path in family_of(model).layout.anatomy(model).blocks)
 
 
@@ -113,246 +85,6 @@ def stage_sites(model: PreTrainedModel, config: RMTKDConfig) -> list[list[str]]:
     chosen = [site for site in select_sites(anatomy, config.sites) if site.kind != "pooled"]
     depths = sorted({site.depth for site in chosen})
     return [[site.name for site in chosen if site.depth == depth] for depth in depths]
-
-
-class Surgeon:
-    """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
-
-    `thorough` adds the diagnostics that cost further eigendecompositions (the overlap of two halves of the data).
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        dataloader: Iterable,
-        config: RMTKDConfig,
-        sites: Iterable[str] | None = None,
-        accelerator: Any = None,
-        progress: bool = True,
-        thorough: bool = False,
-    ):
-        if not isinstance(model, PreTrainedModel):
-            raise RMTKDError(f"Expected a transformers PreTrainedModel, got {type(model).__name__}.")
-        self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
-        self.anatomy = anatomy_of(model, config)
-        wanted = config.sites if sites is None else tuple(sites)
-        self.sites = select_sites(self.anatomy, wanted)
-        self.batches = collect_batches(dataloader, _share(config.calibration_samples, accelerator), model.device)
-        self.teacher = fold_norms(model, self.anatomy)
-        points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
-        self.calibration = Calibration(sorted(points, key=str), self._gradient_points(), config)
-        calibrate(self.teacher, self.batches, self.calibration, accelerator=accelerator, progress=progress)
-        if accelerator is not None and accelerator.num_processes > 1:
-            self.batches = _all_batches(self.batches, model.device)
-        self.directions: dict[str, Directions] = {}
-        self.subspaces: dict[str, SignalSubspace] = {}
-
-    def _needed(self, site: Site) -> bool:
-        """The stream is observed in any case where there is one: its loss gradients price all other cuts."""
-        return site in self.sites or site.kind == "hidden"
-
-    def _gradient_points(self) -> list[Point]:
-        hidden = self.anatomy.sites.get("hidden")
-        importance = self.config.importance
-        if importance == "variance" or hidden is None:
-            if importance == "fisher":
-                raise RMTKDError(
-                    f"importance='fisher' was asked for, but {type(self.source).__name__} in form {self.config.form!r} has no residual "
-                    "stream whose loss gradient could weigh directions; use 'auto' or 'variance'."
-                )
-            return []
-        if gives_likelihood(self.teacher, self.batches[0]):
-            return list(hidden.points)
-        if importance == "fisher":
-            from ..errors import CalibrationError
-
-            raise CalibrationError(
-                f"importance='fisher' needs a model with logits to draw labels from; {type(self.source).__name__} returns none. Use "
-                "importance='variance' for a bare encoder, or add a task head."
-            )
-        return []
-
-    def directions_of(self, site: Site) -> Directions:
-        """Directions of a site, computed once."""
-        if site.name not in self.directions:
-            self.directions[site.name] = site_directions(
-                self.teacher, site, self.anatomy, self.calibration, self.config.basis
-            )
-        return self.directions[site.name]
-
-    def subspace_of(self, site: Site) -> SignalSubspace:
-        """Spectral diagnosis of a site, computed once."""
-        if site.name not in self.subspaces:
-            config, moments = self.config, self._merged(site)
-            common = {
-                "n_effective": config.n_effective,
-                "tracy_widom_alpha": config.tracy_widom_alpha,
-                "min_rank": config.min_rank,
-                "split_half": self.thorough,
-            }
-            if site.width < TOO_NARROW:
-                found = signal_subspace(moments, estimator="energy", share=1.0, **common)
-                text = f"too narrow for a bulk: {site.width} features (< {TOO_NARROW}), all taken as signal"
-                found = dataclasses.replace(found, warnings=(*found.warnings, text))
-            else:
-                found = signal_subspace(moments, estimator=config.edge_estimator, **common, **config.edge_options)
-            self.subspaces[site.name] = found
-        return self.subspaces[site.name]
-
-    def _merged(self, site: Site) -> SecondMoments:
-        """Moments of all places of a site that are on one scale: for the stream, those behind its norms."""
-        points = [p for p in site.points if p.side == "output"] or list(site.points)
-        if len({p.path for p in points}) < len(points) or site.kind != "hidden":
-            points = points[:1] if site.kind != "attention_qk" else points
-        merged = copy.deepcopy(self.calibration.moments[points[0]])
-        for point in points[1:]:
-            merged.merge(self.calibration.moments[point])
-        return merged
-
-    def couples(self) -> list[Couple]:
-        """The widths there are to decide, each with what it costs to narrow it."""
-        grouped: dict[str, list[Site]] = {}
-        for site in self.sites:
-            grouped.setdefault(site.couple, []).append(site)
-        return [self._couple(name, tuple(members)) for name, members in grouped.items()]
-
-    def _couple(self, name: str, members: tuple[Site, ...]) -> Couple:
-        lead = next(site for site in members if site.kind != "pooled")
-        floor, step, stride = couple_grid(lead, self.config)
-        damage = sum(self.directions_of(site).damage for site in members if site.kind != "pooled")
-        subspaces = [self.subspace_of(site) for site in members if site.kind != "pooled"]
-        score = torch.stack([_group_means(s.eigenvalues / s.edge, lead) for s in subspaces]).mean(0)
-        rank = max(math.ceil(s.rank / lead.groups) for s in subspaces)
-        rank = min(lead.group_width, max(floor, -(-rank // step) * step))
-        return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
-
-    def plan(
-        self, target_reduction: float | None = None, reference_parameters: int | None = None
-    ) -> tuple[dict[str, int], list[BudgetPoint]]:
-        """({couple: features of a group}, curve): by budget where there is a target, else by the spectral edges.
-
-        Raises:
-            BudgetError: the target cannot be reached, or already is.
-        """
-        couples = self.couples()
-        target = self.config.target_reduction if target_reduction is None else target_reduction
-        if target is None and self.config.target_flops is None:
-            return {c.name: c.rank for c in couples}, []
-        parameters = parameters_of(self.teacher, self.anatomy)
-        flops = flops_of(self.teacher, self.anatomy, self._positions())
-        if target is not None:
-            whole = float(reference_parameters or count_parameters(self.source))
-            goal, cost, what = (1 - target) * whole, parameters, "parameters"
-        else:
-            whole = flops({})
-            goal, cost, what = (1 - self.config.target_flops) * whole, flops, "FLOPs"
-        return allocate(couples, cost, self._worth(parameters({}), flops({})), goal, whole, self.config, what)
-
-    def _worth(self, parameters: float, flops: float):
-        """couple -> widths -> share of the parameters and, times `speed_weight`, of the FLOPs that its layers make up."""
-        positions = self._positions()
-
-        def worth(couple: Couple):
-            units = self._units_of(couple)
-            size = parameters_of(self.teacher, self.anatomy, units)
-            work = flops_of(self.teacher, self.anatomy, positions, units)
-            weight = self.config.speed_weight / max(flops, 1.0)
-            return lambda widths: size(widths) / parameters + weight * work(widths)
-
-        return worth
-
-    def _units_of(self, couple: Couple):
-        names = {site.name for site in couple.sites} | ({"pooler"} if couple.name == "hidden" else set())
-        return [u for u in self.anatomy.units if names & {u.reads, u.writes, u.factor}]
-
-    def _positions(self) -> dict[str, float]:
-        """{unit path: positions a sample is applied at}, from one batch."""
-        positions: dict[str, float] = {}
-        size = len(next(iter(self.batches[0].values())))
-
-        def see(point: Point, x: torch.Tensor) -> None:
-            positions[point.path] = (x.numel() / x.shape[1] if x.dim() == 4 else x.numel() / x.shape[-1]) / size
-
-        from .calibration import observed
-
-        linear = [u.path for u in self.anatomy.units if is_layer(self.teacher, u.path)]
-        linear = [
-            p
-            for p in linear
-            if isinstance(get_module(self.teacher, p), (nn.Linear, nn.Conv2d))
-            or hasattr(get_module(self.teacher, p), "down")
-        ]
-        with observed(self.teacher, [Point(p) for p in linear], see), torch.no_grad():
-            self.teacher(**model_inputs(self.batches[0]))
-        return positions
-
-    def report(self, couples: dict[str, int], curve: list[BudgetPoint]) -> SpectralReport:
-        """The spectra of all sites in question and what the plan makes of them."""
-        widths = site_widths(couples, self.anatomy)
-        spectra = [
-            SiteSpectrum(s.name, s.kind, s.width, widths.get(s.name, s.width), self.subspace_of(s))
-            for s in self.sites
-            if s.kind != "pooled"
-        ]
-        after = parameters_of(self.teacher, self.anatomy)(couples)
-        return SpectralReport(
-            tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict()
-        )
-
-    def operate(self, couples: dict[str, int]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-        """The narrow model for {couple: features of a group}, and its projections."""
-        cuts = self._cuts(couples)
-        provenance = {
-            "base_model": self.source.config._name_or_path,
-            "parameters_before": count_parameters(self.source),
-        }
-        previous = getattr(self.source.config, "rmtkd", None)
-        if previous:
-            provenance = {
-                **previous.get("provenance", {}),
-                "rounds": previous.get("provenance", {}).get("rounds", 1) + 1,
-            }
-        student = build_student(self.teacher, self.anatomy, couples, self.config.to_dict(), provenance)
-        initialise(student, self.teacher, self.anatomy, cuts)
-        student.tie_weights()
-        if self.config.refit and self.config.form == "absorbed":
-            refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
-        return student, self._stream_projection(cuts)
-
-    def _cuts(self, couples: dict[str, int]) -> Cuts:
-        chosen, stream, cut = {}, None, site_widths(couples, self.anatomy)
-        order = sorted(self.anatomy.sites.values(), key=lambda site: site.kind != "hidden")
-        for site in order:
-            if site.name in cut:
-                chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
-                if site.kind == "hidden":
-                    stream = chosen[site.name][""]
-        return Cuts(chosen)
-
-    def _stream_projection(self, cuts: Cuts) -> dict[str, torch.Tensor]:
-        cut = cuts.of("hidden", "")
-        if cut is None:
-            return {}
-        # the folded stream of a pre-norm model is the old one less its mean over features
-        basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
-        return {"hidden": basis.float().to(self.source.device)}
-
-
-def _group_means(values: torch.Tensor, site: Site) -> torch.Tensor:
-    """(width,) descending values -> (group_width,): heads are cut alike, so their k-th directions go together."""
-    return values[: site.width].reshape(site.group_width, site.groups).mean(1)
-
-
-def _share(samples: int, accelerator: Any) -> int:
-    return samples if accelerator is None else -(-samples // accelerator.num_processes)
-
-
-def _all_batches(batches: list[dict[str, torch.Tensor]], device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """The batches of all processes, rank after rank: the refit runs where all data are."""
-    from accelerate.utils import gather_object
-
-    gathered = gather_object([{k: v.cpu() for k, v in batch.items()} for batch in batches])
-    return [{k: v.to(device) for k, v in batch.items()} for batch in gathered]
 
 
 def analyze(

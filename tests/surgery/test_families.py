@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import optimum_rmtkd  # noqa: F401  registers the reduced classes
 from optimum_rmtkd import RMTKDConfig, UnsupportedArchitectureError, analyze, narrow
 from optimum_rmtkd.surgery import block_paths, count_parameters, narrow_to, reduce, stage_sites
-from optimum_rmtkd.surgery.reduction import anatomy_of
+from optimum_rmtkd.surgery.surgeon import anatomy_of
 
 from . import zoo
 
