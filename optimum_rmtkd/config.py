@@ -71,6 +71,9 @@ class RMTKDConfig:
         "decorrelated and quick), sequence_mean.",
         ("token", "spaced", "sequence_mean"),
     )
+    tokens_per_sequence: int = _option(
+        4, "How many tokens (or image positions) of a sequence 'spaced' takes: more cost time and are correlated."
+    )
     n_effective: str | int = _option(
         "none",
         "Sample size used by the edges: none (the count), auto (from the tokens' autocorrelation), or a number.",
@@ -185,7 +188,15 @@ class RMTKDConfig:
         for name in ("task_weight", "kl_weight", "hidden_weight", "speed_weight"):
             if not getattr(self, name) >= 0:
                 raise RMTKDError(f"{name}={getattr(self, name)}: expected a number of at least 0.")
-        for name in ("min_rank", "min_width", "round_to", "calibration_samples", "rounds", "fixed_rank"):
+        for name in (
+            "min_rank",
+            "min_width",
+            "round_to",
+            "calibration_samples",
+            "rounds",
+            "fixed_rank",
+            "tokens_per_sequence",
+        ):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise RMTKDError(f"{name}={value!r}: expected a whole number of at least 1.")

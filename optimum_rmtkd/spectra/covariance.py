@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import CalibrationError, RMTKDError
 from .autocorrelation import LAGGED_SHAPES, inflation, lagged_sums, projections, shift_lagged_sums
+from .products import symmetric_product
 from .samples import check_finite, checked, select, work_dtype
 
 
@@ -106,7 +107,7 @@ class SecondMoments:
             return
         rows = rows.to(work_dtype(rows))
         with _exact_matmul(rows.device):
-            outer = rows.T @ rows
+            outer = symmetric_product(rows, rows)
         check_finite([outer], [rows], "gradients")
         self._prepare(None, g.device)
         self._sums.setdefault("gradient", self._zeros(self.dim, self.dim)).add_(outer.to(self.device))
@@ -122,7 +123,7 @@ class SecondMoments:
         """Sums of one selection of rows (n, dim) about the pivot."""
         centred = rows.to(work_dtype(rows)) - pivot.to(rows.device, work_dtype(rows))
         weighted = centred if weight is None else centred * weight.to(centred)[:, None]
-        outer = weighted.T @ centred
+        outer = symmetric_product(weighted, centred)
         w = torch.ones(1, dtype=torch.float64) * len(rows) if weight is None else weight.double()
         w2 = w if weight is None else w.square()
         scalars = torch.stack(
@@ -131,7 +132,7 @@ class SecondMoments:
         null = None
         if self.null_moments:
             signs = self._signs(centred)
-            null = (weighted * signs).T @ (centred * signs)
+            null = symmetric_product(weighted * signs, centred * signs)
         return scalars, weighted.sum(0, dtype=torch.float64), outer, null
 
     def _signs(self, like: Tensor) -> Tensor:

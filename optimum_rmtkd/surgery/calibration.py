@@ -198,7 +198,9 @@ class Calibration:
             mask = token_mask(batch, x)
             positions = mask.sum().item() if mask is not None else features_last(x)[..., 0].numel()
             tokens = max(tokens, float(positions))
-            flat, kept = sample_tokens(features_last(x.detach()), mask, self.config.sample_unit)
+            flat, kept = sample_tokens(
+                features_last(x.detach()), mask, self.config.sample_unit, self.config.tokens_per_sequence
+            )
             moments = self._moments_at(point, flat.shape[-1], flat.device)
             with self._naming(model, point):
                 moments.update(flat, kept)

@@ -1,0 +1,285 @@
+"""Bad input is refused with a message that says what was got, what was expected and what to do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from optimum_rmtkd import BudgetError, CalibrationError, RMTKDConfig, RMTKDError, analyze, count_parameters, narrow
+from optimum_rmtkd.spectra import EDGE_ESTIMATORS
+from optimum_rmtkd.surgery import narrow_to, reduce
+
+from . import zoo
+
+
+RECIPE = RMTKDConfig(target_reduction=0.3, round_to=4, min_width=4, calibration_samples=48, refit=False)
+
+
+@pytest.fixture
+def bert():
+    return zoo.make("bert", "ForSequenceClassification"), zoo.batches("bert")
+
+
+def refused(error, match, function, *arguments, **options):
+    """The message of the error that `function` raises."""
+    with pytest.raises(error, match=match) as caught:
+        function(*arguments, progress=False, **options)
+    assert isinstance(caught.value, RMTKDError) and isinstance(caught.value, ValueError)
+    return str(caught.value)
+
+
+# Calibration data
+
+
+@pytest.mark.parametrize("function", [narrow, analyze])
+def test_no_data(bert, function):
+    refused(CalibrationError, "calibration data is empty: expected at least one batch", function, bert[0], [], RECIPE)
+
+
+def test_batches_without_samples(bert):
+    empty = [{"input_ids": torch.zeros(0, 12, dtype=torch.long)}]
+    refused(CalibrationError, "calibration data is empty", narrow, bert[0], empty, RECIPE)
+
+
+def test_only_padding(bert):
+    model, data = bert
+    blank = [batch | {"attention_mask": torch.zeros_like(batch["attention_mask"])} for batch in data]
+    refused(CalibrationError, "All tokens of the 6 calibration batches are padding", narrow, model, blank, RECIPE)
+
+
+@pytest.mark.parametrize("batch, kind", [((torch.zeros(8, 12),), "tuple"), ([1, 2], "list"), ("text", "str")])
+def test_batch_that_is_no_mapping(bert, batch, kind):
+    refused(CalibrationError, f"calibration batch is a {kind}; expected a mapping", narrow, bert[0], [batch], RECIPE)
+
+
+@pytest.mark.parametrize("importance", ["variance", "fisher"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_activations_are_located(bert, bad, importance):
+    model, data = bert
+    with torch.no_grad():
+        model.bert.encoder.layer[1].intermediate.dense.bias[3] = bad
+    message = refused(
+        CalibrationError,
+        "is not finite in calibration batch 0",
+        narrow,
+        model,
+        data,
+        RECIPE.replace(importance=importance),
+    )
+    # the first place where activations are looked at behind that bias
+    assert "The input of module 'bert.encoder.layer.1.output.dense'" in message
+    assert "NaN or infinite, in 1 of 64 channels" in message
+    assert "Expected finite values" in message
+
+
+def test_the_batch_of_a_non_finite_activation_is_named():
+    model, data = zoo.make("vit", "ForImageClassification"), zoo.batches("vit")
+    data[4]["pixel_values"][2, 0, 0, 0] = float("nan")
+    refused(CalibrationError, r"module 'vit\.\S+' is not finite in calibration batch 4: ", narrow, model, data, RECIPE)
+
+
+class Exploding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g * float("inf")
+
+
+def test_non_finite_gradients_are_located(bert):
+    model, data = bert
+    model.classifier.register_forward_pre_hook(lambda module, args: (Exploding.apply(args[0]),))
+    message = refused(CalibrationError, "calibration batch 0", narrow, model, data, RECIPE)
+    assert "bert.encoder.layer.1.output.LayerNorm" in message
+    assert "gradients are NaN or infinite" in message
+
+
+# Importance
+
+
+def test_fisher_needs_logits():
+    model, data = zoo.make("bert", "Model"), zoo.batches("bert")
+    message = refused(
+        CalibrationError, "BertModel returns none", narrow, model, data, RECIPE.replace(importance="fisher")
+    )
+    assert "importance='variance'" in message and "task head" in message
+    assert count_parameters(narrow(model, data, RECIPE, progress=False)) < count_parameters(model)
+
+
+def test_fisher_needs_a_stream():
+    model, data = zoo.make("resnet-basic", "ForImageClassification"), zoo.batches("resnet-basic")
+    message = refused(RMTKDError, "no residual", narrow, model, data, RECIPE.replace(importance="fisher"))
+    assert "ResNetForImageClassification" in message and "use 'auto' or 'variance'" in message
+
+
+# Targets
+
+
+@pytest.mark.parametrize("name", ["target_reduction", "target_flops"])
+@pytest.mark.parametrize("value", [0, 0.0, 1, 1.0, -0.2, 1.5, float("nan")])
+def test_targets_outside_their_range(name, value):
+    with pytest.raises(RMTKDError, match=rf"^{name}={value}: expected a share .* in \(0, 1\)\.$"):
+        RMTKDConfig(**{name: value})
+
+
+def test_two_targets():
+    with pytest.raises(RMTKDError, match="Both target_reduction=0.5 and target_flops=0.4 .* drop one"):
+        RMTKDConfig(target_reduction=0.5, target_flops=0.4)
+
+
+REACHES = {
+    "bert": ("bert", "ForSequenceClassification", {"target_reduction": 0.999}, "parameters"),
+    "bert flops": ("bert", "ForSequenceClassification", {"target_reduction": None, "target_flops": 0.999}, "FLOPs"),
+    "vit factored": ("vit", "ForImageClassification", {"target_reduction": 0.99, "form": "factored"}, "parameters"),
+    "resnet": ("resnet-basic", "ForImageClassification", {"target_reduction": 0.9}, "parameters"),
+    "one site": (
+        "bert",
+        "ForSequenceClassification",
+        {"target_reduction": 0.8, "sites": "intermediate"},
+        "parameters",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REACHES)
+def test_target_beyond_reach_names_what_can_be_reached(case):
+    name, task, changes, unit = REACHES[case]
+    model, data = zoo.make(name, task), zoo.batches(name)
+    recipe = RECIPE.replace(**changes)
+    message = refused(BudgetError, f"{unit} was asked for; with min_width=4", narrow, model, data, recipe)
+    assert "Ask for at most that" in message
+    reachable = float(re.search(r"\(a reduction of ([0-9.]+)\)", message).group(1))
+    target = "target_reduction" if unit == "parameters" else "target_flops"
+    assert 0 < reachable < getattr(recipe, target)
+    small = narrow(model, data, recipe.replace(**{target: reachable}), progress=False)  # as the message advises
+    if unit == "parameters":
+        assert 1 - count_parameters(small) / count_parameters(model) == pytest.approx(reachable, abs=1e-4)
+
+
+def test_model_already_as_small_as_asked_for(bert):
+    model, data = bert
+    before = 2 * count_parameters(model)
+    message = refused(
+        BudgetError,
+        "already no more than",
+        reduce,
+        model,
+        data,
+        RECIPE,
+        target_reduction=0.4,
+        reference_parameters=before,
+    )
+    assert f"The model has {count_parameters(model):,}" in message and f"the {0.6 * before:,.0f}" in message
+    assert "Ask for a larger reduction" in message
+    found = reduce(model, data, RECIPE, target_reduction=0.6, reference_parameters=before, progress=False)
+    assert found.parameters_after / before == pytest.approx(0.4, abs=0.03)
+
+
+# Names
+
+
+def test_unknown_site(bert):
+    model, data = bert
+    message = refused(
+        RMTKDError, "Unknown site.s. intermedate", narrow, model, data, RECIPE.replace(sites="intermedate")
+    )
+    for known in ("attention_qk", "embedding", "hidden", "layer.1.intermediate"):
+        assert known in message
+    refused(RMTKDError, "Unknown site.s. nowhere", reduce, model, data, RECIPE, sites=["hidden", "nowhere"])
+
+
+def test_unknown_estimator(bert):
+    model, data = bert
+    message = refused(RMTKDError, "marcenko", narrow, model, data, RECIPE.replace(edge_estimator="marcenko"))
+    assert all(name in message for name in EDGE_ESTIMATORS)
+
+
+def test_unknown_config_key():
+    with pytest.raises(
+        RMTKDError, match=r"Unknown RMTKDConfig key\(s\) target_reductoin\. Known keys: .*target_reduction"
+    ):
+        RMTKDConfig.from_dict({"target_reductoin": 0.5})
+
+
+@pytest.mark.parametrize("text, match", [("{", "is not JSON"), ("[1]", "holds a JSON list"), ('{"a": 1}', "Unknown")])
+def test_unreadable_recipe_files(text, match, tmp_path):
+    path = tmp_path / "recipe.json"
+    path.write_text(text)
+    with pytest.raises(RMTKDError, match=match):
+        RMTKDConfig.from_json_file(path)
+
+
+def test_recipe_survives_json(tmp_path):
+    recipe = RECIPE.replace(sites=("hidden", "layer.0.intermediate"), n_effective=100)
+    recipe.to_json_file(tmp_path / "recipe.json")
+    assert RMTKDConfig.from_json_file(tmp_path / "recipe.json") == recipe
+
+
+@pytest.mark.parametrize(
+    "field, value, match",
+    [
+        ("sample_unit", "word", "sample_unit='word': expected one of token, spaced, sequence_mean"),
+        ("form", "dense", "form='dense': expected one of absorbed, factored"),
+        ("allocation", "greedy", "allocation='greedy': expected one of loss, edge, uniform"),
+        ("importance", "hessian", "importance='hessian': expected one of auto, fisher, variance"),
+        ("calibration_samples", 0, "calibration_samples=0: expected a whole number of at least 1"),
+        ("round_to", 1.5, "round_to=1.5: expected a whole number"),
+        ("min_width", True, "min_width=True: expected a whole number"),
+        ("n_effective", "many", "n_effective='many': expected 'none', 'auto' or a whole number above 1"),
+        ("ridge", 0.0, "ridge=0.0: expected a number above 0"),
+        ("tau", 1.0, r"tau=1.0: expected a quantile of the eigenvalues, in \(0, 1\)"),
+        ("edge_estimator", "fixed", "edge_estimator='fixed' needs fixed_rank"),
+    ],
+)
+def test_values_out_of_range(field, value, match):
+    with pytest.raises(RMTKDError, match=match):
+        RMTKDConfig(**{field: value})
+
+
+def test_not_a_model(bert):
+    refused(
+        RMTKDError, "Expected a transformers PreTrainedModel, got Linear", narrow, nn.Linear(4, 4), bert[1], RECIPE
+    )
+
+
+@pytest.mark.parametrize("widths", [{"hidden": 33}, {"layer.0.heads": 0}, {"layer.7.intermediate": 8}])
+def test_impossible_widths(bert, widths):
+    message = refused(RMTKDError, "expected a couple and at most its width", narrow_to, *bert, widths, RECIPE)
+    assert str(widths) in message and "'layer.1.heads': 8" in message
+
+
+# Estimators: none of them is an error
+
+
+@pytest.mark.parametrize("estimator", sorted(EDGE_ESTIMATORS))
+@pytest.mark.parametrize(
+    "name, task", [("bert", "ForSequenceClassification"), ("resnet-basic", "ForImageClassification")]
+)
+def test_every_edge_decides_widths_without_a_target(estimator, name, task):
+    model, data = zoo.make(name, task), zoo.batches(name)
+    options = {"fixed_rank": 4} if estimator == "fixed" else {"energy": 0.5} if estimator == "energy" else {}
+    recipe = RECIPE.replace(target_reduction=None, edge_estimator=estimator, **options)
+    found = reduce(model, data, recipe, progress=False)
+    assert found.sites and found.report.budget == ()
+    for site in found.sites:
+        assert 1 <= site.rank <= site.width_before
+        assert site.width_after <= site.width_before
+    assert count_parameters(found.model) == found.report.planned_parameters
+    assert any(site.width_after < site.width_before for site in found.sites) or estimator not in ("fixed", "energy")
+    assert zoo.outputs(found.model, data[0]).isfinite().all()
+
+
+@pytest.mark.parametrize("estimator", sorted(EDGE_ESTIMATORS))
+def test_every_edge_ranks_directions_for_a_budget(bert, estimator):
+    """signflip among them: its null moments are taken in the same pass."""
+    model, data = bert
+    options = {"fixed_rank": 8} if estimator == "fixed" else {}
+    recipe = RECIPE.replace(edge_estimator=estimator, allocation="edge", **options)
+    found = reduce(model, data, recipe, progress=False)
+    assert 1 - found.parameters_after / count_parameters(model) == pytest.approx(0.3, abs=0.05)
+    assert all(site.edge > 0 for site in found.sites)
