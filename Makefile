@@ -45,8 +45,11 @@ style: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 benchmark: $(VENV)/.installed-dev
-	@test -n "$(wildcard examples/benchmarks/*.py)" || { echo "no script in examples/benchmarks yet"; exit 1; }
-	@set -e; for script in $(wildcard examples/benchmarks/*.py); do echo "== $$script"; $(BIN)/python $$script; done
+	$(BIN)/python examples/benchmarks/surgery.py
+	$(BIN)/python examples/benchmarks/text.py all --task sst2 -o results
+	$(BIN)/python examples/benchmarks/text.py latency --task sst2 -o results
+	$(BIN)/python examples/benchmarks/text.py teacher --task ag_news -o results
+	$(BIN)/python examples/benchmarks/text.py all --task ag_news -o results
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache

@@ -19,6 +19,7 @@ __all__ = [
     "fisher_directions",
     "head_projection",
     "identity_projection",
+    "natural_gauge",
     "neuron_order",
     "neuron_projection",
     "pivoted_cholesky",

@@ -18,6 +18,7 @@ from .bases import (
     Projection,
     fisher_directions,
     head_projection,
+    natural_gauge,
     neuron_order,
     neuron_projection,
     polar_alignment,
@@ -200,9 +201,11 @@ def value_site_directions(
     encode, decode, scores = _values(model, site, anatomy, calibration)
     if basis == "random":
         encode = decode = _random_head_bases(site, calibration)
-    return Directions(
-        site, _tail_sums(scores.sum(0)), lambda width, stream=None: {"": head_projection(encode, decode, width)}
-    )
+
+    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
+        return {"": head_projection(*natural_gauge(encode[..., :width], decode[..., :width]), width)}
+
+    return Directions(site, _tail_sums(scores.sum(0)), cut)
 
 
 def query_key_site_directions(
@@ -266,7 +269,7 @@ def table_directions(
             random = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64))[0]
             return {"": Projection(random, random)}
         encode, decode, _ = ranked(torch.eye(len(moment), dtype=torch.float64) if stream is None else stream.encode)
-        return {"": Projection(encode[:, :width], decode[:, :width])}
+        return {"": Projection(*natural_gauge(encode[:, :width], decode[:, :width]))}
 
     scores = ranked(torch.eye(len(moment), dtype=torch.float64))[2]
     return Directions(site, _tail_sums(scores)[: site.width + 1], cut)

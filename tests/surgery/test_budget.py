@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -63,6 +64,24 @@ def test_the_planned_count_is_the_built_count(name, task, form):
         assert count(widths) == count_parameters(small), widths
         assert zoo.outputs(small, data[0]).isfinite().all()
     assert len(sizes) == 2 and count_parameters(model) not in sizes
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "DistilBert"])
+def test_untied_decoder(name):
+    """With tie_word_embeddings=False a masked LM's decoder is a layer of its own, which must come along."""
+    torch.manual_seed(0)
+    body = zoo.DISTIL if name == "DistilBert" else zoo.BODY
+    config = getattr(transformers, name + "Config")(**zoo.TEXT, **body, tie_word_embeddings=False)
+    model, data = getattr(transformers, name + "ForMaskedLM")(config).eval(), zoo.batches("bert", count=2)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20.0)
+    assert model.get_output_embeddings().weight is not model.get_input_embeddings().weight
+    full = {couple: site.group_width for couple, site in couples_of(model, PLAIN).items()}
+    same = narrow_to(model, data, full, PLAIN, progress=False)
+    wanted = zoo.outputs(model, data[0])
+    assert (zoo.outputs(same, data[0]) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    small = narrow_to(model, data, {"hidden": 20}, PLAIN, progress=False)
+    assert parameters_of(model, anatomy_of(model, PLAIN))({"hidden": 20}) == count_parameters(small)
 
 
 def test_flops_are_those_of_the_layers():

@@ -295,6 +295,15 @@ def test_left_padding_and_images_keep_their_order():
         assert torch.equal(before["pixel_values"], after["pixel_values"])
 
 
+@pytest.mark.parametrize("unmasked", [0, 1])
+def test_batches_without_a_mask_among_others(bert, unmasked):
+    data = bert[1][:2]
+    del data[unmasked]["attention_mask"]
+    for before, after in zip(data, collect_batches(data, 16, torch.device("cpu")), strict=True):
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key], after[key]) for key in before)
+
+
 @pytest.mark.parametrize("wanted, sizes", [(20, [8, 8, 4]), (8, [8]), (3, [3]), (1000, [8] * 6)])
 def test_no_more_samples_than_asked_for(bert, wanted, sizes):
     assert [len(b["input_ids"]) for b in collect_batches(bert[1], wanted, torch.device("cpu"))] == sizes

@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from optimum_rmtkd import BudgetError, CalibrationError, RMTKDConfig, RMTKDError, analyze, count_parameters, narrow
+from optimum_rmtkd import (
+    BudgetError,
+    CalibrationError,
+    RMTKDConfig,
+    RMTKDError,
+    UnsupportedArchitectureError,
+    analyze,
+    count_parameters,
+    narrow,
+)
 from optimum_rmtkd.spectra import EDGE_ESTIMATORS
 from optimum_rmtkd.surgery import narrow_to, reduce
 
@@ -245,6 +254,22 @@ def test_not_a_model(bert):
     refused(
         RMTKDError, "Expected a transformers PreTrainedModel, got Linear", narrow, nn.Linear(4, 4), bert[1], RECIPE
     )
+
+
+@pytest.mark.parametrize(
+    "name, task",
+    [("bert", "ForNextSentencePrediction"), ("bert", "ForPreTraining"), ("vit", "ForMaskedImageModeling")],
+)
+def test_heads_that_no_layout_declares_are_served_or_refused(name, task):
+    """Never a shape error from deep inside torch."""
+    model, data = zoo.make(name, task), zoo.batches(name)
+    try:
+        small = narrow(model, data, RECIPE.replace(refit=True, sites="hidden"), progress=False)
+    except UnsupportedArchitectureError as error:
+        assert type(model).__name__ in str(error)
+    else:
+        assert small.config.hidden_size < 32
+        assert zoo.outputs(small, data[0]).isfinite().all()
 
 
 @pytest.mark.parametrize("widths", [{"hidden": 33}, {"layer.0.heads": 0}, {"layer.7.intermediate": 8}])
