@@ -216,6 +216,16 @@ def query_key_directions(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.
     return query_inverse @ left * split, key_inverse @ right.mT * split, singular.square()
 
 
+def natural_gauge(encode: torch.Tensor, decode: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same cut with orthonormal decoding: encode (..., d, k), decode (..., d, k) -> both again.
+
+    decode @ encode.mT does not change. Whitened coordinates would give one factor entries a hundred times those of the
+    other; an optimizer that moves all weights by the same step then destroys the small ones.
+    """
+    orthonormal, upper = torch.linalg.qr(decode)
+    return encode @ upper.mT, orthonormal
+
+
 def head_projection(encode: torch.Tensor, decode: torch.Tensor, width: int) -> Projection:
     """Block-diagonal cut of all heads to `width` features each, from per-head (heads, w, w) directions."""
     return Projection(torch.block_diag(*encode[..., :width].unbind()), torch.block_diag(*decode[..., :width].unbind()))
