@@ -130,7 +130,7 @@ def hidden_directions(
         corner += (nested.T @ metric @ nested) * (nested.T @ second @ nested) / len(seconds)
     sums = corner.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
     # The stream is cut anew at each of its two sums a block, each time of what that block adds. Half as many whole cuts
-    # fitted best: of 1, L/2, 2L/3 and 5L/3 for L = 6 blocks (docs/concepts.md).
+    # fitted best: of 1, L/2, 2L/3 and 5L/3 for L = 6 blocks (docs/surgery.md).
     damage = torch.cat([sums, sums.new_zeros(1)]).clamp_min(0) * max(1.0, len(anatomy.blocks) / 2)
 
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
