@@ -226,24 +226,24 @@ def _dense(config, spec):
 
 
 def _check_loaded(cls, model, info, ignore_mismatched):
-    """Nothing of the backbone may have been re-initialised silently."""
+    """Nothing may have been re-initialised silently, but for the head of another task than the checkpoint's."""
     prefix = "" if model.base_model is model else model.base_model_prefix + "."
-    poolers = prefix + "pooler."  # a head of its own: which task it serves decides whether it is there
-
-    def inside(key):
-        return key.startswith(prefix) and not key.startswith(poolers)
-
+    same_task = cls.__name__ in (model.config.architectures or ())
+    advice = "The weights and the config are not of the same model: save them again together."
     for key, found, expected in sorted(info["mismatched_keys"]):
-        if inside(key) or not ignore_mismatched:
+        if key.startswith(prefix) or not ignore_mismatched:
             raise SpecMismatchError(
                 f"{cls.__name__}: the checkpoint's tensor {key} has shape {tuple(found)}, its spec (config.json, rmtkd) expects "
-                f"{tuple(expected)}. The weights and the config are not of the same model: save them again together."
+                f"{tuple(expected)}. {advice}"
             )
-    missing = sorted(key for key in info["missing_keys"] if inside(key))
+
+    def needed(key):  # whether a model has a pooler depends on its task
+        return same_task or (key.startswith(prefix) and not key.startswith(prefix + "pooler."))
+
+    missing = sorted(key for key in info["missing_keys"] if needed(key))
     if missing:
         raise SpecMismatchError(
-            f"{cls.__name__}: the checkpoint lacks {len(missing)} tensor(s) of the backbone that its spec expects, the first is "
-            f"{missing[0]}. The weights and the config are not of the same model: save them again together."
+            f"{cls.__name__}: the checkpoint lacks {len(missing)} tensor(s) that its spec expects, the first is {missing[0]}. {advice}"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -199,7 +200,7 @@ def allocate(
         if not moves:
             raise BudgetError(
                 f"A reduction to {goal:,.0f} {what} was asked for; with min_width={config.min_width} and the chosen sites the "
-                f"model cannot get below {size:,.0f} (a reduction of {1 - size / whole:.4f}). Ask for at most that, allow more "
+                f"model cannot get below {size:,.0f} (a reduction of {math.floor(1e4 * (1 - size / whole)) / 1e4:.4f}). Ask for at most that, allow more "
                 "sites, or lower min_width."
             )
         fitting = [m for m in moves if size - m[1] >= goal - TOLERANCE * whole]

@@ -75,15 +75,7 @@ def _by_length(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.T
     halves the work, and more.
     """
     mask = batches[0].get("attention_mask")
-    if (
-        mask is None
-        or mask.dim() != 2
-        or not all(
-            v.shape[:2] == batch["attention_mask"].shape or (v.dim() == 1 and len(v) == len(batch["attention_mask"]))
-            for batch in batches
-            for v in batch.values()
-        )
-    ):
+    if mask is None or mask.dim() != 2 or not all(_is_plain_text(batch) for batch in batches):
         return batches
     samples = [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(len(batch["attention_mask"]))]
     lengths = [int(sample["attention_mask"].sum()) for sample in samples]
@@ -95,6 +87,14 @@ def _by_length(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.T
         _stack([samples[i] for i in chunk], lengths[chunk[-1]])
         for chunk in (order[at : at + size] for at in range(0, len(order), size))
     ]
+
+
+def _is_plain_text(batch: dict[str, torch.Tensor]) -> bool:
+    """Nothing but tensors over the positions of the attention mask, or over the samples."""
+    mask = batch.get("attention_mask")
+    return mask is not None and all(
+        v.shape[:2] == mask.shape or (v.dim() == 1 and len(v) == len(mask)) for v in batch.values()
+    )
 
 
 def _stack(samples: list[dict[str, torch.Tensor]], length: int) -> dict[str, torch.Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..modeling_rmtkd import LowRankConv2d, LowRankLinear
-from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, linear_shape
+from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, is_layer, linear_shape
 
 
 __all__ = ["EncoderLayout", "ResidualConvLayout", "factored_anatomy"]
@@ -30,7 +30,8 @@ class EncoderLayout:
         blocks: the ModuleList of blocks.
         attention: the module that holds head sizes; `head_size`, `heads` name its attributes; `total_size` may be "".
         pre_norm: norms stand before attention and feed-forward (ViT) instead of behind the sums (BERT).
-        pooler: a linear layer with element-wise activation whose output follows the hidden width; `pooled_by` reads it.
+        pooler: a linear layer with element-wise activation whose output follows the hidden width; heads that read it where
+            it is there, and the stream where it is not, are named in `pooled_by`.
         head_reads: layers of any task head that read the stream with their input features.
         decoder: an output layer tied to the word table.
         width_field: field of the config that states the hidden width.
@@ -56,7 +57,7 @@ class EncoderLayout:
     table: str | None = None
     final_norm: str | None = None
     pooler: str | None = None
-    pooled_by: str | None = None
+    pooled_by: tuple[str, ...] = ()
     head_reads: tuple[str, ...] = ()
     decoder: str | None = None
     width_field: str = "hidden_size"
@@ -111,6 +112,14 @@ class EncoderLayout:
 
     def _projects(self, model: nn.Module) -> bool:
         return self.project is not None and has_module(model, self.project)
+
+    def _ties(self, model: nn.Module) -> bool:
+        """Whether the decoder, here or in the masked-LM model of the same checkpoint, shares the word table."""
+        if not self.decoder or self._projects(model):
+            return False
+        if not has_module(model, self.decoder):
+            return bool(getattr(model.config, "tie_word_embeddings", True))
+        return get_module(model, self.decoder).weight is get_module(model, self.table).weight
 
     def _first_points(self, model: nn.Module) -> list[Point]:
         if self._projects(model):
@@ -190,17 +199,17 @@ class EncoderLayout:
         return attention + first + feed_forward + second
 
     def _head_units(self, model: nn.Module, width: int, depth: int) -> tuple[list[Unit], dict[str, Site]]:
-        units, sites, pooled = [], {}, False
+        units, sites, reads = [], {}, "hidden"
         if self.pooler:
             units.append(Unit(self.pooler, "hidden", "pooler"))
         if self.pooler and has_module(model, self.pooler):
-            pooled = self.pooled_by is not None and has_module(model, self.pooled_by)
-            point = Point(self.pooled_by, "input") if pooled else Point(self.pooler)
+            present = [path for path in self.pooled_by if is_layer(model, path)]
+            reads = "pooler" if present else "hidden"
+            point = Point(present[0], "input") if present else Point(self.pooler)
             sites["pooler"] = Site("pooler", "pooled", width, (point,), depth=depth, couple="hidden")
-        if self.pooled_by:
-            units.append(Unit(self.pooled_by, "pooler" if pooled else "hidden"))
+        units += [Unit(path, reads) for path in self.pooled_by]
         units += [Unit(path, "hidden") for path in self.head_reads]
-        if self.decoder and not self._projects(model):
+        if self._ties(model):
             units.append(Unit(self.decoder, factor="hidden"))
         return units, sites
 

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import RMTKDConfig
-from ..errors import CalibrationError, RMTKDError
+from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import LowRankConv2d, LowRankLinear
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from .budget import (
@@ -244,9 +244,21 @@ class Surgeon:
         student = build_student(self.teacher, self.anatomy, couples, self.config.to_dict(), provenance)
         initialise(student, self.teacher, self.anatomy, cuts)
         student.tie_weights()
+        self._try_out(student)
         if self.config.refit and self.config.form == "absorbed":
             refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
         return student, self._stream_projection(cuts)
+
+    def _try_out(self, student: PreTrainedModel) -> None:
+        """A head that reads the stream but is not declared shows at its first forward pass."""
+        try:
+            with torch.no_grad():
+                student(**model_inputs(self.batches[0]))
+        except RuntimeError as error:
+            raise UnsupportedArchitectureError(
+                f"The narrowed {type(self.source).__name__} cannot run ({error}): it has a layer at the cut widths that its family does "
+                "not declare. Register a layout that names it (head_reads), or use form='factored'."
+            ) from error
 
     def _cuts(self, couples: dict[str, int]) -> Cuts:
         chosen, stream, cut = {}, None, site_widths(couples, self.anatomy)

@@ -27,7 +27,7 @@ register_family(
             down="output.dense",
             ffn_norm="output.LayerNorm",
             pooler="@.pooler.dense",
-            pooled_by="classifier",
+            pooled_by=("classifier", "cls.seq_relationship"),
             head_reads=("qa_outputs", "cls.predictions.transform.dense"),
             decoder="cls.predictions.decoder",
         ),

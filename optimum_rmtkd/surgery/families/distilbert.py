@@ -25,7 +25,7 @@ register_family(
             down="ffn.lin2",
             ffn_norm="output_layer_norm",
             pooler="pre_classifier",
-            pooled_by="classifier",
+            pooled_by=("classifier",),
             head_reads=("qa_outputs", "vocab_transform"),
             decoder="vocab_projector",
             width_field="dim",

@@ -25,7 +25,7 @@ VIT_LAYOUT = EncoderLayout(
     ffn_norm="layernorm_after",
     pre_norm=True,
     final_norm="@.layernorm",
-    head_reads=("@.pooler.dense", "classifier"),
+    head_reads=("@.pooler.dense", "classifier", "decoder.0"),
 )
 
 register_family(Family(name="ViT", model_types=("vit",), layout=VIT_LAYOUT))
