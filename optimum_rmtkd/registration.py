@@ -10,7 +10,7 @@ from types import ModuleType
 
 __all__ = ["install", "register_model_type"]
 
-AUTO_MODULE = "transformers.models.auto.configuration_auto"  # whatever Auto class is used, it reads a config first
+AUTO_MODULES = "transformers.models.auto."  # whatever Auto class is used, it reads a config first
 CONFIGS = {
     "bert": "BertConfig",
     "roberta": "RobertaConfig",
@@ -30,25 +30,40 @@ def install() -> None:
     transformers calls no entry points, so whoever wants its Auto classes to know more must import something; waiting for
     the Auto classes themselves keeps `import optimum_rmtkd` free of torch.
     """
-    if AUTO_MODULE in sys.modules:
+    if AUTO_MODULES + "configuration_auto" in sys.modules and not _being_imported():
         _register_configs()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
+def _being_imported(but: str = "") -> bool:
+    """Whether one of the Auto modules is half-way: config classes cannot be imported from within."""
+    halfway = (
+        name
+        for name, module in list(sys.modules.items())
+        if name.startswith(AUTO_MODULES)
+        and name != but
+        and getattr(getattr(module, "__spec__", None), "_initializing", False)
+    )
+    return any(halfway)
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds the Auto module as Python would, and registers behind its execution; then it is gone."""
+    """Finds Auto modules as Python would, and registers behind the outermost of them; then it is gone."""
 
     def find_spec(self, name, path=None, target=None):
-        if name != AUTO_MODULE:
+        if not name.startswith(AUTO_MODULES):
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
         run = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _register_configs()
+            if self in sys.meta_path and not _being_imported(but=name):
+                sys.meta_path.remove(self)
+                _register_configs()
 
         spec.loader.exec_module = exec_module
         return spec
@@ -97,11 +112,14 @@ def _register_models(config_class: type) -> None:
         if mapping is None or base not in mapping:
             continue
         classes = mapping[base] if isinstance(mapping[base], (tuple, list)) else (mapping[base],)
-        for cls in classes:
-            reduced = modeling_rmtkd.reduced_class(cls) if hasattr(transformers, cls.__name__) else None
-            if reduced is not None and len(classes) == 1:
-                auto.register(config_class, reduced, exist_ok=True)
-                reduced.register_for_auto_class(auto.__name__)
+        reduced = [modeling_rmtkd.reduced_class(cls) for cls in classes if hasattr(transformers, cls.__name__)]
+        if reduced:
+            # several classes of one config are told apart by its `architectures`, as for the dense ones
+            auto.register(config_class, reduced[0] if len(reduced) == 1 else tuple(reduced), exist_ok=True)
+        for cls in reduced:
+            # a class serves several Auto classes; remote code is told the one it is named after
+            if cls.__name__.endswith(auto.__name__.removeprefix("AutoModel") or "Model"):
+                cls.register_for_auto_class(auto.__name__)
 
 
 def _share_tokenizer(base: type, config_class: type) -> None:
