@@ -118,7 +118,8 @@ def _register_models(config_class: type) -> None:
             auto.register(config_class, reduced[0] if len(reduced) == 1 else tuple(reduced), exist_ok=True)
         for cls in reduced:
             # a class serves several Auto classes; remote code is told the one it is named after
-            if cls.__name__.endswith(auto.__name__.removeprefix("AutoModel") or "Model"):
+            named_after = cls.__name__.endswith(auto.__name__.removeprefix("AutoModel") or "Model")
+            if named_after or cls._auto_class is None:
                 cls.register_for_auto_class(auto.__name__)
 
 
