@@ -57,7 +57,7 @@ class Reduction:
         model: the narrow model, in eval mode, on the device and in the dtype of the old one.
         projections: {"hidden": (d_old, d_new) fp32}: stream of the narrow model = old stream @ projection, at the output of
             every block; empty where the stream was not cut.
-        sites: what happened to each site that was cut.
+        sites: what happened to each site that was open to this cut, also where it kept its width.
         parameters_before, parameters_after: tied parameters counted once.
         report: the spectra the widths come from.
     """

@@ -126,7 +126,10 @@ class Surgeon:
                 text = f"too narrow for a bulk: {site.width} features (< {TOO_NARROW}), all taken as signal"
                 found = dataclasses.replace(found, warnings=(*found.warnings, text))
             else:
-                found = signal_subspace(moments, estimator=config.edge_estimator, **common, **config.edge_options)
+                try:
+                    found = signal_subspace(moments, estimator=config.edge_estimator, **common, **config.edge_options)
+                except RMTKDError as error:
+                    raise type(error)(f"Site {site.name!r}, {moments.count} samples: {error}") from error
             self.subspaces[site.name] = found
         return self.subspaces[site.name]
 

@@ -56,18 +56,18 @@ def test_life_cycle(name, task, tmp_path):
     auto = {"Model": "AutoModel"}.get(task, "AutoModel" + task)
     again = getattr(transformers, auto).from_pretrained(tmp_path / "small")
     assert type(again).__name__ == "RMTKD" + type(model).__name__
-    assert torch.equal(zoo.outputs(again, data[0]), zoo.outputs(small, data[0]))
+    assert zoo.same(again, small, data[0])
     bare = transformers.AutoModel.from_pretrained(tmp_path / "small")
     assert bare.config.hidden_size == small.config.hidden_size if hasattr(small.config, "hidden_size") else True
     twice = quiet(narrow, again, data, RECIPE.replace(target_reduction=0.05 if "resnet" in name else 0.2))
     assert count_parameters(twice) < count_parameters(small)
     twice.save_pretrained(tmp_path / "twice")
     third = getattr(transformers, auto).from_pretrained(tmp_path / "twice")
-    assert torch.equal(zoo.outputs(third, data[0]), zoo.outputs(twice, data[0]))
+    assert zoo.same(third, twice, data[0])
 
 
 FRESH = """
-import sys, torch, transformers
+import copy, sys, torch, transformers
 from safetensors.torch import load_file
 if sys.argv[3] == "plugin":
     import optimum_rmtkd
@@ -76,7 +76,7 @@ else:
 stored = load_file(sys.argv[2])
 logits = stored.pop("logits")
 auto = getattr(transformers, sys.argv[4])
-model = auto.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[3] != "plugin")
+model = copy.deepcopy(auto.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[3] != "plugin"))
 with torch.no_grad():
     assert torch.equal(model(**stored)[0], logits), "logits moved"
 print("equal")
@@ -112,7 +112,7 @@ def test_factored_form(name, task, form, tmp_path):
     small = quiet(narrow, model, data, RECIPE.replace(form=form, target_reduction=0.3))
     small.save_pretrained(tmp_path)
     auto = getattr(transformers, "AutoModel" + task)
-    assert torch.equal(zoo.outputs(auto.from_pretrained(tmp_path), data[0]), zoo.outputs(small, data[0]))
+    assert zoo.same(auto.from_pretrained(tmp_path), small, data[0])
 
 
 def test_factored_form_serves_unknown_architectures():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import transformers as tf
 
@@ -89,3 +91,9 @@ def outputs(model, batch) -> torch.Tensor:
     found = torch.stack(result[:2], -1) if "start_logits" in result else result[0]
     mask = batch.get("attention_mask")
     return found[mask.bool()] if mask is not None and found.shape[:2] == mask.shape else found
+
+
+def same(loaded, saved, batch) -> bool:
+    """Bit-equal outputs. Copies, because a tensor read from a file may lie at an unaligned address, where vectorised
+    kernels sum in another order."""
+    return torch.equal(outputs(copy.deepcopy(loaded), batch), outputs(copy.deepcopy(saved), batch))
