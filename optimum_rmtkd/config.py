@@ -40,7 +40,8 @@ class RMTKDConfig:
         None, "Share of all parameters to remove, embeddings included, in (0, 1). None: the spectral edge decides."
     )
     target_flops: float | None = _option(
-        None, "Share of the FLOPs of a forward pass to remove, in (0, 1). Not together with target_reduction."
+        None,
+        "Share of the FLOPs of the layers that can be cut to remove, in (0, 1). Not together with target_reduction.",
     )
 
     # Where
@@ -173,6 +174,15 @@ class RMTKDConfig:
             raise RMTKDError(
                 f"Both target_reduction={self.target_reduction} and target_flops={self.target_flops} were given: a budget "
                 "has one target, drop one of them."
+            )
+        if self.target_flops is not None and self.schedule == "layerwise":
+            raise RMTKDError(
+                f"target_flops={self.target_flops} with schedule='layerwise': the edges decide there and only a target_reduction "
+                "stops them; use schedule='rounds'."
+            )
+        if self.sites is not None and not self.sites:
+            raise RMTKDError(
+                "sites is empty: nothing would be cut. Name kinds or single sites, or leave it None for all."
             )
         self._check_between("target_reduction", 0.0, 1.0, "share of the parameters to remove, for example 0.8")
         self._check_between("target_flops", 0.0, 1.0, "share of the FLOPs to remove, for example 0.5")

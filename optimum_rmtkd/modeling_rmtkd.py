@@ -234,7 +234,7 @@ def _check_loaded(cls, model, info, ignore_mismatched):
         if key.startswith(prefix) or not ignore_mismatched:
             raise SpecMismatchError(
                 f"{cls.__name__}: the checkpoint's tensor {key} has shape {tuple(found)}, its spec (config.json, rmtkd) expects "
-                f"{tuple(expected)}. {advice}"
+                f"{tuple(expected)}. {advice} (A new head, as for another num_labels, needs ignore_mismatched_sizes=True.)"
             )
 
     def needed(key):  # whether a model has a pooler depends on its task

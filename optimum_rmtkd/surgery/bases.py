@@ -7,6 +7,7 @@ encode_out.T @ W @ decode_in.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +31,10 @@ __all__ = [
     "value_directions",
 ]
 
+logger = logging.getLogger(__name__)
+
+# Of the mean variance. Products are fp32, so a moment of fewer samples than features has eigenvalues down to -1e-5 of it.
+JITTERS = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
 EIGENVALUE_FLOOR = 1e-9  # share of the largest eigenvalue below which a square root is not inverted
 
 
@@ -159,21 +164,26 @@ def neuron_order(moment: torch.Tensor, weight_norm: torch.Tensor) -> tuple[torch
 def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
     """Keep the features `index` (k,); the consumer is compensated by the best linear prediction of all from those kept.
 
-    decode = S[:, index] S[index, index]^-1 (Nystrom), with a jitter of 1e-10 of the mean variance.
+    decode = S[:, index] S[index, index]^-1 (Nystrom), with the first jitter of JITTERS under which the kept block is positive definite.
 
     Raises:
         CalibrationError: the kept features have no finite second moment.
     """
+    if len(index) == len(moment):
+        return Projection(*[torch.eye(len(moment), dtype=moment.dtype)[:, index]] * 2, index)
     kept = moment[index][:, index]
-    jitter = 1e-10 * kept.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
-    factor, info = torch.linalg.cholesky_ex(kept + jitter * torch.eye(len(index), dtype=moment.dtype))
-    if info:
-        factor, info = torch.linalg.cholesky_ex(kept + 1e4 * jitter * torch.eye(len(index), dtype=moment.dtype))
-    if info:
+    mean = kept.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
+    for jitter in JITTERS:
+        factor, info = torch.linalg.cholesky_ex(kept + jitter * mean * torch.eye(len(index), dtype=moment.dtype))
+        if not info:
+            break
+    else:
         raise CalibrationError(
-            f"The second moment of {len(index)} kept features is not positive definite even with a jitter of 1e-6 of its mean "
-            "variance; expected finite activations. Check the calibration data, or use more of it."
+            f"The second moment of {len(index)} kept features is not positive definite even with a jitter of {JITTERS[-1]:g} of its "
+            "mean variance; expected finite activations. Check the calibration data, or use more of it."
         )
+    if jitter > JITTERS[0]:
+        logger.info("A jitter of %g of the mean variance was needed to compensate %d features.", jitter, len(moment))
     decode = torch.cholesky_solve(moment[:, index].T.contiguous(), factor).T
     # what is kept predicts itself, also where it was silent in the data and its moment is null
     decode[index] = torch.eye(len(index), dtype=moment.dtype)

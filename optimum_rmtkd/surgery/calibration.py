@@ -294,7 +294,11 @@ def log_likelihood(
     names and shapes and by `config.problem_type`.
     """
     if "start_logits" in outputs:
-        return sum(_sampled(outputs[name], generator).sum() for name in ("start_logits", "end_logits"))
+        spans = [outputs[name].float() for name in ("start_logits", "end_logits")]
+        if "attention_mask" in batch:  # no answer starts on padding
+            padding = ~batch["attention_mask"].bool()
+            spans = [logits.masked_fill(padding, torch.finfo(logits.dtype).min) for logits in spans]
+        return sum(_sampled(logits, generator).sum() for logits in spans)
     logits = outputs["logits"].float()
     problem = getattr(model.config, "problem_type", None)
     if problem == "multi_label_classification":

@@ -27,7 +27,7 @@ from .bases import (
     value_directions,
 )
 from .calibration import Calibration
-from .sites import Anatomy, Point, Site, Unit, get_module
+from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
 
 
 __all__ = ["Directions", "dense_table", "dense_weight", "site_directions", "stream_metric"]
@@ -85,8 +85,8 @@ def _tail_sums(scores: torch.Tensor) -> torch.Tensor:
     return torch.cat([scores.flip(0).cumsum(0).flip(0), scores.new_zeros(1)])
 
 
-def _unit_reading(anatomy: Anatomy, site: Site) -> Unit | None:
-    return next((unit for unit in anatomy.units if unit.reads == site.name), None)
+def _unit_reading(model: nn.Module, anatomy: Anatomy, site: Site) -> Unit | None:
+    return next((u for u in anatomy.units if u.reads == site.name and is_layer(model, u.path)), None)
 
 
 def _metric_behind(model: nn.Module, unit: Unit | None, calibration: Calibration) -> torch.Tensor | None:
@@ -148,7 +148,7 @@ def neuron_directions(
     model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
 ) -> Directions:
     """Element-wise sites (feed-forward neurons, channels, a pooler): select by pivoted Cholesky, compensate."""
-    reader = _unit_reading(anatomy, site)
+    reader = _unit_reading(model, anatomy, site)
     moment = _moment(model, reader, calibration.moments[site.points[0]])
     if reader is None:
         effect = torch.ones(site.width, dtype=torch.float64)

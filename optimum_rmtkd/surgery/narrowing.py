@@ -76,7 +76,8 @@ def _readers_of(model: nn.Module, anatomy: Anatomy, norm: Unit) -> list[nn.Modul
 
 
 def _fold_scale(norm: nn.LayerNorm, readers: list[nn.Module]) -> None:
-    scale, shift = norm.weight.double(), norm.bias.double()
+    scale = norm.weight.double()
+    shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
     if not readers or bool((scale.abs() < 1e-8).any()):
         return  # a dead feature cannot be divided by; its norm keeps its scale and the refit does the rest
     foldable = all(reader.bias is not None for reader in readers)
@@ -86,7 +87,8 @@ def _fold_scale(norm: nn.LayerNorm, readers: list[nn.Module]) -> None:
             reader.bias.copy_(reader.bias.double() + dense_weight(reader) @ shift)
         first.weight.copy_(first.weight.double() * scale)
     norm.weight.fill_(1.0)
-    norm.bias.copy_(torch.zeros_like(shift) if foldable else shift / scale)
+    if norm.bias is not None:
+        norm.bias.copy_(torch.zeros_like(shift) if foldable else shift / scale)
 
 
 def _centre(module: nn.Module | nn.Parameter) -> None:

@@ -126,15 +126,12 @@ def refit(
 
 
 def _cap(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """As many batches as hold MAX_TOKENS positions."""
-    kept, tokens = [], 0
-    for batch in batches:
-        if tokens >= MAX_TOKENS:
-            break
-        kept.append(batch)
-        mask = batch.get("attention_mask")
-        tokens += int(mask.sum()) if mask is not None else len(next(iter(batch.values())))
-    return kept
+    """Evenly spaced batches that hold about MAX_TOKENS positions: batches are sorted by length, and all lengths count."""
+    tokens = sum(
+        int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(next(iter(batch.values())))
+        for batch in batches
+    )
+    return batches[:: max(1, -(-tokens // MAX_TOKENS))]
 
 
 def _scopes(student, teacher, anatomy, batches, masks) -> Iterator[tuple[list[Unit], Scope, Scope]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
-from ..modeling_rmtkd import LowRankConv2d, LowRankLinear
+from ..modeling_rmtkd import LowRankConv2d, LowRankLinear, reduced_class
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from .budget import (
     BudgetPoint,
@@ -66,6 +65,7 @@ class Surgeon:
     ):
         if not isinstance(model, PreTrainedModel):
             raise RMTKDError(f"Expected a transformers PreTrainedModel, got {type(model).__name__}.")
+        _check_reloadable(model)
         self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
@@ -114,7 +114,7 @@ class Surgeon:
     def subspace_of(self, site: Site) -> SignalSubspace:
         """Spectral diagnosis of a site, computed once."""
         if site.name not in self.subspaces:
-            config, moments = self.config, self._merged(site)
+            config, moments = self.config, self._observed(site)
             common = {
                 "n_effective": config.n_effective,
                 "tracy_widom_alpha": config.tracy_widom_alpha,
@@ -133,15 +133,11 @@ class Surgeon:
             self.subspaces[site.name] = found
         return self.subspaces[site.name]
 
-    def _merged(self, site: Site) -> SecondMoments:
-        """Moments of all places of a site that are on one scale: for the stream, those behind its norms."""
+    def _observed(self, site: Site) -> SecondMoments:
+        """Moments of the place that stands for a site: for the stream, behind the norm at half its depth. Several places
+        together would count the same tokens as independent samples."""
         points = [p for p in site.points if p.side == "output"] or list(site.points)
-        if len({p.path for p in points}) < len(points) or site.kind != "hidden":
-            points = points[:1] if site.kind != "attention_qk" else points
-        merged = copy.deepcopy(self.calibration.moments[points[0]])
-        for point in points[1:]:
-            merged.merge(self.calibration.moments[point])
-        return merged
+        return self.calibration.moments[points[len(points) // 2]]
 
     def couples(self) -> list[Couple]:
         """The widths there are to decide, each with what it costs to narrow it."""
@@ -280,6 +276,17 @@ class Surgeon:
         # the folded stream of a pre-norm model is the old one less its mean over features
         basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
         return {"hidden": basis.float().to(self.source.device)}
+
+
+def _check_reloadable(model: PreTrainedModel) -> None:
+    """Before anything is paid for: the narrow class is generated from the one of transformers that has this name."""
+    try:
+        reduced_class(type(model))
+    except AttributeError as error:
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} is no class of transformers, so that no checkpoint of it narrowed could be reloaded. Load the "
+            "weights into the transformers class it derives from, or contribute the class."
+        ) from error
 
 
 def _group_means(values: torch.Tensor, site: Site) -> torch.Tensor:
