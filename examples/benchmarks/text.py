@@ -55,7 +55,7 @@ class Arguments:
     seed: int = field(default=0, metadata={"help": "Seed of training, calibration and surgery."})
     arm: str = field(default="rmtkd", metadata={"help": ", ".join(ARMS)})
     epochs: float | None = field(default=None, metadata={"help": "None: 0, 1, 3, 3 for 0.5, 0.63, 0.8, 0.9."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "Peak learning rate."})
+    learning_rate: float = field(default=3e-4, metadata={"help": "Peak learning rate."})
     batch_size: int = field(default=64, metadata={"help": "Training batch."})
     recipe: str = field(default="{}", metadata={"help": "JSON of RMTKDConfig fields that replace the defaults."})
     name: str = field(default="", metadata={"help": "Suffix of the result file."})

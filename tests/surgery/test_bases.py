@@ -280,3 +280,14 @@ def test_norm_fit_is_a_regression_per_coordinate():
     exact_scale, exact_shift, _ = norm_fit(u[:, :2], 3.0 * u[:, :2] - 2.0)
     assert_close(exact_scale, torch.full((2,), 3.0, dtype=torch.float64))
     assert_close(exact_shift, torch.full((2,), -2.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("kept", [40, 64])
+def test_fewer_samples_than_features(kept):
+    """A pooler sees one row a sample; fp32 products of 20 rows of 64 features leave eigenvalues below zero."""
+    rows = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    moment = (rows.T @ rows / 20).double()
+    moment -= 3e-6 * moment.diagonal().mean() * torch.eye(64, dtype=torch.float64)
+    cut = neuron_projection(moment, torch.arange(kept))
+    assert torch.equal(cut.decode[:kept], torch.eye(kept, dtype=torch.float64))
+    assert cut.decode.isfinite().all()
