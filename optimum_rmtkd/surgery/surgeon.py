@@ -71,6 +71,7 @@ class Surgeon:
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
         self.batches = collect_batches(dataloader, _share(config.calibration_samples, accelerator), model.device)
+        _check_tokens(model, self.batches)
         self.teacher = fold_norms(model, self.anatomy)
         points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
         self.calibration = Calibration(sorted(points, key=str), self._gradient_points(), config)
@@ -276,6 +277,19 @@ class Surgeon:
         # the folded stream of a pre-norm model is the old one less its mean over features
         basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
         return {"hidden": basis.float().to(self.source.device)}
+
+
+def _check_tokens(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> None:
+    """A tokenizer of another model shows in its ids, which would otherwise fail deep inside an embedding."""
+    rows = getattr(model.config, "vocab_size", None)
+    highest = max(
+        (int(b["input_ids"].max()) for b in batches if "input_ids" in b and b["input_ids"].numel()), default=0
+    )
+    if rows is not None and highest >= rows:
+        raise CalibrationError(
+            f"The calibration data holds token id {highest}, the embedding table of {type(model).__name__} has {rows} rows: the data was "
+            "made with the tokenizer of another model. Tokenize it with the one the model was trained with."
+        )
 
 
 def _check_reloadable(model: PreTrainedModel) -> None:

@@ -308,3 +308,9 @@ def test_every_edge_ranks_directions_for_a_budget(bert, estimator):
     found = reduce(model, data, recipe, progress=False)
     assert 1 - found.parameters_after / count_parameters(model) == pytest.approx(0.3, abs=0.05)
     assert all(site.edge > 0 for site in found.sites)
+
+
+def test_token_ids_of_another_tokenizer(bert):
+    model, data = bert
+    foreign = [{**batch, "input_ids": batch["input_ids"] + 1000} for batch in data]
+    refused(CalibrationError, "has 61 rows", narrow, model, foreign, RECIPE)
