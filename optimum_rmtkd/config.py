@@ -89,7 +89,7 @@ class RMTKDConfig:
     min_width: int = _option(
         8, "No site is narrower than this (heads: no head narrower than an eighth of it, rounded up)."
     )
-    round_to: int = _option(8, "Widths are multiples of this: odd widths cost the speed they should bring.")
+    round_to: int = _option(16, "Widths are multiples of this: odd widths cost the speed they should bring.")
     allocation: str = _option(
         "loss",
         "How a budget is spread over the sites. loss: directions are ranked by the predicted loss of removing them, per "
@@ -98,7 +98,7 @@ class RMTKDConfig:
     )
 
     speed_weight: float = _option(
-        2.0,
+        4.0,
         "What a share of the FLOPs is worth beside the same share of the parameters when allocation='loss' picks what to "
         "cut. 0: size alone; a table of words then costs as much as layers that are slow.",
     )
