@@ -4,7 +4,7 @@ import time
 
 from torch import nn
 
-from optimum_rmtkd.commands.timing import compare_latency
+from optimum_rmtkd.commands.timing import BLOCK, compare_latency
 
 
 class Sleeper(nn.Module):
@@ -20,7 +20,8 @@ class Sleeper(nn.Module):
 
 def test_ratio_and_interleaving():
     slow, quick, log = Sleeper(0.02), Sleeper(0.002), []
-    latency = compare_latency(slow, quick, {"log": log}, repeats=4, warmup=2)
-    assert log == [slow, quick] * 6
+    latency = compare_latency(slow, quick, {"log": log}, repeats=3)
+    block = 1 + BLOCK  # the first pass of a block is not measured
+    assert log == ([slow] * block + [quick] * block) * 4
     assert 0.02 <= latency.before < 0.2 and latency.after < latency.before
     assert 2 < latency.ratio <= 10.5
