@@ -37,11 +37,14 @@ class RMTKDConfig:
 
     # How small
     target_reduction: float | None = _option(
-        None, "Share of all parameters to remove, embeddings included, in (0, 1). None: the spectral edge decides."
+        None,
+        "Share of all parameters to remove, embeddings included, in (0, 1); of a model that was narrowed before, of its "
+        "parameters before the first cut. None: the spectral edge decides.",
     )
     target_flops: float | None = _option(
         None,
-        "Share of the FLOPs of the layers that can be cut to remove, in (0, 1). Not together with target_reduction.",
+        "Share of the FLOPs (linear layers, convolutions, attention products) to remove, in (0, 1), of the model at hand. "
+        "Not together with target_reduction.",
     )
 
     # Where

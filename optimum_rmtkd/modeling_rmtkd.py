@@ -20,6 +20,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import conversion_mapping
+from transformers.pytorch_utils import Conv1D
 
 
 PREFIX = "RMTKD"
@@ -100,6 +101,11 @@ def _rebuild_linear(old, delta):
     return nn.Linear(features_in, features_out, bias)
 
 
+def _rebuild_conv1d(old, delta):
+    features_in, features_out = old.weight.shape
+    return LowRankLinear(features_in, features_out, delta["rank"], bias=True)
+
+
 def _rebuild_conv(old, delta):
     channels_in, channels_out = delta.get("in", old.in_channels), delta.get("out", old.out_channels)
     bias = old.bias is not None
@@ -135,6 +141,7 @@ def _rebuild_embedding(old, delta):
 
 BUILDERS = (
     ((nn.Linear, LowRankLinear), _rebuild_linear),
+    ((Conv1D,), _rebuild_conv1d),
     ((nn.Conv2d, LowRankConv2d), _rebuild_conv),
     ((nn.LayerNorm,), _rebuild_layer_norm),
     ((nn.BatchNorm2d,), _rebuild_batch_norm),

@@ -134,12 +134,12 @@ def _compress(
     name: str, data: DataArguments, training: TrainingOptions, recipe: RMTKDConfig, save_dtype: str, folder: Path
 ) -> str:
     """Fill `folder` with the reduced model and return the table before / after."""
-    from ..surgery import count_parameters, family_of
+    from ..surgery import anatomy_of, count_parameters
     from ..trainer.stages import write_journal
     from .task import evaluate, load_task, stored_dtype, weights_folder
 
     task = load_task(name, data, recipe.seed)
-    family_of(task.model)  # an unsupported architecture is refused before the first forward pass
+    anatomy_of(task.model, recipe)  # an unsupported architecture is refused before the first forward pass
     parameters = count_parameters(task.model)
     before = evaluate(task, task.model)
     model, stages = _distil(task, training, recipe, folder) if training.train else _cut(task, training, recipe)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from .budget import count_parameters
+from .budget import count_parameters, uncut_parameters
 from .families import Family, family_of, register_family
 from .layouts import EncoderLayout, ResidualConvLayout
 from .reduction import Reduction, SiteRecord, analyze, block_paths, narrow, narrow_to, reduce, stage_sites
 from .report import SpectralReport
+from .surgeon import anatomy_of
 
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "SiteRecord",
     "SpectralReport",
     "analyze",
+    "anatomy_of",
     "block_paths",
     "count_parameters",
     "family_of",
@@ -25,4 +27,5 @@ __all__ = [
     "reduce",
     "register_family",
     "stage_sites",
+    "uncut_parameters",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,17 @@ from ..errors import BudgetError
 from .sites import Anatomy, Site, Unit, get_module, is_layer, linear_shape, module_parameters, unit_delta
 
 
-__all__ = ["BudgetPoint", "Couple", "allocate", "count_parameters", "flops_of", "parameters_of", "site_widths"]
+__all__ = [
+    "BudgetPoint",
+    "Couple",
+    "allocate",
+    "count_parameters",
+    "flops_of",
+    "parameters_of",
+    "provenance_of",
+    "site_widths",
+    "uncut_parameters",
+]
 
 TOLERANCE = 0.005  # overshoot of a share that a step may leave while another step fits better
 
@@ -22,6 +33,16 @@ TOLERANCE = 0.005  # overshoot of a share that a step may leave while another st
 def count_parameters(model: nn.Module) -> int:
     """All parameters of a model, tied ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def provenance_of(model: nn.Module) -> dict[str, Any]:
+    """Where a narrowed model comes from: base_model, parameters_before, rounds; empty for one that was never cut."""
+    return (getattr(model.config, "rmtkd", None) or {}).get("provenance", {})
+
+
+def uncut_parameters(model: nn.Module) -> int:
+    """Parameters before the first cut, which every `target_reduction` counts from; those of now where it is uncut."""
+    return max(int(provenance_of(model).get("parameters_before") or 0), count_parameters(model))
 
 
 @dataclass(frozen=True)
@@ -125,16 +146,20 @@ def parameters_of(
 def flops_of(
     model: nn.Module, anatomy: Anatomy, positions: Mapping[str, float], scope: list[Unit] | None = None
 ) -> Callable[[Mapping[str, int]], float]:
-    """A function from {couple: width} to the FLOPs of one sample through all cuttable layers, 2 a multiply-add.
+    """A function from {couple: width} to the FLOPs of one sample, 2 a multiply-add: all linear layers, convolutions and
+    attention products (with `scope`: of these units).
 
     Args:
-        positions: {unit path: positions of a sample it is applied to}. Attention products cost 2 L^2 a feature of queries
-            and of values.
+        positions: {spec path: positions of a sample it is applied to}, of every layer that counts.
     """
     units = [
         (u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if u.path in positions
     ]
-    attention = {s.name for s in anatomy.sites.values() if s.kind in ("attention_qk", "attention_vo")}
+    fixed = set(positions) - {u.path for u in anatomy.units} if scope is None else ()
+    units += [(Unit(path), get_module(model, path)) for path in sorted(fixed)]
+    # products with the keys and with the values: 2 L^2 a feature each; queries and keys are two units that share one
+    pairs = {"attention_qk": 1.0, "attention_vo": 2.0}
+    attention = {s.name: pairs[s.kind] for s in anatomy.sites.values() if s.kind in pairs}
 
     def count(couples: Mapping[str, int]) -> float:
         widths = site_widths(couples, anatomy)
@@ -146,7 +171,7 @@ def flops_of(
             products = inputs * outputs * shape[2] if rank is None else rank * (inputs + outputs)
             total += 2.0 * products * positions[unit.path]
             if unit.writes in attention:
-                total += positions[unit.path] ** 2 * outputs * (1.0 if unit.writes.endswith("qk") else 2.0)
+                total += attention[unit.writes] * positions[unit.path] ** 2 * outputs
         return total
 
     return count

@@ -14,6 +14,7 @@ from ..config import RMTKDConfig
 from ..errors import CalibrationError
 from ..modeling_rmtkd import resolve_path
 from ..spectra import SecondMoments, sample_tokens
+from .likelihood import log_likelihood, model_inputs
 from .sites import Point, get_module
 
 
@@ -22,12 +23,9 @@ __all__ = [
     "calibrate",
     "collect_batches",
     "features_last",
-    "gives_likelihood",
     "observed",
     "token_mask",
 ]
-
-LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
 
 
 def collect_batches(dataloader: Iterable, samples: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -112,14 +110,22 @@ def _stack(samples: list[dict[str, torch.Tensor]], length: int) -> dict[str, tor
     return {name: torch.stack([fitted(name, sample[name]) for sample in samples]) for name in samples[0]}
 
 
-def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch without labels: surgery never needs them."""
-    return {k: v for k, v in batch.items() if k not in LABELS}
+def with_decoder_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch of an encoder-decoder as surgery runs it, without labels: what its decoder reads is made from them."""
+    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if "labels" not in batch or "decoder_input_ids" in batch or make is None or not model.config.is_encoder_decoder:
+        return batch
+    return {**batch, "decoder_input_ids": make(labels=batch["labels"])}
 
 
 def token_mask(batch: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
-    """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded."""
+    """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded.
+
+    Multiple choice has masks (batch, choices, length) and runs its backbone on (batch * choices, length, d).
+    """
     mask = batch.get("attention_mask")
+    if mask is not None and mask.dim() == 3 and mask.shape[:2].numel() == len(x):
+        mask = mask.flatten(0, 1)
     return mask.bool() if mask is not None and mask.dim() == 2 and x.dim() == 3 and mask.shape == x.shape[:2] else None
 
 
@@ -158,19 +164,27 @@ class Calibration:
     Args:
         points: where activations are observed.
         gradients: the subset where loss gradients are, too.
-        config: sample_unit, edge_estimator (signflip needs null moments) and seed are read.
+        config: sample_unit, tokens_per_sequence, edge_estimator and seed are read.
+        null_moments: also accumulate the moments of sign-flipped data, which the estimator "signflip" needs; always done
+            where it is the recipe's.
 
     Attributes:
         moments: {point: SecondMoments}; those of the gradient are in `gradient_moment`.
         batches_seen, samples_seen, tokens_seen: what has flowed through; tokens are unmasked positions.
     """
 
-    def __init__(self, points: Iterable[Point], gradients: Iterable[Point], config: RMTKDConfig):
+    def __init__(
+        self,
+        points: Iterable[Point],
+        gradients: Iterable[Point],
+        config: RMTKDConfig,
+        null_moments: bool = False,
+    ):
         self.points, self.gradients, self.config = tuple(points), frozenset(gradients), config
+        self.null_moments = null_moments or config.edge_estimator == "signflip"
         self.moments: dict[Point, SecondMoments] = {}
         self.batches_seen = self.samples_seen = 0
         self.tokens_seen = 0.0
-        self.generator = torch.Generator().manual_seed(config.seed)
 
     @property
     def tokens_per_sample(self) -> float:
@@ -179,8 +193,9 @@ class Calibration:
 
     def _moments_at(self, point: Point, dim: int, device: torch.device) -> SecondMoments:
         if point not in self.moments:
-            null = self.config.edge_estimator == "signflip"
-            self.moments[point] = SecondMoments(dim, null_moments=null, device=device, seed=self.config.seed)
+            self.moments[point] = SecondMoments(
+                dim, null_moments=self.null_moments, device=device, seed=self.config.seed
+            )
         return self.moments[point]
 
     def update(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
@@ -211,7 +226,7 @@ class Calibration:
             if self.gradients:
                 with torch.enable_grad(), frozen(model):
                     outputs = model(**model_inputs(batch))
-                    log_likelihood(model, outputs, batch, self.generator).backward()
+                    log_likelihood(model, outputs, batch, self.config.seed).backward()
             else:
                 with torch.no_grad():
                     model(**model_inputs(batch))
@@ -248,19 +263,17 @@ class Calibration:
             "batches_seen": self.batches_seen,
             "samples_seen": self.samples_seen,
             "tokens_seen": self.tokens_seen,
-            "generator": self.generator.get_state(),
             "moments": {f"{p.path}|{p.side}": m.state_dict() for p, m in self.moments.items()},
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Inverse of `state_dict`, for the same points."""
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Inverse of `state_dict`, for the same points; `device`: that of the model, where sums go on."""
         self.batches_seen, self.samples_seen = state["batches_seen"], state["samples_seen"]
         self.tokens_seen = state["tokens_seen"]
-        self.generator.set_state(state["generator"])
         for key, moments in state["moments"].items():
             path, _, side = key.rpartition("|")
             dim = moments["dim"] if isinstance(moments["dim"], int) else int(moments["dim"])
-            restored = self._moments_at(Point(path, side), dim, torch.device("cpu"))
+            restored = self._moments_at(Point(path, side), dim, torch.device(device))
             restored.load_state_dict(moments)
 
 
@@ -277,59 +290,8 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def gives_likelihood(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
-    """Whether the model's outputs define a likelihood that gradients can be taken of."""
-    with torch.no_grad():
-        outputs = model(**model_inputs({k: v[:1] if v.dim() else v for k, v in batch.items()}))
-    return "logits" in outputs or "start_logits" in outputs
-
-
-def log_likelihood(
-    model: nn.Module, outputs: Any, batch: Mapping[str, torch.Tensor], generator: torch.Generator
-) -> torch.Tensor:
-    """Summed log-likelihood of labels drawn from the model's own predictions: its gradients have the Fisher information
-    as second moment (Kunstner, Hennig and Balles 2019, the true and not the empirical one).
-
-    Classes, several independent labels, regression with unit variance, tokens and spans are told apart by the outputs'
-    names and shapes and by `config.problem_type`.
-    """
-    if "start_logits" in outputs:
-        spans = [outputs[name].float() for name in ("start_logits", "end_logits")]
-        if "attention_mask" in batch:  # no answer starts on padding
-            padding = ~batch["attention_mask"].bool()
-            spans = [logits.masked_fill(padding, torch.finfo(logits.dtype).min) for logits in spans]
-        return sum(_sampled(logits, generator).sum() for logits in spans)
-    logits = outputs["logits"].float()
-    problem = getattr(model.config, "problem_type", None)
-    if problem == "multi_label_classification":
-        drawn = torch.bernoulli(logits.detach().sigmoid().cpu(), generator=generator).to(logits.device)
-        return -nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
-    if problem == "regression" or logits.shape[-1] == 1 or logits.dim() == 1:
-        noise = torch.randn(logits.shape, generator=generator).to(logits.device)
-        return (noise * logits).sum()
-    likelihood = _sampled(logits, generator)
-    if likelihood.dim() == 2:
-        mask = batch["labels"] != -100 if "labels" in batch and batch["labels"].shape == likelihood.shape else None
-        mask = batch.get("attention_mask") if mask is None else mask
-        likelihood = likelihood if mask is None else likelihood.masked_fill(~mask.bool(), 0.0)
-    return likelihood.sum()
-
-
-def _sampled(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Log-probability (...,) of one class drawn from each row of logits (..., classes)."""
-    log_p = logits.float().log_softmax(-1)
-    rows = log_p.detach().exp().cpu().reshape(-1, logits.shape[-1])
-    drawn = torch.multinomial(rows, 1, generator=generator).reshape(*logits.shape[:-1], 1).to(logits.device)
-    return log_p.gather(-1, drawn)[..., 0]
-
-
 def calibrate(
-    model: nn.Module,
-    batches: list[dict[str, torch.Tensor]],
-    calibration: Calibration,
-    *,
-    accelerator: Any = None,
-    progress: bool = True,
+    model: nn.Module, batches: list[dict[str, torch.Tensor]], calibration: Calibration, *, progress: bool = True
 ) -> Calibration:
     """Let `batches` flow through `model` (eval mode), going on where `calibration` stands.
 
@@ -344,6 +306,4 @@ def calibrate(
             calibration.update(model, batch)
     finally:
         model.train(training)
-    if accelerator is not None and accelerator.num_processes > 1:
-        calibration.all_reduce(accelerator)
     return calibration

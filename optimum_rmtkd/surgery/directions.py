@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..spectra import SecondMoments
 from .bases import (
@@ -71,7 +72,8 @@ def dense_weight(module: nn.Module) -> torch.Tensor:
             if up.dim() == 2
             else ((up.flatten(1) @ down.flatten(1))[..., None, None])
         )
-    return module.weight.detach().double()
+    weight = module.weight.detach().double()
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def dense_table(module: nn.Module) -> torch.Tensor:

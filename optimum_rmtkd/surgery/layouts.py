@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..modeling_rmtkd import LowRankConv2d, LowRankLinear
-from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, is_layer, linear_shape
+from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, is_layer, linear_layers, linear_shape
 
 
 __all__ = ["EncoderLayout", "ResidualConvLayout", "factored_anatomy"]
@@ -256,21 +256,16 @@ def factored_anatomy(model: nn.Module) -> Anatomy:
     Layers that share their weight (tied decoders), those inside a factored one, and those thinner than THINNEST_FACTORED
     at either end are left as they are.
     """
-    prefix = model.base_model_prefix + "." if model.base_model is not model else ""
     owners = [id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
     sites, units = {}, []
-    factored = (LowRankLinear, LowRankConv2d)
-    inside = {id(child) for m in model.modules() if isinstance(m, factored) for child in m.children()}
-    for name, module in model.named_modules():
-        pointwise = isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-        if id(module) in inside or not (isinstance(module, (nn.Linear, *factored)) or pointwise):
+    for path, module in linear_layers(model).items():
+        factored = isinstance(module, (LowRankLinear, LowRankConv2d))
+        spatial = isinstance(module, nn.Conv2d) and not (module.kernel_size == (1, 1) and module.groups == 1)
+        if spatial or not (factored or owners.count(id(module.weight)) == 1):
             continue
-        if not isinstance(module, factored) and owners.count(id(module.weight)) > 1:
-            continue
-        if min(linear_shape(module)[:2]) < THINNEST_FACTORED:
-            continue
-        path = "@." + name[len(prefix) :] if name.startswith(prefix) else name
         features_in, features_out, _ = linear_shape(module)
+        if min(features_in, features_out) < THINNEST_FACTORED:
+            continue
         rank = getattr(module, "rank", min(features_in, features_out))
         sites[path] = Site(path, "linear", rank, (Point(path),), depth=len(sites), couple=path)
         units.append(Unit(path, factor=path))

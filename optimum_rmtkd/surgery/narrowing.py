@@ -121,7 +121,8 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
             # the same sum of squares is now divided by fewer features
             delta["eps"] = module.eps * module.weight.numel() / delta["dim"]
         target = parameters if isinstance(module, nn.Parameter) else modules
-        target[unit.path] = {**target.get(unit.path, {}), **delta}
+        entry = {**target.get(unit.path, {}), **delta}
+        target[unit.path] = {key: value for key, value in entry.items() if value is not None}
     for attribute in anatomy.attributes:
         if attribute.site in widths:
             groups = anatomy.sites[attribute.site].groups
@@ -223,11 +224,11 @@ def _fill_table(new: nn.Embedding, old: nn.Embedding, encode: torch.Tensor | Non
         down, up = factor.encode.to(old.weight.device), factor.decode.to(old.weight.device)
         new.weight.copy_(dense_table(old) @ down)
         new.up.weight.copy_(up if encode is None else encode.T @ up)
-    elif hasattr(old, "up"):
+    elif hasattr(new, "up"):
         new.weight.copy_(old.weight)
         new.up.weight.copy_(encode.T @ old.up.weight.double())
     else:
-        new.weight.copy_(old.weight.double() @ encode)
+        new.weight.copy_(dense_table(old) @ encode)
 
 
 def _fill_factors(new: nn.Module, old: nn.Module, factor: Projection) -> None:

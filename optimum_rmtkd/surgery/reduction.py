@@ -16,6 +16,7 @@ from ..errors import RMTKDError
 from ..modeling_rmtkd import resolve_path
 from .budget import count_parameters, site_widths
 from .families import family_of
+from .processes import broadcast_model, from_main, one_for_all
 from .report import SpectralReport
 from .sites import select_sites
 from .surgeon import Surgeon, anatomy_of
@@ -137,7 +138,6 @@ def reduce(
     config: RMTKDConfig,
     *,
     target_reduction: float | None = None,
-    reference_parameters: int | None = None,
     sites: Iterable[str] | None = None,
     accelerator: Any = None,
     progress: bool = True,
@@ -145,20 +145,21 @@ def reduce(
     """One cut, with all that a trainer wants to know of it; `model` is left untouched.
 
     Args:
-        target_reduction: overrides the recipe's; a share of `reference_parameters`.
-        reference_parameters: of the uncut model; default: of this one.
+        target_reduction: overrides the recipe's; like it, a share of the parameters before the first cut.
         sites: names of the sites to cut now; default: the recipe's.
-        accelerator: with several processes, each passes its own data; moments are summed over all, the main process decides
-            and cuts, and every process returns the same model.
+        accelerator: with several processes, each passes its own data; moments are summed over all, the main process
+            decides, every process cuts and refits on the data of all, and every one returns the main process's weights.
 
     Raises:
         UnsupportedArchitectureError, CalibrationError, BudgetError, RMTKDError: see `optimum_rmtkd.errors`.
     """
     surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress)
-    couples, curve = _agreed(surgeon.plan(target_reduction, reference_parameters), accelerator)
-    student, projections = surgeon.operate(couples)
-    if accelerator is not None and accelerator.num_processes > 1:
-        _broadcast_model(student, projections)
+    with one_for_all(accelerator):
+        plan = surgeon.plan(target_reduction)
+    couples, curve = from_main(plan, accelerator)
+    with one_for_all(accelerator):
+        student, projections = surgeon.operate(couples)
+    broadcast_model(student, projections, accelerator)
     report = surgeon.report(couples, curve)
     widths = site_widths(couples, surgeon.anatomy)
     records = tuple(
@@ -167,21 +168,3 @@ def reduce(
         if s.name in widths
     )
     return Reduction(student, projections, records, count_parameters(model), count_parameters(student), report)
-
-
-def _agreed(plan: tuple, accelerator: Any) -> tuple:
-    """The plan of the main process: equal moments could still round to different widths."""
-    if accelerator is None or accelerator.num_processes == 1:
-        return plan
-    from accelerate.utils import broadcast_object_list
-
-    return tuple(broadcast_object_list(list(plan), from_process=0))
-
-
-def _broadcast_model(student: PreTrainedModel, projections: dict[str, torch.Tensor]) -> None:
-    """Weights of the main process to all others, bit for bit."""
-    from accelerate.utils import broadcast
-
-    with torch.no_grad():
-        for tensor in (*student.state_dict().values(), *projections.values()):
-            tensor.copy_(broadcast(tensor, from_process=0))

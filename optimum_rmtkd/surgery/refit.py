@@ -1,7 +1,9 @@
 """Sequential least squares: every narrowed layer is fitted to the teacher's output from the student's own inputs.
 
 Shallow to deep, block by block: the teacher's activations inside one block are held for the calibration data, the student's
-are computed anew after each fit, so that a layer repairs what the layers before it lost.
+are computed anew after each fit, so that a layer repairs what the layers before it lost. Of each activation at most
+MAX_TOKENS positions are held, evenly spaced, whatever the resolution of the images; beside them, the stream of both networks
+between two blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from .calibration import features_last, model_inputs, observed, token_mask
+from .calibration import features_last, observed, token_mask
+from .likelihood import model_inputs
 from .narrowing import Cuts
 from .sites import Anatomy, Point, Unit, get_module, is_layer
 
@@ -219,21 +222,33 @@ def _fit_scope(units: list[Unit], student: Scope, teacher: Scope, cuts: Cuts, ri
     if not units:
         return
     points = [Point(u.path) for u in units] + [u.skip for u in units if u.skip is not None]
+    count = len(teacher.masks)
     targets = [
-        {p: _rows(x, mask) if x.dim() < 4 else x for p, x in teacher.watch(i, points).items()}
+        {p: _spaced(_rows(x, mask), count) for p, x in teacher.watch(i, points).items()}
         for i, mask in enumerate(teacher.masks)
     ]
-    for _, group in itertools.groupby(units, key=lambda u: (u.reads, u.skip, _is_norm(student, u) and u.path)):
+    for _, group in itertools.groupby(units, key=lambda u: (u.reads, u.skip, _reads_alone(student, u) and u.path)):
         group = list(group)
         wanted = [Point(group[0].path, "input")] + ([group[0].skip] if group[0].skip is not None else [])
-        seen = [student.watch(i, wanted) for i in range(len(student.masks))]
-        for unit in group:
-            module = get_module(student.module, unit.path)
+        modules = [get_module(student.module, unit.path) for unit in group]
+        entries, skips = [], []
+        for i, mask in enumerate(student.masks):
+            seen = student.watch(i, wanted)
+            with torch.no_grad():
+                entry = _entry(modules[0], seen[wanted[0]], mask)
+            entries.append(_spaced(entry, count))
+            skips.append(_spaced(_rows(seen[wanted[1]], mask), count) if len(wanted) > 1 else None)
+        for unit, module in zip(group, modules, strict=True):
+            wants = [_wanted(unit, target, skip, cuts) for target, skip in zip(targets, skips, strict=True)]
             if _is_norm(student, unit):
-                _fit_norm(module, unit, seen, targets, student.masks, cuts)
+                _fit_norm(module, entries, wants)
             else:
-                entries = [activations[wanted[0]] for activations in seen]  # one input for all units of the group
-                _fit_linear(module, unit, entries, seen, targets, student.masks, cuts, ridge)
+                _fit_linear(module, entries, wants, ridge)
+
+
+def _reads_alone(scope: Scope, unit: Unit) -> bool:
+    """Norms and factored layers have an entry of their own; the others share that of their site."""
+    return _is_norm(scope, unit) or hasattr(get_module(scope.module, unit.path), "down")
 
 
 def _is_norm(scope: Scope, unit: Unit) -> bool:
@@ -247,12 +262,34 @@ def _rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return x[keep] if keep is not None else x.reshape(-1, x.shape[-1])
 
 
-def _linear_rows(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """What a linear layer multiplies its weight with, (n, in); patches (n, in * kernel) for a convolution."""
-    if not isinstance(module, nn.Conv2d):
-        return _rows(x, mask)
-    patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-    return patches.mT.reshape(-1, patches.shape[1])
+def _spaced(rows: torch.Tensor, batches: int) -> torch.Tensor:
+    """At most MAX_TOKENS / batches of the rows, evenly spaced: the same ones of every activation of a batch."""
+    stride = max(1, -(-len(rows) * batches // MAX_TOKENS))
+    return rows if stride == 1 else rows[::stride].contiguous()
+
+
+def _entry(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What the weight of a layer is multiplied with, (n, in): patches (n, in * kernel) of a convolution, normalised
+    features of a norm, the thin features of a factored layer."""
+    if hasattr(module, "down"):
+        return _entry(module.up, module.down(x), mask)
+    if isinstance(module, nn.LayerNorm):
+        return _rows(F.layer_norm(x, module.normalized_shape, eps=module.eps), mask)
+    if isinstance(module, nn.BatchNorm2d):
+        return _rows(F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps), mask)
+    if isinstance(module, nn.Conv2d):
+        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        return patches.mT.reshape(-1, patches.shape[1])
+    return _rows(x, mask)
+
+
+def _wanted(unit: Unit, target: dict[Point, torch.Tensor], skip: torch.Tensor | None, cuts: Cuts) -> torch.Tensor:
+    """(n, out): what the layer should give. Where its output is added to a skip path, the sum must be right: what the
+    student's own skip path lacks is asked for, too."""
+    writes, y = cuts.of(unit.writes, unit.path), target[Point(unit.path)]
+    if skip is None:
+        return _project(y, writes)
+    return _project(y + target[unit.skip], writes) - skip
 
 
 def _project(rows: torch.Tensor, cut) -> torch.Tensor:
@@ -263,47 +300,18 @@ def _project(rows: torch.Tensor, cut) -> torch.Tensor:
     return rows @ cut.encode.to(rows)
 
 
-def _fit_linear(module, unit, entries, seen, targets, masks, cuts, ridge) -> None:
-    writes = cuts.of(unit.writes, unit.path)
+def _fit_linear(module: nn.Module, entries: list[torch.Tensor], wants: list[torch.Tensor], ridge: float) -> None:
     last = module.up if hasattr(module, "down") else module
-    inputs, residuals = [], []
-    for x, activations, target, mask in zip(entries, seen, targets, masks, strict=True):
-        y = target[Point(unit.path)]
-        x = module.down(x) if hasattr(module, "down") else x
-        rows, wanted = _linear_rows(last, x, mask), y if y.dim() < 4 else _rows(y, None)
-        if unit.skip is not None:
-            # the sum of both paths is what must be right: what the student's own skip path lacks is fitted, too
-            skip_t, skip_s = target[unit.skip], _rows(activations[unit.skip], mask)
-            wanted = _project(wanted + skip_t, writes) - skip_s
-        else:
-            wanted = _project(wanted, writes)
-        stride = max(1, -(-len(rows) * len(seen) // MAX_TOKENS))
-        rows, wanted = rows[::stride], wanted[::stride]
-        with torch.no_grad():
-            now = F.linear(rows, last.weight.flatten(1), last.bias)
-        inputs.append(rows)
-        residuals.append(wanted - now)
-    update, shift = least_squares_update(inputs, residuals, ridge, last.bias is not None)
     with torch.no_grad():
+        residuals = [y - F.linear(x, last.weight.flatten(1), last.bias) for x, y in zip(entries, wants, strict=True)]
+        update, shift = least_squares_update(entries, residuals, ridge, last.bias is not None)
         last.weight.copy_(last.weight.double() + update.reshape(last.weight.shape))
         if last.bias is not None:
             last.bias.copy_(last.bias.double() + shift)
 
 
-def _fit_norm(module, unit, seen, targets, masks, cuts) -> None:
-    writes = cuts.of(unit.writes, unit.path)
-    normalised, wanted = [], []
-    for activations, target, mask in zip(seen, targets, masks, strict=True):
-        x, y = activations[Point(unit.path, "input")], target[Point(unit.path)]
-        if isinstance(module, nn.LayerNorm):
-            x = F.layer_norm(x, module.normalized_shape, eps=module.eps)
-        else:
-            x = F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps)
-        rows, goal = _rows(x, mask), _project(y if y.dim() < 4 else _rows(y, None), writes)
-        stride = max(1, -(-len(rows) * len(seen) // MAX_TOKENS))
-        normalised.append(rows[::stride])
-        wanted.append(goal[::stride])
-    scale, shift, usable = norm_fit(torch.cat(normalised), torch.cat(wanted))
+def _fit_norm(module: nn.Module, entries: list[torch.Tensor], wants: list[torch.Tensor]) -> None:
+    scale, shift, usable = norm_fit(torch.cat(entries), torch.cat(wants))
     with torch.no_grad():
         module.weight.copy_(torch.where(usable, scale, module.weight.double()))
         if module.bias is not None:

@@ -14,12 +14,24 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear, resolve_path
 
 
-__all__ = ["Anatomy", "Attribute", "Point", "Site", "Unit", "get_module", "has_module", "is_layer", "select_sites"]
+__all__ = [
+    "Anatomy",
+    "Attribute",
+    "Point",
+    "Site",
+    "Unit",
+    "get_module",
+    "has_module",
+    "is_layer",
+    "linear_layers",
+    "select_sites",
+]
 
 
 @dataclass(frozen=True)
@@ -101,7 +113,6 @@ class Anatomy:
         config_fields: {field of the config: site whose width it states}.
         fixed_attrs: {path: {name: value}} that must be pinned when heads change (the softmax scale of the original head).
         pre_norm: the stream is normalised before the layers that read it, and is itself a plain sum.
-        stream_parameters: paths of bare parameters that are added to the stream.
     """
 
     sites: dict[str, Site]
@@ -148,6 +159,7 @@ def has_module(model: nn.Module, path: str) -> bool:
 LAYERS = (
     nn.Parameter,
     nn.Linear,
+    Conv1D,
     nn.Conv2d,
     nn.Embedding,
     nn.LayerNorm,
@@ -161,6 +173,19 @@ def is_layer(model: nn.Module, path: str) -> bool:
     """Whether a layer that can be narrowed stands at a spec path. Task heads differ: the same name may be a container,
     or missing."""
     return has_module(model, path) and isinstance(get_module(model, path), LAYERS)
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """{spec path: module} of all linear layers and 2-d convolutions, in the order of `named_modules`; the two inside a
+    factored one are part of it."""
+    prefix = model.base_model_prefix + "." if model.base_model is not model else ""
+    inside = {id(c) for m in model.modules() if isinstance(m, (LowRankLinear, LowRankConv2d)) for c in m.children()}
+    kinds = (nn.Linear, Conv1D, nn.Conv2d, LowRankLinear, LowRankConv2d)
+    return {
+        "@." + name[len(prefix) :] if name.startswith(prefix) else name: module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and id(module) not in inside
+    }
 
 
 def module_parameters(module: nn.Module | nn.Parameter, delta: dict[str, int]) -> int:
@@ -184,6 +209,8 @@ def module_parameters(module: nn.Module | nn.Parameter, delta: dict[str, int]) -
 
 def linear_shape(module: nn.Module) -> tuple[int, int, int]:
     """(input features, output features, kernel positions) of a linear layer or convolution, factored or not."""
+    if isinstance(module, Conv1D):  # GPT-2's linear layer, its weight transposed
+        return *module.weight.shape, 1
     if isinstance(module, (nn.Linear, LowRankLinear)):
         return module.in_features, module.out_features, 1
     if isinstance(module, (nn.Conv2d, LowRankConv2d)):
@@ -206,6 +233,8 @@ def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, i
             delta["out"] = widths[unit.writes]
     if unit.factor in widths:
         delta["rank"] = widths[unit.factor]
+    elif isinstance(module, LowRankEmbedding) and delta.get("dim", module.output_dim) <= module.rank:
+        delta["rank"] = None  # no thinner than the stream it feeds any more: multiplied out
     return delta
 
 

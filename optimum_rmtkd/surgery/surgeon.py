@@ -8,12 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
-from ..modeling_rmtkd import LowRankConv2d, LowRankLinear, reduced_class
+from ..modeling_rmtkd import reduced_class
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from .budget import (
     BudgetPoint,
@@ -23,16 +22,26 @@ from .budget import (
     couple_grid,
     flops_of,
     parameters_of,
+    provenance_of,
     site_widths,
+    uncut_parameters,
 )
-from .calibration import Calibration, calibrate, collect_batches, gives_likelihood, model_inputs, observed
+from .calibration import (
+    Calibration,
+    calibrate,
+    collect_batches,
+    observed,
+    with_decoder_inputs,
+)
 from .directions import Directions, site_directions
 from .families import family_of
 from .layouts import factored_anatomy
+from .likelihood import gives_likelihood, model_inputs
 from .narrowing import Cuts, build_student, fold_norms, initialise
+from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
-from .sites import Anatomy, Point, Site, Unit, get_module, is_layer, select_sites
+from .sites import Anatomy, Point, Site, Unit, linear_layers, select_sites
 
 
 __all__ = ["Surgeon", "anatomy_of"]
@@ -50,7 +59,8 @@ def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:
 class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
 
-    `thorough` adds the diagnostics that cost further eigendecompositions (the overlap of two halves of the data).
+    `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments that the
+    estimator "signflip" needs.
     """
 
     def __init__(
@@ -70,14 +80,19 @@ class Surgeon:
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
-        self.batches = collect_batches(dataloader, _share(config.calibration_samples, accelerator), model.device)
-        _check_tokens(model, self.batches)
-        self.teacher = fold_norms(model, self.anatomy)
-        points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
-        self.calibration = Calibration(sorted(points, key=str), self._gradient_points(), config)
-        calibrate(self.teacher, self.batches, self.calibration, accelerator=accelerator, progress=progress)
-        if accelerator is not None and accelerator.num_processes > 1:
-            self.batches = _all_batches(self.batches, model.device)
+        with one_for_all(accelerator):
+            self.batches = collect_batches(dataloader, share_of(config.calibration_samples, accelerator), model.device)
+            _check_tokens(model, self.batches)
+            self.batches = [with_decoder_inputs(model, batch) for batch in self.batches]
+            self.teacher = fold_norms(model, self.anatomy)
+            points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
+            self.calibration = Calibration(
+                sorted(points, key=str), self._gradient_points(), config, null_moments=thorough
+            )
+            calibrate(self.teacher, self.batches, self.calibration, progress=progress)
+        if several(accelerator):
+            self.calibration.all_reduce(accelerator)
+        self.batches = all_batches(self.batches, model.device, accelerator)
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
 
@@ -157,23 +172,23 @@ class Surgeon:
         rank = min(lead.group_width, max(floor, -(-rank // step) * step))
         return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
 
-    def plan(
-        self, target_reduction: float | None = None, reference_parameters: int | None = None
-    ) -> tuple[dict[str, int], list[BudgetPoint]]:
+    def plan(self, target_reduction: float | None = None) -> tuple[dict[str, int], list[BudgetPoint]]:
         """({couple: features of a group}, curve): by budget where there is a target, else by the spectral edges.
 
         Raises:
             BudgetError: the target cannot be reached, or already is.
         """
         couples = self.couples()
+        parameters = parameters_of(self.teacher, self.anatomy)
         target = self.config.target_reduction if target_reduction is None else target_reduction
         if target is None and self.config.target_flops is None:
-            return {c.name: c.rank for c in couples}, []
-        parameters = parameters_of(self.teacher, self.anatomy)
+            # two factors of a rank near the full one hold more parameters than the layer they replace
+            whole = parameters({})
+            return {c.name: c.rank if parameters({c.name: c.rank}) < whole else c.width for c in couples}, []
         positions = self._positions()
         flops = flops_of(self.teacher, self.anatomy, positions)
         if target is not None:
-            whole = float(reference_parameters or count_parameters(self.source))
+            whole = float(uncut_parameters(self.source))
             goal, cost, what = (1 - target) * whole, parameters, "parameters"
         else:
             whole = flops({})
@@ -200,7 +215,7 @@ class Surgeon:
         return [u for u in self.anatomy.units if names & {u.reads, u.writes, u.factor}]
 
     def _positions(self) -> dict[str, float]:
-        """{unit path: positions of a sample it is applied at}, from a batch of middling length."""
+        """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling length."""
         positions: dict[str, float] = {}
         batch = self.batches[len(self.batches) // 2]
         size = len(next(iter(batch.values())))
@@ -208,10 +223,7 @@ class Surgeon:
         def see(point: Point, x: torch.Tensor) -> None:
             positions[point.path] = (x.numel() / x.shape[1] if x.dim() == 4 else x.numel() / x.shape[-1]) / size
 
-        kinds = (nn.Linear, nn.Conv2d, LowRankLinear, LowRankConv2d)
-        present = [u.path for u in self.anatomy.units if is_layer(self.teacher, u.path)]
-        linear = [path for path in present if isinstance(get_module(self.teacher, path), kinds)]
-        with observed(self.teacher, [Point(p) for p in linear], see), torch.no_grad():
+        with observed(self.teacher, [Point(p) for p in linear_layers(self.teacher)], see), torch.no_grad():
             self.teacher(**model_inputs(batch))
         return positions
 
@@ -231,16 +243,12 @@ class Surgeon:
     def operate(self, couples: dict[str, int]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """The narrow model for {couple: features of a group}, and its projections."""
         cuts = self._cuts(couples)
+        former = provenance_of(self.source)
         provenance = {
-            "base_model": self.source.config._name_or_path,
-            "parameters_before": count_parameters(self.source),
+            "base_model": former.get("base_model", self.source.config._name_or_path),
+            "parameters_before": uncut_parameters(self.source),
+            "rounds": former.get("rounds", 0) + 1,
         }
-        previous = getattr(self.source.config, "rmtkd", None)
-        if previous:
-            provenance = {
-                **previous.get("provenance", {}),
-                "rounds": previous.get("provenance", {}).get("rounds", 1) + 1,
-            }
         student = build_student(self.teacher, self.anatomy, couples, self.config.to_dict(), provenance)
         initialise(student, self.teacher, self.anatomy, cuts)
         student.tie_weights()
@@ -306,15 +314,3 @@ def _check_reloadable(model: PreTrainedModel) -> None:
 def _group_means(values: torch.Tensor, site: Site) -> torch.Tensor:
     """(width,) descending values -> (group_width,): heads are cut alike, so their k-th directions go together."""
     return values[: site.width].reshape(site.group_width, site.groups).mean(1)
-
-
-def _share(samples: int, accelerator: Any) -> int:
-    return samples if accelerator is None else -(-samples // accelerator.num_processes)
-
-
-def _all_batches(batches: list[dict[str, torch.Tensor]], device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """The batches of all processes, rank after rank: the refit runs where all data are."""
-    from accelerate.utils import gather_object
-
-    gathered = gather_object([{k: v.cpu() for k, v in batch.items()} for batch in batches])
-    return [{k: v.to(device) for k, v in batch.items()} for batch in gathered]

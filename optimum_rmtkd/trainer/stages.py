@@ -87,9 +87,15 @@ class Stage:
         return cls(**{k: v for k, v in values.items() if k in known} | {"sites": tuple(values["sites"])})
 
 
-def geometric_shares(target: float, rounds: int) -> tuple[float, ...]:
-    """Reductions after each round when every round keeps the same share of what is left: 1 - (1 - target)^(i / rounds)."""
-    return tuple(1.0 - (1.0 - target) ** (i / rounds) for i in range(1, rounds)) + (target,)
+def geometric_shares(target: float, rounds: int, kept: float = 1.0) -> tuple[float, ...]:
+    """Reductions after each round when every round keeps the same share r of what is left: 1 - kept r^i, r^rounds =
+    (1 - target) / kept.
+
+    Args:
+        kept: share of the uncut model's parameters that there are before the first round.
+    """
+    ratio = (1.0 - target) / kept
+    return tuple(1.0 - kept * ratio ** (i / rounds) for i in range(1, rounds)) + (target,)
 
 
 def spread_steps(cuts: int, max_steps: int, share: float) -> tuple[int, ...]:
@@ -113,21 +119,26 @@ def spread_steps(cuts: int, max_steps: int, share: float) -> tuple[int, ...]:
     return tuple(steps)
 
 
-def plan_cuts(config: RMTKDConfig, max_steps: int, groups: Sequence[Sequence[str]] = ()) -> tuple[PlannedCut, ...]:
+def plan_cuts(
+    config: RMTKDConfig, max_steps: int, groups: Sequence[Sequence[str]] = (), kept: float = 1.0
+) -> tuple[PlannedCut, ...]:
     """All cuts of a run.
 
     Args:
         groups: for schedule="layerwise", the sites of each layer, shallow to deep. Each is cut at its spectral edge; with
             a target the run stops once it is met.
+        kept: share of the uncut model's parameters that there are now.
     """
     if config.schedule == "layerwise":
         steps = spread_steps(len(groups), max_steps, config.stage_share)
         return tuple(PlannedCut(i, s, sites=tuple(g)) for i, (s, g) in enumerate(zip(steps, groups, strict=True)))
-    target = config.target_reduction if config.target_reduction is not None else config.target_flops
+    target = config.target_flops
+    if config.target_reduction is not None:
+        target = 1.0 - (1.0 - config.target_reduction) / kept
     rounds = config.rounds or (2 if target is not None and target > ONE_CUT_UP_TO else 1)
     steps = spread_steps(rounds, max_steps, config.stage_share)
     if config.target_reduction is not None:
-        shares = geometric_shares(target, rounds)
+        shares = geometric_shares(config.target_reduction, rounds, kept)
         return tuple(PlannedCut(i, s, target_reduction=t) for i, (s, t) in enumerate(zip(steps, shares, strict=True)))
     # FLOPs are counted against the model at hand, so every round removes the same share of what is left.
     flops = None if target is None else 1.0 - (1.0 - target) ** (1.0 / rounds)

@@ -35,6 +35,8 @@ __all__ = ["Staging"]
 
 logger = logging.getLogger(__name__)
 
+OVERSHOOT = 0.01  # of the parameters, that a cut may go beyond the target
+
 
 class Staging:
     """State of the stages of one run.
@@ -81,10 +83,10 @@ class Staging:
 
     @property
     def reference_parameters(self) -> int:
-        """Parameters of the uncut model that reductions count from."""
+        """Parameters before the first cut, of this run or of an earlier one: reductions count from them."""
         from .. import surgery
 
-        return surgery.count_parameters(self.initial)
+        return surgery.uncut_parameters(self.initial)
 
     @property
     def uses_previous(self) -> bool:
@@ -149,14 +151,10 @@ class Staging:
     def _make_plan(self) -> tuple[PlannedCut, ...]:
         from .. import surgery
 
-        check_target(self.config, self.parameters, self._declared_reference())
+        check_target(self.config, self.parameters, self.reference_parameters)
         groups = surgery.stage_sites(self.trainer.model, self.config) if self.config.schedule == "layerwise" else ()
-        return plan_cuts(self.config, self.trainer.state.max_steps, groups)
-
-    def _declared_reference(self) -> int:
-        """A model that comes reduced says how large it once was."""
-        declared = (getattr(self.initial.config, "rmtkd", None) or {}).get("provenance", {}).get("parameters_before")
-        return max(int(declared or 0), self.parameters)
+        kept = self.parameters / self.reference_parameters
+        return plan_cuts(self.config, self.trainer.state.max_steps, groups, kept)
 
     def _next_cut(self) -> PlannedCut | None:
         done = len(self.stages)
@@ -243,17 +241,23 @@ class Staging:
             config = config.replace(target_reduction=None, target_flops=None)
         elif cut.target_flops is not None:
             config = config.replace(target_flops=cut.target_flops)
-        with isolated_rng(config.seed):
-            return surgery.reduce(
-                self.trainer.model,
-                self.trainer.calibration_batches(),
-                config,
-                target_reduction=cut.target_reduction,
-                reference_parameters=self.reference_parameters,
-                sites=None if cut.sites is None else list(cut.sites),
-                accelerator=self.trainer.accelerator,
-                progress=not self.trainer.args.disable_tqdm,
-            )
+
+        def reduce(target: float | None):
+            with isolated_rng(config.seed):
+                return surgery.reduce(
+                    self.trainer.model,
+                    self.trainer.calibration_batches(),
+                    config,
+                    target_reduction=target,
+                    sites=None if cut.sites is None else list(cut.sites),
+                    accelerator=self.trainer.accelerator,
+                    progress=not self.trainer.args.disable_tqdm,
+                )
+
+        found, target = reduce(cut.target_reduction), self.config.target_reduction
+        if target is not None and found.parameters_after < (1 - target - OVERSHOOT) * self.reference_parameters:
+            found = reduce(target)  # the edges of the last layer ask for more than the target needs
+        return found
 
     def _apply(self, reduction: Any, before: nn.Module | None) -> None:
         install(self.trainer, reduction.model)

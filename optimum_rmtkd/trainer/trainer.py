@@ -369,7 +369,7 @@ class RMTKDTrainer(Trainer):
             raise UnsupportedArchitectureError(
                 f"{type(self.model).__name__} is no transformers PreTrainedModel; expected one with a config."
             )
-        surgery.family_of(self.model)
+        surgery.anatomy_of(self.model, self.rmtkd_config)
 
     def _accept_teacher(self, teacher: nn.Module) -> None:
         check_compatible(self.model, teacher)

@@ -15,14 +15,19 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(out: Path, processes: int, *options: str):
-    """Run the script; returns (results, weights), one of each per process."""
+def start(out: Path, processes: int, *options: str) -> subprocess.CompletedProcess:
+    """Run the script to its end."""
     out.mkdir()
     module = "tests.distributed.train_script"
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m", module]
     command = [sys.executable, *(torchrun if processes > 1 else ["-m", module]), str(out), *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def launch(out: Path, processes: int, *options: str):
+    """(results, weights), one of each per process."""
+    done = start(out, processes, *options)
     assert done.returncode == 0, done.stderr[-4000:]
     results = [json.loads((out / f"result-{rank}.json").read_text()) for rank in range(processes)]
     return results, [torch.load(out / f"weights-{rank}.pt") for rank in range(processes)]
@@ -80,3 +85,11 @@ def test_two_processes_resume_to_the_same_bits(two, tmp_path):
     assert results[0]["stages"] == two[0][0]["stages"]
     for rank in range(2):
         assert all(torch.equal(tensor, two[1][rank][name]) for name, tensor in weights[rank].items())
+
+
+def test_what_fails_in_one_process_fails_in_all(tmp_path):
+    done = start(tmp_path / "out", 2, "--broken-rank", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = [(tmp_path / "out" / f"error-{rank}.txt").read_text() for rank in range(2)]
+    assert told[1] == "no such column"
+    assert told[0] == "The surgery failed in another process. process 1: ValueError: no such column"

@@ -6,13 +6,19 @@ import argparse
 import json
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 
 from optimum_rmtkd.config import RMTKDConfig
+from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import tiny_bert, toy_data
+
+
+def broken(samples):
+    raise ValueError("no such column")
 
 
 def main():
@@ -23,6 +29,7 @@ def main():
     parser.add_argument("--sites", nargs="*", default=None)
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--resume", default=None)
+    parser.add_argument("--broken-rank", type=int, default=None, help="whose calibration data cannot be collated")
     options = parser.parse_args()
     torch.set_num_threads(1)
     whole = torch.ones(
@@ -52,14 +59,20 @@ def main():
             calibration_samples=48,
             min_width=4,
             round_to=4,
-            importance="variance",
         ),
         train_dataset=[dict(sample, attention_mask=whole) for sample in toy_data()],
         eval_dataset=toy_data(16, seed=2),
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    output = trainer.train(resume_from_checkpoint=options.resume)
+    if trainer.args.process_index == options.broken_rank:
+        trainer.data_collator = broken
     rank = trainer.args.process_index
+    if options.broken_rank is not None:
+        with pytest.raises((RMTKDError, ValueError)) as caught:
+            trainer.train()
+        (options.out / f"error-{rank}.txt").write_text(str(caught.value))
+        return
+    output = trainer.train(resume_from_checkpoint=options.resume)
     torch.save(trainer.model.state_dict(), options.out / f"weights-{rank}.pt")
     values = {
         "processes": trainer.args.world_size,

@@ -11,10 +11,9 @@ from optimum_rmtkd.surgery.calibration import (
     Calibration,
     calibrate,
     collect_batches,
-    gives_likelihood,
-    log_likelihood,
     observed,
 )
+from optimum_rmtkd.surgery.likelihood import content_uniforms, gives_likelihood, log_likelihood
 from optimum_rmtkd.surgery.reduction import anatomy_of
 from optimum_rmtkd.surgery.sites import Point
 
@@ -128,8 +127,7 @@ def test_gradient_moments_are_those_of_autograd(bert):
     point = Point(NORM.format(0))
     found = calibrate(model, data[:1], Calibration([point], [point], RECIPE), progress=False)
     outputs = model(**data[0], output_hidden_states=True)
-    draws = torch.Generator().manual_seed(RECIPE.seed)
-    (g,) = torch.autograd.grad(log_likelihood(model, outputs, data[0], draws), outputs.hidden_states[1])
+    (g,) = torch.autograd.grad(log_likelihood(model, outputs, data[0], RECIPE.seed), outputs.hidden_states[1])
     rows = g[data[0]["attention_mask"].bool()].double()
     assert rows.abs().max() > 0
     assert torch.allclose(found.moments[point].gradient_moment, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-9)
@@ -222,7 +220,7 @@ def test_bare_models_give_no_likelihood(name):
 def test_labels_are_drawn_from_the_model_and_masked_where_unlabelled():
     model, batch = zoo.make("bert", "ForTokenClassification"), zoo.batches("bert")[0]
     outputs = model(**batch)
-    draw = lambda labels: log_likelihood(model, outputs, batch | labels, torch.Generator().manual_seed(0))  # noqa: E731
+    draw = lambda labels: log_likelihood(model, outputs, batch | labels, seed=0)  # noqa: E731
     everywhere = draw({})
     labels = torch.full_like(batch["input_ids"], -100)
     assert draw({"labels": labels}) == 0
@@ -237,9 +235,27 @@ def test_scores_of_the_likelihood_have_mean_zero():
     config = BertConfig(**zoo.TEXT, **zoo.BODY)
     model = BertForSequenceClassification(config)
     logits = torch.tensor([[1.0, 0.0, -1.0]]).repeat(20_000, 1).requires_grad_()
-    log_likelihood(model, {"logits": logits}, {}, torch.Generator().manual_seed(0)).backward()
+    batch = {"input_ids": torch.arange(20_000)[:, None]}
+    log_likelihood(model, {"logits": logits}, batch, seed=0).backward()
     assert logits.grad.abs().max() > 0.2
     assert logits.grad.mean(0).abs().max() < 4 * 0.5 / 20_000**0.5
+
+
+@pytest.mark.parametrize("name, task", [("bert", "ForSequenceClassification"), ("bert", "ForTokenClassification")])
+def test_draws_follow_the_sample_wherever_it_stands(name, task):
+    model, batch = zoo.make(name, task), zoo.batches(name)[0]
+    whole = [content_uniforms(batch, torch.Size(shape), 3) for shape in ((), (12,))]
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    for uniforms in (content_uniforms({k: v[order] for k, v in batch.items()}, torch.Size(), 3),):
+        assert torch.equal(uniforms, whole[0][order])
+    padded = {k: torch.nn.functional.pad(v, (0, 5)) for k, v in batch.items()}
+    assert torch.equal(content_uniforms(padded, torch.Size((17,)), 3)[:, :12], whole[1])
+    assert len(whole[1].unique()) == 96 and not torch.equal(whole[0], content_uniforms(batch, torch.Size(), 4))
+    parts = [{k: v[rows] for k, v in batch.items()} for rows in (order[:3], order[3:])]
+    with torch.no_grad():
+        together = log_likelihood(model, model(**batch), batch, 0)
+        apart = sum(log_likelihood(model, model(**part), part, 0) for part in parts)
+    assert together == pytest.approx(apart.item(), rel=1e-5)
 
 
 # Batches

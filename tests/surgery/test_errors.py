@@ -170,23 +170,17 @@ def test_target_beyond_reach_names_what_can_be_reached(case):
         assert 1 - count_parameters(small) / count_parameters(model) == pytest.approx(reachable, abs=1e-4)
 
 
-def test_model_already_as_small_as_asked_for(bert):
+def test_targets_count_from_the_uncut_model(bert):
     model, data = bert
-    before = 2 * count_parameters(model)
-    message = refused(
-        BudgetError,
-        "already no more than",
-        reduce,
-        model,
-        data,
-        RECIPE,
-        target_reduction=0.4,
-        reference_parameters=before,
-    )
-    assert f"The model has {count_parameters(model):,}" in message and f"the {0.6 * before:,.0f}" in message
+    before = count_parameters(model)
+    half = narrow(model, data, RECIPE.replace(target_reduction=0.5), progress=False)
+    message = refused(BudgetError, "already no more than", narrow, half, data, RECIPE.replace(target_reduction=0.4))
+    assert f"The model has {count_parameters(half):,}" in message and f"the {0.6 * before:,.0f}" in message
     assert "Ask for a larger reduction" in message
-    found = reduce(model, data, RECIPE, target_reduction=0.6, reference_parameters=before, progress=False)
-    assert found.parameters_after / before == pytest.approx(0.4, abs=0.03)
+    smaller = narrow(half, data, RECIPE.replace(target_reduction=0.6), progress=False)
+    assert count_parameters(smaller) / before == pytest.approx(0.4, abs=0.03)
+    provenance = smaller.config.rmtkd["provenance"]
+    assert provenance["parameters_before"] == before and provenance["rounds"] == 2
 
 
 # Names

@@ -26,7 +26,6 @@ RECIPE = {
     "calibration_samples": 32,
     "min_width": 4,
     "round_to": 4,
-    "importance": "variance",
 }
 
 

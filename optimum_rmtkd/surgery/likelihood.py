@@ -1,0 +1,86 @@
+"""The likelihood that a model gives to labels drawn from itself: its gradients carry the Fisher information."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+__all__ = ["content_uniforms", "gives_likelihood", "log_likelihood", "model_inputs"]
+
+LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
+
+
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch without labels: surgery never needs them."""
+    return {k: v for k, v in batch.items() if k not in LABELS}
+
+
+def gives_likelihood(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
+    """Whether the model's outputs define a likelihood that gradients can be taken of."""
+    with torch.no_grad():
+        outputs = model(**model_inputs({k: v[:1] if v.dim() else v for k, v in batch.items()}))
+    return "logits" in outputs or "start_logits" in outputs
+
+
+def content_uniforms(batch: Mapping[str, torch.Tensor], shape: torch.Size, seed: int) -> torch.Tensor:
+    """Uniform random numbers (batch, *shape) fp64 in (0, 1), on the CPU, that depend on each sample's own content.
+
+    So the same sample draws the same numbers in whatever batch, order or process it comes; padding at the right changes
+    none of them.
+    """
+    inputs = model_inputs(batch)
+    mask = inputs.pop("attention_mask", None)
+    content = next(iter(inputs.values())).detach().cpu()
+    whole = mask is None or mask.shape != content.shape
+    rows = []
+    for i, sample in enumerate(content):
+        kept = sample if whole else sample[mask[i].bool().cpu()]
+        # torch's CPU generator takes 32 bits of a seed, so ours goes into the checksum
+        key = zlib.crc32(kept.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), seed % 2**32)
+        generator = torch.Generator().manual_seed(key)
+        rows.append(torch.rand(shape, generator=generator, dtype=torch.float64))
+    return torch.stack(rows).clamp(1e-12, 1 - 1e-12)
+
+
+def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, torch.Tensor], seed: int) -> torch.Tensor:
+    """Summed log-likelihood of labels drawn from the model's own predictions: its gradients have the Fisher information
+    as second moment (Kunstner, Hennig and Balles 2019, the true and not the empirical one).
+
+    Classes, several independent labels, regression with unit variance, tokens and spans are told apart by the outputs'
+    names and shapes and by `config.problem_type`. Draws are those of `content_uniforms`.
+    """
+    if "start_logits" in outputs:
+        spans = torch.stack([outputs[name].float() for name in ("start_logits", "end_logits")], dim=1)
+        if "attention_mask" in batch:  # no answer starts on padding
+            padding = ~batch["attention_mask"].bool()[:, None]
+            spans = spans.masked_fill(padding, torch.finfo(spans.dtype).min)
+        return _drawn(spans, content_uniforms(batch, spans.shape[1:-1], seed)).sum()
+    logits = outputs["logits"].float()
+    problem = getattr(model.config, "problem_type", None)
+    if problem == "multi_label_classification":
+        uniforms = content_uniforms(batch, logits.shape[1:], seed).to(logits.device)
+        drawn = (uniforms < logits.detach().double().sigmoid()).to(logits)
+        return -nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
+    if problem == "regression" or logits.shape[-1] == 1 or logits.dim() == 1:
+        noise = torch.special.ndtri(content_uniforms(batch, logits.shape[1:], seed)).to(logits)
+        return (noise * logits).sum()
+    likelihood = _drawn(logits, content_uniforms(batch, logits.shape[1:-1], seed))
+    if likelihood.dim() == 2:
+        mask = batch["labels"] != -100 if "labels" in batch and batch["labels"].shape == likelihood.shape else None
+        mask = batch.get("attention_mask") if mask is None else mask
+        likelihood = likelihood if mask is None else likelihood.masked_fill(~mask.bool(), 0.0)
+    return likelihood.sum()
+
+
+def _drawn(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """Log-probability (...,) of the class that `uniforms` (...,) draw from each row of logits (..., classes)."""
+    log_p = logits.log_softmax(-1)
+    cumulative = log_p.detach().double().exp().cumsum(-1)
+    total = cumulative[..., -1:]
+    drawn = (cumulative < uniforms.to(logits.device)[..., None] * total).sum(-1, keepdim=True)
+    return log_p.gather(-1, drawn.clamp(max=logits.shape[-1] - 1))[..., 0]

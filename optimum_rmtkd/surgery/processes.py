@@ -1,0 +1,83 @@
+"""Several processes that cut one model: data shared out, decisions made once, failures told to all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RMTKDError
+
+
+__all__ = ["all_batches", "broadcast_model", "from_main", "one_for_all", "several", "share_of"]
+
+
+def several(accelerator: Any) -> bool:
+    """Whether there is more than one process."""
+    return accelerator is not None and accelerator.num_processes > 1
+
+
+def share_of(samples: int, accelerator: Any) -> int:
+    """How many of all samples one process looks at, rounded up."""
+    return -(-samples // accelerator.num_processes) if several(accelerator) else samples
+
+
+@contextlib.contextmanager
+def one_for_all(accelerator: Any) -> Iterator[None]:
+    """What fails in one process fails in all, at the end of this context: nobody waits for a process that is gone.
+
+    No collective operation may stand inside, or the processes that are well would wait in it.
+
+    Raises:
+        RMTKDError: another process failed; names it and its error. A process's own error is raised as it is.
+    """
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if several(accelerator):
+        from accelerate.utils import gather_object
+
+        told = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
+        broken = [f"process {rank}: {text}" for rank, text in enumerate(told) if text is not None]
+        if failure is None and broken:
+            raise RMTKDError(f"The surgery failed in another process. {broken[0]}")
+    if failure is not None:
+        raise failure
+
+
+def from_main(value: Any, accelerator: Any) -> Any:
+    """The value that the main process has: equal moments could still round to different widths."""
+    if not several(accelerator):
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value], from_process=0)[0]
+
+
+def all_batches(
+    batches: list[dict[str, torch.Tensor]], device: torch.device, accelerator: Any
+) -> list[dict[str, torch.Tensor]]:
+    """The batches of all processes, rank after rank: the refit runs where all data are."""
+    if not several(accelerator):
+        return batches
+    from accelerate.utils import gather_object
+
+    gathered = gather_object([{k: v.cpu() for k, v in batch.items()} for batch in batches])
+    return [{k: v.to(device) for k, v in batch.items()} for batch in gathered]
+
+
+def broadcast_model(student: nn.Module, projections: dict[str, torch.Tensor], accelerator: Any) -> None:
+    """Weights of the main process to all others, bit for bit. Every process has fitted the same data; this removes what
+    rounding may have made of it."""
+    if not several(accelerator):
+        return
+    from accelerate.utils import broadcast
+
+    with torch.no_grad():
+        for tensor in (*student.state_dict().values(), *projections.values()):
+            tensor.copy_(broadcast(tensor, from_process=0))
