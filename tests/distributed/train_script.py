@@ -17,7 +17,8 @@ from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 from ..trainer.conftest import tiny_bert, toy_data
 
 
-def broken(samples):
+def broken():
+    yield {"input_ids": torch.ones(2, 3, dtype=torch.long)}
     raise ValueError("no such column")
 
 
@@ -29,7 +30,7 @@ def main():
     parser.add_argument("--sites", nargs="*", default=None)
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--resume", default=None)
-    parser.add_argument("--broken-rank", type=int, default=None, help="whose calibration data cannot be collated")
+    parser.add_argument("--broken-rank", type=int, default=None, help="whose calibration data breaks off")
     options = parser.parse_args()
     torch.set_num_threads(1)
     whole = torch.ones(
@@ -65,7 +66,7 @@ def main():
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if trainer.args.process_index == options.broken_rank:
-        trainer.data_collator = broken
+        trainer.calibration_batches = broken
     rank = trainer.args.process_index
     if options.broken_rank is not None:
         with pytest.raises((RMTKDError, ValueError)) as caught:
