@@ -9,7 +9,8 @@ Data and checkpoints are looked for in RMTKD_SHARED (default ../shared). Arms:
 
     rmtkd        the library's defaults: rounds, widths by budget
     narrow       the same cut without any training
-    paper        mp_quantile edge, layer by layer, shallow to deep, teacher before each cut, no hidden states
+    paper        mp_quantile edge, its quantile raised until the size fits, layer by layer, shallow to deep, teacher
+                 before each cut, no hidden states, no refit
     random_basis as rmtkd at the same target, uniform shares, random subspaces and neurons
     random_init  the architecture that rmtkd found, initialised at random, distilled alike
 """
@@ -33,6 +34,8 @@ from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments, cou
 from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import Task, load_task
 from optimum_rmtkd.commands.timing import compare_latency
+from optimum_rmtkd.surgery.budget import parameters_of
+from optimum_rmtkd.surgery.surgeon import Surgeon
 
 
 SHARED = Path(os.environ.get("RMTKD_SHARED", "../shared"))
@@ -119,15 +122,16 @@ def make_teacher(arguments: Arguments, output: Path) -> None:
     trainer.model.half().save_pretrained(folder)
 
 
-class Distiller(RMTKDTrainer):
-    """An architecture that is given, distilled as RMTKDTrainer does: for the control from random weights."""
-
-    def __init__(self, *positional, teacher, **kwargs):
-        super().__init__(*positional, teacher_model=teacher, **kwargs)
-        self.callback_handler.callbacks = [
-            c for c in self.callback_handler.callbacks if "Stage" not in type(c).__name__
-        ]
-        self.staging.teacher = self.staging.given_teacher
+def quantile_for(task: Task, recipe: RMTKDConfig) -> float:
+    """The smallest tau whose edges, all sites at once, reach the target: the paper's rule at the size of the other arms."""
+    surgeon = Surgeon(task.model, task.calibration_loader(64, recipe.seed), recipe, progress=False)
+    size = parameters_of(surgeon.teacher, surgeon.anatomy)
+    for tau in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
+        surgeon.config = recipe.replace(tau=tau, target_reduction=None)
+        surgeon.subspaces.clear()
+        if size(surgeon.plan()[0]) <= (1 - recipe.target_reduction) * count_parameters(task.model):
+            return tau
+    raise SystemExit(f"No quantile reaches a reduction of {recipe.target_reduction}.")
 
 
 def recipe_of(arguments: Arguments) -> RMTKDConfig:
@@ -174,9 +178,15 @@ def run(arguments: Arguments, output: Path) -> dict:
         student = narrow(judge.model, task.calibration_loader(64, arguments.seed), recipe)
         student = type(student)(student.config)
         objectives = {"task": {"weight": recipe.task_weight}, "kl": {"weight": recipe.kl_weight}}
-        trainer = Distiller(student, args, teacher=judge.model, rmtkd_config=recipe, objectives=objectives, **common)
+        uncut = recipe.replace(target_reduction=None)
+        trainer = RMTKDTrainer(
+            student, args, teacher_model=judge.model, rmtkd_config=uncut, objectives=objectives, **common
+        )
+        trainer.staging.plan = ()  # it has its widths already
         trainer.train()
     else:
+        if arguments.arm == "paper":
+            recipe = recipe.replace(tau=quantile_for(task, recipe))
         trainer = RMTKDTrainer(task.model, args, rmtkd_config=recipe, eval_dataset=task.validation, **common)
         metrics = trainer.train().metrics
         cuts = [stage.to_dict() for stage in trainer.stages]
@@ -191,7 +201,7 @@ def run(arguments: Arguments, output: Path) -> dict:
         "parameters_before": before,
         "parameters_after": count_parameters(trainer.model),
         "seconds": round(time.perf_counter() - start, 1),
-        "recipe": json.loads(arguments.recipe),
+        "recipe": json.loads(arguments.recipe) | ({"tau": recipe.tau} if arguments.arm == "paper" else {}),
         "stages": cuts,
         "config": trainer.model.config.to_dict(),
     }
