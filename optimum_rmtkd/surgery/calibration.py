@@ -67,7 +67,8 @@ def collect_batches(dataloader: Iterable, samples: int, device: torch.device) ->
 
 
 def _by_length(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """The same samples in batches of like length, without the padding that those then have in common.
+    """The same samples in batches of like length, without the padding that those then have in common; no batch has more
+    positions than the largest had before, so short sentences come in larger batches.
 
     Only for text padded on the right: elsewhere absolute positions would move. On short sentences in random order this
     halves the work, and more.
@@ -79,12 +80,13 @@ def _by_length(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.T
     lengths = [int(sample["attention_mask"].sum()) for sample in samples]
     if any(not bool(s["attention_mask"][:n].all()) for s, n in zip(samples, lengths, strict=True)):
         return batches
-    order = sorted(range(len(samples)), key=lengths.__getitem__)
-    size = len(mask)
-    return [
-        _stack([samples[i] for i in chunk], lengths[chunk[-1]])
-        for chunk in (order[at : at + size] for at in range(0, len(order), size))
-    ]
+    room = max(batch["attention_mask"].numel() for batch in batches)
+    chunks: list[list[int]] = [[]]
+    for i in sorted(range(len(samples)), key=lengths.__getitem__):
+        if chunks[-1] and (len(chunks[-1]) + 1) * lengths[i] > room:
+            chunks.append([])
+        chunks[-1].append(i)
+    return [_stack([samples[i] for i in chunk], lengths[chunk[-1]]) for chunk in chunks]
 
 
 def _is_plain_text(batch: dict[str, torch.Tensor]) -> bool:
