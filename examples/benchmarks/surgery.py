@@ -1,14 +1,17 @@
 """How long surgery takes, and what one-shot narrowing costs.
 
     python examples/benchmarks/surgery.py          needs RMTKD_SHARED (default ../shared); prints three tables
+    python examples/benchmarks/surgery.py speed    what speed_weight and round_to buy, needs a quiet machine
 
-Times are ratios against a plain forward pass of the same model over the same batches in the same process.
+Times are ratios against the dense model in the same process.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
+import sys
 import time
 from pathlib import Path
 
@@ -18,8 +21,10 @@ from transformers.utils import logging
 from optimum_rmtkd import RMTKDConfig, count_parameters, narrow
 from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import Task, evaluate, load_task
-from optimum_rmtkd.surgery.calibration import Calibration, calibrate, collect_batches, model_inputs
-from optimum_rmtkd.surgery.surgeon import anatomy_of
+from optimum_rmtkd.commands.timing import compare_latency
+from optimum_rmtkd.surgery.calibration import Calibration, calibrate, collect_batches
+from optimum_rmtkd.surgery.likelihood import model_inputs
+from optimum_rmtkd.surgery.surgeon import Surgeon, anatomy_of
 
 
 SHARED = Path(os.environ.get("RMTKD_SHARED", "../shared"))
@@ -42,9 +47,9 @@ def load() -> Task:
 
 
 def calibration_cost(task: Task) -> None:
-    """Calibration without and with gradients against the forward passes alone."""
+    """Calibration without and with gradients against the forward passes alone, over the batches as the loader gives them."""
     config = RMTKDConfig()
-    batches = collect_batches(task.calibration_loader(64, 0), config.calibration_samples, task.model.device)
+    given = list(itertools.islice(task.calibration_loader(64, 0), config.calibration_samples // 64))
     points = sorted({p for s in anatomy_of(task.model, config).sites.values() for p in s.points}, key=str)
     hidden = anatomy_of(task.model, config).sites["hidden"].points
 
@@ -55,10 +60,11 @@ def calibration_cost(task: Task) -> None:
 
     def forward() -> None:
         with torch.no_grad():
-            for batch in batches:
+            for batch in given:
                 task.model.eval()(**model_inputs(batch))
 
     def moments(gradients) -> None:
+        batches = collect_batches(given, config.calibration_samples, task.model.device)
         calibrate(task.model, batches, Calibration(points, gradients, config), progress=False)
 
     forward()
@@ -69,10 +75,34 @@ def calibration_cost(task: Task) -> None:
     )
 
 
+def speed(task: Task) -> None:
+    """One cut under several worths of FLOPs: predicted loss, accuracy, dense / narrow latency at length 128."""
+    surgeon = Surgeon(task.model.eval(), task.calibration_loader(64, 0), RMTKDConfig(), progress=False)
+    print(
+        f"{'target':>6} {'speed_weight':>12} {'round_to':>8} {'nats':>7} {'accuracy':>9} {'batch 1':>8} {'batch 32':>8}"
+    )
+    for target, step, weight in itertools.product((0.63, 0.8), (8, 16), (0.0, 2.0, 4.0, 10.0)):
+        surgeon.config = RMTKDConfig(target_reduction=target, speed_weight=weight, round_to=step)
+        couples, curve = surgeon.plan()
+        student = surgeon.operate(couples)[0]
+        ratios = []
+        for batch in (1, 32):
+            ids = torch.randint(1000, 20000, (batch, 128))
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            ratios.append(compare_latency(task.model, student, inputs, repeats=12 if batch == 1 else 3).ratio)
+        print(
+            f"{target:6} {weight:12} {step:8} {curve[-1].predicted_loss:7.4f} {evaluate(task, student):9.4f} {ratios[0]:8.2f} {ratios[1]:8.2f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     """Print the tables."""
     logging.set_verbosity_error()
     task = load()
+    if sys.argv[1:] == ["speed"]:
+        speed(task)
+        return
     calibration_cost(task)
     teacher = evaluate(task, task.model)
     print(
