@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-__all__ = ["DemoCommand", "DemoOptions"]
+__all__ = [
+    "DemoCommand",
+    "DemoOptions",
+    "Digits",
+    "accuracy",
+    "build_vit",
+    "distil_narrow",
+    "read_digits",
+    "train_dense",
+]
 
 ALLOWED_LOSS = 0.01  # accuracy the reduced model may lose: one point
 BATCH = 64
@@ -110,12 +119,12 @@ def _demonstrate(options: DemoOptions, folder: Path) -> float:
     from ..surgery import count_parameters
 
     recipe = RMTKDConfig(target_reduction=options.target_reduction, seed=options.seed)
-    digits = _load_digits(options.train_samples)
+    digits = read_digits(options.train_samples)
     set_seed(options.seed)
 
     _say(f"1. training a vision transformer on {len(digits.train_labels)} digits")
-    dense = _build(options)
-    _train(dense, digits, options, folder / "trainer")
+    dense = build_vit(options)
+    train_dense(dense, digits, options, folder / "trainer")
     dense.save_pretrained(folder / "dense")
     dense_bytes = weight_bytes(folder / "dense")
 
@@ -123,7 +132,7 @@ def _demonstrate(options: DemoOptions, folder: Path) -> float:
     _show_spectra(dense, digits, recipe)
 
     _say(f"3. narrowing it by {100 * options.target_reduction:.0f} % and distilling it from its former self")
-    narrow = _reduce(dense, digits, recipe, options, folder / "trainer")
+    narrow = distil_narrow(dense, digits, recipe, options, folder / "trainer")
 
     _say("4. saving, and reloading in a fresh process")
     _clear(folder)
@@ -131,7 +140,7 @@ def _demonstrate(options: DemoOptions, folder: Path) -> float:
     _check_reload(narrow, digits.test_pixels[:256], folder)
 
     _say(f"5. before and after, on {len(digits.test_labels)} digits that were held out")
-    values = _accuracy(dense, digits), _accuracy(narrow, digits)
+    values = accuracy(dense, digits), accuracy(narrow, digits)
     rows = comparison(
         parameters=(count_parameters(dense), count_parameters(narrow)),
         size=(dense_bytes, weight_bytes(folder)),
@@ -150,7 +159,8 @@ def _say(text: str) -> None:
     print(f"\n{text}", flush=True)
 
 
-def _load_digits(train_samples: int) -> Digits:
+def read_digits(train_samples: int) -> Digits:
+    """Scikit-learn's digits; raises RMTKDError without scikit-learn or for a number of samples that is not there."""
     try:
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -168,7 +178,8 @@ def _load_digits(train_samples: int) -> Digits:
     return Digits(pixels[train], labels[train], pixels[test], labels[test])
 
 
-def _build(options: DemoOptions) -> PreTrainedModel:
+def build_vit(options: DemoOptions) -> PreTrainedModel:
+    """A vision transformer with random weights; raises RMTKDError for a width that its 4 heads do not divide."""
     from transformers import ViTConfig, ViTForImageClassification
 
     if options.hidden_size % 4 or options.hidden_size < 8:
@@ -207,7 +218,8 @@ def _arguments(folder: Path, epochs: int, learning_rate: float, options: DemoOpt
     }
 
 
-def _train(model: PreTrainedModel, digits: Digits, options: DemoOptions, folder: Path) -> None:
+def train_dense(model: PreTrainedModel, digits: Digits, options: DemoOptions, folder: Path) -> None:
+    """Train it on the digits, in place; `folder` takes the trainer's files."""
     from transformers import Trainer, TrainingArguments
 
     args = TrainingArguments(**_arguments(folder, options.epochs, 1e-3, options))
@@ -215,7 +227,7 @@ def _train(model: PreTrainedModel, digits: Digits, options: DemoOptions, folder:
     model.eval()
 
 
-def _reduce(
+def distil_narrow(
     dense: PreTrainedModel, digits: Digits, recipe: RMTKDConfig, options: DemoOptions, folder: Path
 ) -> PreTrainedModel:
     """A narrowed and distilled copy; `dense` stays as it is."""
@@ -255,7 +267,8 @@ def _logits(model: PreTrainedModel, pixels: Tensor) -> Tensor:
         return model(pixel_values=pixels).logits
 
 
-def _accuracy(model: PreTrainedModel, digits: Digits) -> float:
+def accuracy(model: PreTrainedModel, digits: Digits) -> float:
+    """Share of the held-out digits that are named right."""
     return float((_logits(model, digits.test_pixels).argmax(-1) == digits.test_labels).double().mean())
 
 

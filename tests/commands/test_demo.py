@@ -44,9 +44,9 @@ def test_wrong_sizes(cli, tmp_path, wrong):
 
 
 def test_split_is_the_same_every_time_and_does_not_overlap():
-    from optimum_rmtkd.commands.demo import _load_digits
+    from optimum_rmtkd.commands.demo import read_digits
 
-    first, second = _load_digits(1198), _load_digits(1198)
+    first, second = read_digits(1198), read_digits(1198)
     assert (len(first.train_labels), len(first.test_labels)) == (1198, 599)
     assert first.train_pixels.equal(second.train_pixels) and first.test_pixels.equal(second.test_pixels)
     assert first.train_pixels.shape == (1198, 1, 8, 8)
