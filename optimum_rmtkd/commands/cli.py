@@ -6,8 +6,11 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .analyze import AnalyzeCommand
 from .base import set_help
+from .bench import BenchCommand
 from .compress import CompressCommand
 from .demo import DemoCommand
+from .export import ExportCommand
+from .report import ReportCommand
 
 
 __all__ = ["RMTKDCommand"]
@@ -25,6 +28,12 @@ examples:
       what every part of a model could lose; changes nothing
   optimum-cli rmtkd compress --model MODEL --train-file train.csv --validation-file dev.csv --target-reduction 0.8 -o OUT
       cut, distil, evaluate, save
+  optimum-cli rmtkd report OUT
+      one HTML page about what was done
+  optimum-cli rmtkd export OUT --format onnx -o DIR
+      for readers that know nothing of this package
+  optimum-cli rmtkd bench OUT --against MODEL
+      size, time, memory and energy of both
 
 Each command has its own --help.
 """
@@ -42,6 +51,21 @@ class RMTKDCommand(BaseOptimumCLICommand):
             name="compress",
             help="Narrow a fine-tuned model, distil it, evaluate it and save it.",
             subcommand_class=CompressCommand,
+        ),
+        CommandInfo(
+            name="report",
+            help="Write the HTML report of a finished reduction.",
+            subcommand_class=ReportCommand,
+        ),
+        CommandInfo(
+            name="export",
+            help="Write a reduced model as a plain checkpoint or as ONNX.",
+            subcommand_class=ExportCommand,
+        ),
+        CommandInfo(
+            name="bench",
+            help="Measure a reduced model against the one it was made from.",
+            subcommand_class=BenchCommand,
         ),
         CommandInfo(
             name="demo",
