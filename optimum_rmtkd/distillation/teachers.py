@@ -12,7 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
+from ..reparameterization.base import plain_parameters
 from .features import capture
+from .step import DistillationStep
 
 
 __all__ = [
@@ -63,6 +65,23 @@ class Teacher:
     def update(self, student: nn.Module) -> None:
         """Called after every optimizer step; a teacher that follows the student overrides it."""
 
+    def strip(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The inputs without what is meant for the teacher alone (columns of answers)."""
+        return inputs
+
+    def loss(self, step: DistillationStep) -> torch.Tensor | None:
+        """What the teacher itself is trained with, scalar; None: it is not."""
+        return None
+
+    @property
+    def models(self) -> list[nn.Module]:
+        """All models it asks; none where answers are cached."""
+        return [] if self.model is None else [self.model]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What of it is trained beside the student."""
+        return []
+
 
 class FrozenTeacher(Teacher):
     """A given model, as it is. The model is put in evaluation mode and otherwise left untouched."""
@@ -88,7 +107,7 @@ class EMATeacher(SnapshotTeacher):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        new = dict(student.named_parameters())
+        new = plain_parameters(student)
         for name, old in self.model.named_parameters():
             old.lerp_(new[name].to(old.dtype), 1.0 - self.decay)
         for old, fresh in zip(self.model.buffers(), student.buffers(), strict=True):

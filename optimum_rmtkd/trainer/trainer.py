@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl
 
 from ..config import RMTKDConfig
 from ..distillation import (
+    BatchTransform,
+    CachedTeacher,
     DistillationObjective,
-    DistillationStep,
     FrozenTeacher,
     HiddenStateLoss,
-    TaskLoss,
-    build_objectives,
-    capture,
+    Teacher,
+    as_teacher,
     check_compatible,
-    default_objectives,
     fingerprint,
 )
-from ..distillation.step import token_mask
+from ..distillation.cached import COLUMNS, AnswerCollator
+from ..distillation.teachers import clean_copy
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..hub import write_card, write_results
 from ..hub.run import first, public_name
+from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
+from .distiller import Distiller, LateBatches
+from .extras import Extras
+from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
+from .swap import separate_cores
 
 
 __all__ = ["RMTKDTrainer"]
@@ -48,6 +52,13 @@ class _StageCallback(TrainerCallback):
     def on_train_begin(self, args, state, control: TrainerControl, **kwargs):
         with _flags_kept(control):
             self.trainer.staging.begin()
+
+    def on_pre_optimizer_step(self, args, state, control: TrainerControl, **kwargs):
+        self.trainer.extras.step()
+
+    def on_evaluate(self, args, state, control: TrainerControl, metrics=None, **kwargs):
+        for transform in self.trainer.transforms:
+            transform.on_evaluate(metrics or {}, self.trainer.distiller.progress)
 
     def on_step_end(self, args, state, control: TrainerControl, **kwargs):
         staging = self.trainer.staging
@@ -80,22 +91,25 @@ class RMTKDTrainer(Trainer):
         model: a `PreTrainedModel` of a supported family. It keeps its identity; class and widths change at each cut.
         args: `RMTKDTrainingArguments`, or any `TrainingArguments`.
         rmtkd_config: the recipe. None: `RMTKDConfig()`, where the spectral edges decide the widths.
-        teacher_model: None for self-distillation (`rmtkd_config.teacher`), or a model of the same vocabulary and labels.
-            Its hidden states are used only if it is the very model that is cut: no projection is known for another one.
+        teacher_model: None for self-distillation (`rmtkd_config.teacher`); a model of the same vocabulary and labels; a list of
+            models, or of (model, weight); or a `Teacher` (OnlineTeacher, CachedTeacher). `HiddenStateLoss` is used only if it
+            is the very model that is cut: no projection is known for another one.
         objectives: None for the recipe's three terms; or a list of objectives (or of their dicts), or {name: arguments}.
-        reparameterization: must be None; reserved.
+        reparameterization: None, an instance, a name ("mpo", "powerpropagation") or a dict: trained in place of the weights,
+            put on again after each cut, folded back in everything that is saved and when training ends.
+        transforms: batch transforms (EmbeddingMixup, OnPolicy, ...), one or several, or their names or dicts.
         **kwargs: as `transformers.Trainer`.
 
     Each training log line carries `loss/<objective>`, unweighted, averaged since the last one. `train()` adds
     `parameters_before`, `parameters_after` and `reduction` to its metrics; `stages` and `rmtkd_stages.json` tell what happened
-    at each cut. Every term is a mean over the micro-batch: the Trainer divides it by the number of accumulation steps.
+    at each cut. Every term is a mean over the whole accumulated batch of all processes, however it is split and padded.
 
     Raises:
         RMTKDError: a setting that cannot work with cuts; an unfit teacher; a recipe that needs an eval_dataset without one.
         UnsupportedArchitectureError: no known family.
     """
 
-    # Our loss is a per-micro-batch mean. Inferred, it would be wrong: BERT & co. swallow `num_items_in_batch` through
+    # Our loss is averaged over the micro-batches. Inferred, it would be wrong: BERT & co. swallow `num_items_in_batch` through
     # **kwargs and ignore it, so loss and gradients would grow with accumulation steps and processes (transformers #47688).
     loss_is_scaled_for_ga = False
 
@@ -105,17 +119,15 @@ class RMTKDTrainer(Trainer):
         args=None,
         *positional,
         rmtkd_config: RMTKDConfig | None = None,
-        teacher_model: nn.Module | None = None,
+        teacher_model: nn.Module | Teacher | Sequence | None = None,
         objectives: Iterable[DistillationObjective] | Mapping[str, Any] | None = None,
-        reparameterization: None = None,
+        reparameterization: Reparameterization | Mapping[str, Any] | str | None = None,
+        transforms: BatchTransform | Sequence | Mapping[str, Any] | str | None = None,
         **kwargs,
     ):
         self.rmtkd_config = rmtkd_config if rmtkd_config is not None else RMTKDConfig()
-        if reparameterization is not None:
-            raise RMTKDError(
-                f"reparameterization={type(reparameterization).__name__}: expected None, over-parameterised training is not "
-                "part of this release. Leave the argument out."
-            )
+        parts = parts_of(self.rmtkd_config, objectives, reparameterization, transforms)
+        self.objectives, self.reparameterization, self.transforms = parts
         args = args if args is not None else RMTKDTrainingArguments("tmp_trainer")
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise _unsharded("fsdp" if args.fsdp else "deepspeed")
@@ -124,8 +136,8 @@ class RMTKDTrainer(Trainer):
         self._refuse_unsupported()
         self.optimizer_was_given = self.optimizer is not None
         self.reports: list[Any] = []
-        self._terms: dict[str, list] = {}
-        self.objectives = default_objectives(self.rmtkd_config) if objectives is None else build_objectives(objectives)
+        self.distiller = Distiller(self)
+        self.extras = Extras(self)
         self.staging = Staging(self)
         if teacher_model is not None:
             self._accept_teacher(teacher_model)
@@ -170,10 +182,11 @@ class RMTKDTrainer(Trainer):
             )
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             self.staging.reset()
-        self._terms.clear()
+        self.distiller.forget()
         try:
             output = super().train(resume_from_checkpoint, *positional, **kwargs)
             self.staging.end()
+            self.staging.fold()
         finally:
             self.staging.dropout.restore()
         before, after = self.staging.reference_parameters, self.staging.parameters
@@ -231,70 +244,24 @@ class RMTKDTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Evaluation: the task loss, comparable between runs. Training: sum over objectives of weight * term.
 
-        `num_items_in_batch` is withheld from the task loss: it would normalise that one term over the accumulated batch.
+        `num_items_in_batch` is withheld from the task loss: all terms alike are weighed by `DistillationStep.share`.
         """
         if not model.training or self.staging.teacher is None:
+            given = self.staging.given_teacher
+            inputs = inputs if given is None else given.strip(inputs)
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        requests = [objective.features() for objective in self.objectives]
-        paths = dict.fromkeys(path for request in requests for path in request.student)
-        offered = dict(inputs)  # label smoothing takes the labels out of `inputs`
-        with capture(self.model, paths) as features:
-            task_loss, outputs = self._student(model, inputs)
-        if missing := [path for path in paths if path not in features]:
-            raise RMTKDError(
-                f"The forward pass did not reach the hooks of {missing[0]!r}: torch.compile drops hooks set after compilation. "
-                "Set torch_compile=False, or hidden_weight=0."
-            )
-        taught = self.teacher_step(offered, [o for o in self.objectives if o.needs_teacher], prepared=True)
-        step = DistillationStep(
-            inputs=offered,
-            student_outputs=outputs,
-            teacher_outputs=taught.teacher_outputs,
-            student_features=features,
-            teacher_features=taught.teacher_features,
-            mask=taught.mask,
-            num_items_in_batch=num_items_in_batch,
-            task_loss=task_loss,
-        )
-        loss = self._weigh(step)
+        loss, outputs = self.distiller.loss(model, inputs, super().compute_loss)
         return (loss, outputs) if return_outputs else loss
 
-    def teacher_step(
-        self, inputs: Mapping[str, Any], objectives: list[DistillationObjective], prepared: bool = False
-    ) -> DistillationStep:
-        """A step with the teacher's side filled in, for those objectives that look at it."""
-        if not prepared:
-            inputs = self._prepare_inputs(dict(inputs))
-        outputs, features = None, {}
-        if objectives:
-            paths = dict.fromkeys(path for objective in objectives for path in objective.features().teacher)
-            with self.accelerator.autocast():
-                outputs, features = self.staging.teacher(inputs, paths, drop=self.label_names)
-        return DistillationStep(inputs, teacher_outputs=outputs, teacher_features=features, mask=token_mask(inputs))
-
-    def _student(self, model, inputs) -> tuple[torch.Tensor | None, Any]:
-        """(task loss or None, outputs). Without a TaskLoss the data may be unlabelled."""
-        if any(isinstance(objective, TaskLoss) for objective in self.objectives):
-            return super().compute_loss(model, inputs, return_outputs=True)
-        return None, model(**inputs)
-
-    def _weigh(self, step: DistillationStep) -> torch.Tensor:
-        total = None
-        for objective in self.objectives:
-            term = objective(step)
-            total = objective.weight * term if total is None else total + objective.weight * term
-            entry = self._terms.setdefault(objective.name, [torch.zeros((), device=term.device), 0])
-            entry[0] += term.detach()
-            entry[1] += 1
-        return total
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As `Trainer.get_batch_samples`, with the batch transforms applied and the units of the whole batch counted."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return LateBatches(batches, self.distiller.begin_batch), num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; a training line ("loss") also gets the mean of each term since the last one."""
-        if "loss" in logs and self._terms:
-            for name, (total, count) in self._terms.items():
-                mean = self.accelerator.gather((total / count).reshape(1)).mean().item()
-                logs[f"loss/{name}"] = mean
-            self._terms.clear()
+        if "loss" in logs:
+            logs |= self.distiller.log_terms()
         super().log(logs, start_time)
 
     # -- what the staging asks for -------------------------------------------------------------------------------------
@@ -306,7 +273,8 @@ class RMTKDTrainer(Trainer):
             dataset = self._remove_unused_columns(dataset, description="calibration")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="calibration")
-        config = self.rmtkd_config
+        config, given = self.rmtkd_config, self.staging.given_teacher
+        strip = (lambda batch: batch) if given is None else given.strip
         return CalibrationBatches(
             pick_samples(dataset, config.calibration_samples, config.seed),
             collate,
@@ -314,7 +282,7 @@ class RMTKDTrainer(Trainer):
             seed=config.seed,
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
-            prepare=self._prepare_inputs,
+            prepare=lambda batch: self._prepare_inputs(strip(batch)),
         )
 
     def measure(self) -> float | None:
@@ -386,8 +354,21 @@ class RMTKDTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.staging.restore(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.staging.restore_cores()
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Plain weights, whatever they are trained as: every checkpoint loads with stock `from_pretrained`."""
+        if not self.args.should_save or not is_reparameterized(self.model):
+            return super()._save(output_dir, state_dict)
+        trained = self.model
+        self.model = fold(clean_copy(trained), self.reparameterization)
+        try:
+            super()._save(output_dir)
+        finally:
+            self.model = trained
 
     def _load_best_model(self):
+        self.staging.fold()
         self.staging.adopt(self.state.best_model_checkpoint)
         super()._load_best_model()
 
@@ -395,6 +376,19 @@ class RMTKDTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.staging.save(output_dir)
+
+    def create_optimizer(self, model=None):
+        """As `Trainer.create_optimizer`; tensors of a reparameterization form the last group, without weight decay."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.reparameterization is not None and not given:
+            separate_cores(optimizer, self.model, self.reparameterization.lr_scale)
+        return optimizer
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.staging.given_teacher, CachedTeacher):
+            self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -415,22 +409,29 @@ class RMTKDTrainer(Trainer):
             raise UnsupportedArchitectureError(
                 f"{type(self.model).__name__} is no transformers PreTrainedModel; expected one with a config."
             )
-        surgery.anatomy_of(self.model, self.rmtkd_config)
+        if self.rmtkd_config.schedule != "none":
+            surgery.anatomy_of(self.model, self.rmtkd_config)
 
-    def _accept_teacher(self, teacher: nn.Module) -> None:
-        check_compatible(self.model, teacher)
-        if teacher is self.model or fingerprint(teacher) == fingerprint(self.model):
+    def _accept_teacher(self, teacher: Any) -> None:
+        given = as_teacher(teacher)
+        for model in given.models:
+            check_compatible(self.model, model)
+        if teacher is self.model or type(given) is FrozenTeacher and fingerprint(teacher) == fingerprint(self.model):
             logger.info("teacher_model is the model that is cut: taken as teacher='initial'.")
             self.rmtkd_config = self.rmtkd_config.replace(teacher="initial")
             self.staging = Staging(self)
             return
-        self._move_model_to_device(teacher, self.args.device)
-        self.staging.given_teacher = FrozenTeacher(teacher)
+        for model in given.models:
+            self._move_model_to_device(model, self.args.device)
+        self.staging.given_teacher = given
+        if isinstance(given, CachedTeacher):
+            self.data_collator = AnswerCollator(self.data_collator)
         kept = [objective for objective in self.objectives if not isinstance(objective, HiddenStateLoss)]
         if len(kept) < len(self.objectives):
             logger.warning(
                 "HiddenStateLoss is dropped: the student's residual stream is a projection of its own uncut model's, and no "
-                "projection to the stream of the given teacher_model (%s) is known. The other objectives stay.",
+                "projection to the stream of the given teacher_model (%s) is known. The other objectives stay; "
+                "ProjectedFeatureLoss compares hidden states of any two models.",
                 type(teacher).__name__,
             )
             self.objectives = kept
