@@ -1,0 +1,117 @@
+"""A reduced model on the Hub is as ordinary as any other: pushed and pulled by the real client over HTTP."""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import optimum_rmtkd
+
+from .server import LocalHub
+
+
+REMOTE = "modeling_rmtkd.py"
+CLIENT = "client.py"
+
+
+def last_line(done) -> dict:
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, as_user, workplace):
+    last_line(as_user(hub, CLIENT, "push", workplace))
+    return hub
+
+
+@pytest.fixture(scope="module")
+def pulled(pushed, as_user, workplace):
+    """What somebody with the plugin found."""
+    return last_line(as_user(pushed, CLIENT, "pull", workplace))
+
+
+@pytest.fixture(scope="module")
+def strangers(pushed, pulled, as_user, workplace):
+    """What somebody without the plugin found."""
+    return last_line(as_user(pushed, CLIENT, "stranger", workplace, cache="strangers"))
+
+
+def test_a_push_brings_weights_config_and_one_file_of_code(pushed):
+    files = pushed.files("user/reduced")
+    assert {"config.json", "model.safetensors", REMOTE, "tokenizer.json"} <= set(files)
+    assert [name for name in files if name.endswith(".py")] == [REMOTE]
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl", ".pickle"))]
+    config = json.loads(files["config.json"])
+    assert config["model_type"] == "rmtkd_bert"
+    assert config["auto_map"]["AutoConfig"] == "modeling_rmtkd.RMTKDBertConfig"
+    assert (
+        config["auto_map"]["AutoModelForSequenceClassification"] == "modeling_rmtkd.RMTKDBertForSequenceClassification"
+    )
+
+
+def test_a_push_in_shards(pushed):
+    shards = [name for name in pushed.files("user/sharded") if name.startswith("model-")]
+    assert len(shards) > 2 and "model.safetensors" not in pushed.files("user/sharded")
+
+
+def test_with_the_plugin_logits_are_bit_equal(pulled):
+    assert pulled["user/reduced"] is True
+    assert pulled["user/sharded"] is True
+
+
+def test_pipeline_by_name(pulled, strangers):
+    assert pulled["pipeline"] == pulled["expected"] == strangers["pipeline"]
+
+
+def test_load_save_push_keeps_the_code(pushed, pulled):
+    first, again = pushed.files("user/reduced"), pushed.files("user/again")
+    assert again[REMOTE] == first[REMOTE]
+    assert json.loads(again["config.json"])["auto_map"] == json.loads(first["config.json"])["auto_map"]
+
+
+def test_without_the_plugin_logits_are_bit_equal(strangers):
+    assert strangers["plugin"] is False
+    for name in ("user/reduced", "user/sharded", "user/again"):
+        assert strangers[name] is True, name
+
+
+def test_strangers_push_what_others_can_load(pushed, strangers):
+    assert strangers["user/strangers"] is True
+    files = pushed.files("user/strangers")
+    assert files[REMOTE] == pushed.files("user/reduced")[REMOTE]
+    # transformers marks code of another repository as "user/reduced--module.Class"
+    assert "modeling_rmtkd.RMTKDBertConfig" in json.loads(files["config.json"])["auto_map"]["AutoConfig"]
+
+
+def test_without_plugin_and_without_trust_nothing_is_loaded(strangers):
+    assert strangers["without trust"] != "loaded"
+    assert "trust_remote_code" in strangers["without trust"] or "rmtkd_bert" in strangers["without trust"]
+
+
+def test_the_pushed_code_is_the_reviewed_file_and_imports_torch_and_transformers_alone(pushed):
+    source = pushed.files("user/reduced")[REMOTE]
+    assert source == (Path(optimum_rmtkd.__file__).parent / REMOTE).read_bytes()
+    imported, called = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            imported.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            called.add(node.func.id)
+    assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
+    assert imported & set(sys.stdlib_module_names) <= {"contextlib", "sys"}
+    assert not called & {"eval", "exec", "compile", "open", "__import__"}
+
+
+def test_large_files_go_through_lfs(as_user, workplace):
+    with LocalHub(lambda path, size: "lfs" if path.endswith(".safetensors") else "regular") as hub:
+        as_user(hub, CLIENT, "push", workplace)
+        assert any(path.startswith("/_lfs/") for method, path in hub.log if method == "PUT")
+        found = last_line(as_user(hub, CLIENT, "pull", workplace, cache="lfs"))
+    assert found["user/reduced"] is True and found["user/sharded"] is True
