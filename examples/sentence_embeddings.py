@@ -102,13 +102,14 @@ def spearman(model, tokenizer, pairs: Dataset, max_length: int, batch_size: int 
 def save_sentence_transformer(folder: Path, max_length: int) -> None:
     """The same model as `SentenceTransformer` likes it: encoder, mean pooling, normalisation."""
     try:
-        from sentence_transformers import SentenceTransformer, models
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
     except ImportError:
         print("sentence-transformers is not installed: only the transformers folder was written")
         return
-    encoder = models.Transformer(str(folder), max_seq_length=max_length)
-    width = encoder.get_word_embedding_dimension()
-    SentenceTransformer(modules=[encoder, models.Pooling(width, "mean"), models.Normalize()]).save_pretrained(
+    encoder = Transformer(str(folder), max_seq_length=max_length)
+    width = encoder.get_embedding_dimension()
+    SentenceTransformer(modules=[encoder, Pooling(width, "mean"), Normalize()]).save_pretrained(
         str(folder / "sentence-transformers")
     )
 

@@ -24,8 +24,8 @@ EPILOG = """\
 examples:
   a text classifier on local files; text and label columns are found
     optimum-cli rmtkd analyze --model ./my-bert --train-file train.csv
-  the same numbers for another tool, and a picture
-    optimum-cli rmtkd analyze --model ./my-bert --train-file train.parquet --json spectra.json --plot spectra.png
+  the same numbers for another tool, and as a page to look at
+    optimum-cli rmtkd analyze --model ./my-bert --train-file train.parquet --json spectra.json --html spectra.html
   the rule of the paper, on all tokens
     optimum-cli rmtkd analyze --model ./my-bert --train-file train.csv --edge-estimator mp_quantile --sample-unit token
   a dataset of the Hub
@@ -40,6 +40,7 @@ class AnalyzeCommand(Command):
         parser.add_argument("--model", required=True, help="Hub name or local folder of a fine-tuned classifier.")
         parser.add_argument("--batch-size", type=int, default=32, help="Samples in one forward pass. Default: 32.")
         parser.add_argument("--json", metavar="FILE", help="Also write the report as JSON.")
+        parser.add_argument("--html", metavar="FILE", help="Also write it as one HTML page (needs matplotlib).")
         parser.add_argument("--plot", metavar="FILE", help="Also plot the spectra (needs matplotlib).")
         add_options(parser, DataArguments, "data")
         add_recipe_options(parser)
@@ -47,7 +48,7 @@ class AnalyzeCommand(Command):
     def execute(self) -> None:
         recipe: RMTKDConfig = recipe_from_options(self.args)
         data = from_options(DataArguments, self.args)
-        for path in (self.args.json, self.args.plot):
+        for path in (self.args.json, self.args.html, self.args.plot):
             if path and not Path(path).absolute().parent.is_dir():
                 raise RMTKDError(f"Cannot write {path}: its folder does not exist.")
 
@@ -60,5 +61,7 @@ class AnalyzeCommand(Command):
         print(report.table())
         if self.args.json:
             report.to_json(self.args.json)
+        if self.args.html:
+            report.to_html(self.args.html)
         if self.args.plot:
             report.plot(self.args.plot)

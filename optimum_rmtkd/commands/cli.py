@@ -8,6 +8,7 @@ from .analyze import AnalyzeCommand
 from .base import set_help
 from .compress import CompressCommand
 from .demo import DemoCommand
+from .report import ReportCommand
 
 
 __all__ = ["RMTKDCommand"]
@@ -25,6 +26,8 @@ examples:
       what every part of a model could lose; changes nothing
   optimum-cli rmtkd compress --model MODEL --train-file train.csv --validation-file dev.csv --target-reduction 0.8 -o OUT
       cut, distil, evaluate, save
+  optimum-cli rmtkd report OUT
+      one HTML page about what was done
 
 Each command has its own --help.
 """
@@ -42,6 +45,11 @@ class RMTKDCommand(BaseOptimumCLICommand):
             name="compress",
             help="Narrow a fine-tuned model, distil it, evaluate it and save it.",
             subcommand_class=CompressCommand,
+        ),
+        CommandInfo(
+            name="report",
+            help="Write the HTML report of a finished reduction.",
+            subcommand_class=ReportCommand,
         ),
         CommandInfo(
             name="demo",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from dataclasses import dataclass
@@ -116,8 +117,11 @@ class CompressCommand(Command):
         data = from_options(DataArguments, self.args)
         training = from_options(TrainingOptions, self.args)
         _check_single_process()
+        from ..hub import write_card
+
         with writing_beside(self.args.output, self.args.overwrite) as folder:
             table = _compress(self.args.model, data, training, recipe, self.args.save_dtype, folder)
+            write_card(folder, Path(self.args.output).absolute().name)
         print(table)
         print(f"saved to {self.args.output}")
         if self.args.push_to_hub is not None:
@@ -134,6 +138,8 @@ def _compress(
     name: str, data: DataArguments, training: TrainingOptions, recipe: RMTKDConfig, save_dtype: str, folder: Path
 ) -> str:
     """Fill `folder` with the reduced model and return the table before / after."""
+    from ..hub import write_results
+    from ..hub.run import public_name
     from ..surgery import anatomy_of, count_parameters
     from ..trainer.stages import write_journal
     from .task import evaluate, load_task, stored_dtype, weights_folder
@@ -142,7 +148,8 @@ def _compress(
     anatomy_of(task.model, recipe)  # an unsupported architecture is refused before the first forward pass
     parameters = count_parameters(task.model)
     before = evaluate(task, task.model)
-    model, stages = _distil(task, training, recipe, folder) if training.train else _cut(task, training, recipe)
+    distil = _distil if training.train else _cut
+    model, stages, history = distil(task, training, recipe, folder)
 
     dtype = stored_dtype(name) if save_dtype == "auto" else save_dtype
     model = _rounded_to(model, dtype)
@@ -150,17 +157,29 @@ def _compress(
     _save(model, dtype, task, folder)
     recipe.to_json_file(folder / RECIPE_NAME)
     write_journal(folder, stages, recipe, parameters, count_parameters(model))
-    rows = comparison(
+    sizes = weight_bytes(weights_folder(name)), weight_bytes(folder)
+    write_results(
+        folder,
+        base_model=public_name(name),
         parameters=(parameters, count_parameters(model)),
-        size=(weight_bytes(weights_folder(name)), weight_bytes(folder)),
-        metric=task.metric,
-        values=(before, after),
+        bytes=sizes,
+        metric={"name": task.metric, "before": before, "after": after},
+        dataset=data.described(),
+        log_history=history,
+        training=dataclasses.asdict(training) | {"checkpoints": None},
+        recipe=recipe.to_dict(),
+    )
+    rows = comparison(
+        parameters=(parameters, count_parameters(model)), size=sizes, metric=task.metric, values=(before, after)
     )
     return format_table(("", "before", "after", "change"), rows)
 
 
-def _cut(task: Task, training: TrainingOptions, recipe: RMTKDConfig) -> tuple[PreTrainedModel, list[Stage]]:
+def _cut(
+    task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
+) -> tuple[PreTrainedModel, list[Stage], list[dict]]:
     """One cut without training: a single stage, without a metric."""
+    from ..hub import write_spectra
     from ..surgery import reduce
     from ..trainer import Stage
 
@@ -175,15 +194,17 @@ def _cut(task: Task, training: TrainingOptions, recipe: RMTKDConfig) -> tuple[Pr
         status="accepted",
         reason="cut without training",
     )
-    return reduction.model, [stage]
+    write_spectra(folder, stage.index, reduction.report)
+    return reduction.model, [stage], []
 
 
 def _distil(
     task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
-) -> tuple[PreTrainedModel, list[Stage]]:
-    """The whole schedule of cuts and distillation."""
+) -> tuple[PreTrainedModel, list[Stage], list[dict]]:
+    """The whole schedule of cuts and distillation; the spectra of each cut go into `folder`."""
     from transformers.trainer_utils import get_last_checkpoint
 
+    from ..hub.run import SPECTRA
     from ..trainer import RMTKDTrainer, RMTKDTrainingArguments
 
     args = RMTKDTrainingArguments(
@@ -219,7 +240,9 @@ def _distil(
     )
     there = training.checkpoints is not None and Path(training.checkpoints).is_dir()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training.checkpoints) if there else None)
-    return trainer.accelerator.unwrap_model(trainer.model), list(trainer.stages)
+    if (spectra := Path(args.output_dir) / SPECTRA).is_file():
+        shutil.copyfile(spectra, folder / SPECTRA)
+    return trainer.accelerator.unwrap_model(trainer.model), list(trainer.stages), list(trainer.state.log_history)
 
 
 def _rounded_to(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
@@ -241,9 +264,12 @@ def _push(folder: Path, repo: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
+    from ..hub import write_card
+
     api = HfApi()
     try:
-        repo_id = api.create_repo(repo or folder.name, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo or folder.absolute().name, exist_ok=True).repo_id
+        write_card(folder, repo_id)
         url = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Reduced with optimum-rmtkd")
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise RMTKDError(

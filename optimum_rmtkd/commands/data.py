@@ -61,6 +61,13 @@ class DataArguments:
             if value is not None and value < 1:
                 raise RMTKDError(f"--{name.replace('_', '-')} {value}: expected a whole number of at least 1.")
 
+    def described(self) -> dict[str, Any]:
+        """What a model card says about the data; names of files without their paths."""
+        if self.dataset is not None:
+            return {"id": self.dataset, "name": self.dataset, "config": self.dataset_config, "on_hub": True}
+        name = Path(self.validation_file or self.train_file).stem
+        return {"id": name, "name": name, "split": "validation"}
+
 
 def load_rows(data: DataArguments, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Training and validation rows, shortened as `data` says.

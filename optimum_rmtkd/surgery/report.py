@@ -134,6 +134,19 @@ class SpectralReport:
             beside.replace(target)
         return text
 
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The report as one self-contained HTML page, written to `path` where one is given.
+
+        Raises:
+            RMTKDError: matplotlib (the extra `report`) is not installed.
+        """
+        from ..hub.page import spectra_page, write_page  # upwards, on demand: pages belong to the hub room
+
+        html = spectra_page(self.to_dict())
+        if path is not None:
+            write_page(path, html)
+        return html
+
     def plot(self, path: str | Path) -> None:
         """A PNG (or what the suffix of `path` says): per site its eigenvalues, the edge and the planned width.
 

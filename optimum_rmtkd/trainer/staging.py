@@ -12,6 +12,7 @@ from torch import nn
 
 from ..distillation import EMATeacher, FrozenTeacher, Teacher, compose, fingerprint
 from ..distillation.teachers import clean_copy
+from ..hub.run import write_spectra
 from . import checkpoint
 from .data import isolated_rng
 from .stages import (
@@ -229,7 +230,7 @@ class Staging:
         self._apply(reduction, before)
         self.stages.append(dataclasses.replace(stage, metric_cut=self.trainer.measure()))
         self._disable_dropout()
-        self.trainer.reports.append(reduction.report)
+        self._keep_spectra(reduction.report)
         self._write_journal()
         self.trainer.log_stage(self.stages[-1])
 
@@ -393,6 +394,11 @@ class Staging:
         fresh = load_skeleton(self.trainer.model, self.initial, folder)
         if fresh is not None:
             install(self.trainer, fresh, prepare)
+
+    def _keep_spectra(self, report: Any) -> None:
+        self.trainer.reports.append(report)
+        if self.trainer.args.should_save:
+            write_spectra(self.trainer.args.output_dir, self.stages[-1].index, report)
 
     def _write_journal(self) -> None:
         if self.trainer.args.should_save and self.initial is not None:

@@ -26,6 +26,8 @@ from ..distillation import (
 )
 from ..distillation.step import token_mask
 from ..errors import RMTKDError, UnsupportedArchitectureError
+from ..hub import write_card, write_results
+from ..hub.run import first, public_name
 from .arguments import RMTKDTrainingArguments
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from .stages import Stage, stage_table
@@ -176,9 +178,53 @@ class RMTKDTrainer(Trainer):
             self.staging.dropout.restore()
         before, after = self.staging.reference_parameters, self.staging.parameters
         output.metrics.update(parameters_before=before, parameters_after=after, reduction=1 - after / before)
+        if self.args.should_save:
+            self._write_results(before, after)
         if self.is_world_process_zero() and self.stages:
             print(stage_table(self.stages))
         return output
+
+    def create_model_card(
+        self,
+        language=None,
+        license=None,
+        tags=None,
+        model_name=None,
+        finetuned_from=None,
+        tasks=None,
+        dataset_tags=None,
+        dataset=None,
+        dataset_args=None,
+    ) -> None:
+        """As `Trainer.create_model_card`, with the card of a reduced model: sizes, stages, figures, recipe."""
+        if not self.is_world_process_zero():
+            return
+        if not self.stages:  # nothing was cut: an ordinary model
+            super().create_model_card(
+                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
+            )
+            return
+        given = [first(values) for values in (dataset_tags, dataset, dataset_args)]
+        if any(given):
+            known = {"id": given[0] or given[1], "name": given[1] or given[0], "config": given[2]}
+            write_results(self.args.output_dir, dataset=known | {"on_hub": given[0] is not None})
+        write_results(self.args.output_dir, base_model=finetuned_from)
+        kept = getattr(self.staging.initial, "model_tags", None) or []  # a cut makes a new model, without them
+        tags = [*([tags] if isinstance(tags, str) else tags or []), *kept]
+        metadata = {"language": language, "license": license, "tags": tags, "pipeline_tag": first(tasks)}
+        write_card(self.args.output_dir, self.hub_model_id or model_name, **metadata)
+
+    def _write_results(self, before: int, after: int) -> None:
+        shown = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "weight_decay")
+        names = ("epochs", "max_steps", "batch_size", "learning_rate", "weight_decay")
+        write_results(
+            self.args.output_dir,
+            base_model=public_name(self.staging.initial.config._name_or_path),
+            parameters=(before, after),
+            log_history=self.state.log_history,
+            training={name: getattr(self.args, key) for name, key in zip(names, shown, strict=True)},
+            recipe=self.rmtkd_config.to_dict(),
+        )
 
     # -- the loss ------------------------------------------------------------------------------------------------------
 

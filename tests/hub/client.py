@@ -1,4 +1,4 @@
-"""What users of the Hub do, each in a fresh process: `python client.py push|pull|stranger FOLDER`."""
+"""What users of the Hub do, each in a fresh process: `python client.py ACTION FOLDER`."""
 
 from __future__ import annotations
 
@@ -124,7 +124,76 @@ def stranger(folder: Path) -> dict:
     return found
 
 
+def sentences() -> list[dict]:
+    """Praise and blame, labelled."""
+    return [
+        {"sentence": f"the {noun} is {word}", "label": int(word == "great")}
+        for noun in ("film", "plot") * 12
+        for word in ("great", "dull")
+    ]
+
+
+def dense(folder: Path):
+    """An uncut classifier and its tokenizer in `folder`/dense."""
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    torch.manual_seed(0)
+    body = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = BertForSequenceClassification(BertConfig(vocab_size=len(WORDS), max_position_embeddings=32, **body))
+    model.save_pretrained(folder / "dense")
+    (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf8")
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), model_max_length=32)
+    tokenizer.save_pretrained(folder / "dense")
+    return model, tokenizer
+
+
+def trainer(folder: Path) -> dict:
+    """`RMTKDTrainer.push_to_hub` after a few steps."""
+    from datasets import Dataset
+
+    from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments
+
+    model, tokenizer = dense(folder)
+    model.add_model_tags(["from-the-test"])
+    rows = Dataset.from_list([{**tokenizer(row["sentence"]), "labels": row["label"]} for row in sentences()])
+    trainer = RMTKDTrainer(
+        model=model,
+        args=RMTKDTrainingArguments(
+            str(folder / "trained"), max_steps=6, logging_steps=2, use_cpu=True, disable_tqdm=True, report_to="none"
+        ),
+        rmtkd_config=RMTKDConfig(target_reduction=0.5, round_to=4, min_width=4, importance="variance"),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.push_to_hub(dataset="Praise and blame", dataset_tags="user/praise", language="en")
+    return {"parameters": sum(p.numel() for p in trainer.model.parameters())}
+
+
+def compress(folder: Path) -> dict:
+    """`optimum-cli rmtkd compress --push-to-hub`, and its report."""
+    import csv
+
+    from optimum.commands.optimum_cli import main
+
+    dense(folder)
+    with (folder / "praise.csv").open("w", newline="", encoding="utf8") as file:
+        writer = csv.DictWriter(file, ["sentence", "label"])
+        writer.writeheader()
+        writer.writerows(sentences())
+    data = ["--train-file", str(folder / "praise.csv"), "--validation-file", str(folder / "praise.csv")]
+    size = ["--target-reduction", "0.5", "--round-to", "4", "--min-width", "4", "--max-steps", "4"]
+    model = ["--model", str(folder / "dense"), "-o", str(folder / "small"), "--push-to-hub", "user/small"]
+    sys.argv = ["optimum-cli", "rmtkd", "compress", *model, *data, *size]
+    main()
+    return {"card": (folder / "small" / "README.md").read_text(encoding="utf8")}
+
+
+ACTIONS = {f.__name__: f for f in (push, pull, stranger, trainer, compress)}
+
 if __name__ == "__main__":
     action, where = sys.argv[1:]
     # transformers' own question about remote code ends without a line break
-    print("\n" + json.dumps({"push": push, "pull": pull, "stranger": stranger}[action](Path(where))))
+    print("\n" + json.dumps(ACTIONS[action](Path(where))))

@@ -1,0 +1,48 @@
+"""`optimum-cli rmtkd report`: the HTML report of a finished run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import RMTKDError
+from .base import Command, set_help
+
+
+__all__ = ["ReportCommand"]
+
+USAGE = "optimum-cli rmtkd report OUT [-o FILE]"
+
+DESCRIPTION = """\
+Write one HTML page about a finished reduction: size and quality before and after, the stages, the training curves, the
+width of every part, the budget, and for each site its eigenvalues with the Marchenko-Pastur fit, the edge, and the rank
+under every estimator. The page needs no network and no other file.
+"""
+
+EPILOG = """\
+examples:
+  the output folder of compress, or the output_dir of an RMTKDTrainer
+    optimum-cli rmtkd report ./my-bert-small
+  somewhere else
+    optimum-cli rmtkd report ./my-bert-small -o ~/report.html
+
+For a model that has not been cut yet: optimum-cli rmtkd analyze ... --html spectra.html
+"""
+
+
+class ReportCommand(Command):
+    @staticmethod
+    def parse_args(parser):
+        set_help(parser, DESCRIPTION, EPILOG, USAGE)
+        parser.add_argument("folder", metavar="OUT", help="Folder of a finished run.")
+        parser.add_argument("-o", "--output", metavar="FILE", help="Default: report.html in OUT.")
+
+    def execute(self) -> None:
+        from ..hub import Run, report_page
+        from ..hub.page import PAGE, write_page
+
+        target = Path(self.args.output or Path(self.args.folder) / PAGE)
+        run = Run.read(self.args.folder)
+        if not target.absolute().parent.is_dir():
+            raise RMTKDError(f"Cannot write {target}: its folder does not exist.")
+        write_page(target, report_page(run))
+        print(f"report written to {target}")

@@ -1,0 +1,201 @@
+"""The model card of a reduced model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .run import Run
+
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+
+
+__all__ = ["CARD", "comparison_rows", "model_card", "stage_rows", "write_card"]
+
+CARD = "README.md"
+FIGURES = "figures"
+TAGS = ("optimum", "rmtkd", "model-compression", "knowledge-distillation")
+TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
+TRAINING_OPTIONS = ("epochs", "max_steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps")
+
+
+def write_card(folder: str | Path, repository: str | None = None, **metadata: Any) -> Path:
+    """Write the card of the run in `folder`, and its figures where matplotlib is installed.
+
+    Args:
+        repository: name that the card's code loads; default: the folder's.
+        metadata: further fields of `huggingface_hub.ModelCardData`, for example license, language, tags.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        RMTKDError: the folder holds no record of a reduction.
+    """
+    folder = Path(folder)
+    run = Run.read(folder)
+    metadata.setdefault("license", None)
+    metadata["license"] = metadata["license"] or license_of(run.base_repository)
+    card = model_card(run, repository, figures=_figures(run, folder), **metadata)
+    target = folder / CARD
+    beside = target.with_name(CARD + ".tmp")
+    beside.write_text(str(card), encoding="utf8")
+    beside.replace(target)
+    return target
+
+
+def model_card(
+    run: Run, repository: str | None = None, figures: tuple[dict[str, str], ...] = (), **metadata: Any
+) -> ModelCard:
+    """The card of a run.
+
+    Args:
+        figures: {"text", "path"} of pictures beside the card.
+        metadata: as in `write_card`; `tags` are added to our own.
+    """
+    from huggingface_hub import ModelCard
+
+    title = (repository or run.name).split("/")[-1]
+    metric = run.metric
+    trained = bool(run.history)
+    known = run.parameters
+    return ModelCard.from_template(
+        card_data(run, title, **metadata),
+        template_path=str(TEMPLATE),
+        title=title,
+        repository=repository or run.name,
+        base_model=run.base_model,
+        base_url=f"https://huggingface.co/{run.base_repository}" if run.base_repository else "",
+        removed=f"{1 - known[1] / known[0]:.1%}" if known else "",
+        trained=trained,
+        comparison=comparison_rows(run),
+        measured=run.bench.get("setting", ""),
+        has_metric=metric is not None,
+        has_latency=bool(run.bench),
+        metric_name=metric[0] if metric else "",
+        stages=stage_rows(run),
+        figures=figures,
+        auto_class=run.auto_class,
+        recipe=json.dumps(run.recipe, indent=2),
+        training_options=_training_options(run),
+        dataset=_dataset(run),
+        seed=run.recipe.get("seed"),
+    )
+
+
+def card_data(run: Run, name: str, **metadata: Any) -> Any:
+    """`ModelCardData` of a run: base model and relation, tags, data set, `model-index` under `name`."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    given = {key: value for key, value in metadata.items() if value is not None}
+    tags = given.pop("tags", [])
+    tags = [tags] if isinstance(tags, str) else list(tags)
+    dataset = run.results.get("dataset", {})
+    results = []
+    if run.metric and run.metric[2] is not None and run.task:
+        metric, _, value = run.metric
+        results.append(
+            EvalResult(
+                task_type=run.task,
+                dataset_type=dataset.get("id") or "unknown",
+                dataset_name=dataset.get("name") or "validation data",
+                dataset_config=dataset.get("config"),
+                dataset_split=dataset.get("split"),
+                metric_type=metric,
+                metric_name=metric,
+                metric_value=round(value, 6),
+            )
+        )
+    fields = {
+        "library_name": "transformers",
+        "pipeline_tag": run.task,
+        "tags": list(dict.fromkeys([*TAGS, *tags])),
+        "base_model": run.base_repository,
+        "datasets": [dataset["id"]] if dataset.get("on_hub") else None,
+        "metrics": [run.metric[0]] if results else None,
+        "eval_results": results or None,
+        "model_name": name if results else None,
+    }
+    if run.base_repository:
+        fields["base_model_relation"] = "finetune"
+    return ModelCardData(**fields | given)
+
+
+def license_of(repository: str | None) -> str | None:
+    """What the card of the uncut model says; None where there is no such card, or no network."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if repository is None:
+        return None
+    try:
+        data = HfApi().model_info(repository).card_data
+    except (HfHubHTTPError, OSError):
+        return None
+    return data.get("license") if data else None
+
+
+def comparison_rows(run: Run) -> list[tuple[str, str, str, str]]:
+    """Rows (what, before, after, change): size, metric, and what the bench measured."""
+    rows = []
+    if run.parameters:
+        rows.append(_counted("parameters", *run.parameters))
+    if size := run.results.get("bytes"):
+        rows.append(_counted("bytes on disk", *size))
+    if run.metric and run.metric[1] is not None and run.metric[2] is not None:
+        name, before, after = run.metric
+        rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"))
+    rows += [tuple(row) for row in run.bench.get("rows", []) if row[0] not in {name for name, *_ in rows}]
+    return rows
+
+
+def stage_rows(run: Run) -> list[tuple[str, ...]]:
+    """One row a stage, as in the template."""
+    rows = []
+    for stage in run.stages:
+        removed = 1 - stage["parameters_after"] / run.stages[0]["parameters_before"]
+        metrics = ["-" if stage[key] is None else f"{stage[key]:.4f}" for key in METRICS]
+        status = stage["status"].replace("_", " ") + (f" ({stage['reason']})" if stage.get("reason") else "")
+        size = f"{stage['parameters_before']:,} → {stage['parameters_after']:,}"
+        rows.append((str(stage["index"]), str(stage["step"]), size, f"{removed:.1%}", *metrics, status))
+    return rows
+
+
+METRICS = ("metric_before", "metric_cut", "metric_after")
+
+
+def _counted(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, f"{before:,}", f"{after:,}", f"{100 * (after / before - 1):+.1f} %" if before else "-"
+
+
+def _training_options(run: Run) -> str:
+    training = run.results.get("training", {})
+    given = [f"--{name.replace('_', '-')} {training[name]:g}" for name in TRAINING_OPTIONS if name in training]
+    if not run.history:
+        return " --no-train" if run.results else ""
+    return " \\\n    " + " ".join(given) if given else ""
+
+
+def _dataset(run: Run) -> str:
+    dataset = run.results.get("dataset", {})
+    parts = [dataset.get("name"), dataset.get("config"), dataset.get("split")]
+    return ", ".join(part for part in parts if part)
+
+
+def _figures(run: Run, folder: Path) -> tuple[dict[str, str], ...]:
+    """PNG files of the run's figures, in a folder of their own; none without matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return ()
+    from .plots import figures_of
+
+    (folder / FIGURES).mkdir(exist_ok=True)
+    made = []
+    for name, text, figure in figures_of(run):
+        figure.savefig(folder / FIGURES / f"{name}.png", dpi=110, facecolor="white")
+        made.append({"text": text, "path": f"{FIGURES}/{name}.png"})
+    return tuple(made)

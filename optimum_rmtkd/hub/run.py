@@ -1,0 +1,212 @@
+"""The record of a run: small JSON files beside the model, from which card and report are made, now or later.
+
+config.json           of the model: spec, recipe, provenance
+rmtkd_stages.json     what happened at each cut                      (trainer, compress)
+rmtkd_spectra.json    the spectra behind each cut                    (trainer, compress)
+rmtkd_results.json    data set, metric, sizes, training log          (trainer, compress)
+rmtkd_bench.json      latency, throughput, memory, energy            (bench)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import RMTKDError
+
+
+__all__ = ["BENCH", "RESULTS", "SPECTRA", "STAGES", "Run", "first", "public_name", "write_results", "write_spectra"]
+
+STAGES, SPECTRA, RESULTS, BENCH = (
+    "rmtkd_stages.json",
+    "rmtkd_spectra.json",
+    "rmtkd_results.json",
+    "rmtkd_bench.json",
+)
+TASKS = {
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForConditionalGeneration": "text-generation",
+    "ForImageClassification": "image-classification",
+    "Model": "feature-extraction",
+}
+SIGNIFICANT = 7  # digits of a number in the record: eigenvalues are most of it
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that is known about a finished reduction.
+
+    Attributes:
+        name: of its folder.
+        config: of the model, or {} where the folder holds none.
+        stages: records of the cuts (`Stage.to_dict`), in order.
+        spectra: {index of the stage: SpectralReport.to_dict()}.
+        results: what `write_results` was given, or {}.
+        bench: what `optimum-cli rmtkd bench` wrote, or {}.
+    """
+
+    name: str
+    config: dict[str, Any] = field(default_factory=dict)
+    stages: tuple[dict[str, Any], ...] = ()
+    spectra: dict[int, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+    bench: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: str | Path, name: str | None = None) -> Run:
+        """The record in `folder`: what `compress` or an `RMTKDTrainer` wrote.
+
+        Raises:
+            RMTKDError: no such folder, no record in it, or a file of it is no JSON object.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise RMTKDError(f"{folder}: no such folder; expected the output of compress or of an RMTKDTrainer.")
+        found = {file: _load(folder / file) for file in ("config.json", STAGES, SPECTRA, RESULTS, BENCH)}
+        if not any(found[file] for file in (STAGES, SPECTRA)) and not found["config.json"].get("rmtkd"):
+            raise RMTKDError(
+                f"{folder} holds no record of a reduction (neither {STAGES}, {SPECTRA} nor a reduced model's config.json): "
+                "expected the output folder of optimum-cli rmtkd compress, or the output_dir of an RMTKDTrainer."
+            )
+        spectra = {int(index): report for index, report in found[SPECTRA].get("stages", {}).items()}
+        return cls(
+            name=name or folder.absolute().name,
+            config=found["config.json"],
+            stages=tuple(found[STAGES].get("stages", ())),
+            spectra=dict(sorted(spectra.items())),
+            results=found[RESULTS],
+            bench=found[BENCH],
+        )
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """Fields of the `RMTKDConfig`."""
+        return (self.config.get("rmtkd") or {}).get("recipe") or self.results.get("recipe", {})
+
+    @property
+    def parameters(self) -> tuple[int, int] | None:
+        """Before the first cut and after the last; None where unknown."""
+        known = self.results.get("parameters")
+        if known:
+            return tuple(known)
+        standing = [stage for stage in self.stages if stage["status"] in ("open", "accepted")]
+        return (self.stages[0]["parameters_before"], standing[-1]["parameters_after"]) if standing else None
+
+    @property
+    def metric(self) -> tuple[str, float | None, float | None] | None:
+        """(name, before, after) of the validation metric; None where nothing was measured."""
+        if known := self.results.get("metric"):
+            return known["name"], known["before"], known["after"]
+        measured = [s for s in self.stages if s.get("metric_name")]
+        if not measured:
+            return None
+        standing = [s for s in measured if s["status"] in ("open", "accepted")]
+        after = standing[-1]["metric_after"] if standing else None
+        return measured[0]["metric_name"].removeprefix("eval_"), measured[0]["metric_before"], after
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """Lines of the training log."""
+        return self.results.get("log_history", [])
+
+    @property
+    def base_model(self) -> str:
+        """Name of the uncut model: a repository, or the last part of a path; "" where unknown."""
+        provenance = (self.config.get("rmtkd") or {}).get("provenance", {})
+        return public_name(self.results.get("base_model") or provenance.get("base_model") or "")
+
+    @property
+    def base_repository(self) -> str | None:
+        """`base_model` where it is the name of a repository of the Hub."""
+        given = self.results.get("base_model") or (self.config.get("rmtkd") or {}).get("provenance", {}).get(
+            "base_model"
+        )
+        return given if given and _is_repository(given) else None
+
+    @property
+    def architecture(self) -> str:
+        """Class of the model, for example RMTKDBertForSequenceClassification; "" where unknown."""
+        return (self.config.get("architectures") or [""])[0]
+
+    @property
+    def task(self) -> str | None:
+        """The Hub's name of the model's task."""
+        return next((task for suffix, task in TASKS.items() if self.architecture.endswith(suffix)), None)
+
+    @property
+    def auto_class(self) -> str:
+        """The Auto class that loads it."""
+        names = [name for name in self.config.get("auto_map", {}) if name != "AutoConfig"]
+        return next((name for name in names if name != "AutoModel"), "AutoModel")
+
+
+def write_spectra(folder: str | Path, index: int, report: Any) -> None:
+    """Add the `SpectralReport` of a stage to the record; a later run of the same stage replaces it."""
+    path = Path(folder) / SPECTRA
+    values = _load(path) or {"version": 1, "stages": {}}
+    kept = {key: value for key, value in values["stages"].items() if int(key) < index}
+    _write(path, values | {"stages": kept | {str(index): report.to_dict()}})
+
+
+def write_results(folder: str | Path, **results: Any) -> None:
+    """Add to the results of a run: `base_model`, `parameters` and `bytes` (before, after), `metric` {name, before, after},
+    `dataset` {id, name, split}, `log_history`, `training`, `recipe`. What is None is left as it was."""
+    path = Path(folder) / RESULTS
+    given = {key: value for key, value in results.items() if value is not None}
+    _write(path, {"version": 1} | _load(path) | given)
+
+
+def public_name(name: str) -> str:
+    """A repository's name as it is, a path's last part: paths of somebody's machine do not belong into a card."""
+    return name if _is_repository(name) else Path(name).name
+
+
+def first(values: str | Sequence[str] | None) -> str | None:
+    """transformers takes one name or several."""
+    return values if values is None or isinstance(values, str) else next(iter(values), None)
+
+
+def _is_repository(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not Path(name).exists()
+
+
+def _load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf8"))
+    except json.JSONDecodeError as error:
+        raise RMTKDError(f"{path} is not JSON ({error}): it was cut short or edited; repeat the run.") from error
+    if not isinstance(values, dict):
+        raise RMTKDError(f"{path} holds a JSON {type(values).__name__}; expected an object.")
+    return values
+
+
+def _write(path: Path, values: Mapping[str, Any]) -> None:
+    """Beside, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(json.dumps(_plain(values)) + "\n", encoding="utf8")
+    os.replace(beside, path)
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN, and needs no sixteen digits."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.{SIGNIFICANT}g}") if math.isfinite(value) else None
+    return value

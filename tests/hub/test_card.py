@@ -1,0 +1,147 @@
+"""The model card, and the two roads by which it gets to the Hub."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from optimum_rmtkd.hub import Run, model_card, write_results
+
+from .server import card_errors
+from .test_push_pull import CLIENT, last_line
+
+
+STAGE = {
+    "index": 0,
+    "step": 0,
+    "sites": [],
+    "parameters_before": 1000,
+    "parameters_after": 400,
+    "metric_name": "eval_accuracy",
+    "metric_before": 0.9,
+    "metric_cut": 0.7,
+    "metric_after": 0.88,
+    "status": "accepted",
+    "reason": None,
+}
+CONFIG = {
+    "architectures": ["RMTKDBertForSequenceClassification"],
+    "auto_map": {
+        "AutoConfig": "modeling_rmtkd.RMTKDBertConfig",
+        "AutoModel": "modeling_rmtkd.RMTKDBertModel",
+        "AutoModelForSequenceClassification": "modeling_rmtkd.RMTKDBertForSequenceClassification",
+    },
+    "rmtkd": {"recipe": {"target_reduction": 0.6, "seed": 3}, "provenance": {"base_model": "org/base"}},
+}
+
+
+def run(**changes) -> Run:
+    return Run(**{"name": "small", "config": CONFIG, "stages": (STAGE,)} | changes)
+
+
+def metadata(card: ModelCard) -> dict:
+    return yaml.safe_load(str(card).split("---")[1])
+
+
+def test_metadata_says_what_it_is_and_where_it_comes_from():
+    results = {"dataset": {"id": "org/data", "name": "Data", "split": "validation", "on_hub": True}}
+    found = metadata(model_card(run(results=results), "user/small", license="mit"))
+    assert found["base_model"] == "org/base" and found["base_model_relation"] == "finetune"
+    assert found["library_name"] == "transformers" and found["pipeline_tag"] == "text-classification"
+    assert {"rmtkd", "optimum"} <= set(found["tags"]) and found["license"] == "mit"
+    assert found["datasets"] == ["org/data"]
+    (result,) = found["model-index"][0]["results"]
+    assert found["model-index"][0]["name"] == "small"
+    assert result["metrics"] == [{"type": "accuracy", "value": 0.88, "name": "accuracy"}]
+    assert result["dataset"] == {"type": "org/data", "name": "Data", "split": "validation"}
+
+
+def test_text_shows_sizes_stages_loading_recipe_and_limits():
+    text = model_card(run(), "user/small").text
+    assert "| parameters | 1,000 | 400 | -60.0 % |" in text
+    assert "| accuracy | 0.9000 | 0.8800 | -0.0200 |" in text
+    assert "| 0 | 0 | 1,000 → 400 | 60.0% | 0.9000 | 0.7000 | 0.8800 | accepted |" in text
+    assert text.count('AutoModelForSequenceClassification.from_pretrained("user/small"') == 2
+    assert "trust_remote_code=True" in text and "import optimum_rmtkd" in text
+    assert json.loads(text.split("```json")[1].split("```")[0]) == CONFIG["rmtkd"]["recipe"]
+    assert "## Limits" in text and "Latency was not measured" in text
+
+
+def test_bench_rows_reach_the_card():
+    bench = {
+        "setting": "CPU, 1 thread, float32",
+        "rows": [["latency, batch 1", "9.0 ms", "4.5 ms", "2.00x (1.90 to 2.10)"]],
+    }
+    text = model_card(run(bench=bench)).text
+    assert "| latency, batch 1 | 9.0 ms | 4.5 ms | 2.00x (1.90 to 2.10) |" in text
+    assert "CPU, 1 thread, float32" in text and "Latency was not measured" not in text
+
+
+def test_nothing_is_claimed_that_was_not_measured():
+    quiet = STAGE | {"metric_name": None, "metric_before": None, "metric_cut": None, "metric_after": None}
+    card = model_card(run(stages=(quiet,)))
+    assert "model-index" not in metadata(card) and "accuracy" not in card.text
+    assert "not measured" in card.text
+
+
+def test_paths_of_somebodys_machine_stay_there(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(CONFIG | {"rmtkd": {"provenance": {"base_model": str(tmp_path)}}})
+    )
+    found = model_card(Run.read(tmp_path), "user/small")
+    assert str(tmp_path.parent) not in str(found)
+    assert "base_model" not in metadata(found)
+
+
+@pytest.mark.parametrize(
+    "header, complaint",
+    [
+        ("tags: rmtkd", "tags must be a list"),
+        ("base_model_relation: cousin", "unknown"),
+        ("model-index:\n- name: x\n  results:\n  - metrics: []", "task.type"),
+        ("a: [", "invalid YAML"),
+    ],
+)
+def test_the_validator_can_say_no(header, complaint):
+    assert complaint in " ".join(card_errors(f"---\n{header}\n---\n# x"))
+
+
+def test_a_rejected_value_never_becomes_a_result(tmp_path):
+    write_results(tmp_path, metric={"name": "accuracy", "before": 0.9, "after": float("nan")})
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    assert "model-index" not in metadata(model_card(Run.read(tmp_path)))
+
+
+def pushed_card(hub, repository: str) -> tuple[dict, str]:
+    text = hub.files(repository)["README.md"].decode()
+    assert card_errors(text) == []
+    return yaml.safe_load(text.split("---")[1]), text
+
+
+def test_trainer_push(hub, as_user, workplace):
+    last_line(as_user(hub, CLIENT, "trainer", workplace))
+    assert any(path == "/api/validate-yaml" for _, path in hub.log) and hub.errors == []
+    files = hub.files("user/trained")
+    assert {"config.json", "model.safetensors", "modeling_rmtkd.py", "rmtkd_stages.json", "tokenizer.json"} <= set(
+        files
+    )
+    found, text = pushed_card(hub, "user/trained")
+    assert "from-the-test" in found["tags"] and found["language"] == "en" and found["datasets"] == ["user/praise"]
+    assert found["model-index"][0]["results"][0]["dataset"]["name"] == "Praise and blame"
+    assert 'from_pretrained("user/trained")' in text
+    assert str(workplace) not in "".join(files[name].decode() for name in files if name.startswith("rmtkd_"))
+
+
+def test_compress_push(hub, as_user, workplace):
+    pytest.importorskip("matplotlib")
+    last_line(as_user(hub, CLIENT, "compress", workplace))
+    files = hub.files("user/small")
+    assert {"config.json", "model.safetensors", "modeling_rmtkd.py", "rmtkd_recipe.json"} <= set(files)
+    assert files["figures/widths.png"].startswith(b"\x89PNG")
+    found, text = pushed_card(hub, "user/small")
+    assert found["model-index"][0]["results"][0]["metrics"][0]["type"] == "accuracy"
+    assert 'from_pretrained("user/small")' in text and "(figures/widths.png)" in text
+    assert hub.errors == []

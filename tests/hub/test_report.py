@@ -1,0 +1,192 @@
+"""The HTML report: what it holds, and how it behaves in a real browser."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+
+from optimum_rmtkd import RMTKDConfig, RMTKDError, analyze
+from optimum_rmtkd.hub import Run, report_page, spectra_page, write_results, write_spectra
+from optimum_rmtkd.hub.plots import PALETTE, bulk_law
+from optimum_rmtkd.spectra import marchenko_pastur as mp
+from optimum_rmtkd.trainer import Stage
+from optimum_rmtkd.trainer.stages import write_journal
+
+from ..surgery import zoo
+from .browser import browser, open_page  # noqa: F401
+
+
+pytest.importorskip("matplotlib")
+
+RECIPE = RMTKDConfig(target_reduction=0.4, round_to=4, min_width=4, importance="variance")
+
+
+@pytest.fixture(scope="module")
+def spectra():
+    model, data = zoo.make("bert", "ForSequenceClassification"), zoo.batches("bert")
+    return analyze(model, data, RECIPE, progress=False)
+
+
+@pytest.fixture(scope="module")
+def run_folder(spectra, tmp_path_factory):
+    """The record of a run of two stages."""
+    folder = tmp_path_factory.mktemp("run")
+    sites = [
+        {"name": s.name, "kind": s.kind, "width_before": s.width, "width_after": s.planned} for s in spectra.sites
+    ]
+    numbers = {"metric_name": "eval_accuracy", "metric_before": 0.9, "metric_cut": 0.7, "metric_after": 0.88}
+    stages = [
+        Stage(0, 0, tuple(sites), 1000, 700, status="accepted", **numbers),
+        Stage(1, 5, tuple(sites), 700, 600, status="rolled_back", reason="<b>fell</b>", **numbers),
+    ]
+    write_journal(folder, stages, RECIPE, 1000, 700)
+    for stage in stages:
+        write_spectra(folder, stage.index, spectra)
+    log = [{"step": i, "loss": 1 / i, "loss/kl": 0.5 / i} for i in range(1, 9)] + [{"step": 8, "eval_loss": 0.3}]
+    write_results(folder, log_history=log, base_model="org/base", recipe=RECIPE.to_dict())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page_file(run_folder):
+    html = report_page(Run.read(run_folder))
+    (run_folder / "report.html").write_text(html, encoding="utf8")
+    return run_folder / "report.html"
+
+
+def test_the_page_stands_alone(page_file):
+    html = page_file.read_text(encoding="utf8")
+    addresses = re.findall(r"""(?:src|href)=["']([^"']+)["']""", html) + re.findall(r"url\(([^)]+)\)", html)
+    assert not [address for address in addresses if not address.startswith(("#", "data:"))]
+    assert "@import" not in html and "<script src" not in html and '<link rel="stylesheet' not in html
+    assert not [name for name in PALETTE.values() if name in html]  # every colour comes from the page's own palette
+
+
+def test_ids_are_unique(page_file):
+    ids = re.findall(r'\bid="([^"]+)"', page_file.read_text(encoding="utf8"))
+    assert len(ids) == len(set(ids))
+
+
+def test_what_others_wrote_is_escaped(page_file):
+    html = page_file.read_text(encoding="utf8")
+    assert "<b>fell</b>" not in html and "&lt;b&gt;fell&lt;/b&gt;" in html
+
+
+def test_every_site_and_estimator_is_there(page_file, spectra):
+    html = page_file.read_text(encoding="utf8")
+    for site in spectra.sites:
+        assert html.count(f"Eigenvalues of {site.name}:") == 2  # one for each stage
+    for name in ("rank: screenot", "rank: mp_quantile", "rank: gavish_donoho"):
+        assert name in html
+
+
+def test_spectral_report_writes_the_page(spectra, tmp_path):
+    html = spectra.to_html(tmp_path / "spectra.html")
+    assert (tmp_path / "spectra.html").read_text(encoding="utf8") == html == spectra_page(spectra.to_dict())
+    assert "Budget" in html and "Stages" not in html
+
+
+def test_the_fitted_law_recovers_the_noise():
+    """Eigenvalues of white noise of variance 2.5 under two strong directions."""
+    generator = torch.Generator().manual_seed(0)
+    n, d = 4000, 200
+    x = torch.randn(n, d, generator=generator, dtype=torch.float64) * math.sqrt(2.5)
+    x[:, :2] *= 10
+    values = torch.linalg.eigvalsh(x.T @ x / n).flip(0)
+    site = {"eigenvalues": values.tolist(), "null_directions": 0, "spectral_rank": 2, "n_eff": n}
+    bulk, q, sigma2 = bulk_law(site)
+    assert len(bulk) == d - 2 and q == pytest.approx((d - 2) / n)
+    assert sigma2 == pytest.approx(2.5, rel=0.02)
+    low, high = mp.edges(q, sigma2)
+    assert low * 0.97 < bulk[-1] and bulk[0] < high * 1.03
+
+
+def test_a_law_needs_a_bulk():
+    assert bulk_law({"eigenvalues": [3.0, 1.0], "null_directions": 0, "spectral_rank": 1, "n_eff": 10}) is None
+
+
+def test_a_folder_without_a_record_is_refused(tmp_path):
+    with pytest.raises(RMTKDError, match="no such folder"):
+        Run.read(tmp_path / "nothing")
+    with pytest.raises(RMTKDError, match="no record of a reduction"):
+        Run.read(tmp_path)
+    (tmp_path / "rmtkd_stages.json").write_text('{"stages": [')
+    with pytest.raises(RMTKDError, match="is not JSON"):
+        Run.read(tmp_path)
+
+
+def test_a_repeated_stage_replaces_the_later_ones(spectra, tmp_path):
+    for index in (0, 1, 2, 1):
+        write_spectra(tmp_path, index, spectra)
+    assert list(Run.read(tmp_path).spectra) == [0, 1]
+    stored = Run.read(tmp_path).spectra[0]["sites"][0]["eigenvalues"]
+    assert stored == pytest.approx(spectra.sites[0].subspace.eigenvalues.tolist(), rel=1e-6)
+
+
+# In a browser
+
+
+@pytest.mark.parametrize("width, scheme", [(400, "dark"), (1400, "light")])
+def test_page_in_a_browser(open_page, page_file, width, scheme, tmp_path):  # noqa: F811
+    page, complaints = open_page(page_file, width, scheme)
+    assert complaints == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll, the page does not
+    drawn = "[...document.querySelectorAll('figure svg')].filter(s => s.checkVisibility()).map(s => s.getBoundingClientRect().height)"
+    heights = page.evaluate(drawn)
+    assert len(heights) >= 6 and min(heights) > 100
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    bright = [sum(map(float, re.findall(r"[\d.]+", colour)[:3])) for colour in (ink, paper)]
+    assert (bright[0] > bright[1]) == (scheme == "dark") and abs(bright[0] - bright[1]) > 450
+    shot = tmp_path / "page.png"
+    page.screenshot(path=str(shot), full_page=True)
+    assert shot.stat().st_size > 20_000
+
+
+def column(page, table: str, number: int) -> list[str]:
+    return page.evaluate(
+        f"[...document.querySelector('[aria-label^=\"{table}\"] tbody').rows].map(r => r.cells[{number}].dataset.key)"
+    )
+
+
+def test_tables_sort_by_mouse_and_keyboard(open_page, page_file):  # noqa: F811
+    page, complaints = open_page(page_file)
+    name = "Stage 0: Spectra"
+    button = page.locator(f'[aria-label^="{name}"] thead button', has_text="ks_distance")
+    place = page.locator(f'[aria-label^="{name}"] thead button').all_inner_texts().index("ks_distance")
+    before = column(page, name, place)
+    button.click()
+    upwards = column(page, name, place)
+    assert sorted(before) == sorted(upwards) != before
+    numbers = [float(value) for value in upwards if value]
+    assert numbers == sorted(numbers) and upwards[: len(numbers)] == [v for v in upwards if v]
+    button.focus()
+    page.keyboard.press("Enter")
+    downwards = [float(value) for value in column(page, name, place) if value]
+    assert downwards == numbers[::-1]
+    head = page.locator(f'[aria-label^="{name}"] thead th').nth(place)
+    assert head.get_attribute("aria-sort") == "descending"
+    assert complaints == []
+
+
+def test_everything_can_be_reached_by_keyboard(open_page, page_file):  # noqa: F811
+    page, _ = open_page(page_file)
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
+    reachable = "[...document.querySelectorAll('th button, summary, .scroll, nav a')].every(e => e.tabIndex >= 0)"
+    assert page.evaluate(reachable)
+    closed = page.locator("details").nth(1)
+    assert not closed.evaluate("d => d.open")
+    closed.locator("summary").focus()
+    page.keyboard.press("Enter")
+    assert closed.evaluate("d => d.open")
+
+
+def test_json_of_the_record_is_strict(run_folder):
+    for path in run_folder.glob("rmtkd_*.json"):
+        json.loads(path.read_text(encoding="utf8"), parse_constant=lambda name: pytest.fail(f"{name} in {path.name}"))
