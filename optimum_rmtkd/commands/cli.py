@@ -8,6 +8,7 @@ from .analyze import AnalyzeCommand
 from .base import set_help
 from .compress import CompressCommand
 from .demo import DemoCommand
+from .export import ExportCommand
 from .report import ReportCommand
 
 
@@ -28,6 +29,8 @@ examples:
       cut, distil, evaluate, save
   optimum-cli rmtkd report OUT
       one HTML page about what was done
+  optimum-cli rmtkd export OUT --format onnx -o DIR
+      for readers that know nothing of this package
 
 Each command has its own --help.
 """
@@ -50,6 +53,11 @@ class RMTKDCommand(BaseOptimumCLICommand):
             name="report",
             help="Write the HTML report of a finished reduction.",
             subcommand_class=ReportCommand,
+        ),
+        CommandInfo(
+            name="export",
+            help="Write a reduced model as a plain checkpoint or as ONNX.",
+            subcommand_class=ExportCommand,
         ),
         CommandInfo(
             name="demo",

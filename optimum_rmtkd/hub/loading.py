@@ -1,0 +1,96 @@
+"""A saved model with its own class, whatever its task."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RMTKDError
+
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["example_inputs", "load_model", "load_processor"]
+
+TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model in a folder or repository as the class that its config names, in eval mode.
+
+    Args:
+        dtype: None for that of the checkpoint.
+
+    Raises:
+        RMTKDError: no model there, or one of a class that neither transformers nor this package has.
+    """
+    import transformers
+    from transformers import AutoConfig
+
+    from .. import modeling_rmtkd
+
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RMTKDError(f"Cannot load model '{name}': {error}") from error
+    wanted = (config.architectures or [""])[0]
+    home = modeling_rmtkd if wanted.startswith(modeling_rmtkd.PREFIX) else transformers
+    if not hasattr(home, wanted or "?"):
+        raise RMTKDError(
+            f"'{name}' names the class {wanted!r}, which transformers does not have: expected a model of its own."
+        )
+    try:
+        return getattr(home, wanted).from_pretrained(name, dtype=dtype or "auto").eval()
+    except OSError as error:
+        raise RMTKDError(f"Cannot load the weights of '{name}': {error}") from error
+
+
+def load_processor(name: str | Path) -> Any | None:
+    """The tokenizer or image processor beside a model; None where there is none."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    folder = Path(name)
+    if folder.is_dir() and (folder / "preprocessor_config.json").is_file():
+        return AutoImageProcessor.from_pretrained(name)
+    if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError):
+        return None
+
+
+def example_inputs(model: PreTrainedModel, batch: int, length: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs of a model: token ids with a mask that pads the last row, or pixels.
+
+    Returns:
+        `input_ids`, `attention_mask` (and `token_type_ids` where the model has types): (batch, length) int64; or
+        `pixel_values`: (batch, channels, size, size) fp32.
+    """
+    import torch
+
+    generator, config = torch.Generator().manual_seed(seed), model.config
+    if model.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = size if isinstance(size, (tuple, list)) else (size, size)
+        return {"pixel_values": torch.randn(batch, config.num_channels, height, width, generator=generator)}
+    ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
+    # RoBERTa counts positions by the padding token: random ids must not hold it
+    padding = config.pad_token_id
+    if padding is not None:
+        ids = torch.where(ids == padding, (ids + 1) % config.vocab_size, ids)
+    mask = torch.ones_like(ids)
+    mask[-1, length - length // 4 :] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if (getattr(config, "type_vocab_size", 0) or 0) > 1:
+        inputs["token_type_ids"] = torch.zeros_like(ids)
+    return inputs
+
+
+def architecture_of(folder: str | Path) -> str:
+    """First entry of `architectures` in a folder's config."""
+    path = Path(folder) / "config.json"
+    return (json.loads(path.read_text(encoding="utf8")).get("architectures") or [""])[0] if path.is_file() else ""

@@ -1,0 +1,306 @@
+"""A reduced model as a plain checkpoint of its base architecture, which loads with nothing of ours.
+
+The base's config knows one width for each kind of layer. Where the reduced model is narrower somewhere, zeros fill the
+gap, which changes no output:
+
+    feed-forward      zero neurons: their columns in the layer behind are zero
+    heads             zero features of queries, keys and values; whole zero heads where the stream divides only so
+    softmax scale     the base derives it from the head width; the ratio goes into queries and keys, half each
+    factored layers   multiplied out
+
+The stream itself cannot be filled up: layer norm averages over it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RMTKDError
+
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..surgery.sites import Anatomy
+
+__all__ = ["NativeExport", "to_native"]
+
+FFN_FIELDS = ("intermediate_size", "hidden_dim")
+TOLERANCE = 1e-5  # of the largest logit, in fp32
+
+
+@dataclass(frozen=True)
+class NativeExport:
+    """A plain model, and what it cost.
+
+    Attributes:
+        model: an instance of the stock class, same outputs.
+        parameters_before, parameters_after: of the reduced and of the plain model.
+        padded: {site: (width, width after padding)} and factored layers that were multiplied out, (rank, width).
+        difference: largest difference of the outputs, relative to the largest output.
+    """
+
+    model: PreTrainedModel
+    parameters_before: int
+    parameters_after: int
+    padded: dict[str, tuple[int, int]]
+    difference: float
+
+
+def to_native(model: PreTrainedModel, pad: bool = False) -> NativeExport:
+    """Build the plain checkpoint of a reduced model.
+
+    Args:
+        pad: fill narrower layers up with zeros and multiply factored layers out where that makes the model expressible.
+
+    Raises:
+        RMTKDError: not a reduced model; widths that the base's config cannot express; padding needed but not asked for
+            (the message states its cost); or outputs that differ.
+    """
+    from ..surgery import count_parameters
+
+    anatomy = _anatomy(model)
+    widths, heads = _native_widths(model, anatomy)
+    padded = {name: (site.width, widths[name]) for name, site in anatomy.sites.items() if widths[name] != site.width}
+    native = _build(model, anatomy, widths, heads)
+    before, after = count_parameters(model), count_parameters(native)
+    if padded and not pad:
+        names = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in list(padded.items())[:4])
+        raise RMTKDError(
+            f"The widths are not those of a plain {type(native).__name__}: {names}{', ...' if len(padded) > 4 else ''}. With --pad "
+            f"zeros fill the gap without changing any output, at a cost of {after - before:+,} parameters ({before:,} -> {after:,}, "
+            f"{after / before - 1:+.1%}) and the time they take. Or reduce with uniform widths, or keep the reduced format."
+        )
+    _fill(model, native, anatomy, widths, heads)
+    return NativeExport(native, before, after, padded, _difference(model, native))
+
+
+def _anatomy(model: PreTrainedModel) -> Anatomy:
+    from ..modeling_rmtkd import LowRankLinear
+    from ..surgery import EncoderLayout, family_of
+
+    rmtkd = getattr(model.config, "rmtkd", None)
+    if not rmtkd:
+        raise RMTKDError(f"{type(model).__name__} is not reduced: it already is a plain checkpoint.")
+    if rmtkd.get("recipe", {}).get("form") == "factored":
+        raise RMTKDError(
+            "The model was reduced with form='factored': multiplied out, it would be as large as before. Keep the reduced "
+            "format, or reduce with form='absorbed'."
+        )
+    layout = family_of(model).layout
+    if not isinstance(layout, EncoderLayout):
+        raise RMTKDError(
+            f"The config of {model.config_class.__mro__[1].__name__} has no field for the widths inside a block: a reduced "
+            f"{type(model).__name__} has no plain form. Use the reduced format, or --format onnx."
+        )
+    if any(isinstance(module, LowRankLinear) for module in model.modules()):
+        raise RMTKDError(
+            f"The {type(model).__name__} has a decoder in two factors, which is tied to the word table: its base has no such layer. "
+            "Use the reduced format, or --format onnx."
+        )
+    return layout.anatomy(model)
+
+
+def _native_widths(model: PreTrainedModel, anatomy: Anatomy) -> tuple[dict[str, int], int]:
+    """({site: width in the plain model}, number of heads)."""
+    sites = anatomy.sites
+    stream = sites["hidden"].width
+    widths = {name: site.width for name, site in sites.items()}
+    feed_forward = [site.width for site in sites.values() if site.kind == "intermediate"]
+    attention = [site for site in sites.values() if site.kind in ("attention_qk", "attention_vo")]
+    head, heads = max(site.group_width for site in attention), attention[0].groups
+    if not _takes_head_width(model, anatomy, head):
+        head, heads = _heads_that_fit(stream, head, heads)
+    for name, site in sites.items():
+        if site.kind == "intermediate":
+            widths[name] = max(feed_forward)
+        elif site in attention:
+            widths[name] = heads * head
+        elif site.kind == "embedding":
+            widths[name] = stream if hasattr(_table(model, anatomy), "up") else site.width
+    return widths, heads
+
+
+def _takes_head_width(model: PreTrainedModel, anatomy: Anatomy, head: int) -> bool:
+    """Whether the base builds heads of the width that `config.head_dim` states, declared or not (ViT reads it unasked)."""
+    import torch
+
+    from ..surgery.sites import get_module
+
+    config = _plain_config(model)
+    config.head_dim = head
+    try:
+        with torch.device("meta"):
+            probe = type(model).__mro__[1](config)
+    except ValueError:  # BERT refuses a stream that its heads do not divide, whatever head_dim says
+        return False
+    path = next(unit.path for unit in anatomy.units if (unit.writes or "").endswith("attention_qk"))
+    return get_module(probe, path).out_features == head * config.num_attention_heads
+
+
+def _plain_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The base's config, still with the dense inner widths."""
+    values = model.config.to_dict()
+    for name in ("model_type", "rmtkd", "auto_map", "architectures", "transformers_version"):
+        values.pop(name, None)
+    return type(model).__mro__[1].config_class(**values)
+
+
+def _heads_that_fit(stream: int, head: int, heads: int) -> tuple[int, int]:
+    """(head width, number of heads) with heads x width = stream, none fewer and none narrower than there are."""
+    for count in range(heads, stream // head + 1):
+        if stream % count == 0:
+            return stream // count, count
+    raise RMTKDError(
+        f"{heads} heads of width {head} on a stream of {stream}: the base's config wants heads x width = stream and has no field for "
+        "anything else. Use the reduced format, or reduce the heads further (or the stream less)."
+    )
+
+
+def _table(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
+    from ..surgery.sites import get_module
+
+    path = next(unit.path for unit in anatomy.units if unit.factor == "embedding")
+    return get_module(model, path)
+
+
+def _build(model: PreTrainedModel, anatomy: Anatomy, widths: dict[str, int], heads: int) -> PreTrainedModel:
+    """The stock model with these widths, weights still random."""
+    base = type(model).__mro__[1]
+    config = _plain_config(model)
+    site = {
+        kind: next(n for n, s in anatomy.sites.items() if s.kind == kind) for kind in ("intermediate", "attention_vo")
+    }
+    setattr(config, next(name for name in FFN_FIELDS if hasattr(config, name)), widths[site["intermediate"]])
+    config.num_attention_heads = heads
+    width = widths[site["attention_vo"]] // heads
+    if width * heads != anatomy.sites["hidden"].width:
+        config.head_dim = width
+    epsilons = _epsilons(model)
+    name = next((name for name in ("layer_norm_eps", "layer_norm_epsilon") if hasattr(config, name)), None)
+    if name is not None:
+        if len(epsilons) > 1:
+            raise RMTKDError(
+                f"Layer norms have {len(epsilons)} epsilons ({sorted(epsilons)}); the base's config holds one."
+            )
+        setattr(config, name, epsilons.pop())
+    config._attn_implementation = model.config._attn_implementation
+    native = base(config).to(device=model.device, dtype=model.dtype).eval()
+    if name is None and _epsilons(native) != epsilons:
+        raise RMTKDError(
+            f"Layer norms have the epsilon {sorted(epsilons)}, {base.__name__} builds them with {sorted(_epsilons(native))} and its "
+            "config has no field for it. Use the reduced format, or keep the stream (sites without 'hidden')."
+        )
+    return native
+
+
+def _epsilons(model: nn.Module) -> set[float]:
+    from torch import nn
+
+    return {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
+
+
+def _fill(
+    model: PreTrainedModel, native: PreTrainedModel, anatomy: Anatomy, widths: dict[str, int], heads: int
+) -> None:
+    import torch
+
+    from ..surgery.sites import get_module, is_layer
+
+    state, given = native.state_dict(), model.state_dict()
+    same = {name: value for name, value in given.items() if name in state and state[name].shape == value.shape}
+    native.load_state_dict(same, strict=False)
+    filled = {id(tensor) for name, tensor in native.state_dict(keep_vars=True).items() if name in same}
+    with torch.no_grad():
+        for unit in anatomy.units:
+            if not is_layer(model, unit.path):
+                continue
+            old, new = get_module(model, unit.path), get_module(native, unit.path)
+            if isinstance(old, torch.nn.Parameter) or unit.factor == "hidden":
+                continue
+            reads, writes = (_places(anatomy, widths, heads, site) for site in (unit.reads, unit.writes))
+            if unit.factor == "embedding" and hasattr(old, "up"):
+                new.weight.copy_((old.weight.double() @ old.up.weight.double().T).to(new.weight.dtype))
+            elif isinstance(old, torch.nn.Linear) and (reads is not None or writes is not None):
+                scale = _scale(model, native, anatomy, unit.writes)
+                _spread(new, old, reads, writes, scale)
+            else:
+                continue
+            filled.update(id(parameter) for parameter in new.parameters())
+    native.tie_weights()
+    for name, parameter in native.named_parameters():
+        if id(parameter) not in filled:
+            found = tuple(given[name].shape) if name in given else "missing"
+            raise RMTKDError(
+                f"{name} is {found} in the reduced model, {type(native).__name__} builds it as {tuple(parameter.shape)} and its config "
+                "has no field for that. Use the reduced format or --format onnx, or reduce without the stream (--sites "
+                "intermediate attention_qk attention_vo)."
+            )
+
+
+def _places(anatomy: Anatomy, widths: dict[str, int], heads: int, site: str | None) -> torch.Tensor | None:
+    """Where the features of a site go in the plain model; None where it is not an inner width."""
+    import torch
+
+    if site is None or anatomy.sites.get(site) is None:
+        return None
+    found = anatomy.sites[site]
+    if found.kind == "intermediate":
+        return torch.arange(found.width)
+    if found.kind in ("attention_qk", "attention_vo"):
+        starts = torch.arange(found.groups) * (widths[site] // heads)
+        return (starts[:, None] + torch.arange(found.group_width)).flatten()
+    return None
+
+
+def _scale(model: nn.Module, native: nn.Module, anatomy: Anatomy, site: str | None) -> float:
+    """What queries and keys are each multiplied by, so that the base's softmax scale gives the reduced model's logits."""
+    from ..surgery.sites import get_module
+
+    if site is None or anatomy.sites.get(site) is None or anatomy.sites[site].kind != "attention_qk":
+        return 1.0
+    depth = anatomy.sites[site].depth
+    path = next(p for p in anatomy.fixed_attrs if p.startswith(anatomy.blocks[depth] + "."))
+    return (get_module(model, path).scaling / get_module(native, path).scaling) ** 0.5
+
+
+def _spread(new: nn.Linear, old: nn.Linear, reads, writes, scale: float) -> None:
+    """Copy a linear layer into a wider one of zeros, its features at their new places."""
+    import torch
+
+    rows = torch.arange(old.out_features) if writes is None else writes
+    columns = torch.arange(old.in_features) if reads is None else reads
+    new.weight.zero_()
+    new.weight[rows[:, None], columns] = (old.weight.double() * scale).to(new.weight.dtype)
+    if new.bias is not None:
+        new.bias.zero_()
+        new.bias[rows] = (old.bias.double() * scale).to(new.bias.dtype)
+
+
+def _difference(model: PreTrainedModel, native: PreTrainedModel) -> float:
+    """Largest difference of the outputs on random inputs, over the largest output, in fp32.
+
+    Raises:
+        RMTKDError: it is above the tolerance.
+    """
+    import copy
+
+    import torch
+
+    from .loading import example_inputs
+
+    inputs: dict[str, Any] = example_inputs(model, batch=3)
+    with torch.no_grad():
+        expected, found = (copy.deepcopy(m).float()(**inputs)[0] for m in (model, native))
+    difference = float((expected - found).abs().max() / expected.abs().max())
+    # half precision rounds the rescaled queries anew
+    allowed = TOLERANCE if model.dtype == torch.float32 else 10 * torch.finfo(model.dtype).eps
+    if not difference <= allowed:
+        raise RMTKDError(
+            f"The plain {type(native).__name__} differs from the reduced model by {difference:.2g} of its largest output, more than "
+            f"{allowed:.2g}: nothing was written. Use the reduced format, or --format onnx."
+        )
+    return difference

@@ -1,0 +1,103 @@
+"""A model as ONNX, dynamic in batch and length, checked with onnxruntime before it counts as written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import RMTKDError
+from .loading import example_inputs
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["to_onnx"]
+
+FILE = "model.onnx"
+TOLERANCE = 1e-4  # largest difference of the outputs to PyTorch's, in fp32
+SHAPES = ((1, 5), (3, 24), (5, 16))  # (batch, length) of the check; none of them is traced
+
+
+def to_onnx(model: PreTrainedModel, folder: str | Path) -> float:
+    """Write `model.onnx` (and `model.onnx.data`) into `folder`.
+
+    The inputs are those that `example_inputs` gives, the outputs the tensors that the model returns by default; batch and
+    length are free. Weights are fp32.
+
+    Returns:
+        The largest difference to PyTorch's outputs over several shapes, in units of the output.
+
+    Raises:
+        RMTKDError: onnx, onnxscript or onnxruntime (the extra `onnx`) is missing, the model cannot be traced, or the
+            outputs differ by more than 1e-4.
+    """
+    import torch
+
+    _check_installed()
+    model = model.float().eval()
+    inputs = example_inputs(model, batch=2)
+    names = _output_names(model, inputs)
+    target = Path(folder) / FILE
+    try:
+        traced = torch.export.export(model, (), inputs, dynamic_shapes=_dynamic(model, inputs), strict=False)
+        program = torch.onnx.export(traced, input_names=list(inputs), output_names=names, dynamo=True, verbose=False)
+    except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
+        raise RMTKDError(f"{type(model).__name__} cannot be exported to ONNX: {error}") from error
+    program.save(target, external_data=model.num_parameters() * 4 > 1.5e9)  # protobuf holds 2 GB at most
+    difference = max(_difference(model, names, target, *shape) for shape in SHAPES)
+    if not difference <= TOLERANCE:
+        raise RMTKDError(
+            f"onnxruntime's outputs differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: the export is not to be "
+            "trusted and nothing is kept. Try other versions of torch, onnxscript and onnxruntime."
+        )
+    return difference
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if find_spec(name) is None]
+    if missing:
+        raise RMTKDError(f'ONNX export needs {", ".join(missing)}: pip install "optimum-rmtkd[onnx]".')
+
+
+def _output_names(model: PreTrainedModel, inputs: dict) -> list[str]:
+    import torch
+
+    with torch.no_grad():
+        found = model(**inputs)
+    return [name for name, value in found.items() if isinstance(value, torch.Tensor)]
+
+
+def _dynamic(model: PreTrainedModel, inputs: dict) -> dict[str, dict]:
+    from torch.export import Dim
+
+    batch = Dim("batch")
+    if "pixel_values" in inputs:
+        return {"pixel_values": {0: batch}}
+    length = Dim("length", max=_longest(model))
+    return {name: {0: batch, 1: length} for name in inputs}
+
+
+def _longest(model: PreTrainedModel) -> int:
+    """Tokens of the longest text: RoBERTa's positions start behind the padding token's."""
+    config = model.config
+    offset = (config.pad_token_id or 0) + 1 if "roberta" in type(model).__name__.lower() else 0
+    return getattr(config, "max_position_embeddings", 4096) - offset
+
+
+def _difference(model: PreTrainedModel, names: list[str], path: Path, batch: int, length: int) -> float:
+    import onnxruntime
+    import torch
+
+    inputs = example_inputs(model, batch, min(length, _longest(model)), seed=batch)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    feed = {item.name: inputs[item.name].cpu().numpy() for item in session.get_inputs()}
+    with torch.no_grad():
+        outputs = model(**{name: value.to(model.device) for name, value in inputs.items()})
+    found = session.run(None, feed)
+    pairs = zip(names, found, strict=True)
+    return max(float((outputs[name].cpu() - torch.from_numpy(array)).abs().max()) for name, array in pairs)
