@@ -6,6 +6,7 @@ from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .analyze import AnalyzeCommand
 from .base import set_help
+from .bench import BenchCommand
 from .compress import CompressCommand
 from .demo import DemoCommand
 from .export import ExportCommand
@@ -31,6 +32,8 @@ examples:
       one HTML page about what was done
   optimum-cli rmtkd export OUT --format onnx -o DIR
       for readers that know nothing of this package
+  optimum-cli rmtkd bench OUT --against MODEL
+      size, time, memory and energy of both
 
 Each command has its own --help.
 """
@@ -58,6 +61,11 @@ class RMTKDCommand(BaseOptimumCLICommand):
             name="export",
             help="Write a reduced model as a plain checkpoint or as ONNX.",
             subcommand_class=ExportCommand,
+        ),
+        CommandInfo(
+            name="bench",
+            help="Measure a reduced model against the one it was made from.",
+            subcommand_class=BenchCommand,
         ),
         CommandInfo(
             name="demo",

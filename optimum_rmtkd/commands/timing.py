@@ -21,11 +21,14 @@ BLOCK = 4  # passes of one model in a row: a served model meets its own weights 
 
 @dataclass(frozen=True)
 class Latency:
-    """Median seconds of one forward pass of each model, and the median ratio before / after of neighbouring blocks."""
+    """Median seconds of one forward pass of each model, and the ratios before / after of neighbouring blocks: their median
+    and their quartiles."""
 
     before: float
     after: float
     ratio: float
+    low: float
+    high: float
 
 
 def compare_latency(
@@ -54,8 +57,12 @@ def compare_latency(
     with torch.inference_mode():
         block(before), block(after)
         pairs = [(block(before), block(after)) for _ in range(repeats)]
+    ratios = [b / a for b, a in pairs]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
     return Latency(
         before=statistics.median(b for b, _ in pairs),
         after=statistics.median(a for _, a in pairs),
-        ratio=statistics.median(b / a for b, a in pairs),
+        ratio=middle,
+        low=low,
+        high=high,
     )

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .run import Run
+from .run import Run, write_results
 
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ def write_card(folder: str | Path, repository: str | None = None, **metadata: An
     """Write the card of the run in `folder`, and its figures where matplotlib is installed.
 
     Args:
-        repository: name that the card's code loads; default: the folder's.
+        repository: name that the card's code loads, remembered for the next card; default: the one remembered, else the
+            folder's.
         metadata: further fields of `huggingface_hub.ModelCardData`, for example license, language, tags.
 
     Returns:
@@ -36,7 +37,10 @@ def write_card(folder: str | Path, repository: str | None = None, **metadata: An
         RMTKDError: the folder holds no record of a reduction.
     """
     folder = Path(folder)
+    Run.read(folder)  # refused before anything is written
+    write_results(folder, repository=repository)
     run = Run.read(folder)
+    repository = run.results.get("repository")
     metadata.setdefault("license", None)
     metadata["license"] = metadata["license"] or license_of(run.base_repository)
     card = model_card(run, repository, figures=_figures(run, folder), **metadata)

@@ -81,10 +81,14 @@ def _dynamic(model: PreTrainedModel, inputs: dict) -> dict[str, dict]:
 
 
 def _longest(model: PreTrainedModel) -> int:
-    """Tokens of the longest text: RoBERTa's positions start behind the padding token's."""
-    config = model.config
-    offset = (config.pad_token_id or 0) + 1 if "roberta" in type(model).__name__.lower() else 0
-    return getattr(config, "max_position_embeddings", 4096) - offset
+    """Tokens of the longest text. Positions that start behind the padding token's (RoBERTa) leave fewer of them."""
+    from torch import nn
+
+    tables = [
+        m for name, m in model.named_modules() if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)
+    ]
+    rows = getattr(model.config, "max_position_embeddings", None) or 4096
+    return rows - max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
 
 
 def _difference(model: PreTrainedModel, names: list[str], path: Path, batch: int, length: int) -> float:

@@ -49,13 +49,12 @@ def save_bert(folder: Path, vocabulary: int = len(WORDS), **changes) -> Path:
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizer
 
     torch.manual_seed(0)
-    options = {"label2id": {"negative": 0, "positive": 1}, "id2label": {0: "negative", 1: "positive"}} | changes
+    options = {"label2id": {"negative": 0, "positive": 1}, "id2label": {0: "negative", 1: "positive"}}
+    options |= {"hidden_size": 32, "intermediate_size": 64} | changes
     config = BertConfig(
         vocab_size=vocabulary,
-        hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,
-        intermediate_size=64,
         max_position_embeddings=32,
         initializer_range=0.2,
         **options,

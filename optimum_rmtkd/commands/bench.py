@@ -1,0 +1,227 @@
+"""`optimum-cli rmtkd bench`: a reduced model against the one it was made from."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RMTKDError
+from .base import Command, set_help
+from .measuring import NOT_MEASURABLE, count_flops, energy_meter, peak_memory
+from .options import add_options, from_options, option
+from .output import format_table, weight_bytes
+from .timing import compare_latency
+
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+__all__ = ["BenchCommand", "BenchOptions", "compare"]
+
+USAGE = "optimum-cli rmtkd bench OUT --against BASE [options]"
+
+DESCRIPTION = """\
+Compare a reduced model with the one it was made from, in one run on this machine: parameters, bytes on disk, FLOPs, latency
+at batch 1, throughput of larger batches, peak memory, and energy with --energy. Both models are timed in turn, in short
+blocks, after a warm-up; ratios are before / after, with the quartiles over all pairs of blocks in brackets.
+"""
+
+EPILOG = """\
+examples:
+  optimum-cli rmtkd bench ./my-bert-small --against ./my-bert
+  optimum-cli rmtkd bench ./my-bert-small --against ./my-bert --batch-sizes 1 8 64 --lengths 32 128 --threads 4
+  optimum-cli rmtkd bench ./my-bert-small --against ./my-bert --energy
+
+The figures go into OUT/rmtkd_bench.json and into the model card, where OUT has one. What this machine has no counter for is
+"not measurable here".
+"""
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What is measured, and on what."""
+
+    batch_sizes: list[int] = option(None, "Batch sizes. None: 1 and 32.")
+    lengths: list[int] = option(
+        None, "Tokens of a text. None: 128, or what the model takes at most. Images have one size."
+    )
+    repeats: int = option(12, "Pairs of blocks of four passes.")
+    threads: int | None = option(None, "CPU threads. None: torch's choice.")
+    dtype: str = option("float32", "Number format of the weights.", ("float32", "bfloat16", "float16"))
+    device: str = option("auto", "auto: the GPU where there is one.", ("auto", "cpu", "cuda"))
+    energy: bool = option(False, "Also measure energy: about 20 seconds for each batch size and length.")
+
+    def __post_init__(self):
+        for name in ("batch_sizes", "lengths", "repeats", "threads"):
+            value = getattr(self, name)
+            values = value if isinstance(value, list) else [value]
+            if any(v is not None and v < 1 for v in values):
+                raise RMTKDError(f"--{name.replace('_', '-')} {value}: expected whole numbers of at least 1.")
+
+
+class BenchCommand(Command):
+    @staticmethod
+    def parse_args(parser):
+        set_help(parser, DESCRIPTION, EPILOG, USAGE)
+        parser.add_argument("model", metavar="OUT", help="Folder or Hub name of the reduced model.")
+        parser.add_argument("--against", required=True, metavar="BASE", help="Folder or Hub name of the uncut model.")
+        parser.add_argument("--json", metavar="FILE", help="Where the figures go. Default: rmtkd_bench.json in OUT.")
+        add_options(parser, BenchOptions, "measurement")
+
+    def execute(self) -> None:
+        from ..hub import write_card
+        from ..hub.card import CARD
+        from ..hub.run import BENCH
+
+        options = from_options(BenchOptions, self.args)
+        found = compare(self.args.against, self.args.model, options)
+        print(f"{found['setting']}\n")
+        print(format_table(("", "before", "after", "change"), found["rows"]))
+        folder = Path(self.args.model)
+        target = Path(self.args.json) if self.args.json else folder / BENCH if folder.is_dir() else None
+        if target is not None:
+            target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
+            print(f"\nwritten to {target}")
+        if (folder / CARD).is_file() and not self.args.json:
+            write_card(folder)
+            print(f"and into {folder / CARD}")
+
+
+def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
+    """All figures of both models.
+
+    Returns:
+        {"setting": sentence, "rows": [(what, before, after, change)], "values": [{"what", "unit", "before", "after", ...}],
+        "options": of the measurement}.
+    """
+    import torch
+
+    from ..hub.loading import load_model
+    from ..surgery import count_parameters
+    from .task import weights_folder
+
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RMTKDError("--device cuda: torch sees no GPU; expected cpu.")
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    dtype = getattr(torch, options.dtype)
+    models = [load_model(name, dtype).to(device) for name in (before, after)]
+    _check_comparable(*models, before, after)
+    shapes = _shapes(models[0], options)
+    values = [
+        _value("parameters", "", *(count_parameters(model) for model in models)),
+        _value("bytes on disk", "B", *(weight_bytes(weights_folder(name)) for name in (before, after))),
+    ]
+    meter = energy_meter(device) if options.energy else None
+    for batch, length in shapes:
+        inputs = _inputs(models[0], batch, length)
+        where = _label(batch, length)
+        values.append(_value(f"FLOPs, {where}", "FLOP", *(count_flops(model, inputs) for model in models)))
+        values.append(_timed(models, inputs, batch, where, options.repeats))
+        peaks = (peak_memory(name, batch, length or 1, options.dtype, device) for name in (before, after))
+        values.append(_value(f"peak memory, {where}", "B", *peaks))
+        if options.energy:
+            joules = (None, None) if meter is None else [meter(_pass_of(model, inputs)) for model in models]
+            values.append(_value(f"energy, {where}", "J", *joules))
+    return {
+        "version": 1,
+        "setting": _setting(device, options.dtype, options.repeats),
+        "rows": [_row(value) for value in values],
+        "values": values,
+        "options": asdict(options),
+    }
+
+
+def _check_comparable(dense: PreTrainedModel, small: PreTrainedModel, before: str, after: str) -> None:
+    if dense.main_input_name != small.main_input_name:
+        raise RMTKDError(
+            f"'{before}' reads {dense.main_input_name}, '{after}' reads {small.main_input_name}: expected the model that the "
+            "reduced one was made from."
+        )
+
+
+def _shapes(model: PreTrainedModel, options: BenchOptions) -> list[tuple[int, int | None]]:
+    batches = options.batch_sizes or [1, 32]
+    if model.main_input_name == "pixel_values":
+        return [(batch, None) for batch in batches]
+    longest = getattr(model.config, "max_position_embeddings", 128)
+    wrong = [length for length in options.lengths or () if length > longest]
+    if wrong:
+        raise RMTKDError(f"--lengths {wrong[0]}: the model takes at most {longest} tokens.")
+    return [(batch, length) for length in options.lengths or [min(128, longest)] for batch in batches]
+
+
+def _label(batch: int, length: int | None) -> str:
+    return f"batch {batch}" if length is None else f"batch {batch}, length {length}"
+
+
+def _inputs(model: PreTrainedModel, batch: int, length: int | None) -> dict[str, Tensor]:
+    from ..hub.loading import example_inputs
+
+    inputs = example_inputs(model, batch, length or 1)
+    inputs.pop("attention_mask", None)  # no padding: every token is work
+    return {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+
+
+def _timed(models: list, inputs: dict, batch: int, where: str, repeats: int) -> dict[str, Any]:
+    found = compare_latency(*models, inputs, repeats=repeats)
+    spread = {"ratio": found.ratio, "low": found.low, "high": found.high}
+    if batch == 1:
+        return _value(f"latency, {where}", "s", found.before, found.after) | spread
+    return _value(f"throughput, {where}", "/s", batch / found.before, batch / found.after) | spread
+
+
+def _pass_of(model: PreTrainedModel, inputs: dict) -> Callable[[], None]:
+    import torch
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(**inputs)
+
+    return run
+
+
+def _value(what: str, unit: str, before: float | None, after: float | None) -> dict[str, Any]:
+    return {"what": what, "unit": unit, "before": before, "after": after}
+
+
+def _row(value: dict[str, Any]) -> tuple[str, str, str, str]:
+    before, after = value["before"], value["after"]
+    if before is None or after is None:
+        return value["what"], NOT_MEASURABLE, NOT_MEASURABLE, "-"
+    shown = (_shown(number, value["unit"]) for number in (before, after))
+    if "ratio" in value:
+        change = f"{value['ratio']:.2f}x ({value['low']:.2f} to {value['high']:.2f})"
+    else:
+        change = f"{100 * (after / before - 1):+.1f} %" if before else "-"
+    return value["what"], *shown, change
+
+
+def _shown(number: float, unit: str) -> str:
+    if unit == "s":
+        return f"{1e3 * number:.2f} ms"
+    if unit == "/s":
+        return f"{number:,.1f} /s"
+    if unit == "J":
+        return f"{number:.3g} J"
+    if unit == "FLOP":
+        return f"{number / 1e9:,.3f} G"
+    return f"{number:,}"
+
+
+def _setting(device: str, dtype: str, repeats: int) -> str:
+    import torch
+    import transformers
+
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{device} ({name}){threads}, {dtype}, {repeats} pairs of blocks, warm, interleaved; {versions}"
