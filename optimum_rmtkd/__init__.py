@@ -16,6 +16,7 @@ __version__ = "0.1.0.dev0"
 _EXPORTS = {
     "config": ("RMTKDConfig",),
     "errors": ("BudgetError", "CalibrationError", "RMTKDError", "SpecMismatchError", "UnsupportedArchitectureError"),
+    "hub.adapters": ("lora_targets",),
     "registration": ("register_model_type",),
     "spectra": ("SecondMoments", "SignalSubspace", "register_edge_estimator", "signal_subspace"),
     "surgery": (
