@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip
 # What an install depends on: with an unchanged pyproject.toml the stamp is newer and nothing is installed again.
 RECIPE := pyproject.toml constraints.txt optimum_rmtkd/commands/register_rmtkd.py
 
-.PHONY: help demo test slow_tests quality style benchmark clean
+.PHONY: help demo test slow_tests quality style docs benchmark clean
 
 help:
 	@echo "make demo        install into $(VENV) and run the demonstration (no network once installed)"
@@ -14,6 +14,7 @@ help:
 	@echo "make slow_tests  the tests marked slow"
 	@echo "make quality     ruff check and ruff format --check"
 	@echo "make style       let ruff repair what it can"
+	@echo "make docs        build the documentation into build/site; a warning is an error"
 	@echo "make benchmark   the measurements quoted in README.md"
 
 $(BIN)/python:
@@ -26,6 +27,10 @@ $(VENV)/.installed-demo: $(RECIPE) | $(BIN)/python
 $(VENV)/.installed-dev: $(RECIPE) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e ".[dev]"
 	@touch $@ $(VENV)/.installed-demo
+
+$(VENV)/.installed-docs: $(RECIPE) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[docs]"
+	@touch $@
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/optimum-cli rmtkd demo -o rmtkd-demo --overwrite
@@ -43,6 +48,9 @@ quality: $(VENV)/.installed-dev
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python examples/benchmarks/surgery.py

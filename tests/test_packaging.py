@@ -35,6 +35,7 @@ def test_wheel_holds_the_package_and_the_door(tmp_path):
     names = build(tmp_path, "standard").namelist()
     assert DOOR in names
     assert {"optimum_rmtkd/__init__.py", "optimum_rmtkd/modeling_rmtkd.py"} <= set(names)
+    assert {f"optimum_rmtkd/hub/templates/{name}.jinja" for name in ("card.md", "report.html")} <= set(names)
     # An __init__.py in optimum's folders would break the namespace for every other optimum package.
     assert not [name for name in names if name.startswith("optimum/") and name != DOOR]
     assert not [name for name in names if name.startswith(("tests/", "examples/"))]
@@ -66,5 +67,5 @@ def test_optimum_cli_finds_the_commands_of_an_unpacked_wheel(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(site))
-    for command in ("analyze", "compress", "demo"):
+    for command in ("analyze", "bench", "compress", "demo", "export", "report"):
         assert command in done.stdout
