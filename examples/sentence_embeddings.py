@@ -20,10 +20,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, load_dataset
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
 
-from optimum_rmtkd import RMTKDTrainer, RMTKDTrainingArguments, count_parameters, register_objective
+from optimum_rmtkd import RMTKDError, RMTKDTrainer, RMTKDTrainingArguments, count_parameters, register_objective
 from optimum_rmtkd.commands.options import add_recipe_options, recipe_from_options
 from optimum_rmtkd.distillation import DistillationObjective, HiddenStateLoss
 
@@ -58,23 +58,39 @@ def embed(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def read(path: str) -> Dataset:
-    kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}[path.rsplit(".", 1)[-1]]
+    kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(path.rsplit(".", 1)[-1])
+    if kind is None:
+        raise RMTKDError(f"{path}: expected a csv, json, jsonl or parquet file.")
     return load_dataset(kind, data_files=path, split="train")
 
 
 def string_columns(rows: Dataset) -> list[str]:
-    return [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") == "string"]
+    return [
+        name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in ("string", "large_string")
+    ]
 
 
 def training_texts(paths: list[str], tokenizer, max_length: int) -> Dataset:
     """Each text of the tables once, tokenized."""
-    columns = [Dataset.from_dict({"text": read(p)[name][:]}) for p in paths for name in string_columns(read(p))]
-    texts = Dataset.from_dict({"text": list(dict.fromkeys(concatenate_datasets(columns)["text"]))})
+    texts = dict.fromkeys(text for rows in map(read, paths) for name in string_columns(rows) for text in rows[name])
+    texts = Dataset.from_dict({"text": list(texts)})
     return texts.map(
         lambda rows: tokenizer(rows["text"], truncation=True, max_length=max_length),
         batched=True,
         remove_columns="text",
     )
+
+
+def pair_columns(pairs: Dataset) -> tuple[str, str, str]:
+    """Names of the two text columns and of the score."""
+    texts = string_columns(pairs)
+    scores = [name for name in ("label", "score", "similarity") if name in pairs.column_names]
+    if len(texts) < 2 or not scores:
+        raise RMTKDError(
+            f"--pairs_file has the columns {', '.join(pairs.column_names)}: expected two of strings, and a number called label, score "
+            "or similarity."
+        )
+    return texts[0], texts[1], scores[0]
 
 
 @torch.inference_mode()
@@ -93,8 +109,7 @@ def spearman(model, tokenizer, pairs: Dataset, max_length: int, batch_size: int 
             found.append(embed(model(**batch).last_hidden_state, batch["attention_mask"]))
         return torch.cat(found)
 
-    first, second = string_columns(pairs)[:2]
-    score = next(name for name in ("label", "score", "similarity") if name in pairs.column_names)
+    first, second, score = pair_columns(pairs)
     cosines = (encode(pairs[first][:]) * encode(pairs[second][:])).sum(-1)
     return 100 * float(spearmanr(cosines.cpu().numpy(), pairs[score][:]).statistic)
 

@@ -20,7 +20,6 @@ def run(*arguments) -> str:
 
 
 def test_a_few_steps(tmp_path):
-    """Labels of the training table are never read: they are words here."""
     pytest.importorskip("scipy")
     import torch
     from transformers import BertConfig, BertModel, BertTokenizerFast
@@ -35,7 +34,7 @@ def test_a_few_steps(tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf8")
     BertTokenizerFast(vocab=str(tmp_path / "vocab.txt"), model_max_length=32).save_pretrained(tmp_path / "dense")
     texts = [row["sentence"] for row in sentence_rows(60)]
-    write_csv(tmp_path / "texts.csv", [{"sentence": text, "label": "unknown"} for text in texts])
+    write_csv(tmp_path / "texts.csv", [{"sentence": text} for text in texts])
     pairs = [{"a": a, "b": b, "score": i % 5 + 0.5} for i, (a, b) in enumerate(zip(texts, reversed(texts)))]
     write_csv(tmp_path / "pairs.csv", pairs)
     data = ("--train_files", tmp_path / "texts.csv", "--pairs_file", tmp_path / "pairs.csv")
