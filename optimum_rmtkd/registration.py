@@ -10,7 +10,8 @@ from types import ModuleType
 
 __all__ = ["install", "register_model_type"]
 
-AUTO_MODULES = "transformers.models.auto."  # whatever Auto class is used, it reads a config first
+LIBRARY = "transformers."
+AUTO_CONFIG = "transformers.models.auto.configuration_auto"  # whatever Auto class is used, it reads a config first
 CONFIGS = {
     "bert": "BertConfig",
     "roberta": "RobertaConfig",
@@ -30,29 +31,34 @@ def install() -> None:
     transformers calls no entry points, so whoever wants its Auto classes to know more must import something; waiting for
     the Auto classes themselves keeps `import optimum_rmtkd` free of torch.
     """
-    if AUTO_MODULES + "configuration_auto" in sys.modules and not _being_imported():
+    if _ready():
         _register_configs()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
-def _being_imported(but: str = "") -> bool:
-    """Whether one of the Auto modules is half-way: config classes cannot be imported from within."""
+def _ready(but: str = "") -> bool:
+    """Whether the Auto configs are loaded and no module of transformers but `but` is half-way.
+
+    Any model's config module may be the first to import the Auto classes; as long as it is half-way, its own config class
+    cannot be imported from within.
+    """
     halfway = (
         name
         for name, module in list(sys.modules.items())
-        if name.startswith(AUTO_MODULES)
+        if name.startswith(LIBRARY)
         and name != but
         and getattr(getattr(module, "__spec__", None), "_initializing", False)
     )
-    return any(halfway)
+    return AUTO_CONFIG in sys.modules and not any(halfway)
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Finds Auto modules as Python would, and registers behind the outermost of them; then it is gone."""
+    """Finds modules of transformers as Python would, and registers behind the outermost import that brings the Auto
+    classes; then it is gone."""
 
     def find_spec(self, name, path=None, target=None):
-        if not name.startswith(AUTO_MODULES):
+        if not name.startswith(LIBRARY):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None or spec.loader is None:
@@ -61,7 +67,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            if self in sys.meta_path and not _being_imported(but=name):
+            if self in sys.meta_path and _ready(but=name):
                 sys.meta_path.remove(self)
                 _register_configs()
 

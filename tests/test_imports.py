@@ -32,6 +32,9 @@ def test_import_registers_reduced_models_whichever_comes_first():
     for code in (
         f"import optimum_rmtkd\nfrom transformers import AutoConfig\n{ask}",
         f"from transformers import AutoConfig\nimport optimum_rmtkd\n{ask}",
+        # a model's own config is half-way when the Auto classes are first imported
+        f"import optimum_rmtkd\nfrom transformers import BertConfig\nfrom transformers import AutoConfig\n{ask}",
+        f"import optimum_rmtkd\nfrom transformers import ViTModel\nfrom transformers import AutoConfig\n{ask}",
     ):
         assert run_python(code) == "RMTKDBertConfig"
 

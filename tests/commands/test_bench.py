@@ -106,6 +106,7 @@ def test_command_writes_json_and_the_card(cli, bert, table, validation_table, tm
     assert text.count("\n| parameters |") == 1
 
 
+@pytest.mark.slow
 def test_memory_of_a_process_of_its_own(tmp_path):
     """What counts is what the model needs, not the libraries around it."""
     sizes = {

@@ -11,8 +11,6 @@ import pytest
 
 import optimum_rmtkd
 
-from .server import LocalHub
-
 
 REMOTE = "modeling_rmtkd.py"
 CLIENT = "client.py"
@@ -56,6 +54,11 @@ def test_a_push_brings_weights_config_and_one_file_of_code(pushed):
 def test_a_push_in_shards(pushed):
     shards = [name for name in pushed.files("user/sharded") if name.startswith("model-")]
     assert len(shards) > 2 and "model.safetensors" not in pushed.files("user/sharded")
+
+
+def test_large_files_go_through_lfs_and_small_ones_do_not(pushed):
+    shards = [name for name in pushed.files("user/sharded") if name.startswith("model-")]
+    assert len({path for method, path in pushed.log if method == "PUT" and path.startswith("/_lfs/")}) == len(shards)
 
 
 def test_with_the_plugin_logits_are_bit_equal(pulled):
@@ -107,11 +110,3 @@ def test_the_pushed_code_is_the_reviewed_file_and_imports_torch_and_transformers
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
     assert imported & set(sys.stdlib_module_names) <= {"contextlib", "sys"}
     assert not called & {"eval", "exec", "compile", "open", "__import__"}
-
-
-def test_large_files_go_through_lfs(as_user, workplace):
-    with LocalHub(lambda path, size: "lfs" if path.endswith(".safetensors") else "regular") as hub:
-        as_user(hub, CLIENT, "push", workplace)
-        assert any(path.startswith("/_lfs/") for method, path in hub.log if method == "PUT")
-        found = last_line(as_user(hub, CLIENT, "pull", workplace, cache="lfs"))
-    assert found["user/reduced"] is True and found["user/sharded"] is True

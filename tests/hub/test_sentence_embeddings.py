@@ -41,10 +41,12 @@ def test_a_few_steps(tmp_path):
     size = ("--target-reduction", 0.5, "--round-to", 4, "--min-width", 4, "--max_steps", 3)
     said = run("--model", tmp_path / "dense", *data, *size, "--output_dir", tmp_path / "out")
     removed, width = re.search(r"removed ([\d.]+)%, embedding width (\d+)", said).groups()
-    assert abs(float(removed) - 50) < 2 and int(width) < 32
+    assert abs(float(removed) - 50) < 2 and int(width) <= 32
     assert re.search(r"Spearman -?[\d.]+ -> -?[\d.]+", said)
     if (tmp_path / "out" / "sentence-transformers").is_dir():
         from sentence_transformers import SentenceTransformer
+
+        import optimum_rmtkd  # noqa: F401
 
         encoder = SentenceTransformer(str(tmp_path / "out" / "sentence-transformers"), device="cpu")
         assert encoder.encode(["the film is great"]).shape == (1, int(width))

@@ -1,0 +1,61 @@
+"""The commands that look at, and give away, a finished reduction."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def small(cli, bert, table, validation_table, tmp_path):
+    """A cut of the tiny BERT by `compress`."""
+    data = ["--train-file", table, "--validation-file", validation_table]
+    size = ["--target-reduction", 0.4, "--round-to", 4, "--min-width", 4, "--no-train"]
+    code, _, err = cli("compress", "--model", bert, *data, *size, "-o", tmp_path / "small")
+    assert code == 0, err
+    return tmp_path / "small"
+
+
+def test_report(cli, small, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, out, err = cli("report", small)
+    assert code == 0, err
+    html = (small / "report.html").read_text(encoding="utf8")
+    assert str(small / "report.html") in out
+    for part in ("Before and after", "Stages", "Width map", "Budget", "layer.1.intermediate", "accuracy"):
+        assert part in html
+    assert cli("report", small, "-o", tmp_path / "elsewhere.html")[0] == 0
+    assert (tmp_path / "elsewhere.html").read_text(encoding="utf8") == html
+
+
+def test_report_of_something_else(cli, bert, tmp_path):
+    code, _, err = cli("report", bert)
+    assert code == 2 and "no record of a reduction" in err and not (bert / "report.html").exists()
+    code, _, err = cli("report", tmp_path / "nothing")
+    assert code == 2 and "no such folder" in err
+
+
+def test_analyze_writes_a_page(cli, bert, table, tmp_path):
+    pytest.importorskip("matplotlib")
+    code, _, err = cli("analyze", "--model", bert, "--train-file", table, "--html", tmp_path / "spectra.html")
+    assert code == 0, err
+    assert "Spectra and plan" in (tmp_path / "spectra.html").read_text(encoding="utf8")
+
+
+def test_export_native_says_what_padding_costs(cli, small, tmp_path):
+    code, _, err = cli("export", small, "--format", "native", "-o", tmp_path / "plain")
+    assert code == 2 and "With --pad" in err and not (tmp_path / "plain").exists()
+    code, out, err = cli("export", small, "--format", "native", "--pad", "-o", tmp_path / "plain")
+    if code:  # the heads that were found may not divide the stream: then nothing was written
+        assert "heads" in err and not (tmp_path / "plain").exists()
+        return
+    assert "BertForSequenceClassification" in out and "filled up" in out
+    names = {path.name for path in (tmp_path / "plain").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and "modeling_rmtkd.py" not in names
+
+
+def test_export_refuses_dense_models_and_wrong_options(cli, bert, small, tmp_path):
+    code, _, err = cli("export", bert, "--format", "native", "-o", tmp_path / "plain")
+    assert code == 2 and "not reduced" in err
+    code, _, err = cli("export", small, "--format", "onnx", "--pad", "-o", tmp_path / "onnx")
+    assert code == 2 and "--pad belongs to" in err
+    assert not (tmp_path / "plain").exists() and not (tmp_path / "onnx").exists()
