@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from .counts import UNITS, count_units
 
-__all__ = ["DistillationStep"]
+
+__all__ = ["DistillationStep", "token_mask"]
 
 
 @dataclass(frozen=True)
@@ -20,11 +22,15 @@ class DistillationStep:
         inputs: the collated batch, labels included.
         student_outputs, teacher_outputs: what the models returned (mappings with `logits`, ...); None where not run.
         student_features, teacher_features: outputs of the requested modules by module path.
-        mask: bool, (batch, tokens), True at real tokens; None where the inputs carry no token mask.
-        num_items_in_batch: labels in the whole accumulated batch, where the Trainer counted them. The objectives of this
-            package are means over the micro-batch and leave it alone.
+        mask: bool, (batch, tokens), True at real tokens; None where the inputs carry no token mask. For multiple choice the
+            choices are rows: (batch * choices, tokens).
+        totals: (3,) samples, tokens and labels (`counts.UNITS`) of the whole accumulated batch over all processes; None:
+            this batch stands for itself.
+        parts: number of micro-batches (accumulation steps times processes) over which the trainer averages the losses.
+        shifted: labels belong to the position before them (causal models).
         task_loss: the Trainer's own task loss (label smoothing and `compute_loss_func` honoured), scalar; None: read
             `student_outputs["loss"]`.
+        progress: share of the training steps that are done, in [0, 1].
     """
 
     inputs: Mapping[str, Any]
@@ -33,11 +39,38 @@ class DistillationStep:
     student_features: Mapping[str, torch.Tensor] = field(default_factory=dict)
     teacher_features: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mask: torch.Tensor | None = None
-    num_items_in_batch: torch.Tensor | int | None = None
+    totals: torch.Tensor | None = None
+    parts: int = 1
+    shifted: bool = False
     task_loss: torch.Tensor | None = None
+    progress: float = 0.0
+
+    def share(self, unit: str) -> float:
+        """Factor that turns a mean over this micro-batch into its part of the mean over the accumulated batch.
+
+        The trainer averages the micro-batches' losses, so a mean over `unit` (one of `counts.UNITS`) of micro-batch m has
+        to weigh n_m / N * parts: the sum of all parts divided by their number is then the mean over all N units, however
+        the batch was split. 1 where no totals are known.
+        """
+        if self.totals is None:
+            return 1.0
+        index = UNITS.index(unit)
+        total = int(self.totals[index])
+        mine = int(count_units(self.inputs, self.shifted)[index])
+        return mine * self.parts / total if total else 1.0
 
 
 def token_mask(inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """`attention_mask` as bool (batch, tokens), or None where there is none of that shape (images, packed masks)."""
+    """`attention_mask` as bool (batch, tokens), or None where there is none of that shape (images, packed masks).
+
+    A mask (batch, choices, tokens) of multiple choice is flattened to (batch * choices, tokens), as the models do.
+    """
     mask = inputs.get("attention_mask")
-    return mask.bool() if torch.is_tensor(mask) and mask.dim() == 2 else None
+    if not torch.is_tensor(mask) or mask.dim() not in (2, 3):
+        return None
+    if mask.dim() == 3:
+        ids = inputs.get("input_ids")
+        if not torch.is_tensor(ids) or ids.shape != mask.shape:
+            return None  # (batch, tokens, tokens): who may look at whom
+        mask = mask.flatten(0, 1)
+    return mask.bool()

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..errors import RMTKDError
 from .features import capture
+from .step import DistillationStep
 
 
 __all__ = [
@@ -62,6 +63,18 @@ class Teacher:
 
     def update(self, student: nn.Module) -> None:
         """Called after every optimizer step; a teacher that follows the student overrides it."""
+
+    def strip(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The inputs without what is meant for the teacher alone (columns of answers)."""
+        return inputs
+
+    def loss(self, step: DistillationStep) -> torch.Tensor | None:
+        """What the teacher itself is trained with, scalar; None: it is not."""
+        return None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What of it is trained beside the student."""
+        return []
 
 
 class FrozenTeacher(Teacher):

@@ -317,12 +317,12 @@ class Staging:
 
     def _fit_objectives(self) -> None:
         """Let those objectives that ask for it see the teacher on the calibration data."""
-        watching = [objective for objective in self.trainer.objectives if objective.observes]
+        watching = [objective for objective in self.trainer.objectives if objective.observes and objective.active]
         if not watching:
             return
         with isolated_rng(self.config.seed):
             for batch in self.trainer.calibration_batches():
-                step = self.trainer.teacher_step(batch, watching)
+                step = self.trainer.distiller.teacher_step(batch, watching)
                 for objective in watching:
                     objective.observe(step)
         for objective in watching:
@@ -330,7 +330,7 @@ class Staging:
 
     def _restore_objectives(self) -> None:
         for objective in self.trainer.objectives:
-            for name, tensor in checkpoint.subset(f"objective/{objective.name}", self._restored).items():
+            for name, tensor in checkpoint.subset(f"objective/{objective.label}", self._restored).items():
                 setattr(objective, name, tensor.to(self.trainer.args.device))
         self._restored = None
 
@@ -356,7 +356,7 @@ class Staging:
         if isinstance(self.teacher, EMATeacher):
             tensors |= checkpoint.flatten("ema", self.teacher.model.state_dict())
         for objective in self.trainer.objectives:
-            tensors |= checkpoint.flatten(f"objective/{objective.name}", objective.state_dict())
+            tensors |= checkpoint.flatten(f"objective/{objective.label}", objective.state_dict())
         checkpoint.write_state(folder, values, tensors)
 
     def restore(self, folder: str | Path) -> None:

@@ -14,20 +14,18 @@ from transformers.trainer_callback import TrainerControl
 from ..config import RMTKDConfig
 from ..distillation import (
     DistillationObjective,
-    DistillationStep,
     FrozenTeacher,
     HiddenStateLoss,
-    TaskLoss,
     build_objectives,
-    capture,
     check_compatible,
     default_objectives,
     fingerprint,
 )
-from ..distillation.step import token_mask
+from ..distillation.transforms import BatchTransform
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from .arguments import RMTKDTrainingArguments
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
+from .distiller import Distiller
 from .stages import Stage, stage_table
 from .staging import Staging
 
@@ -86,14 +84,14 @@ class RMTKDTrainer(Trainer):
 
     Each training log line carries `loss/<objective>`, unweighted, averaged since the last one. `train()` adds
     `parameters_before`, `parameters_after` and `reduction` to its metrics; `stages` and `rmtkd_stages.json` tell what happened
-    at each cut. Every term is a mean over the micro-batch: the Trainer divides it by the number of accumulation steps.
+    at each cut. Every term is a mean over the whole accumulated batch of all processes, however it is split and padded.
 
     Raises:
         RMTKDError: a setting that cannot work with cuts; an unfit teacher; a recipe that needs an eval_dataset without one.
         UnsupportedArchitectureError: no known family.
     """
 
-    # Our loss is a per-micro-batch mean. Inferred, it would be wrong: BERT & co. swallow `num_items_in_batch` through
+    # Our loss is averaged over the micro-batches. Inferred, it would be wrong: BERT & co. swallow `num_items_in_batch` through
     # **kwargs and ignore it, so loss and gradients would grow with accumulation steps and processes (transformers #47688).
     loss_is_scaled_for_ga = False
 
@@ -122,8 +120,9 @@ class RMTKDTrainer(Trainer):
         self._refuse_unsupported()
         self.optimizer_was_given = self.optimizer is not None
         self.reports: list[Any] = []
-        self._terms: dict[str, list] = {}
         self.objectives = default_objectives(self.rmtkd_config) if objectives is None else build_objectives(objectives)
+        self.distiller = Distiller(self)
+        self.transforms: list[BatchTransform] = []
         self.staging = Staging(self)
         if teacher_model is not None:
             self._accept_teacher(teacher_model)
@@ -168,7 +167,7 @@ class RMTKDTrainer(Trainer):
             )
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             self.staging.reset()
-        self._terms.clear()
+        self.distiller.forget()
         try:
             output = super().train(resume_from_checkpoint, *positional, **kwargs)
             self.staging.end()
@@ -185,70 +184,25 @@ class RMTKDTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Evaluation: the task loss, comparable between runs. Training: sum over objectives of weight * term.
 
-        `num_items_in_batch` is withheld from the task loss: it would normalise that one term over the accumulated batch.
+        `num_items_in_batch` is withheld from the task loss: all terms alike are weighed by `DistillationStep.share`.
         """
         if not model.training or self.staging.teacher is None:
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        requests = [objective.features() for objective in self.objectives]
-        paths = dict.fromkeys(path for request in requests for path in request.student)
-        offered = dict(inputs)  # label smoothing takes the labels out of `inputs`
-        with capture(self.model, paths) as features:
-            task_loss, outputs = self._student(model, inputs)
-        if missing := [path for path in paths if path not in features]:
-            raise RMTKDError(
-                f"The forward pass did not reach the hooks of {missing[0]!r}: torch.compile drops hooks set after compilation. "
-                "Set torch_compile=False, or hidden_weight=0."
-            )
-        taught = self.teacher_step(offered, [o for o in self.objectives if o.needs_teacher], prepared=True)
-        step = DistillationStep(
-            inputs=offered,
-            student_outputs=outputs,
-            teacher_outputs=taught.teacher_outputs,
-            student_features=features,
-            teacher_features=taught.teacher_features,
-            mask=taught.mask,
-            num_items_in_batch=num_items_in_batch,
-            task_loss=task_loss,
-        )
-        loss = self._weigh(step)
+        loss, outputs = self.distiller.loss(model, inputs, super().compute_loss)
         return (loss, outputs) if return_outputs else loss
 
-    def teacher_step(
-        self, inputs: Mapping[str, Any], objectives: list[DistillationObjective], prepared: bool = False
-    ) -> DistillationStep:
-        """A step with the teacher's side filled in, for those objectives that look at it."""
-        if not prepared:
-            inputs = self._prepare_inputs(dict(inputs))
-        outputs, features = None, {}
-        if objectives:
-            paths = dict.fromkeys(path for objective in objectives for path in objective.features().teacher)
-            with self.accelerator.autocast():
-                outputs, features = self.staging.teacher(inputs, paths, drop=self.label_names)
-        return DistillationStep(inputs, teacher_outputs=outputs, teacher_features=features, mask=token_mask(inputs))
-
-    def _student(self, model, inputs) -> tuple[torch.Tensor | None, Any]:
-        """(task loss or None, outputs). Without a TaskLoss the data may be unlabelled."""
-        if any(isinstance(objective, TaskLoss) for objective in self.objectives):
-            return super().compute_loss(model, inputs, return_outputs=True)
-        return None, model(**inputs)
-
-    def _weigh(self, step: DistillationStep) -> torch.Tensor:
-        total = None
-        for objective in self.objectives:
-            term = objective(step)
-            total = objective.weight * term if total is None else total + objective.weight * term
-            entry = self._terms.setdefault(objective.name, [torch.zeros((), device=term.device), 0])
-            entry[0] += term.detach()
-            entry[1] += 1
-        return total
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As `Trainer.get_batch_samples`, with the batch transforms applied and the units of the whole batch counted."""
+        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for transform in self.transforms:
+            batches = [transform(self, batch) for batch in batches]
+        self.distiller.begin_batch(batches)
+        return batches, num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; a training line ("loss") also gets the mean of each term since the last one."""
-        if "loss" in logs and self._terms:
-            for name, (total, count) in self._terms.items():
-                mean = self.accelerator.gather((total / count).reshape(1)).mean().item()
-                logs[f"loss/{name}"] = mean
-            self._terms.clear()
+        if "loss" in logs:
+            logs |= self.distiller.log_terms()
         super().log(logs, start_time)
 
     # -- what the staging asks for -------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_unknown_argument_and_negative_weight_are_refused():
 def test_build_from_a_mapping_and_refusals():
     built = build_objectives({"task": {"weight": 0.5}, "kl": {"temperature": 2.0}})
     assert [o.name for o in built] == ["task", "kl"] and built[1].temperature == 2.0
-    with pytest.raises(RMTKDError, match="each name once"):
+    with pytest.raises(RMTKDError, match="each label once"):
         build_objectives([TaskLoss(), TaskLoss()])
     with pytest.raises(RMTKDError, match="holds a int"):
         build_objectives([3])

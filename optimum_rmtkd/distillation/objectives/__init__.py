@@ -10,7 +10,7 @@ from .base import (
     objective_names,
     register_objective,
 )
-from .divergences import KLDivergence
+from .divergences import JensenShannonDivergence, KLDivergence, SkewKLDivergence
 from .hidden import HiddenStateLoss
 from .task import TaskLoss
 
@@ -19,7 +19,9 @@ __all__ = [
     "DistillationObjective",
     "FeatureRequest",
     "HiddenStateLoss",
+    "JensenShannonDivergence",
     "KLDivergence",
+    "SkewKLDivergence",
     "TaskLoss",
     "build_objectives",
     "default_objectives",

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from ...errors import RMTKDError
+from ...registry import Registry
 from ..step import DistillationStep
+from .schedules import check_weight, weight_at
 
 
 __all__ = [
@@ -41,24 +43,44 @@ class DistillationObjective(nn.Module):
         class LogitsMSE(DistillationObjective):
             name = "logits_mse"                      # log key "loss/logits_mse" and key in a recipe
 
-            def forward(self, step):                 # scalar, unweighted, a mean over the micro-batch, in fp32
-                return (step.student_outputs["logits"].float() - step.teacher_outputs["logits"].float()).square().mean()
+            def forward(self, step):                 # scalar, unweighted, in fp32
+                ours, theirs = (outputs["logits"].float() for outputs in (step.student_outputs, step.teacher_outputs))
+                return (ours - theirs).square().mean() * step.share("samples")
+
+    `share` makes a mean over the micro-batch this micro-batch's part of the mean over the accumulated batch, so that the
+    gradients do not depend on how the batch was split over accumulation steps and processes.
 
     Constructor arguments are stored under their own names: that is all `to_dict` needs. Life of an objective:
     `setup` after every cut; then, if `observes`, `observe` once per calibration batch (no gradient, no student outputs) and
     `finish`; then `forward` at every step. What it learns there and a resumed run needs goes into buffers: they are part of
-    the training checkpoint.
+    the training checkpoint. Parameters it registers in `setup` are trained beside the student and never saved with it.
+
+    Args:
+        weight: a number of at least 0, or a schedule ({"start": 1, "end": 0, "over": [0, 0.5]}, see `schedules`).
+
+    Attributes:
+        label: its key in the log ("loss/<label>") and in the checkpoint; the name unless given. Two objectives of one class
+            in one run need two labels: `KLDivergence(reverse=True).labelled("reverse_kl")`.
+        active: False where `setup` found that there is nothing to compare for these models; it is then left out.
     """
 
     name: str = ""
     needs_teacher: bool = True
     observes: bool = False
 
-    def __init__(self, weight: float = 1.0):
+    def __init__(self, weight: float | Mapping[str, Any] = 1.0):
         super().__init__()
-        if not weight >= 0:
-            raise RMTKDError(f"{type(self).__name__}(weight={weight}): expected a number of at least 0.")
-        self.weight = float(weight)
+        self.weight = check_weight(weight, type(self).__name__)
+        self.label, self.active = self.name, True
+
+    def labelled(self, label: str) -> DistillationObjective:
+        """Set the label; returns self."""
+        self.label = str(label)
+        return self
+
+    def weight_at(self, progress: float) -> float:
+        """The weight after the share `progress` of the training steps."""
+        return weight_at(self.weight, progress)
 
     def features(self) -> FeatureRequest:
         """What it needs besides the outputs; valid after `setup`."""
@@ -79,13 +101,14 @@ class DistillationObjective(nn.Module):
         """Close the observation; `reduce_sum` adds a tensor up over all processes."""
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
-        """The unweighted term: a scalar in fp32, mean over the micro-batch."""
+        """The unweighted term: a scalar in fp32, this micro-batch's part of a mean over the accumulated batch."""
         raise NotImplementedError(f"{type(self).__name__} must implement forward(step).")
 
     def to_dict(self) -> dict[str, Any]:
         """{"name": ..., constructor arguments}: JSON-able inverse of `from_dict`."""
         arguments = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
-        return {"name": self.name, **{n: getattr(self, n) for n in arguments}}
+        label = {} if self.label == self.name else {"label": self.label}
+        return {"name": self.name, **label, **{n: getattr(self, n) for n in arguments}}
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> DistillationObjective:
@@ -95,67 +118,57 @@ class DistillationObjective(nn.Module):
             RMTKDError: no or an unknown name (answered with the known ones), or arguments it does not take.
         """
         arguments = dict(values)
-        cls = objective_class(arguments.pop("name", None))
-        known = [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
-        unknown = sorted(set(arguments) - set(known))
-        if unknown:
-            raise RMTKDError(f"{cls.name} takes no {', '.join(unknown)}; expected among {', '.join(known)}.")
-        return cls(**arguments)
+        label = arguments.pop("label", arguments.get("name"))
+        return OBJECTIVES.build(arguments).labelled(label)
 
 
-_REGISTRY: dict[str, type[DistillationObjective]] = {}
-
-
-def register_objective(cls: type[DistillationObjective]) -> type[DistillationObjective]:
-    """Class decorator: make an objective known by its `name`.
-
-    Raises:
-        RMTKDError: no name, or a name that another class has already taken.
-    """
-    if not cls.name:
-        raise RMTKDError(f"{cls.__name__} has no name; set the class attribute `name`, its log and registry key.")
-    taken = _REGISTRY.get(cls.name)
-    if taken is not None and taken.__qualname__ != cls.__qualname__:
-        raise RMTKDError(
-            f"The name {cls.name!r} belongs to {taken.__qualname__}; give {cls.__qualname__} another one."
-        )
-    _REGISTRY[cls.name] = cls
-    return cls
+OBJECTIVES: Registry[DistillationObjective] = Registry("objective")
+register_objective = OBJECTIVES.register
+objective_class = OBJECTIVES.find
 
 
 def objective_names() -> tuple[str, ...]:
-    """Names of all registered objectives, sorted."""
-    return tuple(sorted(_REGISTRY))
+    """Names of the registered objectives, sorted."""
+    return tuple(OBJECTIVES)
 
 
-def objective_class(name: str | None) -> type[DistillationObjective]:
-    """The class registered under `name`.
+def build_objectives(given: Mapping[str, Mapping[str, Any] | None] | Iterable) -> list[DistillationObjective]:
+    """Objectives from what a user may pass: a list of objectives, names or `to_dict()`s, or {name: arguments}.
 
-    Raises:
-        RMTKDError: unknown; the message lists the known names.
-    """
-    if name not in _REGISTRY:
-        raise RMTKDError(f"No objective {name!r}; expected one of {', '.join(objective_names())}.")
-    return _REGISTRY[name]
-
-
-def build_objectives(given: Mapping[str, Mapping[str, Any]] | Iterable) -> list[DistillationObjective]:
-    """Objectives from what a user may pass: a list of objectives or of `to_dict()`s, or {name: arguments}.
+    In a mapping the key is the registered name; or any label, with the name among the arguments:
+    {"back": {"name": "kl", "reverse": true}}.
 
     Raises:
-        RMTKDError: an empty list, something else, or two objectives of one name (their log lines would collide).
+        RMTKDError: none at all, something else, or two objectives of one label (their log lines would collide).
     """
+    if isinstance(given, (str, DistillationObjective)):
+        given = [given]
     if isinstance(given, Mapping):
-        given = [{"name": name, **(arguments or {})} for name, arguments in given.items()]
-    built = [DistillationObjective.from_dict(item) if isinstance(item, Mapping) else item for item in given]
-    for item in built:
-        if not isinstance(item, DistillationObjective):
-            raise RMTKDError(
-                f"objectives holds a {type(item).__name__}; expected DistillationObjective instances or dicts."
-            )
-    names = [item.name for item in built]
-    if not built or len(set(names)) < len(names):
+        given = [_labelled(label, arguments) for label, arguments in given.items()]
+    built = [_build(item) for item in given]
+    labels = [item.label for item in built]
+    if not built or len(set(labels)) < len(labels):
         raise RMTKDError(
-            f"objectives={names}: expected at least one, each name once. Known: {', '.join(objective_names())}."
+            f"objectives={labels}: expected at least one, each label once. Known: {', '.join(objective_names())}."
         )
     return built
+
+
+def _labelled(label: str, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise RMTKDError(f"objectives: {label!r} has {arguments!r}; expected a mapping of its arguments, {{}} for none.")
+    arguments = dict(arguments or {})
+    # With a name of its own the key is a free label; else it is the name, and names its known ones when it is wrong.
+    return {"name": label, **arguments} | ({"label": label} if "name" in arguments else {})
+
+
+def _build(item: Any) -> DistillationObjective:
+    if isinstance(item, DistillationObjective):
+        return item
+    if isinstance(item, str):
+        item = {"name": item}
+    if isinstance(item, Mapping):
+        return DistillationObjective.from_dict(item)
+    raise RMTKDError(
+        f"objectives holds a {type(item).__name__}; expected DistillationObjective instances, names or dicts."
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -10,105 +11,129 @@ from torch import nn
 
 from ...errors import RMTKDError
 from ..step import DistillationStep
+from .answers import Answers
 from .base import DistillationObjective, register_objective
 
 
-__all__ = ["KLDivergence"]
+__all__ = [
+    "JensenShannonDivergence",
+    "KLDivergence",
+    "SkewKLDivergence",
+    "jensen_shannon",
+    "kl_divergence",
+    "log_mixture",
+    "skew_kl",
+]
 
-IGNORED = -100
+
+def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of log-probabilities (..., classes) -> (...). Where p is exactly 0 the class contributes 0."""
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+
+
+def log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, share: float) -> torch.Tensor:
+    """log(share p + (1 - share) q), share in [0, 1], without leaving log-space."""
+    if share in (0.0, 1.0):
+        return log_p if share else log_q
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
+
+
+def jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; KL(p || q) for beta=0, KL(q || p) for beta=1."""
+    if beta in (0.0, 1.0):
+        return kl_divergence(log_q, log_p) if beta else kl_divergence(log_p, log_q)
+    mixture = log_mixture(log_p, log_q, beta)
+    return beta * kl_divergence(log_p, mixture) + (1 - beta) * kl_divergence(log_q, mixture)
+
+
+def skew_kl(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Tensor:
+    """KL(p || alpha p + (1 - alpha) q), at most -log(alpha)."""
+    return kl_divergence(log_p, log_mixture(log_p, log_q, alpha))
+
+
+class _AnswerDivergence(DistillationObjective):
+    """An objective that is a divergence of the softened answers; `Answers` says over what it is a mean."""
+
+    def __init__(self, weight: float, temperature: float):
+        super().__init__(weight)
+        if not temperature > 0:
+            raise RMTKDError(f"{type(self).__name__}(temperature={temperature}): expected a number above 0.")
+        self.temperature = float(temperature)
+        self._answers = Answers()
+
+    def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
+        self._answers = Answers.of(student)
+
+    def forward(self, step: DistillationStep) -> torch.Tensor:
+        return self._answers.compare(step, self.divergence, self.temperature, type(self).__name__)
+
+    def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
 
 @register_objective
-class KLDivergence(DistillationObjective):
-    """T^2 KL(p_teacher || p_student) of the softened answers, in fp32.
+class KLDivergence(_AnswerDivergence):
+    """T^2 KL(p_teacher || p_student) of the softened answers, in fp32; T^2 KL(p_student || p_teacher) with `reverse`.
 
-    - classification, logits (batch, classes): mean over the batch;
-    - several labels at once (`problem_type="multi_label_classification"`): sum over the labels of the Bernoulli KLs;
-    - one label (`num_labels=1`: regression): mean squared error to the teacher's output, temperature unused;
-    - token tasks and language models, logits (batch, tokens, classes): mean over the positions whose label is not -100
-      (labels shifted by one for causal models), or over the unmasked tokens where there are no labels. Other positions are
-      dropped before anything is computed: their value, NaN included, cannot enter;
-    - question answering, start_logits and end_logits (batch, tokens): mean of both over unmasked positions.
+    Forward covers all that the teacher considers; reverse leaves out what the student cannot afford and sharpens the rest.
+    Over what it is a mean, and what happens for regression: `Answers`.
 
-    Reference: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531, section 2.
+    References: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531, section 2; reverse:
+    Gu et al., "MiniLLM", arXiv 2306.08543.
     """
 
     name = "kl"
 
-    def __init__(self, weight: float = 0.5, temperature: float = 1.0):
-        super().__init__(weight)
-        if not temperature > 0:
-            raise RMTKDError(f"KLDivergence(temperature={temperature}): expected a number above 0.")
-        self.temperature = float(temperature)
-        self._problem, self._num_labels, self._shifted = None, None, False
+    def __init__(self, weight: float = 0.5, temperature: float = 1.0, reverse: bool = False):
+        super().__init__(weight, temperature)
+        self.reverse = bool(reverse)
 
-    def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
-        config = student.config
-        self._problem = getattr(config, "problem_type", None)
-        self._num_labels = getattr(config, "num_labels", None)
-        encoder_decoder = getattr(config, "is_encoder_decoder", False)
-        self._shifted = getattr(student, "loss_type", None) == "ForCausalLM" and not encoder_decoder
+    def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        return kl_divergence(log_q, log_p) if self.reverse else kl_divergence(log_p, log_q)
 
-    def forward(self, step: DistillationStep) -> torch.Tensor:
-        student, teacher = step.student_outputs, step.teacher_outputs
-        if "start_logits" in student:
-            return 0.5 * sum(self._span(student[n], teacher[n], step.mask) for n in ("start_logits", "end_logits"))
-        if "logits" not in student or "logits" not in teacher:
+
+@register_objective
+class JensenShannonDivergence(_AnswerDivergence):
+    """T^2 (beta KL(p || m) + (1 - beta) KL(q || m)), m = beta p + (1 - beta) q, p teacher, q student.
+
+    Bounded by the entropy of (beta, 1 - beta): log 2 at beta = 0.5. Near the ends it fades like beta (1 - beta) while the
+    ends themselves are KL(p || q) at 0 and KL(q || p) at 1; `rescale` divides by beta (1 - beta) in between and joins them.
+
+    Reference: Agarwal et al., "On-policy distillation of language models" (GKD), arXiv 2306.13649, section 2.
+    """
+
+    name = "jensen_shannon"
+
+    def __init__(self, weight: float = 0.5, beta: float = 0.5, temperature: float = 1.0, rescale: bool = False):
+        super().__init__(weight, temperature)
+        if not 0 <= beta <= 1:
+            raise RMTKDError(f"JensenShannonDivergence(beta={beta}): expected a number in [0, 1].")
+        self.beta, self.rescale = float(beta), bool(rescale)
+
+    def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        value = jensen_shannon(log_p, log_q, self.beta)
+        return value / (self.beta * (1 - self.beta)) if self.rescale and 0 < self.beta < 1 else value
+
+
+@register_objective
+class SkewKLDivergence(_AnswerDivergence):
+    """T^2 KL(p || alpha p + (1 - alpha) q), p teacher, q student; with `reverse` both change places.
+
+    Bounded by -log(alpha), 2.30 at the default: stable. The price: where the student misses much of the teacher's mass the
+    gradient vanishes, so a class that collapsed may stay collapsed. Keep the task loss beside it.
+
+    Reference: Ko et al., "DistiLLM", arXiv 2402.03898, section 3.1.
+    """
+
+    name = "skew_kl"
+
+    def __init__(self, weight: float = 0.5, alpha: float = 0.1, temperature: float = 1.0, reverse: bool = False):
+        super().__init__(weight, temperature)
+        if not 0 < alpha < 1:
             raise RMTKDError(
-                f"KLDivergence needs logits; the student returned {', '.join(student)}, the teacher {', '.join(teacher)}. "
-                "Use a model with a head on both sides, or leave KLDivergence out of the objectives."
+                f"SkewKLDivergence(alpha={alpha}): expected a number in (0, 1); alpha=0 is KLDivergence, alpha=1 always 0."
             )
-        ours, theirs = student["logits"], teacher["logits"]
-        if ours.shape != theirs.shape:
-            raise RMTKDError(
-                f"Logits of the student are {tuple(ours.shape)}, of the teacher {tuple(theirs.shape)}; expected the same. "
-                "Both models need one vocabulary and one label set."
-            )
-        if ours.dim() == 3:
-            return self._tokens(ours, theirs, step)
-        if ours.dim() != 2:
-            raise RMTKDError(
-                f"Logits of shape {tuple(ours.shape)}: expected (batch, classes) or (batch, tokens, classes)."
-            )
-        return self._sequences(ours.float(), theirs.float())
+        self.alpha, self.reverse = float(alpha), bool(reverse)
 
-    def _sequences(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        """(batch, classes) each -> scalar."""
-        if ours.shape[-1] == 1 or self._problem == "regression":
-            return F.mse_loss(ours, theirs)
-        if self._problem == "multi_label_classification":
-            # A Bernoulli with logit z is a softmax over (z, 0).
-            ours, theirs = (torch.stack((z, torch.zeros_like(z)), dim=-1) for z in (ours, theirs))
-            return self._kl(ours, theirs).sum(-1).mean()
-        return self._kl(ours, theirs).mean()
-
-    def _tokens(self, ours: torch.Tensor, theirs: torch.Tensor, step: DistillationStep) -> torch.Tensor:
-        """(batch, tokens, classes) each -> scalar."""
-        labels = step.inputs.get("labels")
-        if torch.is_tensor(labels) and labels.shape == ours.shape[:2]:
-            counted = labels != IGNORED
-        else:
-            counted = step.mask if step.mask is not None and step.mask.shape == ours.shape[:2] else None
-        if self._shifted:
-            ours, theirs = ours[:, :-1], theirs[:, :-1]
-            counted = None if counted is None else counted[:, 1:]
-        if counted is None:
-            counted = torch.ones(ours.shape[:2], dtype=torch.bool, device=ours.device)
-        divergence = self._kl(ours[counted].float(), theirs[counted].float())
-        # No position at all in this micro-batch: zero, still attached to the graph.
-        return divergence.sum() / max(divergence.numel(), 1)
-
-    def _span(self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """(batch, tokens) logits over positions -> scalar."""
-        ours, theirs = ours.float(), theirs.float()
-        if mask is not None:
-            # Finite, because 0 * -inf is NaN; the same on both sides, so padding contributes exactly 0.
-            low = torch.finfo(torch.float32).min / 4
-            ours, theirs = ours.masked_fill(~mask, low), theirs.masked_fill(~mask, low)
-        return self._kl(ours, theirs).mean()
-
-    def _kl(self, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        """(..., classes) fp32 each -> (...), T^2 applied once."""
-        log_q = F.log_softmax(ours / self.temperature, dim=-1)
-        log_p = F.log_softmax(theirs / self.temperature, dim=-1)
-        return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1) * self.temperature**2
+    def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        return skew_kl(log_q, log_p, self.alpha) if self.reverse else skew_kl(log_p, log_q, self.alpha)

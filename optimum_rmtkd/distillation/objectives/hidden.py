@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-from ...errors import RMTKDError
+from ...errors import RMTKDError, UnsupportedArchitectureError
 from ..projections import projection_for
 from ..step import DistillationStep
 from .base import DistillationObjective, FeatureRequest, register_objective
@@ -42,7 +42,13 @@ class HiddenStateLoss(DistillationObjective):
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
         from ... import surgery
 
-        ours, theirs = surgery.block_paths(student), surgery.block_paths(teacher)
+        try:
+            ours, theirs = surgery.block_paths(student), surgery.block_paths(teacher)
+            self.active = True
+        except UnsupportedArchitectureError as error:
+            logger.warning("HiddenStateLoss drops out, the other objectives stay: %s", error)
+            self._blocks, self.active = (), False
+            return
         if len(ours) != len(theirs):
             raise RMTKDError(
                 f"The student has {len(ours)} residual blocks, the teacher {len(theirs)}; HiddenStateLoss pairs them one to "
@@ -84,7 +90,8 @@ class HiddenStateLoss(DistillationObjective):
                 continue
             variance = self.variance[index] if self.variance.numel() else target.var().clamp_min(1e-12)
             # Empty in a batch without a single unmasked token: the sum is 0 where a mean would be NaN.
-            terms.append((values - target).square().sum() / max(values.numel(), 1) / variance)
+            mean = (values - target).square().sum() / max(values.numel(), 1)
+            terms.append(mean / variance * step.share(unit_of(step.student_features[ours], step.mask)))
         if not terms:
             return self._sums.new_zeros((), dtype=torch.float32)
         return torch.stack(terms).sum() / len(terms)
@@ -118,6 +125,11 @@ class HiddenStateLoss(DistillationObjective):
                 tuple(values.shape),
                 tuple(target.shape),
             )
+
+
+def unit_of(feature: torch.Tensor, mask: torch.Tensor | None) -> str:
+    """What `positions` of this feature are counted in: unmasked tokens, or samples where all positions are alike."""
+    return "tokens" if feature.dim() == 3 and mask is not None and mask.shape == feature.shape[:2] else "samples"
 
 
 def positions(feature: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ...errors import RMTKDError
+from ..counts import token_labels
 from ..step import DistillationStep
 from .base import DistillationObjective, register_objective
 
@@ -14,7 +15,11 @@ __all__ = ["TaskLoss"]
 
 @register_objective
 class TaskLoss(DistillationObjective):
-    """What the student would be trained with alone: the model's loss on the labels."""
+    """What the student would be trained with alone: the model's loss on the labels.
+
+    The model's loss is a mean over the micro-batch, of samples or, where there is a label a token, of labels; it is weighed
+    so that the accumulated batch gives the mean over all of them.
+    """
 
     name = "task"
     needs_teacher = False
@@ -23,12 +28,18 @@ class TaskLoss(DistillationObjective):
         super().__init__(weight)
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
-        if step.task_loss is not None:
-            return step.task_loss.float()
-        loss = step.student_outputs.get("loss")
+        loss = step.task_loss
+        if loss is None:
+            loss = step.student_outputs.get("loss")
         if loss is None:
             raise RMTKDError(
                 f"The student returned {', '.join(step.student_outputs)} for inputs {', '.join(step.inputs)}: no loss. "
                 "Give labels, or leave TaskLoss out of the objectives to distil on unlabelled data."
             )
-        return loss.float()
+        logits = (step.student_outputs or {}).get("logits")
+        counted = token_labels(step.inputs, step.shifted)
+        if counted is None or logits is None or logits.dim() != 3:
+            return loss.float() * step.share("samples")
+        if not bool(counted.any()):
+            return logits.float().sum() * 0.0  # a mean over no label is NaN
+        return loss.float() * step.share("labels")

@@ -1,0 +1,126 @@
+"""What student and teacher answer, compared position by position in fp32: the part that all divergences share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...errors import RMTKDError
+from ..counts import token_labels
+from ..step import DistillationStep
+
+
+__all__ = ["Answers", "Divergence"]
+
+# (log p teacher, log q student), each (..., classes) fp32 -> (...)
+Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+SPANS = ("start_logits", "end_logits")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Reads the logits of a pair of models as the student's config says they are meant.
+
+    - classification and multiple choice, logits (batch, classes): mean over the batch;
+    - several labels at once (`problem_type="multi_label_classification"`): sum over the labels, each a distribution over
+      yes and no;
+    - one label (`num_labels=1`: regression): mean squared error to the teacher's output, temperature unused;
+    - token tasks and language models, logits (batch, tokens, classes): mean over the positions whose label is not -100
+      (labels shifted by one for causal models), or over the unmasked tokens where there are no labels. Other positions are
+      dropped before anything is computed: their value, NaN included, cannot enter;
+    - question answering, start_logits and end_logits (batch, tokens): mean of both over unmasked positions.
+    """
+
+    problem: str | None = None
+    shifted: bool = False
+
+    @classmethod
+    def of(cls, student: nn.Module) -> Answers:
+        config = student.config
+        encoder_decoder = getattr(config, "is_encoder_decoder", False)
+        shifted = getattr(student, "loss_type", None) == "ForCausalLM" and not encoder_decoder
+        return cls(getattr(config, "problem_type", None), shifted)
+
+    def compare(self, step: DistillationStep, divergence: Divergence, temperature: float, who: str) -> torch.Tensor:
+        """T^2 times the mean divergence of the softened answers, as this micro-batch's part of the accumulated batch.
+
+        Args:
+            who: name of the objective, for error messages.
+
+        Raises:
+            RMTKDError: no logits, or logits of different shapes.
+        """
+
+        def softened(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            log_p, log_q = (F.log_softmax(z.float() / temperature, dim=-1) for z in (theirs, ours))
+            return divergence(log_p, log_q) * temperature**2
+
+        student, teacher = step.student_outputs, step.teacher_outputs
+        if SPANS[0] in student:
+            parts = [softened(*self._masked_span(student[n], teacher[n], step.mask)).mean() for n in SPANS]
+            return 0.5 * sum(parts) * step.share("samples")
+        ours, theirs = self.logits(step, who)
+        if ours.dim() == 3:
+            ours, theirs, unit = self.counted(ours, theirs, step)
+            values = softened(ours, theirs)
+            # No position at all in this micro-batch: zero, still attached to the graph.
+            return values.sum() / max(values.numel(), 1) * step.share(unit)
+        if self.is_regression(ours):
+            return F.mse_loss(ours.float(), theirs.float()) * step.share("samples")
+        if self.problem == "multi_label_classification":
+            # A Bernoulli with logit z is a softmax over (z, 0).
+            ours, theirs = (torch.stack((z.float(), torch.zeros_like(z.float())), dim=-1) for z in (ours, theirs))
+            return softened(ours, theirs).sum(-1).mean() * step.share("samples")
+        return softened(ours, theirs).mean() * step.share("samples")
+
+    def is_regression(self, logits: torch.Tensor) -> bool:
+        return logits.shape[-1] == 1 or self.problem == "regression"
+
+    def logits(self, step: DistillationStep, who: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(student, teacher), (batch, classes) or (batch, tokens, classes)."""
+        student, teacher = step.student_outputs, step.teacher_outputs
+        if "logits" not in student or "logits" not in teacher:
+            raise RMTKDError(
+                f"{who} needs logits; the student returned {', '.join(student)}, the teacher {', '.join(teacher)}. "
+                f"Use a model with a head on both sides, or leave {who} out of the objectives."
+            )
+        ours, theirs = student["logits"], teacher["logits"]
+        if ours.shape != theirs.shape:
+            raise RMTKDError(
+                f"Logits of the student are {tuple(ours.shape)}, of the teacher {tuple(theirs.shape)}; expected the same. "
+                "Both models need one vocabulary and one label set."
+            )
+        if ours.dim() not in (2, 3):
+            raise RMTKDError(
+                f"Logits of shape {tuple(ours.shape)}: expected (batch, classes) or (batch, tokens, classes)."
+            )
+        return ours, theirs
+
+    def counted(
+        self, ours: torch.Tensor, theirs: torch.Tensor, step: DistillationStep
+    ) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """(batch, tokens, classes) each -> those of the positions that count, (n, classes), and the unit they are counted in."""
+        mask, labels = step.mask, token_labels(step.inputs, self.shifted)
+        if self.shifted:
+            ours, theirs = ours[:, :-1], theirs[:, :-1]
+            mask = None if mask is None else mask[:, 1:]
+        for unit, chosen in (("labels", labels), ("tokens", mask)):
+            if chosen is not None and chosen.shape == ours.shape[:2]:
+                return ours[chosen], theirs[chosen], unit
+        return ours.flatten(0, 1), theirs.flatten(0, 1), "tokens"
+
+    def _masked_span(
+        self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, tokens) logits over positions, padding pushed out of the softmax."""
+        ours, theirs = ours.float(), theirs.float()
+        if mask is None:
+            return ours, theirs
+        # Finite, because 0 * -inf is NaN; the same on both sides, so padding contributes exactly 0.
+        low = torch.finfo(torch.float32).min / 4
+        return ours.masked_fill(~mask, low), theirs.masked_fill(~mask, low)

@@ -1,0 +1,183 @@
+"""Distillation of causal language models on text that they generate themselves. Thin: large-scale work belongs to TRL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RMTKDError
+from .counts import IGNORED
+from .transforms import BatchTransform, register_transform
+
+
+__all__ = ["AdaptiveOffPolicy", "OnPolicy"]
+
+
+@register_transform
+class OnPolicy(BatchTransform):
+    """With probability `fraction` the completions of a batch are replaced by samples of the student (or the teacher).
+
+    A prompt is what precedes the first label that counts; in plain text, where all labels count, the first half of the
+    shortest row. All rows are cut to the shortest prompt, so no row needs padding while generating. Samples are drawn at
+    temperature 1 from the whole distribution; labels cover what was generated, up to the end-of-text token.
+
+    For causal models. Generation is transformers' own, one token at a time: for large models use the trainers of TRL.
+
+    Args:
+        fraction: share of the batches, in [0, 1].
+        max_new_tokens: tokens generated per row.
+        source: "student" (on-policy distillation, GKD), or "teacher" (sequence-level distillation).
+
+    Reference: Agarwal et al., arXiv 2306.13649 (GKD); Kim & Rush, arXiv 1606.07947 (sequence-level).
+    """
+
+    name = "on_policy"
+
+    def __init__(self, fraction: float = 0.5, max_new_tokens: int = 64, source: str = "student"):
+        if not 0 <= fraction <= 1 or max_new_tokens < 1 or source not in ("student", "teacher"):
+            raise RMTKDError(
+                f"OnPolicy(fraction={fraction}, max_new_tokens={max_new_tokens}, source={source!r}): expected a share in "
+                "[0, 1], at least one token, and 'student' or 'teacher'."
+            )
+        self.fraction, self.max_new_tokens, self.source = float(fraction), int(max_new_tokens), source
+
+    def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        if getattr(student, "loss_type", "") != "ForCausalLM" or getattr(student.config, "is_encoder_decoder", False):
+            raise RMTKDError(
+                f"{type(self).__name__} with {type(student).__name__}: it generates text with a causal language model. Leave "
+                "it out for other models."
+            )
+        if teacher is None:
+            raise RMTKDError(f"{type(self).__name__}: cached answers do not fit generated text. Pass a teacher model.")
+
+    def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        if float(torch.rand(())) >= self.fraction:
+            return inputs
+        model = trainer.model if self.source == "student" else trainer.staging.teacher.model
+        return generated(model, trainer._prepare_inputs(dict(inputs)), self.max_new_tokens)
+
+
+@register_transform
+class AdaptiveOffPolicy(OnPolicy):
+    """DistiLLM's adaptive off-policy approach: student samples become more frequent when validation stops improving.
+
+    Each batch draws r uniformly. With probability phi (1 - t/T) (phi while the replay buffer is not full) the student
+    generates, and the samples go into the buffer; else if r < phi a batch of the buffer is used; else the data. After an
+    evaluation whose loss exceeds the best reference by `tolerance`, phi grows by `increase` and the reference moves on.
+
+    Args:
+        capacity: batches in the replay buffer.
+        increase, tolerance: of phi, and of the validation loss that triggers it.
+
+    Reference: Ko et al., "DistiLLM", arXiv 2402.03898, section 3.2.
+    """
+
+    name = "adaptive_off_policy"
+
+    def __init__(
+        self, max_new_tokens: int = 64, capacity: int = 1000, increase: float = 0.1, tolerance: float = 0.1
+    ):
+        super().__init__(0.0, max_new_tokens)
+        if capacity < 1:
+            raise RMTKDError(f"AdaptiveOffPolicy(capacity={capacity}): expected at least one batch.")
+        self.capacity, self.increase, self.tolerance = int(capacity), float(increase), float(tolerance)
+        self.threshold, self.reference = 0.0, float("inf")
+        self.buffer: list[dict[str, torch.Tensor]] = []
+
+    def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        draw = float(torch.rand(()))
+        full = len(self.buffer) >= self.capacity
+        progress = trainer.state.global_step / max(1, trainer.state.max_steps)
+        if draw < self.threshold * (1 - progress if full else 1.0):
+            batch = generated(trainer.model, trainer._prepare_inputs(dict(inputs)), self.max_new_tokens)
+            if full:
+                self.buffer.pop(0)
+            self.buffer.append({name: tensor.cpu() for name, tensor in batch.items()})
+            return batch
+        if draw < self.threshold and self.buffer:
+            return dict(self.buffer[int(torch.randint(len(self.buffer), ()))])
+        return inputs
+
+    def on_evaluate(self, metrics: Mapping[str, float], progress: float) -> None:
+        loss = metrics.get("eval_loss")
+        if loss is None:
+            return
+        if self.reference == float("inf"):
+            self.reference = loss
+        elif loss >= self.reference + self.tolerance:
+            self.threshold, self.reference = min(1.0, self.threshold + self.increase), loss
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        values = torch.tensor([self.threshold, self.reference], dtype=torch.float64)
+        rows = {f"{i}/{name}": tensor for i, batch in enumerate(self.buffer) for name, tensor in batch.items()}
+        return {"values": values, **rows}
+
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        self.threshold, self.reference = tensors["values"].tolist()
+        rows: dict[int, dict[str, torch.Tensor]] = {}
+        for key, tensor in tensors.items():
+            number, _, name = key.partition("/")
+            if name:
+                rows.setdefault(int(number), {})[name] = tensor
+        self.buffer = [rows[i] for i in sorted(rows)]
+
+
+def prompt_length(inputs: Mapping[str, torch.Tensor]) -> int:
+    """Tokens that every row of the batch offers as its prompt, at least 1.
+
+    Raises:
+        RMTKDError: padding inside the prompts.
+    """
+    ids, labels, mask = inputs["input_ids"], inputs.get("labels"), inputs.get("attention_mask")
+    lengths = torch.full((len(ids),), ids.shape[1], device=ids.device) if mask is None else mask.sum(1)
+    prompts = lengths // 2
+    if labels is not None:
+        leading = (labels != IGNORED).int().argmax(1)  # 0 where the first label counts, or none does
+        prompts = torch.where(leading > 0, leading, prompts)
+    length = max(1, int(prompts.min()))
+    if mask is not None and not bool(mask[:, :length].bool().all()):
+        raise RMTKDError("On-policy batches need padding on the right: the first tokens are the prompt. Set padding_side.")
+    return length
+
+
+@torch.no_grad()
+def generated(model: nn.Module, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> dict[str, torch.Tensor]:
+    """Prompts completed by `model`: input_ids, attention_mask and labels, (batch, prompt + new tokens) each."""
+    length = prompt_length(inputs)
+    prompts = inputs["input_ids"][:, :length]
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length + max_new_tokens
+    end = model.generation_config.eos_token_id
+    ends = torch.as_tensor([] if end is None else end, device=prompts.device).reshape(-1)
+    pad = model.generation_config.pad_token_id
+    pad = pad if pad is not None else int(ends[0]) if len(ends) else 0
+    with _evaluating(model):
+        ids = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=max(1, min(max_new_tokens, room - length)),
+            pad_token_id=pad,
+        )
+    new = ids[:, length:]
+    ended = torch.isin(new, ends).int().cumsum(1)
+    counts = torch.cat((torch.ones_like(prompts), ((ended == 0) | ((ended == 1) & torch.isin(new, ends))).long()), 1)
+    labels = ids.masked_fill(counts == 0, IGNORED)
+    labels[:, :length] = IGNORED
+    return {"input_ids": ids, "attention_mask": counts, "labels": labels}
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -1,0 +1,73 @@
+"""Small parts found by name: one registry a kind."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+from .errors import RMTKDError
+
+
+__all__ = ["Registry"]
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Classes by their class attribute `name`.
+
+    Args:
+        kind: what they are, for messages.
+    """
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._classes: dict[str, type[T]] = {}
+
+    def __iter__(self):
+        return iter(sorted(self._classes))
+
+    def register(self, cls: type[T]) -> type[T]:
+        """Class decorator: make a class known by its `name`.
+
+        Raises:
+            RMTKDError: no name, or a name that another class has already taken.
+        """
+        if not cls.name:
+            raise RMTKDError(f"{cls.__name__} has no name; set the class attribute `name`, its log and registry key.")
+        taken = self._classes.get(cls.name)
+        if taken is not None and taken.__qualname__ != cls.__qualname__:
+            raise RMTKDError(
+                f"The name {cls.name!r} belongs to {taken.__qualname__}; give {cls.__qualname__} another one."
+            )
+        self._classes[cls.name] = cls
+        return cls
+
+    def find(self, name: Any) -> type[T]:
+        """The class registered under `name`.
+
+        Raises:
+            RMTKDError: unknown; the message lists the known names.
+        """
+        if not isinstance(name, str) or name not in self._classes:
+            raise RMTKDError(f"No {self.kind} {name!r}; expected one of {', '.join(self)}.")
+        return self._classes[name]
+
+    def build(self, given: str | Mapping[str, Any]) -> T:
+        """An instance from a name, or from {"name": ..., arguments}.
+
+        Raises:
+            RMTKDError: no or an unknown name, arguments it does not take, or something else than a name or a mapping.
+        """
+        if isinstance(given, str):
+            given = {"name": given}
+        if not isinstance(given, Mapping):
+            raise RMTKDError(f"{self.kind}: got a {type(given).__name__}; expected a name, a dict or an instance.")
+        arguments = dict(given)
+        cls = self.find(arguments.pop("name", None))
+        known = [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
+        unknown = sorted(set(arguments) - set(known))
+        if unknown:
+            raise RMTKDError(f"{cls.name} takes no {', '.join(unknown)}; expected among {', '.join(known)}.")
+        return cls(**arguments)

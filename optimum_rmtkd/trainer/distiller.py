@@ -1,0 +1,153 @@
+"""One training step's loss: student and teacher on one batch, objectives weighed and logged."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..distillation import DistillationObjective, DistillationStep, TaskLoss, capture
+from ..distillation.counts import total_units
+from ..distillation.objectives.answers import Answers
+from ..distillation.step import token_mask
+from ..errors import RMTKDError
+
+
+if TYPE_CHECKING:
+    from .trainer import RMTKDTrainer
+
+
+__all__ = ["Distiller"]
+
+
+class Distiller:
+    """Computes the training loss for a trainer and remembers each term for its log.
+
+    Attributes:
+        totals: (3,) units (`distillation.counts.UNITS`) in the accumulated batch at hand, over all processes.
+        parts: micro-batches in it, over all processes.
+    """
+
+    def __init__(self, trainer: RMTKDTrainer):
+        self.trainer = trainer
+        self.totals: torch.Tensor | None = None
+        self.parts = 1
+        self._terms: dict[str, list] = {}
+
+    @property
+    def objectives(self) -> list[DistillationObjective]:
+        """Those that found something to compare."""
+        return [objective for objective in self.trainer.objectives if objective.active]
+
+    @property
+    def shifted(self) -> bool:
+        """Whether the answer at one position is for the label at the next."""
+        return Answers.of(self.trainer.model).shifted
+
+    @property
+    def progress(self) -> float:
+        """Share of the training steps that are done."""
+        state = self.trainer.state
+        return state.global_step / max(1, state.max_steps)
+
+    def begin_batch(self, batches: list[Mapping[str, Any]]) -> None:
+        """Count the units of an accumulated batch: what every mean in it is taken over."""
+        accelerator = self.trainer.accelerator
+        totals = total_units(batches, self.shifted)
+        if accelerator.num_processes > 1:
+            totals = accelerator.reduce(totals.to(self.trainer.args.device), reduction="sum").cpu()
+        self.totals, self.parts = totals, len(batches) * accelerator.num_processes
+
+    def loss(self, model, inputs, task_loss_of: Callable) -> tuple[torch.Tensor, Any]:
+        """(weighted sum of the terms, student's outputs).
+
+        Args:
+            task_loss_of: `Trainer.compute_loss` of the parent class.
+        """
+        objectives, teacher = self.objectives, self.trainer.staging.teacher
+        requests = [objective.features() for objective in objectives]
+        paths = dict.fromkeys(path for request in requests for path in request.student)
+        with contextlib.ExitStack() as stack:
+            for transform in self.trainer.transforms:
+                models = [self.trainer.model] + ([] if teacher.model is None else [teacher.model])
+                inputs = stack.enter_context(transform.around(inputs, models))
+            offered = dict(inputs)  # label smoothing takes the labels out of `inputs`
+            inputs = teacher.strip(inputs)
+            with capture(self.trainer.model, paths) as features:
+                if any(isinstance(objective, TaskLoss) for objective in objectives):
+                    task_loss, outputs = task_loss_of(model, inputs, return_outputs=True)
+                else:  # the data may be unlabelled
+                    task_loss, outputs = None, model(**inputs)
+            if missing := [path for path in paths if path not in features]:
+                raise RMTKDError(
+                    f"The forward pass did not reach the hooks of {missing[0]!r}: torch.compile drops hooks set after "
+                    "compilation. Set torch_compile=False, or leave out the objectives on hidden states (hidden_weight=0)."
+                )
+            taught = self.teacher_step(offered, [o for o in objectives if o.needs_teacher], prepared=True)
+        step = DistillationStep(
+            inputs=offered,
+            student_outputs=outputs,
+            teacher_outputs=taught.teacher_outputs,
+            student_features=features,
+            teacher_features=taught.teacher_features,
+            mask=taught.mask,
+            totals=self.totals,
+            parts=self.parts,
+            shifted=self.shifted,
+            task_loss=task_loss,
+            progress=self.progress,
+        )
+        return self._weigh(step, objectives), outputs
+
+    def teacher_step(
+        self, inputs: Mapping[str, Any], objectives: list[DistillationObjective], prepared: bool = False
+    ) -> DistillationStep:
+        """A step with the teacher's side filled in, for those objectives that look at it."""
+        trainer = self.trainer
+        if not prepared:
+            inputs = trainer._prepare_inputs(dict(inputs))
+        outputs, features = None, {}
+        if objectives:
+            paths = dict.fromkeys(path for objective in objectives for path in objective.features().teacher)
+            with trainer.accelerator.autocast():
+                outputs, features = trainer.staging.teacher(inputs, paths, drop=trainer.label_names)
+        mask = token_mask(inputs)
+        return DistillationStep(
+            inputs, teacher_outputs=outputs, teacher_features=features, mask=mask, shifted=self.shifted
+        )
+
+    def _weigh(self, step: DistillationStep, objectives: list[DistillationObjective]) -> torch.Tensor:
+        total = None
+        for objective in objectives:
+            term = objective(step)
+            weighted = objective.weight_at(step.progress) * term
+            total = weighted if total is None else total + weighted
+            self.note(objective.label, term)
+        own = self.trainer.staging.teacher.loss(step)
+        if own is not None:
+            self.note("teacher", own)
+            total = total + own
+        return total
+
+    # -- log -----------------------------------------------------------------------------------------------------------
+
+    def note(self, label: str, term: torch.Tensor) -> None:
+        """Remember one micro-batch's term for the log."""
+        entry = self._terms.setdefault(label, [torch.zeros((), device=term.device), 0])
+        entry[0] += term.detach()
+        entry[1] += 1
+
+    def forget(self) -> None:
+        """Drop the terms not logged yet."""
+        self._terms.clear()
+
+    def log_terms(self) -> dict[str, float]:
+        """Mean of each term since the last call, over all processes, under loss/<label>."""
+        means = {
+            f"loss/{label}": self.trainer.accelerator.gather((total / count).reshape(1)).mean().item()
+            for label, (total, count) in self._terms.items()
+        }
+        self._terms.clear()
+        return means
