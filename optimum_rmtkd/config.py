@@ -23,6 +23,18 @@ def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def _parsed(name: str, value: Any) -> Any:
+    """A mapping from JSON text; a single word stays what it is, a name."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RMTKDError(f"{name}={value!r} is not JSON ({error}); expected a name or an object in quotes.") from error
+    if value is not None and not isinstance(value, (str, dict)):
+        raise RMTKDError(f"{name}={value!r}: expected a name, or a mapping of names to arguments.")
+    return value
+
+
 @dataclass(frozen=True)
 class RMTKDConfig:
     """What to narrow, how the widths are found, and how the student is distilled afterwards.
@@ -128,8 +140,8 @@ class RMTKDConfig:
     schedule: str = _option(
         "rounds",
         "rounds: all sites at once, the reduction spread geometrically over a few rounds. layerwise: the paper, one layer "
-        "after the other, shallow to deep.",
-        ("rounds", "layerwise"),
+        "after the other, shallow to deep. none: no cut, the model is only distilled.",
+        ("rounds", "layerwise", "none"),
     )
     rounds: int | None = _option(None, "Number of rounds. None: one up to 65 % of reduction, two above.")
     stage_share: float = _option(
@@ -160,6 +172,21 @@ class RMTKDConfig:
     kl_weight: float = _option(0.7, "Weight of the KL divergence between the teacher's and the student's logits.")
     hidden_weight: float = _option(1.0, "Weight of the hidden states against the projected teacher.")
     temperature: float = _option(1.0, "Temperature of the KL divergence, > 0.")
+    objectives: dict | str | None = _option(
+        None,
+        'Terms of the loss in place of the three weights above: JSON {name: arguments}, for example \'{"task": {"weight": '
+        '0.5}, "skew_kl": {"alpha": 0.1}}\', or the name of one. An unknown name is answered with the known ones.',
+    )
+    reparameterization: dict | str | None = _option(
+        None,
+        "Train more parameters than are saved: mpo (OPDF) or powerpropagation, or JSON with arguments, for example "
+        '\'{"name": "mpo", "num_tensors": 3}\'. Weights are folded back before saving.',
+    )
+    transforms: dict | str | None = _option(
+        None,
+        "Batch transform: embedding_mixup, on_policy or adaptive_off_policy, or JSON with arguments, for example "
+        '\'{"name": "embedding_mixup", "alpha": 0.4}\'.',
+    )
     disable_dropout: bool = _option(
         True, "Train the narrowed student without dropout: it is small and fits a dense target."
     )
@@ -169,6 +196,8 @@ class RMTKDConfig:
     def __post_init__(self):
         if isinstance(self.sites, (list, str)):
             object.__setattr__(self, "sites", (self.sites,) if isinstance(self.sites, str) else tuple(self.sites))
+        for name in ("objectives", "reparameterization", "transforms"):
+            object.__setattr__(self, name, _parsed(name, getattr(self, name)))
         for item in dataclasses.fields(self):
             choices = item.metadata.get("choices")
             if choices and getattr(self, item.name) not in choices:
@@ -182,6 +211,10 @@ class RMTKDConfig:
             raise RMTKDError(
                 f"target_flops={self.target_flops} with schedule='layerwise': the edges decide there and only a target_reduction "
                 "stops them; use schedule='rounds'."
+            )
+        if self.schedule == "none" and (self.target_reduction is not None or self.target_flops is not None):
+            raise RMTKDError(
+                "schedule='none' cuts nothing, but a target was given: drop the target, or use schedule='rounds'."
             )
         if self.sites is not None and not self.sites:
             raise RMTKDError(

@@ -59,6 +59,8 @@ def _argument(hint: Any, choices: tuple | None) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kinds[0]) in (tuple, list):
         return {"nargs": "+", "type": typing.get_args(kinds[0])[0]}
+    if dict in kinds:
+        return {"type": str, "metavar": "JSON"}
     if set(kinds) == {str, int}:
         return {"type": _word_or_number}
     return {"type": kinds[0], "choices": choices, "metavar": None if choices else METAVARS.get(kinds[0])}

@@ -129,6 +129,8 @@ def plan_cuts(
             a target the run stops once it is met.
         kept: share of the uncut model's parameters that there are now.
     """
+    if config.schedule == "none":
+        return ()
     if config.schedule == "layerwise":
         steps = spread_steps(len(groups), max_steps, config.stage_share)
         return tuple(PlannedCut(i, s, sites=tuple(g)) for i, (s, g) in enumerate(zip(steps, groups, strict=True)))

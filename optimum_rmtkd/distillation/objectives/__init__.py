@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .alignment import TensorAlignment, fix_gauge
 from .base import (
     DistillationObjective,
     FeatureRequest,
@@ -10,12 +11,20 @@ from .base import (
     objective_names,
     register_objective,
 )
+from .correlation import CorrelationDistance
 from .divergences import JensenShannonDivergence, KLDivergence, SkewKLDivergence
 from .hidden import HiddenStateLoss
+from .projected import ProjectedFeatureLoss
+from .relations import AttentionRelationLoss
 from .task import TaskLoss
 
 
 __all__ = [
+    "AttentionRelationLoss",
+    "CorrelationDistance",
+    "ProjectedFeatureLoss",
+    "TensorAlignment",
+    "fix_gauge",
     "DistillationObjective",
     "FeatureRequest",
     "HiddenStateLoss",

@@ -51,8 +51,8 @@ class DistillationObjective(nn.Module):
     gradients do not depend on how the batch was split over accumulation steps and processes.
 
     Constructor arguments are stored under their own names: that is all `to_dict` needs. Life of an objective:
-    `setup` after every cut; then, if `observes`, `observe` once per calibration batch (no gradient, no student outputs) and
-    `finish`; then `forward` at every step. What it learns there and a resumed run needs goes into buffers: they are part of
+    `setup` after every cut; then, if `observes`, `observe` once per calibration batch (no gradient, no student outputs),
+    `finish`, and `prepare` with one batch of both; then `forward` at every step. What it learns there and a resumed run needs goes into buffers: they are part of
     the training checkpoint. Parameters it registers in `setup` are trained beside the student and never saved with it.
 
     Args:
@@ -99,6 +99,14 @@ class DistillationObjective(nn.Module):
 
     def finish(self, reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> None:
         """Close the observation; `reduce_sum` adds a tensor up over all processes."""
+
+    def prepare(self, step: DistillationStep) -> None:
+        """After `finish`: see one batch with both sides' features (no gradient), to create parameters of the right shapes."""
+
+    def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take up the `state_dict()` of an earlier run, in place of `observe`, `finish` and `prepare`."""
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
         """The unweighted term: a scalar in fp32, this micro-batch's part of a mean over the accumulated batch."""

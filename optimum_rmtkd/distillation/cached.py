@@ -1,0 +1,159 @@
+"""Answers of a teacher, computed once and kept in the dataset: no teacher in memory while the student trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RMTKDError
+from .step import token_mask
+from .teachers import Teacher
+
+
+__all__ = ["COLUMNS", "AnswerCollator", "CachedTeacher", "cache_answers"]
+
+VALUES, INDICES, REST, CLASSES = COLUMNS = ("teacher_values", "teacher_indices", "teacher_rest", "teacher_classes")
+
+
+class CachedTeacher(Teacher):
+    """Reads the answers that `cache_answers` wrote into the training data.
+
+    The logits of the k largest classes are exact; the others share the rest of the probability evenly. With k at least the
+    number of classes (the default covers any classifier) nothing is lost. Hidden states are not kept: objectives that
+    compare features refuse this teacher.
+    """
+
+    def __init__(self):
+        self.model = None
+
+    def __call__(
+        self, inputs: Mapping[str, Any], paths: Iterable[str] = (), drop: Iterable[str] = ()
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        if wanted := list(paths):
+            raise RMTKDError(f"Cached answers hold no features, {wanted[0]!r} was asked for; pass a teacher model.")
+        missing = [name for name in COLUMNS if name not in inputs]
+        if missing:
+            raise RMTKDError(
+                f"The batch has no {', '.join(missing)}: expected training data from cache_answers(teacher, dataset, ...)."
+            )
+        values, indices, rest = inputs[VALUES], inputs[INDICES].long(), inputs[REST]
+        classes = int(inputs[CLASSES].max())
+        logits = rest[..., None].repeat(*(1,) * rest.dim(), classes).float()
+        logits.scatter_(-1, indices, values.float())
+        if logits.dim() == 2:
+            return {"logits": logits}, {}
+        mask = token_mask(inputs)
+        if mask is None:
+            return {"logits": logits}, {}
+        # Wherever the collator put the padding, the answers belong to the real tokens in their order.
+        full = logits.new_zeros(*mask.shape, classes)
+        held = torch.arange(logits.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
+        if logits.shape[1] < int(mask.sum(1).max()):
+            raise RMTKDError(
+                f"A sample has {int(mask.sum(1).max())} tokens, its cached answers are for at most {logits.shape[1]}: the data was "
+                "tokenized or truncated otherwise when the answers were computed. Run cache_answers again."
+            )
+        full[mask] = logits[held]
+        return {"logits": full}, {}
+
+    def strip(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {key: value for key, value in inputs.items() if key not in COLUMNS}
+
+
+class AnswerCollator:
+    """Any collator, beside which the columns of answers are put into tensors of their own."""
+
+    def __init__(self, collator: Callable[[list], dict]):
+        self.collator = collator
+
+    def __call__(self, samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = self.collator([{k: v for k, v in sample.items() if k not in COLUMNS} for sample in samples])
+        if not all(CLASSES in sample for sample in samples):
+            return batch
+        values, indices = (_padded([torch.as_tensor(sample[name]) for sample in samples]) for name in (VALUES, INDICES))
+        rest = _padded([torch.as_tensor(sample[REST], dtype=torch.float32) for sample in samples])
+        classes = torch.as_tensor([int(sample[CLASSES]) for sample in samples])
+        answers = {VALUES: values, INDICES: indices, REST: rest, CLASSES: classes}
+        return {**batch, **answers}
+
+
+def _padded(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Stacked, the first dimension filled up with zeros."""
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True) if tensors[0].dim() else torch.stack(tensors)
+
+
+@torch.no_grad()
+def cache_answers(
+    teacher: nn.Module,
+    dataset: Any,
+    collator: Callable[[list], dict],
+    k: int = 64,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Any:
+    """The dataset with four more columns: the teacher's k largest logits of each sample (token), and what is left over.
+
+    Use the very tokens the student will train on: tokenize first, and let the collator pad, not truncate.
+
+    Args:
+        teacher: a model that returns `logits`, (batch, classes) or (batch, tokens, classes); its device is used.
+        dataset: a `datasets.Dataset` of model inputs.
+        k: logits kept; all of them where there are fewer classes.
+
+    Returns:
+        `datasets.Dataset` with teacher_values (k, or tokens x k), teacher_indices, teacher_rest (the logit that each other
+        class gets) and teacher_classes.
+
+    Raises:
+        RMTKDError: not a `datasets.Dataset`, a model without logits, k below 1.
+    """
+    import datasets
+    from tqdm.auto import tqdm
+
+    if not isinstance(dataset, datasets.Dataset):
+        raise RMTKDError(f"cache_answers got a {type(dataset).__name__}; expected a datasets.Dataset (not a stream).")
+    if k < 1:
+        raise RMTKDError(f"cache_answers(k={k}): expected at least 1.")
+    ask, training, place = Teacher(teacher), teacher.training, next(teacher.parameters()).device
+    names = set(_input_names(teacher))
+    columns: dict[str, list] = {name: [] for name in COLUMNS}
+    starts = range(0, len(dataset), batch_size)
+    for start in tqdm(starts, desc="teacher's answers", unit="batch", disable=not progress):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = collator([{key: value for key, value in row.items() if key in names} for row in rows])
+        batch = {key: value.to(place) if torch.is_tensor(value) else value for key, value in batch.items()}
+        outputs, _ = ask(batch, drop=("labels",))
+        if "logits" not in outputs:
+            raise RMTKDError(f"{type(teacher).__name__} returned {', '.join(outputs)}; cache_answers keeps logits.")
+        _keep(columns, outputs["logits"].float(), token_mask(batch), k)
+    teacher.train(training)
+    for name, values in columns.items():
+        dataset = dataset.add_column(name, values)
+    return dataset
+
+
+def _input_names(model: nn.Module) -> list[str]:
+    import inspect
+
+    return [*inspect.signature(type(model).forward).parameters, "labels", "label", "label_ids"]
+
+
+def _keep(columns: dict[str, list], logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> None:
+    classes = logits.shape[-1]
+    kept = min(k, classes)
+    values, indices = logits.topk(kept, dim=-1)
+    rest = torch.zeros(logits.shape[:-1], device=logits.device)
+    if kept < classes:
+        others = logits.scatter(-1, indices, -math.inf).logsumexp(-1)
+        rest = others - math.log(classes - kept)
+    for number in range(len(logits)):
+        chosen = slice(None) if mask is None or logits.dim() == 2 else mask[number]
+        tokens = logits.dim() == 3
+        columns[VALUES].append((values[number][chosen] if tokens else values[number]).cpu().numpy())
+        columns[INDICES].append((indices[number][chosen] if tokens else indices[number]).int().cpu().numpy())
+        columns[REST].append((rest[number][chosen] if tokens else rest[number]).cpu().tolist())
+        columns[CLASSES].append(classes)

@@ -1,0 +1,65 @@
+"""Several teachers as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RMTKDError
+from .teachers import FrozenTeacher, Teacher
+
+
+__all__ = ["WeightedTeachers"]
+
+
+class WeightedTeachers(Teacher):
+    """Weighted mean of several teachers' logits: of their outputs in regression, of their log-odds in classification.
+
+    Features (hidden states) are those of the first one. All teachers stay in memory and run at every step.
+
+    Args:
+        teachers: models or teachers without trained parts.
+        weights: one a teacher, positive, scaled to sum 1; None: equal.
+
+    Raises:
+        RMTKDError: none, or weights that do not fit.
+    """
+
+    def __init__(self, teachers: Sequence[nn.Module | Teacher], weights: Sequence[float] | None = None):
+        members = [t if isinstance(t, Teacher) else FrozenTeacher(t) for t in teachers]
+        weights = [1.0] * len(members) if weights is None else [float(w) for w in weights]
+        if not members or len(weights) != len(members) or not all(w > 0 for w in weights):
+            raise RMTKDError(f"WeightedTeachers: {len(members)} teachers, weights {weights}; expected one positive weight each.")
+        if any(t.model is None or t.parameters() for t in members):
+            raise RMTKDError("WeightedTeachers takes frozen models; cached or online teachers stand alone.")
+        self.members, self.weights = members, [w / sum(weights) for w in weights]
+        self.model = members[0].model
+
+    @property
+    def models(self) -> list[nn.Module]:
+        return [teacher.model for teacher in self.members]
+
+    def __call__(
+        self, inputs: Mapping[str, Any], paths: Iterable[str] = (), drop: Iterable[str] = ()
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        answers, features = [], {}
+        for number, teacher in enumerate(self.members):
+            outputs, found = teacher(inputs, paths if number == 0 else (), drop)
+            answers.append(outputs)
+            features = features or found
+        shared = [key for key in answers[0] if key.endswith("logits")]
+        for key in shared:
+            shapes = {tuple(a[key].shape) for a in answers if key in a}
+            if len(shapes) > 1 or not all(key in a for a in answers):
+                raise RMTKDError(f"The teachers' {key} have shapes {sorted(shapes)}; expected the same from all of them.")
+        mean = {
+            key: sum(w * a[key].float() for w, a in zip(self.weights, answers, strict=True)) for key in shared
+        }
+        return mean, features
+
+    def update(self, student: nn.Module) -> None:
+        for teacher in self.members:
+            teacher.update(student)

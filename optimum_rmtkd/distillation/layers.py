@@ -1,0 +1,69 @@
+"""Which layer of the student is compared with which layer of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from ..errors import RMTKDError, UnsupportedArchitectureError
+from ..reparameterization.targets import block_list
+
+
+__all__ = ["blocks_of", "layer_pairs", "uniform_map"]
+
+
+def blocks_of(model: nn.Module) -> tuple[str, ...]:
+    """Paths of a model's residual blocks: as its family declares them, else the longest list of modules of one type."""
+    from .. import surgery
+
+    try:
+        return surgery.block_paths(model)
+    except (UnsupportedArchitectureError, AttributeError):  # no family; no transformers model at all
+        return block_list(model)
+
+
+def uniform_map(student: int, teacher: int) -> list[int]:
+    """Teacher layer floor((l + 1) T / S) - 1 for each student layer l of S: 2 l + 1 from 12 to 6, the last with the last."""
+    return [max(0, (layer + 1) * teacher // student - 1) for layer in range(student)]
+
+
+def layer_pairs(student: nn.Module, teacher: nn.Module, layers: str | Mapping) -> tuple[tuple[str, str], ...]:
+    """(student path, teacher path) of the layers to compare.
+
+    Args:
+        layers: "last"; "uniform": every student block, with `uniform_map`; or {student: teacher} of module paths or block
+            numbers (from 0, negative from the end).
+
+    Raises:
+        RMTKDError: no such module or block, or no blocks can be found.
+    """
+    ours, theirs = blocks_of(student), blocks_of(teacher)
+    if isinstance(layers, Mapping):
+        return tuple((_path(student, ours, a), _path(teacher, theirs, b)) for a, b in layers.items())
+    if layers not in ("last", "uniform"):
+        raise RMTKDError(f"layers={layers!r}: expected 'last', 'uniform' or a mapping of student to teacher modules.")
+    for model, blocks in ((student, ours), (teacher, theirs)):
+        if not blocks:
+            raise RMTKDError(
+                f"layers={layers!r}: no list of equal blocks in {type(model).__name__}. Name the modules: layers={{'path in the "
+                "student': 'path in the teacher'}}."
+            )
+    if layers == "last":
+        return ((ours[-1], theirs[-1]),)
+    return tuple((ours[i], theirs[j]) for i, j in enumerate(uniform_map(len(ours), len(theirs))))
+
+
+def _path(model: nn.Module, blocks: tuple[str, ...], given: str | int) -> str:
+    number = int(given) if str(given).lstrip("-").isdigit() else None  # JSON keys are strings
+    if number is not None:
+        if not -len(blocks) <= number < len(blocks):
+            raise RMTKDError(f"layers: block {number} of {type(model).__name__}, which has {len(blocks)}.")
+        return blocks[number]
+    try:
+        model.get_submodule(given)
+    except AttributeError as error:
+        raise RMTKDError(
+            f"layers: no module {given!r} in {type(model).__name__}; its blocks are {', '.join(blocks) or 'unknown'}."
+        ) from error
+    return given

@@ -1,0 +1,134 @@
+"""Correlation of predictions: what matters is how classes (or samples) are ordered, not by how much."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...errors import RMTKDError
+from ..step import DistillationStep
+from .answers import Answers
+from .base import DistillationObjective, register_objective
+
+
+__all__ = ["CorrelationDistance", "pearson", "soft_ranks"]
+
+logger = logging.getLogger(__name__)
+
+
+def pearson(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Correlation along the last dimension: (..., n) each -> (...). A constant side gives 0."""
+    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
+    tiny = torch.finfo(x.dtype).tiny ** 0.5
+    scale = (x.square().sum(-1) * y.square().sum(-1)).clamp_min(tiny).sqrt()
+    return (x * y).sum(-1) / scale
+
+
+def soft_ranks(x: torch.Tensor, width: float) -> torch.Tensor:
+    """r_i = sum over j of sigmoid((x_i - x_j) / width): (..., n) -> (..., n), in O(n^2). The ranks, as width -> 0."""
+    return torch.sigmoid((x[..., :, None] - x[..., None, :]) / width).sum(-1)
+
+
+@register_objective
+class CorrelationDistance(DistillationObjective):
+    """1 - correlation of the softened predictions of student and teacher.
+
+    - `dim="class"`: over the classes of each sample (token), averaged. Unmoved by any affine change of a sample's
+      predictions. Vacuous below three classes: two numbers correlate with 1 or -1 whatever they are, so that is refused.
+    - `dim="batch"`: over the samples of the micro-batch, for each class, averaged; the form for two classes and for
+      regression. A correlation is no mean over samples: unlike every other objective it depends on the micro-batch, and one of
+      fewer than three samples contributes nothing.
+
+    Args:
+        kind: "pearson" (values) or "spearman" (soft ranks of the standardised predictions).
+        temperature: of the softmax.
+        rank_width: softness of the ranks, in standard deviations.
+        top_k: with more classes than this (vocabularies), only the teacher's k largest are correlated.
+
+    References: R2KD, arXiv 2311.13934 (over classes, Pearson and Spearman); Huang et al., "DIST", arXiv 2205.10536 (over the
+    batch).
+    """
+
+    name = "correlation"
+
+    def __init__(
+        self,
+        kind: str = "pearson",
+        dim: str = "class",
+        weight: float | Mapping[str, Any] = 0.5,
+        temperature: float = 1.0,
+        rank_width: float = 0.1,
+        top_k: int = 100,
+    ):
+        super().__init__(weight)
+        if kind not in ("pearson", "spearman") or dim not in ("class", "batch"):
+            raise RMTKDError(
+                f"CorrelationDistance(kind={kind!r}, dim={dim!r}): expected 'pearson' or 'spearman', over 'class' or 'batch'."
+            )
+        if not (temperature > 0 and rank_width > 0 and top_k >= 3):
+            raise RMTKDError(
+                f"CorrelationDistance(temperature={temperature}, rank_width={rank_width}, top_k={top_k}): expected numbers above "
+                "0, and top_k of at least 3."
+            )
+        self.kind, self.dim, self.top_k = kind, dim, int(top_k)
+        self.temperature, self.rank_width = float(temperature), float(rank_width)
+        self._answers, self._warned = Answers(), False
+
+    def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
+        self._answers = Answers.of(student)
+
+    def forward(self, step: DistillationStep) -> torch.Tensor:
+        if "logits" not in step.student_outputs and "start_logits" in step.student_outputs:
+            raise RMTKDError("CorrelationDistance does not know spans (question answering); use KLDivergence there.")
+        ours, theirs = self._answers.logits(step, "CorrelationDistance")
+        unit = "samples"
+        if ours.dim() == 3:
+            ours, theirs, unit = self._answers.counted(ours, theirs, step)
+        classes = ours.shape[-1]
+        if self.dim == "class" and classes < 3:
+            raise RMTKDError(
+                f"CorrelationDistance(dim='class') over {classes} class(es): two numbers always correlate perfectly, so its "
+                "gradient is zero. Use dim='batch' (each class over the samples), or KLDivergence."
+            )
+        ours, theirs = self._predictions(ours.float(), theirs.float())
+        if self.dim == "batch":
+            ours, theirs = ours.T, theirs.T  # (classes, samples)
+            if ours.shape[1] < 3:
+                self._warn_small(ours.shape[1])
+                return ours.sum() * 0.0
+        if not ours.numel():
+            return ours.sum() * 0.0
+        if self.kind == "spearman":
+            ours, theirs = (soft_ranks(_standardised(x), self.rank_width) for x in (ours, theirs))
+        return (1 - pearson(ours, theirs)).mean() * step.share(unit)
+
+    def _predictions(self, ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits (n, classes) each -> what is correlated, (n, classes or top_k)."""
+        if self._answers.is_regression(ours):
+            return ours, theirs
+        if ours.shape[-1] > self.top_k:
+            places = theirs.topk(self.top_k, dim=-1).indices
+            ours, theirs = ours.gather(-1, places), theirs.gather(-1, places)
+        if self._answers.problem == "multi_label_classification":
+            return torch.sigmoid(ours / self.temperature), torch.sigmoid(theirs / self.temperature)
+        return F.softmax(ours / self.temperature, -1), F.softmax(theirs / self.temperature, -1)
+
+    def _warn_small(self, samples: int) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "CorrelationDistance(dim='batch'): %d sample(s) in a micro-batch, at least 3 are needed; it contributes nothing. "
+                "Raise per_device_train_batch_size.",
+                samples,
+            )
+
+
+def _standardised(x: torch.Tensor) -> torch.Tensor:
+    """Zero mean and unit deviation along the last dimension, so that one rank width fits all."""
+    x = x - x.mean(-1, keepdim=True)
+    return x / x.square().mean(-1, keepdim=True).clamp_min(1e-24).sqrt()

@@ -1,0 +1,139 @@
+"""Attention relations: which tokens look at which, compared between networks of any width (MiniLM)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ...errors import RMTKDError
+from ..layers import layer_pairs
+from ..step import DistillationStep
+from .base import DistillationObjective, FeatureRequest, register_objective
+from .divergences import kl_divergence
+
+
+__all__ = ["AttentionRelationLoss"]
+
+# Last words of the projections' paths, as transformers' models call them.
+WORDS = {
+    "q": ("query", "q_proj", "q_lin", "query_proj"),
+    "k": ("key", "k_proj", "k_lin", "key_proj"),
+    "v": ("value", "v_proj", "v_lin", "value_proj"),
+}
+
+
+@register_objective
+class AttentionRelationLoss(DistillationObjective):
+    """KL between relation distributions of teacher and student, mean over relations, heads and unmasked tokens.
+
+    A relation of a and b is softmax(A B^T / sqrt(d_r)), for each head a (tokens, tokens) matrix. "qk" is the attention
+    distribution itself (before position terms), "vv" MiniLM's value relation, "qq", "kk" and "vv" MiniLMv2's. No adapter: the
+    matrices have the same shape whatever the widths. Padded tokens are no keys and are not averaged over; causal models
+    look back only.
+
+    Args:
+        relations: pairs of q, k and v.
+        layers: "last" (as the papers), "uniform", or {student block: teacher block}.
+        heads: relation heads into which all heads together are cut anew; None: the student's attention heads.
+
+    References: Wang et al., "MiniLM", arXiv 2002.10957; "MiniLMv2", arXiv 2012.15828.
+    """
+
+    name = "attention_relation"
+
+    def __init__(
+        self,
+        relations: Sequence[str] = ("qk", "vv"),
+        layers: str | Mapping = "last",
+        heads: int | None = None,
+        weight: float | Mapping[str, Any] = 1.0,
+    ):
+        super().__init__(weight)
+        relations = [relations] if isinstance(relations, str) else list(relations)
+        if not relations or any(len(r) != 2 or set(r) - set(WORDS) for r in relations):
+            raise RMTKDError(f"AttentionRelationLoss(relations={relations}): expected pairs of q, k and v, for example 'qk'.")
+        if heads is not None and heads < 1:
+            raise RMTKDError(f"AttentionRelationLoss(heads={heads}): expected at least one.")
+        self.relations, self.layers, self.heads = relations, layers, heads
+        self._pairs: list[tuple[dict[str, str], dict[str, str]]] = []
+
+    def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
+        if teacher is None:
+            raise RMTKDError("AttentionRelationLoss needs a teacher whose attention can be read; cached answers have none.")
+        letters = sorted(set("".join(self.relations)))
+        blocks = layer_pairs(student, teacher, self.layers)
+        self._pairs = [
+            (_projections_in(student, ours, letters), _projections_in(teacher, theirs, letters)) for ours, theirs in blocks
+        ]
+        self._heads = self.heads or getattr(student.config, "num_attention_heads", None)
+        if not isinstance(self._heads, int):
+            raise RMTKDError(
+                f"AttentionRelationLoss: {type(student).__name__} does not say how many attention heads it has; give heads=."
+            )
+
+    def features(self) -> FeatureRequest:
+        return FeatureRequest(*(tuple(path for pair in self._pairs for path in pair[side].values()) for side in (0, 1)))
+
+    def forward(self, step: DistillationStep) -> torch.Tensor:
+        terms = []
+        for ours, theirs in self._pairs:
+            for a, b in self.relations:
+                log_q = self._relation(step.student_features[ours[a]], step.student_features[ours[b]], step)
+                log_p = self._relation(
+                    step.teacher_features[theirs[a]].detach(), step.teacher_features[theirs[b]].detach(), step
+                )
+                if log_p.shape != log_q.shape:
+                    raise RMTKDError(
+                        f"Relations {tuple(log_q.shape)} of the student's {ours[a]!r}, {tuple(log_p.shape)} of the teacher's "
+                        f"{theirs[a]!r}: expected the same tokens."
+                    )
+                terms.append(kl_divergence(log_p, log_q))  # (batch, heads, tokens)
+        divergence = torch.stack(terms).mean((0, 2))
+        counted = self._mask(step, divergence)
+        if counted is None:
+            return divergence.mean() * step.share("samples")
+        kept = divergence[counted]
+        return kept.sum() / max(kept.numel(), 1) * step.share("tokens")
+
+    def _relation(self, a: torch.Tensor, b: torch.Tensor, step: DistillationStep) -> torch.Tensor:
+        """(batch, tokens, width) each -> log-probabilities (batch, heads, tokens, tokens), fp32."""
+        if a.dim() != 3 or a.shape[-1] != b.shape[-1] or a.shape[-1] % self._heads:
+            raise RMTKDError(
+                f"AttentionRelationLoss: projections of shapes {tuple(a.shape)} and {tuple(b.shape)} into {self._heads} heads; "
+                "expected (batch, tokens, width) of one width, a multiple of heads. Choose heads=, or relations of one "
+                "projection ('vv') where keys are shared between heads."
+            )
+        a, b = (x.float().unflatten(-1, (self._heads, -1)).transpose(1, 2) for x in (a, b))
+        with torch.autocast(a.device.type, enabled=False):
+            scores = a @ b.transpose(-1, -2) / a.shape[-1] ** 0.5
+        low = torch.finfo(scores.dtype).min / 4  # finite: -inf - -inf is NaN
+        mask = self._mask(step, scores)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None, None], low)
+        if step.shifted:
+            future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(future, low)
+        return F.log_softmax(scores, -1)
+
+    def _mask(self, step: DistillationStep, values: torch.Tensor) -> torch.Tensor | None:
+        fits = step.mask is not None and step.mask.shape == (values.shape[0], values.shape[-1])
+        return step.mask if fits else None
+
+
+def _projections_in(model: nn.Module, block: str, letters: list[str]) -> dict[str, str]:
+    """Paths of the wanted projections of one block, by letter; the first of each (self-attention comes before cross)."""
+    found = {}
+    for path, _ in model.get_submodule(block).named_modules():
+        for letter in letters:
+            if path.rpartition(".")[2] in WORDS[letter]:
+                found.setdefault(letter, f"{block}.{path}")
+    if missing := [letter for letter in letters if letter not in found]:
+        raise RMTKDError(
+            f"AttentionRelationLoss: no {' or '.join('/'.join(WORDS[letter]) for letter in missing)} in {block!r} of "
+            f"{type(model).__name__}. It needs attention with separate query, key and value projections; leave it out."
+        )
+    return found

@@ -1,0 +1,98 @@
+"""A teacher with small trained modules, which moves towards what the student can follow."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import RMTKDError
+from .features import capture
+from .objectives.divergences import KLDivergence
+from .objectives.task import TaskLoss
+from .step import DistillationStep
+from .teachers import Teacher
+
+
+__all__ = ["OnlineTeacher"]
+
+
+class OnlineTeacher(Teacher):
+    """OKD: LoRA modules on a frozen teacher are trained beside the student, which sees their answers without a gradient.
+
+    The teacher's own loss is CE(p, y) + pull KL(q || p), p its prediction, q the student's (held fixed); on unlabelled
+    data the second term alone. Costs a backward pass through the teacher. Needs PEFT (`pip install "optimum-rmtkd[peft]"`).
+
+    Args:
+        model: a teacher; copied, the original stays as it is.
+        rank, target_modules: of the LoRA modules; None: every linear layer but the head.
+        pull: weight of the second term.
+        learning_rate: of the modules; follows the trainer's schedule.
+
+    Reference: "Online knowledge distillation" (OKD), arXiv 2409.12512. The form of the two losses is this library's reading
+    of its abstract.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rank: int = 8,
+        target_modules: str | Sequence[str] | None = None,
+        pull: float = 1.0,
+        learning_rate: float = 1e-4,
+        seed: int = 0,
+    ):
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise RMTKDError(
+                'OnlineTeacher needs PEFT for its modules; install it with pip install "optimum-rmtkd[peft]".'
+            ) from error
+        if rank < 1 or not pull >= 0 or not learning_rate > 0:
+            raise RMTKDError(
+                f"OnlineTeacher(rank={rank}, pull={pull}, learning_rate={learning_rate}): expected a rank of at least 1, pull of "
+                "at least 0 and a learning rate above 0."
+            )
+        model = copy.deepcopy(model).requires_grad_(False)
+        targets = target_modules or [path for path, module in model.named_modules() if _inside(path, module)]
+        config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = inject_adapter_in_model(config, model)
+        super().__init__(model)
+        self.pull, self.learning_rate = float(pull), float(learning_rate)
+        self._trained = [p for name, p in model.named_parameters() if "lora_" in name]
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self._task, self._kl, self._live = TaskLoss(), KLDivergence(), None
+
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self._trained)
+
+    def __call__(
+        self, inputs: Mapping[str, Any], paths: Iterable[str] = (), drop: Iterable[str] = ()
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        kept = {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
+        with capture(self.model, paths) as features, torch.set_grad_enabled(torch.is_grad_enabled()):
+            self._live = self.model(**kept)
+        detached = {k: v.detach() if torch.is_tensor(v) else v for k, v in self._live.items() if k != "loss"}
+        return detached, {path: feature.detach() for path, feature in features.items()}
+
+    def loss(self, step: DistillationStep) -> torch.Tensor | None:
+        if self._live is None:
+            return None
+        live, self._live = self._live, None
+        student = {k: v.detach() for k, v in step.student_outputs.items() if torch.is_tensor(v)}
+        own = dataclasses.replace(step, student_outputs=live, teacher_outputs=student, task_loss=None)
+        self._kl.setup(self.model, None, {})
+        total = self.pull * self._kl(own)
+        return total if live.get("loss") is None else total + self._task(own)
+
+
+def _inside(path: str, module: nn.Module) -> bool:
+    """A linear layer of the backbone: heads lie at the top of a transformers model."""
+    return isinstance(module, nn.Linear) and path.count(".") > 1

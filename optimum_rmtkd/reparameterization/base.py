@@ -1,0 +1,166 @@
+"""The contract of a reparameterization: put on, folded back, and its tensors for a resumed run."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..errors import RMTKDError
+from ..registry import Registry
+from .targets import target_paths
+
+
+__all__ = [
+    "Reparameterization",
+    "build_reparameterization",
+    "core_parameters",
+    "fold",
+    "folded_copy",
+    "is_reparameterized",
+    "over_parameterize",
+    "register_reparameterization",
+]
+
+
+class Reparameterization:
+    """Writes chosen weights as a function of other parameters, which are trained in their place.
+
+    The modules stay what they are (`torch.nn.utils.parametrize`): hooks, PEFT and the code of transformers see an ordinary
+    `weight`. The function that the model computes does not change when it is put on, nor when it is folded back. To add
+    one, subclass, name it, implement `parametrization`, and register it.
+
+    Args:
+        target_modules: None: all matrices inside the blocks; a regular expression for whole paths, or a list of last words.
+        lr_scale: factor on the learning rate of the new parameters; they get no weight decay.
+    """
+
+    name: str = ""
+
+    def __init__(self, target_modules: str | Sequence[str] | None = None, lr_scale: float = 1.0):
+        if not lr_scale > 0:
+            raise RMTKDError(f"{type(self).__name__}(lr_scale={lr_scale}): expected a number above 0.")
+        words = target_modules is None or isinstance(target_modules, str)
+        self.target_modules = target_modules if words else list(target_modules)
+        self.lr_scale = float(lr_scale)
+
+    def parametrization(self, weight: torch.Tensor) -> nn.Module:
+        """A module with `forward(*originals) -> weight` and `right_inverse(weight) -> originals` for this weight."""
+        raise NotImplementedError(f"{type(self).__name__} must implement parametrization(weight).")
+
+    def kinds(self) -> tuple[type, ...]:
+        """Module types that can be taken: matrices, those of GPT-2 (stored transposed) included."""
+        from transformers.pytorch_utils import Conv1D
+
+        return (nn.Linear, Conv1D)
+
+    def finish(self, weight: torch.Tensor) -> torch.Tensor:
+        """Change of a folded weight that is about to be saved or handed back (pruning); none by default."""
+        return weight
+
+    @torch.no_grad()
+    def apply(self, model: nn.Module, tensors: Mapping[str, torch.Tensor] | None = None) -> list[str]:
+        """Put it on `model`, in place.
+
+        Args:
+            tensors: of `state(model)` at an earlier time; None: computed from the weights.
+
+        Returns:
+            paths of the modules taken.
+
+        Raises:
+            RMTKDError: no module matches, it is on already, or tensors of another model or another setting.
+        """
+        if is_reparameterized(model):
+            raise RMTKDError(f"{type(model).__name__} is reparameterised already; fold(model) first.")
+        paths = target_paths(model, self.target_modules, self.kinds())
+        for path in paths:
+            module = model.get_submodule(path)
+            trained = module.weight.requires_grad
+            parametrize.register_parametrization(module, "weight", self.parametrization(module.weight), unsafe=True)
+            for parameter in module.parametrizations["weight"].parameters():
+                parameter.requires_grad_(trained)
+        if tensors is not None:
+            self._load(model, tensors)
+        return paths
+
+    def _load(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+        own = core_parameters(model)
+        wrong = [n for n in {**own, **tensors} if n not in own or n not in tensors or own[n].shape != tensors[n].shape]
+        if wrong:
+            raise RMTKDError(
+                f"The checkpoint's tensors do not fit this {self.name}: {len(wrong)} differ, the first is {min(wrong)!r}. Resume "
+                "with the reparameterization (same arguments) that the run was started with."
+            )
+        for name, parameter in own.items():
+            parameter.copy_(tensors[name])
+
+    def state(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The trained tensors that a folded checkpoint does not hold: folding forgets how they share the weight."""
+        return {name: parameter.detach() for name, parameter in core_parameters(model).items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"name": ..., constructor arguments}, JSON-able."""
+        arguments = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
+        return {"name": self.name, **{n: getattr(self, n) for n in arguments}}
+
+
+REPARAMETERIZATIONS: Registry[Reparameterization] = Registry("reparameterization")
+register_reparameterization = REPARAMETERIZATIONS.register
+
+
+def build_reparameterization(given: Any) -> Reparameterization | None:
+    """From None, an instance, a name, or {"name": ..., arguments}.
+
+    Raises:
+        RMTKDError: unknown names, answered with the known ones; arguments it does not take.
+    """
+    if given is None or isinstance(given, Reparameterization):
+        return given
+    return REPARAMETERIZATIONS.build(given)
+
+
+def is_reparameterized(model: nn.Module) -> bool:
+    """Does any module carry a parametrization?"""
+    return any(parametrize.is_parametrized(module) for module in model.modules())
+
+
+def core_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters behind parametrised weights, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if ".parametrizations." in name}
+
+
+@torch.no_grad()
+def fold(model: nn.Module, finish: Reparameterization | None = None) -> nn.Module:
+    """Turn every parametrised weight back into a plain parameter, in place; outputs do not change. Returns the model.
+
+    Args:
+        finish: apply its last step (pruning) to what was folded.
+    """
+    for module in model.modules():
+        if not parametrize.is_parametrized(module):
+            continue
+        for name in list(module.parametrizations):
+            trained = any(p.requires_grad for p in module.parametrizations[name].parameters())
+            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            weight = getattr(module, name)
+            if finish is not None:
+                weight.copy_(finish.finish(weight))
+            weight.requires_grad_(trained)
+    return model
+
+
+def folded_copy(model: nn.Module, finish: Reparameterization | None = None) -> nn.Module:
+    """As `fold`, of a copy; the model itself stays as it is."""
+    return fold(copy.deepcopy(model), finish)
+
+
+def over_parameterize(model: nn.Module, reparameterization: Any) -> nn.Module:
+    """Put a reparameterization (instance, name or dict) on a model, in place; returns the model. `fold` undoes it."""
+    build_reparameterization(reparameterization).apply(model)
+    return model

@@ -1,0 +1,69 @@
+"""Which modules are meant: the repeated blocks of a model, and the matrices inside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ..errors import RMTKDError
+
+
+__all__ = ["block_list", "target_paths"]
+
+
+def block_list(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the repeated blocks: the children of the longest `nn.ModuleList` whose children are of one type.
+
+    Empty where there is none of at least two; the first of several of one length.
+    """
+    best: tuple[str, ...] = ()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) > max(1, len(best)):
+            if len({type(child) for child in module}) == 1:
+                best = tuple(f"{path}.{i}" if path else str(i) for i in range(len(module)))
+    return best
+
+
+def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: tuple[type, ...]) -> list[str]:
+    """Modules of a model with a weight of their own to be reparameterised, in order.
+
+    Args:
+        targets: None: every module of `kinds` inside the blocks (`block_list`). A string: a regular expression that matches
+            the whole path; a list: paths end in one of these words (as PEFT's `target_modules`).
+        kinds: module types that can be taken.
+
+    Raises:
+        RMTKDError: nothing matches.
+    """
+    weights: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                weights[id(parameter)] = weights.get(id(parameter), 0) + 1
+    blocks = block_list(model)
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, kinds) or parametrize.is_parametrized(module):
+            continue
+        weight = module._parameters.get("weight")
+        # A weight that two modules share would be parametrised in one of them only, and the tie lost.
+        if weight is None or weights[id(weight)] > 1:
+            continue
+        if targets is None:
+            chosen = any(path.startswith(block + ".") for block in blocks)
+        elif isinstance(targets, str):
+            chosen = re.fullmatch(targets, path) is not None
+        else:
+            chosen = any(path == word or path.endswith("." + word) for word in targets)
+        if chosen:
+            found.append(path)
+    if not found:
+        names = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, kinds)})
+        raise RMTKDError(
+            f"target_modules={targets!r} matches nothing in {type(model).__name__}; expected a regular expression for whole "
+            f"paths or a list of last words, among {', '.join(names) or 'none: the model has no such module'}."
+        )
+    return found

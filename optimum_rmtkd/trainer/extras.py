@@ -1,0 +1,94 @@
+"""What is trained beside the student and never saved with it: adapters of objectives, modules of an online teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+
+if TYPE_CHECKING:
+    from .trainer import RMTKDTrainer
+
+
+__all__ = ["Extras"]
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Extras:
+    """An AdamW of their own for parameters outside the model.
+
+    The trainer's optimizer is created before they exist (they follow the architecture and the calibration data), may be the
+    user's, and DDP sees only the model's parameters: so their gradients are averaged over the processes here, clipped by
+    themselves, and stepped with the trainer's schedule.
+    """
+
+    def __init__(self, trainer: RMTKDTrainer):
+        self.trainer = trainer
+        self.parameters: list[nn.Parameter] = []
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def collect(self) -> None:
+        """Take the parameters of the objectives and the teacher as they are now; moments of earlier ones are dropped."""
+        trainer, args = self.trainer, self.trainer.args
+        own = [p for objective in trainer.distiller.objectives for p in objective.parameters() if p.requires_grad]
+        teacher = trainer.staging.teacher
+        groups = [
+            {"params": own, "lr": args.learning_rate},
+            {"params": teacher.parameters(), "lr": getattr(teacher, "learning_rate", args.learning_rate)},
+        ]
+        groups = [group for group in groups if group["params"]]
+        self.parameters = [p for group in groups for p in group["params"]]
+        if not groups:
+            self.optimizer = None
+            return
+        betas = (args.adam_beta1, args.adam_beta2)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=0.0)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+
+    def step(self) -> None:
+        """One update from the gradients of the accumulated batch. Nothing happens where they overflowed (fp16)."""
+        if self.optimizer is None:
+            return
+        trainer = self.trainer
+        accelerator = trainer.accelerator
+        scale = 1.0 if accelerator.scaler is None else 1.0 / accelerator.scaler.get_scale()
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            if accelerator.num_processes > 1:
+                parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
+            parameter.grad.mul_(scale)
+        if all(bool(torch.isfinite(parameter.grad).all()) for parameter in self.parameters):
+            if trainer.args.max_grad_norm:
+                nn.utils.clip_grad_norm_(self.parameters, trainer.args.max_grad_norm)
+            base = trainer.args.learning_rate
+            share = trainer.lr_scheduler.get_last_lr()[0] / base if base else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * share
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Parameters and moments, by number."""
+        tensors = {}
+        for number, parameter in enumerate(self.parameters):
+            tensors[f"{number}/parameter"] = parameter.detach()
+            state = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{number}/{name}": state[name] for name in MOMENTS if name in state}
+        return tensors
+
+    @torch.no_grad()
+    def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Inverse of `state_dict`."""
+        for number, parameter in enumerate(self.parameters):
+            parameter.copy_(tensors[f"{number}/parameter"])
+            found = {name: tensors[f"{number}/{name}"] for name in MOMENTS if f"{number}/{name}" in tensors}
+            if found:
+                self.optimizer.state[parameter] = {
+                    name: tensor if name == "step" else tensor.to(parameter.device) for name, tensor in found.items()
+                }
