@@ -28,7 +28,8 @@ _EXPORTS = {
         "narrow",
         "register_family",
     ),
-    "distillation": ("register_objective",),
+    "distillation": ("register_objective", "register_projection", "register_transform"),
+    "reparameterization": ("MatrixProductOperator", "Powerpropagation", "fold", "over_parameterize"),
     "trainer": ("RMTKDTrainer", "RMTKDTrainingArguments"),
 }
 _HOMES = {name: room for room, names in _EXPORTS.items() for name in names}

@@ -29,7 +29,9 @@ def _parsed(name: str, value: Any) -> Any:
         try:
             value = json.loads(value)
         except json.JSONDecodeError as error:
-            raise RMTKDError(f"{name}={value!r} is not JSON ({error}); expected a name or an object in quotes.") from error
+            raise RMTKDError(
+                f"{name}={value!r} is not JSON ({error}); expected a name or an object in quotes."
+            ) from error
     if value is not None and not isinstance(value, (str, dict)):
         raise RMTKDError(f"{name}={value!r}: expected a name, or a mapping of names to arguments.")
     return value

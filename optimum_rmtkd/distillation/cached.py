@@ -74,7 +74,9 @@ class AnswerCollator:
         batch = self.collator([{k: v for k, v in sample.items() if k not in COLUMNS} for sample in samples])
         if not all(CLASSES in sample for sample in samples):
             return batch
-        values, indices = (_padded([torch.as_tensor(sample[name]) for sample in samples]) for name in (VALUES, INDICES))
+        values, indices = (
+            _padded([torch.as_tensor(sample[name]) for sample in samples]) for name in (VALUES, INDICES)
+        )
         rest = _padded([torch.as_tensor(sample[REST], dtype=torch.float32) for sample in samples])
         classes = torch.as_tensor([int(sample[CLASSES]) for sample in samples])
         answers = {VALUES: values, INDICES: indices, REST: rest, CLASSES: classes}

@@ -12,7 +12,26 @@ from ..errors import RMTKDError
 from .teachers import FrozenTeacher, Teacher
 
 
-__all__ = ["WeightedTeachers"]
+__all__ = ["WeightedTeachers", "as_teacher"]
+
+
+def as_teacher(given: Any) -> Teacher:
+    """A teacher from a `Teacher`, a model, or a list of models or (model, weight) pairs.
+
+    Raises:
+        RMTKDError: anything else.
+    """
+    if isinstance(given, Teacher):
+        return given
+    if isinstance(given, nn.Module):
+        return FrozenTeacher(given)
+    if isinstance(given, Sequence) and given and not isinstance(given, str):
+        pairs = [item if isinstance(item, (tuple, list)) else (item, 1.0) for item in given]
+        if all(len(pair) == 2 and isinstance(pair[0], (nn.Module, Teacher)) for pair in pairs):
+            return WeightedTeachers([model for model, _ in pairs], [weight for _, weight in pairs])
+    raise RMTKDError(
+        f"teacher_model is a {type(given).__name__}; expected a model, a Teacher, or a list of models or (model, weight) pairs."
+    )
 
 
 class WeightedTeachers(Teacher):
@@ -32,7 +51,9 @@ class WeightedTeachers(Teacher):
         members = [t if isinstance(t, Teacher) else FrozenTeacher(t) for t in teachers]
         weights = [1.0] * len(members) if weights is None else [float(w) for w in weights]
         if not members or len(weights) != len(members) or not all(w > 0 for w in weights):
-            raise RMTKDError(f"WeightedTeachers: {len(members)} teachers, weights {weights}; expected one positive weight each.")
+            raise RMTKDError(
+                f"WeightedTeachers: {len(members)} teachers, weights {weights}; expected one positive weight each."
+            )
         if any(t.model is None or t.parameters() for t in members):
             raise RMTKDError("WeightedTeachers takes frozen models; cached or online teachers stand alone.")
         self.members, self.weights = members, [w / sum(weights) for w in weights]
@@ -54,10 +75,10 @@ class WeightedTeachers(Teacher):
         for key in shared:
             shapes = {tuple(a[key].shape) for a in answers if key in a}
             if len(shapes) > 1 or not all(key in a for a in answers):
-                raise RMTKDError(f"The teachers' {key} have shapes {sorted(shapes)}; expected the same from all of them.")
-        mean = {
-            key: sum(w * a[key].float() for w, a in zip(self.weights, answers, strict=True)) for key in shared
-        }
+                raise RMTKDError(
+                    f"The teachers' {key} have shapes {sorted(shapes)}; expected the same from all of them."
+                )
+        mean = {key: sum(w * a[key].float() for w, a in zip(self.weights, answers, strict=True)) for key in shared}
         return mean, features
 
     def update(self, student: nn.Module) -> None:

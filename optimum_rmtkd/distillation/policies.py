@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import RMTKDError
 from .counts import IGNORED
+from .objectives.answers import shifts_labels
 from .transforms import BatchTransform, register_transform
 
 
@@ -46,7 +47,7 @@ class OnPolicy(BatchTransform):
         self.fraction, self.max_new_tokens, self.source = float(fraction), int(max_new_tokens), source
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        if getattr(student, "loss_type", "") != "ForCausalLM" or getattr(student.config, "is_encoder_decoder", False):
+        if not shifts_labels(student):
             raise RMTKDError(
                 f"{type(self).__name__} with {type(student).__name__}: it generates text with a causal language model. Leave "
                 "it out for other models."
@@ -78,9 +79,7 @@ class AdaptiveOffPolicy(OnPolicy):
 
     name = "adaptive_off_policy"
 
-    def __init__(
-        self, max_new_tokens: int = 64, capacity: int = 1000, increase: float = 0.1, tolerance: float = 0.1
-    ):
+    def __init__(self, max_new_tokens: int = 64, capacity: int = 1000, increase: float = 0.1, tolerance: float = 0.1):
         super().__init__(0.0, max_new_tokens)
         if capacity < 1:
             raise RMTKDError(f"AdaptiveOffPolicy(capacity={capacity}): expected at least one batch.")
@@ -140,7 +139,9 @@ def prompt_length(inputs: Mapping[str, torch.Tensor]) -> int:
         prompts = torch.where(leading > 0, leading, prompts)
     length = max(1, int(prompts.min()))
     if mask is not None and not bool(mask[:, :length].bool().all()):
-        raise RMTKDError("On-policy batches need padding on the right: the first tokens are the prompt. Set padding_side.")
+        raise RMTKDError(
+            "On-policy batches need padding on the right: the first tokens are the prompt. Set padding_side."
+        )
     return length
 
 

@@ -75,7 +75,6 @@ def _dimension(wanted: int | None, features: int, default: int, who: str) -> int
     return dim
 
 
-
 def orthonormal(matrix: torch.Tensor) -> torch.Tensor:
     """Orthonormal basis (p, d) of the columns of a (p, d) matrix: QR with a positive diagonal, so it is unique."""
     q, r = torch.linalg.qr(matrix.double())
@@ -240,5 +239,3 @@ class MarchenkoPasturProjection(SubspaceProjection):
             )
         shrunk = 1 - found.noise_variance / found.eigenvalues[:dim].cpu()
         return basis * shrunk.clamp_min(0).sqrt()
-
-

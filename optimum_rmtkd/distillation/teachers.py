@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
+from ..reparameterization.base import plain_parameters
 from .features import capture
 from .step import DistillationStep
 
@@ -72,6 +73,11 @@ class Teacher:
         """What the teacher itself is trained with, scalar; None: it is not."""
         return None
 
+    @property
+    def models(self) -> list[nn.Module]:
+        """All models it asks; none where answers are cached."""
+        return [] if self.model is None else [self.model]
+
     def parameters(self) -> list[nn.Parameter]:
         """What of it is trained beside the student."""
         return []
@@ -101,7 +107,7 @@ class EMATeacher(SnapshotTeacher):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        new = dict(student.named_parameters())
+        new = plain_parameters(student)
         for name, old in self.model.named_parameters():
             old.lerp_(new[name].to(old.dtype), 1.0 - self.decay)
         for old, fresh in zip(self.model.buffers(), student.buffers(), strict=True):

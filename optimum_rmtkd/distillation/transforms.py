@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import RMTKDError
 from ..registry import Registry
+from .objectives.answers import shifts_labels
 
 
 __all__ = ["BatchTransform", "EmbeddingMixup", "build_transforms", "register_transform"]
@@ -97,7 +98,7 @@ class EmbeddingMixup(BatchTransform):
         self.alpha = float(alpha)
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        if getattr(student.config, "is_encoder_decoder", False) or getattr(student, "loss_type", "") == "ForCausalLM":
+        if getattr(student.config, "is_encoder_decoder", False) or shifts_labels(student):
             raise RMTKDError(
                 f"EmbeddingMixup with {type(student).__name__}: the labels of a language model belong to positions and cannot "
                 "be mixed. Leave it out; it is for classification and regression of whole samples."

@@ -5,10 +5,12 @@ from __future__ import annotations
 from .base import (
     Reparameterization,
     build_reparameterization,
+    core_parameters,
     fold,
     folded_copy,
     is_reparameterized,
     over_parameterize,
+    plain_parameters,
     register_reparameterization,
 )
 from .mpo import MatrixProductOperator, mpo_decompose, mpo_factor
@@ -22,11 +24,13 @@ __all__ = [
     "Reparameterization",
     "block_list",
     "build_reparameterization",
+    "core_parameters",
     "fold",
     "folded_copy",
     "is_reparameterized",
     "mpo_decompose",
     "mpo_factor",
     "over_parameterize",
+    "plain_parameters",
     "register_reparameterization",
 ]

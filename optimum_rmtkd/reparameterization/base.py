@@ -24,6 +24,7 @@ __all__ = [
     "folded_copy",
     "is_reparameterized",
     "over_parameterize",
+    "plain_parameters",
     "register_reparameterization",
 ]
 
@@ -135,6 +136,16 @@ def core_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if ".parametrizations." in name}
 
 
+def plain_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> parameter as `fold` would leave them; parametrised weights are computed now."""
+    cores = core_parameters(model)
+    plain = {name: parameter for name, parameter in model.named_parameters() if name not in cores}
+    for path, module in model.named_modules():
+        if parametrize.is_parametrized(module):
+            plain |= {f"{path}.{name}": getattr(module, name) for name in module.parametrizations}
+    return plain
+
+
 @torch.no_grad()
 def fold(model: nn.Module, finish: Reparameterization | None = None) -> nn.Module:
     """Turn every parametrised weight back into a plain parameter, in place; outputs do not change. Returns the model.
@@ -142,16 +153,21 @@ def fold(model: nn.Module, finish: Reparameterization | None = None) -> nn.Modul
     Args:
         finish: apply its last step (pruning) to what was folded.
     """
-    for module in model.modules():
+    for module in list(model.modules()):
         if not parametrize.is_parametrized(module):
             continue
-        for name in list(module.parametrizations):
-            trained = any(p.requires_grad for p in module.parametrizations[name].parameters())
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-            weight = getattr(module, name)
-            if finish is not None:
-                weight.copy_(finish.finish(weight))
-            weight.requires_grad_(trained)
+        chains = module.parametrizations
+        plain = {name: (getattr(module, name).detach().clone(), chains[name]) for name in chains}
+        # Not `remove_parametrizations`: it takes the property from the class, which deep copies share.
+        module.__class__ = parametrize.type_before_parametrizations(module)
+        del module._modules["parametrizations"]
+        others = dict(module._parameters)
+        module._parameters.clear()  # the weight comes first again
+        for name, (weight, chain) in plain.items():
+            weight = weight if finish is None else finish.finish(weight)
+            trained = any(parameter.requires_grad for parameter in chain.parameters())
+            module.register_parameter(name, nn.Parameter(weight, requires_grad=trained))
+        module._parameters.update(others)
     return model
 
 

@@ -12,7 +12,15 @@ from ..errors import RMTKDError
 from .base import Reparameterization, register_reparameterization
 
 
-__all__ = ["MPOWeight", "MatrixProductOperator", "Modes", "choose_modes", "mpo_contract", "mpo_decompose", "mpo_factor"]
+__all__ = [
+    "MPOWeight",
+    "MatrixProductOperator",
+    "Modes",
+    "choose_modes",
+    "mpo_contract",
+    "mpo_decompose",
+    "mpo_factor",
+]
 
 Modes = tuple[tuple[int, ...], tuple[int, ...]]  # (i_1..i_n) of the rows, (j_1..j_n) of the columns
 
@@ -54,7 +62,9 @@ def choose_modes(size: int, number: int, kind: str | Mapping = "unit") -> tuple[
         if given is None:
             return choose_modes(size, number)
         if math.prod(given) != size or len(given) != number:
-            raise RMTKDError(f"modes {list(given)} for a side of {size}: expected {number} factors whose product is {size}.")
+            raise RMTKDError(
+                f"modes {list(given)} for a side of {size}: expected {number} factors whose product is {size}."
+            )
         return tuple(int(mode) for mode in given)
     if kind == "balanced":
         return balanced_modes(size, number)
@@ -169,7 +179,9 @@ class MatrixProductOperator(Reparameterization):
         lr_scale: float | None = None,
     ):
         if isinstance(num_tensors, bool) or not isinstance(num_tensors, int) or num_tensors < 2:
-            raise RMTKDError(f"MatrixProductOperator(num_tensors={num_tensors!r}): expected a whole number of at least 2.")
+            raise RMTKDError(
+                f"MatrixProductOperator(num_tensors={num_tensors!r}): expected a whole number of at least 2."
+            )
         if not isinstance(modes, Mapping) and modes not in ("unit", "balanced"):
             raise RMTKDError(
                 f"MatrixProductOperator(modes={modes!r}): expected 'unit', 'balanced' or a mapping of sizes to modes."

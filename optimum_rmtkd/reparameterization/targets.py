@@ -17,11 +17,11 @@ __all__ = ["block_list", "target_paths"]
 def block_list(model: nn.Module) -> tuple[str, ...]:
     """Paths of the repeated blocks: the children of the longest `nn.ModuleList` whose children are of one type.
 
-    Empty where there is none of at least two; the first of several of one length.
+    Empty where there is none; the first of several of one length.
     """
     best: tuple[str, ...] = ()
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) > max(1, len(best)):
+        if isinstance(module, nn.ModuleList) and len(module) > len(best):
             if len({type(child) for child in module}) == 1:
                 best = tuple(f"{path}.{i}" if path else str(i) for i in range(len(module)))
     return best
@@ -61,7 +61,9 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: t
         if chosen:
             found.append(path)
     if not found:
-        names = sorted({path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, kinds)})
+        names = sorted(
+            {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, kinds)}
+        )
         raise RMTKDError(
             f"target_modules={targets!r} matches nothing in {type(model).__name__}; expected a regular expression for whole "
             f"paths or a list of last words, among {', '.join(names) or 'none: the model has no such module'}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -71,8 +72,7 @@ class Distiller:
         paths = dict.fromkeys(path for request in requests for path in request.student)
         with contextlib.ExitStack() as stack:
             for transform in self.trainer.transforms:
-                models = [self.trainer.model] + ([] if teacher.model is None else [teacher.model])
-                inputs = stack.enter_context(transform.around(inputs, models))
+                inputs = stack.enter_context(transform.around(inputs, [self.trainer.model, *teacher.models]))
             offered = dict(inputs)  # label smoothing takes the labels out of `inputs`
             inputs = teacher.strip(inputs)
             with capture(self.trainer.model, paths) as features:
@@ -117,6 +117,19 @@ class Distiller:
         return DistillationStep(
             inputs, teacher_outputs=outputs, teacher_features=features, mask=mask, shifted=self.shifted
         )
+
+    def pair_step(self, inputs: Mapping[str, Any], objectives: list[DistillationObjective]) -> DistillationStep:
+        """Features of both sides on one batch, the student in evaluation mode."""
+        step = self.teacher_step(inputs, objectives)
+        model, paths = self.trainer.model, dict.fromkeys(p for o in objectives for p in o.features().student)
+        training = model.training
+        model.eval()
+        try:
+            with capture(model, paths) as features, self.trainer.accelerator.autocast():
+                model(**{k: v for k, v in step.inputs.items() if k not in self.trainer.label_names})
+        finally:
+            model.train(training)
+        return dataclasses.replace(step, student_features=features)
 
     def _weigh(self, step: DistillationStep, objectives: list[DistillationObjective]) -> torch.Tensor:
         total = None

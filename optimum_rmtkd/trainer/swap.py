@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
+from ..reparameterization import core_parameters
 from .data import isolated_rng
 
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from .trainer import RMTKDTrainer
 
 
-__all__ = ["DropoutSwitch", "become", "install", "load_skeleton", "regroup_optimizer", "skeleton"]
+__all__ = ["DropoutSwitch", "become", "install", "load_skeleton", "regroup_optimizer", "separate_cores", "skeleton"]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -123,6 +124,20 @@ def regroup_optimizer(trainer: RMTKDTrainer, old_parameters: dict[str, nn.Parame
     raw.state.clear()
     for name, values in state.items():
         raw.state[new_parameters[name]] = values
+
+
+def separate_cores(optimizer: Any, model: nn.Module, lr_scale: float) -> None:
+    """Move the tensors behind parametrised weights into a group of their own, the last one: no decay, its own rate.
+
+    The group exists, empty, before there are any: the number of groups must not change in a run.
+    """
+    raw = _raw(optimizer)
+    cores = {id(p) for p in core_parameters(model).values()}
+    moved = [p for group in raw.param_groups for p in group["params"] if id(p) in cores]
+    for group in raw.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in cores]
+    rate = raw.param_groups[0]["lr"]
+    raw.add_param_group({"params": moved, "weight_decay": 0.0} | ({} if rate is None else {"lr": rate * lr_scale}))
 
 
 def _raw(optimizer: Any) -> torch.optim.Optimizer:

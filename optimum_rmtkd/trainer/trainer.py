@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import TrainerControl
 
 from ..config import RMTKDConfig
 from ..distillation import (
+    BatchTransform,
+    CachedTeacher,
     DistillationObjective,
     FrozenTeacher,
     HiddenStateLoss,
+    Teacher,
+    TensorAlignment,
+    as_teacher,
     build_objectives,
+    build_transforms,
     check_compatible,
     default_objectives,
     fingerprint,
 )
-from ..distillation.transforms import BatchTransform
+from ..distillation.cached import COLUMNS, AnswerCollator
+from ..distillation.teachers import clean_copy
 from ..errors import RMTKDError, UnsupportedArchitectureError
+from ..reparameterization import Reparameterization, build_reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from .distiller import Distiller
+from .extras import Extras
 from .stages import Stage, stage_table
 from .staging import Staging
+from .swap import separate_cores
 
 
 __all__ = ["RMTKDTrainer"]
@@ -44,6 +53,13 @@ class _StageCallback(TrainerCallback):
     def on_train_begin(self, args, state, control: TrainerControl, **kwargs):
         with _flags_kept(control):
             self.trainer.staging.begin()
+
+    def on_pre_optimizer_step(self, args, state, control: TrainerControl, **kwargs):
+        self.trainer.extras.step()
+
+    def on_evaluate(self, args, state, control: TrainerControl, metrics=None, **kwargs):
+        for transform in self.trainer.transforms:
+            transform.on_evaluate(metrics or {}, self.trainer.distiller.progress)
 
     def on_step_end(self, args, state, control: TrainerControl, **kwargs):
         staging = self.trainer.staging
@@ -76,10 +92,13 @@ class RMTKDTrainer(Trainer):
         model: a `PreTrainedModel` of a supported family. It keeps its identity; class and widths change at each cut.
         args: `RMTKDTrainingArguments`, or any `TrainingArguments`.
         rmtkd_config: the recipe. None: `RMTKDConfig()`, where the spectral edges decide the widths.
-        teacher_model: None for self-distillation (`rmtkd_config.teacher`), or a model of the same vocabulary and labels.
-            Its hidden states are used only if it is the very model that is cut: no projection is known for another one.
+        teacher_model: None for self-distillation (`rmtkd_config.teacher`); a model of the same vocabulary and labels; a list of
+            models, or of (model, weight); or a `Teacher` (OnlineTeacher, CachedTeacher). `HiddenStateLoss` is used only if it
+            is the very model that is cut: no projection is known for another one.
         objectives: None for the recipe's three terms; or a list of objectives (or of their dicts), or {name: arguments}.
-        reparameterization: must be None; reserved.
+        reparameterization: None, an instance, a name ("mpo", "powerpropagation") or a dict: trained in place of the weights,
+            put on again after each cut, folded back in everything that is saved and when training ends.
+        transforms: batch transforms (EmbeddingMixup, OnPolicy, ...), one or several, or their names or dicts.
         **kwargs: as `transformers.Trainer`.
 
     Each training log line carries `loss/<objective>`, unweighted, averaged since the last one. `train()` adds
@@ -101,17 +120,19 @@ class RMTKDTrainer(Trainer):
         args=None,
         *positional,
         rmtkd_config: RMTKDConfig | None = None,
-        teacher_model: nn.Module | None = None,
+        teacher_model: nn.Module | Teacher | Sequence | None = None,
         objectives: Iterable[DistillationObjective] | Mapping[str, Any] | None = None,
-        reparameterization: None = None,
+        reparameterization: Reparameterization | Mapping[str, Any] | str | None = None,
+        transforms: BatchTransform | Sequence | Mapping[str, Any] | str | None = None,
         **kwargs,
     ):
-        self.rmtkd_config = rmtkd_config if rmtkd_config is not None else RMTKDConfig()
-        if reparameterization is not None:
-            raise RMTKDError(
-                f"reparameterization={type(reparameterization).__name__}: expected None, over-parameterised training is not "
-                "part of this release. Leave the argument out."
-            )
+        self.rmtkd_config = recipe = rmtkd_config if rmtkd_config is not None else RMTKDConfig()
+        self.reparameterization = build_reparameterization(
+            recipe.reparameterization if reparameterization is None else reparameterization
+        )
+        self.transforms = build_transforms(recipe.transforms if transforms is None else transforms)
+        chosen = recipe.objectives if objectives is None else objectives
+        self.objectives = default_objectives(recipe) if chosen is None else build_objectives(chosen)
         args = args if args is not None else RMTKDTrainingArguments("tmp_trainer")
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise _unsharded("fsdp" if args.fsdp else "deepspeed")
@@ -120,9 +141,8 @@ class RMTKDTrainer(Trainer):
         self._refuse_unsupported()
         self.optimizer_was_given = self.optimizer is not None
         self.reports: list[Any] = []
-        self.objectives = default_objectives(self.rmtkd_config) if objectives is None else build_objectives(objectives)
         self.distiller = Distiller(self)
-        self.transforms: list[BatchTransform] = []
+        self.extras = Extras(self)
         self.staging = Staging(self)
         if teacher_model is not None:
             self._accept_teacher(teacher_model)
@@ -171,6 +191,7 @@ class RMTKDTrainer(Trainer):
         try:
             output = super().train(resume_from_checkpoint, *positional, **kwargs)
             self.staging.end()
+            self.staging.fold()
         finally:
             self.staging.dropout.restore()
         before, after = self.staging.reference_parameters, self.staging.parameters
@@ -187,6 +208,8 @@ class RMTKDTrainer(Trainer):
         `num_items_in_batch` is withheld from the task loss: all terms alike are weighed by `DistillationStep.share`.
         """
         if not model.training or self.staging.teacher is None:
+            given = self.staging.given_teacher
+            inputs = inputs if given is None else given.strip(inputs)
             return super().compute_loss(model, inputs, return_outputs=return_outputs)
         loss, outputs = self.distiller.loss(model, inputs, super().compute_loss)
         return (loss, outputs) if return_outputs else loss
@@ -214,7 +237,8 @@ class RMTKDTrainer(Trainer):
             dataset = self._remove_unused_columns(dataset, description="calibration")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="calibration")
-        config = self.rmtkd_config
+        config, given = self.rmtkd_config, self.staging.given_teacher
+        strip = (lambda batch: batch) if given is None else given.strip
         return CalibrationBatches(
             pick_samples(dataset, config.calibration_samples, config.seed),
             collate,
@@ -222,7 +246,7 @@ class RMTKDTrainer(Trainer):
             seed=config.seed,
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
-            prepare=self._prepare_inputs,
+            prepare=lambda batch: self._prepare_inputs(strip(batch)),
         )
 
     def measure(self) -> float | None:
@@ -294,8 +318,21 @@ class RMTKDTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.staging.restore(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.staging.restore_cores()
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Plain weights, whatever they are trained as: every checkpoint loads with stock `from_pretrained`."""
+        if not self.args.should_save or not is_reparameterized(self.model):
+            return super()._save(output_dir, state_dict)
+        trained = self.model
+        self.model = fold(clean_copy(trained), self.reparameterization)
+        try:
+            super()._save(output_dir)
+        finally:
+            self.model = trained
 
     def _load_best_model(self):
+        self.staging.fold()
         self.staging.adopt(self.state.best_model_checkpoint)
         super()._load_best_model()
 
@@ -303,6 +340,19 @@ class RMTKDTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             self.staging.save(output_dir)
+
+    def create_optimizer(self, model=None):
+        """As `Trainer.create_optimizer`; tensors of a reparameterization form the last group, without weight decay."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.reparameterization is not None and not given:
+            separate_cores(optimizer, self.model, self.reparameterization.lr_scale)
+        return optimizer
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.staging.given_teacher, CachedTeacher):
+            self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
 
     # -- checks --------------------------------------------------------------------------------------------------------
 
@@ -323,22 +373,34 @@ class RMTKDTrainer(Trainer):
             raise UnsupportedArchitectureError(
                 f"{type(self.model).__name__} is no transformers PreTrainedModel; expected one with a config."
             )
-        surgery.anatomy_of(self.model, self.rmtkd_config)
+        if self.rmtkd_config.schedule != "none":
+            surgery.anatomy_of(self.model, self.rmtkd_config)
+        if self.reparameterization is None and any(isinstance(o, TensorAlignment) for o in self.objectives):
+            raise RMTKDError(
+                "TensorAlignment compares the tensors of a matrix product operator: pass reparameterization='mpo' as well, or "
+                "leave it out."
+            )
 
-    def _accept_teacher(self, teacher: nn.Module) -> None:
-        check_compatible(self.model, teacher)
-        if teacher is self.model or fingerprint(teacher) == fingerprint(self.model):
+    def _accept_teacher(self, teacher: Any) -> None:
+        given = as_teacher(teacher)
+        for model in given.models:
+            check_compatible(self.model, model)
+        if teacher is self.model or type(given) is FrozenTeacher and fingerprint(teacher) == fingerprint(self.model):
             logger.info("teacher_model is the model that is cut: taken as teacher='initial'.")
             self.rmtkd_config = self.rmtkd_config.replace(teacher="initial")
             self.staging = Staging(self)
             return
-        self._move_model_to_device(teacher, self.args.device)
-        self.staging.given_teacher = FrozenTeacher(teacher)
+        for model in given.models:
+            self._move_model_to_device(model, self.args.device)
+        self.staging.given_teacher = given
+        if isinstance(given, CachedTeacher):
+            self.data_collator = AnswerCollator(self.data_collator)
         kept = [objective for objective in self.objectives if not isinstance(objective, HiddenStateLoss)]
         if len(kept) < len(self.objectives):
             logger.warning(
                 "HiddenStateLoss is dropped: the student's residual stream is a projection of its own uncut model's, and no "
-                "projection to the stream of the given teacher_model (%s) is known. The other objectives stay.",
+                "projection to the stream of the given teacher_model (%s) is known. The other objectives stay; "
+                "ProjectedFeatureLoss compares hidden states of any two models.",
                 type(teacher).__name__,
             )
             self.objectives = kept

@@ -43,6 +43,25 @@ def toy_data(samples=64, length=10, seed=1):
     return [{"input_ids": i, "attention_mask": m, "labels": int(i[0] > 32)} for i, m in zip(ids, mask, strict=True)]
 
 
+def ragged(samples=64, length=12, kind="sequence", seed=3):
+    """Rows of very different lengths, padded on the right; labels a sequence, a token, or the tokens themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(samples):
+        ids = torch.randint(5, 60, (length,), generator=generator)
+        real = int(torch.randint(2, length + 1, (), generator=generator))
+        mask = (torch.arange(length) < real).long()
+        labels = {
+            "sequence": int(ids[0] > 32),
+            "three": int(ids[0] % 3),
+            "regression": float(ids[0] / 60),
+            "token": torch.where(mask == 1, (ids % 3), -100),
+            "causal": torch.where(mask == 1, ids, -100),
+        }[kind]
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return rows
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     """Bit-exact comparisons need one order of summation."""

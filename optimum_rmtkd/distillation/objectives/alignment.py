@@ -110,7 +110,11 @@ class TensorAlignment(DistillationObjective):
 
     def _chosen(self, number: int) -> list[int]:
         centre = (number - 1) // 2
-        choice = {"all": range(number), "outer": (0, number - 1), "auxiliary": (k for k in range(number) if k != centre)}
+        choice = {
+            "all": range(number),
+            "outer": (0, number - 1),
+            "auxiliary": (k for k in range(number) if k != centre),
+        }
         return list(choice[self.tensors])
 
     def forward(self, step: DistillationStep) -> torch.Tensor:

@@ -14,12 +14,24 @@ from ..counts import token_labels
 from ..step import DistillationStep
 
 
-__all__ = ["Answers", "Divergence"]
+__all__ = ["Answers", "Divergence", "shifts_labels"]
 
 # (log p teacher, log q student), each (..., classes) fp32 -> (...)
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SPANS = ("start_logits", "end_logits")
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether the answer at one position is for the label at the next: causal language models, not encoder-decoders."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if getattr(model.config, "is_encoder_decoder", False):
+        return False
+    # Older classes (GPT2LMHeadModel) do not name their loss, and a reduced class has the name of none.
+    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    named = getattr(model, "loss_type", None)
+    return named == "ForCausalLM" or named is None and any(cls.__name__ in causal for cls in type(model).__mro__)
 
 
 @dataclass(frozen=True)
@@ -41,10 +53,7 @@ class Answers:
 
     @classmethod
     def of(cls, student: nn.Module) -> Answers:
-        config = student.config
-        encoder_decoder = getattr(config, "is_encoder_decoder", False)
-        shifted = getattr(student, "loss_type", None) == "ForCausalLM" and not encoder_decoder
-        return cls(getattr(config, "problem_type", None), shifted)
+        return cls(getattr(student.config, "problem_type", None), shifts_labels(student))
 
     def compare(self, step: DistillationStep, divergence: Divergence, temperature: float, who: str) -> torch.Tensor:
         """T^2 times the mean divergence of the softened answers, as this micro-batch's part of the accumulated batch.

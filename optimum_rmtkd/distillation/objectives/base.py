@@ -164,7 +164,9 @@ def build_objectives(given: Mapping[str, Mapping[str, Any] | None] | Iterable) -
 
 def _labelled(label: str, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise RMTKDError(f"objectives: {label!r} has {arguments!r}; expected a mapping of its arguments, {{}} for none.")
+        raise RMTKDError(
+            f"objectives: {label!r} has {arguments!r}; expected a mapping of its arguments, {{}} for none."
+        )
     arguments = dict(arguments or {})
     # With a name of its own the key is a free label; else it is the name, and names its known ones when it is wrong.
     return {"name": label, **arguments} | ({"label": label} if "name" in arguments else {})

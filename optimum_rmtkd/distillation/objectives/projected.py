@@ -77,7 +77,9 @@ class ProjectedFeatureLoss(DistillationObjective):
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
         if teacher is None:
-            raise RMTKDError("ProjectedFeatureLoss needs a teacher whose features can be read; cached answers have none.")
+            raise RMTKDError(
+                "ProjectedFeatureLoss needs a teacher whose features can be read; cached answers have none."
+            )
         self._device = next(student.parameters()).device
         self._pairs = layer_pairs(student, teacher, self.layers)
         blocks = set(layer_pairs(student, teacher, "uniform")) if projections else set()
@@ -104,7 +106,9 @@ class ProjectedFeatureLoss(DistillationObjective):
             target = self._aimed(target, path)
             samples, mask = sample_tokens(target, mask, "spaced", self.tokens_per_sequence)
             if index not in self._moments:
-                self._moments[index] = SecondMoments(samples.shape[-1], null_moments=self._needs_null(), seed=self.seed)
+                self._moments[index] = SecondMoments(
+                    samples.shape[-1], null_moments=self._needs_null(), seed=self.seed
+                )
             self._moments[index].update(samples, mask)
             if self.projection is not None and self.projection.keeps_samples:
                 rows = samples.flatten(0, -2) if mask is None else samples[mask]
@@ -164,7 +168,9 @@ class ProjectedFeatureLoss(DistillationObjective):
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
         if not self._ready:
-            raise RMTKDError("ProjectedFeatureLoss was not fitted: call observe on calibration batches and finish first.")
+            raise RMTKDError(
+                "ProjectedFeatureLoss was not fitted: call observe on calibration batches and finish first."
+            )
         terms = [self._term(index, step, *pair) for index, pair in enumerate(self._pairs)]
         return torch.stack(terms).mean()
 

@@ -55,7 +55,9 @@ class AttentionRelationLoss(DistillationObjective):
         super().__init__(weight)
         relations = [relations] if isinstance(relations, str) else list(relations)
         if not relations or any(len(r) != 2 or set(r) - set(WORDS) for r in relations):
-            raise RMTKDError(f"AttentionRelationLoss(relations={relations}): expected pairs of q, k and v, for example 'qk'.")
+            raise RMTKDError(
+                f"AttentionRelationLoss(relations={relations}): expected pairs of q, k and v, for example 'qk'."
+            )
         if heads is not None and heads < 1:
             raise RMTKDError(f"AttentionRelationLoss(heads={heads}): expected at least one.")
         self.relations, self.layers, self.heads = relations, layers, heads
@@ -63,11 +65,14 @@ class AttentionRelationLoss(DistillationObjective):
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
         if teacher is None:
-            raise RMTKDError("AttentionRelationLoss needs a teacher whose attention can be read; cached answers have none.")
+            raise RMTKDError(
+                "AttentionRelationLoss needs a teacher whose attention can be read; cached answers have none."
+            )
         letters = sorted(set("".join(self.relations)))
         blocks = layer_pairs(student, teacher, self.layers)
         self._pairs = [
-            (_projections_in(student, ours, letters), _projections_in(teacher, theirs, letters)) for ours, theirs in blocks
+            (_projections_in(student, ours, letters), _projections_in(teacher, theirs, letters))
+            for ours, theirs in blocks
         ]
         self._heads = self.heads or getattr(student.config, "num_attention_heads", None)
         if not isinstance(self._heads, int):
@@ -76,7 +81,9 @@ class AttentionRelationLoss(DistillationObjective):
             )
 
     def features(self) -> FeatureRequest:
-        return FeatureRequest(*(tuple(path for pair in self._pairs for path in pair[side].values()) for side in (0, 1)))
+        return FeatureRequest(
+            *(tuple(path for pair in self._pairs for path in pair[side].values()) for side in (0, 1))
+        )
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
         terms = []
