@@ -153,9 +153,13 @@ def _keep(columns: dict[str, list], logits: torch.Tensor, mask: torch.Tensor | N
         others = logits.scatter(-1, indices, -math.inf).logsumexp(-1)
         rest = others - math.log(classes - kept)
     for number in range(len(logits)):
-        chosen = slice(None) if mask is None or logits.dim() == 2 else mask[number]
         tokens = logits.dim() == 3
-        columns[VALUES].append((values[number][chosen] if tokens else values[number]).cpu().numpy())
-        columns[INDICES].append((indices[number][chosen] if tokens else indices[number]).int().cpu().numpy())
+        chosen = mask[number] if tokens and mask is not None else slice(None)
+        kept_values, kept_indices = values[number].cpu().numpy(), indices[number].int().cpu().numpy()
+        if tokens:  # Arrow takes lists of rows, no matrices
+            real = mask[number].cpu().numpy() if mask is not None else slice(None)
+            kept_values, kept_indices = list(kept_values[real]), list(kept_indices[real])
+        columns[VALUES].append(kept_values)
+        columns[INDICES].append(kept_indices)
         columns[REST].append((rest[number][chosen] if tokens else rest[number]).cpu().tolist())
         columns[CLASSES].append(classes)

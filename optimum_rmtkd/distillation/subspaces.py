@@ -168,8 +168,9 @@ class AutoencoderProjection(SubspaceProjection):
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             torch.manual_seed(self.seed)
             encoder = nn.Linear(features, dim, bias=False)
-            bent = (nn.Linear(dim, self.hidden), nn.GELU(), nn.Linear(self.hidden, features))
-            decoder = nn.Sequential(*bent) if self.hidden else nn.Linear(dim, features, bias=False)
+            decoder = nn.Linear(dim, features, bias=False)
+            if self.hidden:
+                decoder = nn.Sequential(nn.Linear(dim, self.hidden), nn.GELU(), nn.Linear(self.hidden, features))
             parameters = [*encoder.parameters(), *decoder.parameters()]
             optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
             decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.steps)

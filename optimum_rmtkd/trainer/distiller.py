@@ -20,7 +20,22 @@ if TYPE_CHECKING:
     from .trainer import RMTKDTrainer
 
 
-__all__ = ["Distiller"]
+__all__ = ["Distiller", "LateBatches"]
+
+
+class LateBatches(list):
+    """Micro-batches that are made ready when the training loop begins to go through them.
+
+    A resumed run gets its random numbers back after the batches were fetched and before they are used: transforms that draw
+    must wait until then.
+    """
+
+    def __init__(self, batches: list, ready: Callable[[list], list]):
+        super().__init__(batches)
+        self._ready = ready
+
+    def __iter__(self):
+        return iter(self._ready(list(super().__iter__())))
 
 
 class Distiller:
@@ -53,13 +68,16 @@ class Distiller:
         state = self.trainer.state
         return state.global_step / max(1, state.max_steps)
 
-    def begin_batch(self, batches: list[Mapping[str, Any]]) -> None:
-        """Count the units of an accumulated batch: what every mean in it is taken over."""
-        accelerator = self.trainer.accelerator
+    def begin_batch(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Transform the micro-batches of an accumulated batch and count its units: what every mean in it is taken over."""
+        trainer = self.trainer
+        for transform in trainer.transforms:
+            batches = [transform(trainer, batch) for batch in batches]
         totals = total_units(batches, self.shifted)
-        if accelerator.num_processes > 1:
-            totals = accelerator.reduce(totals.to(self.trainer.args.device), reduction="sum").cpu()
-        self.totals, self.parts = totals, len(batches) * accelerator.num_processes
+        if trainer.accelerator.num_processes > 1:
+            totals = trainer.accelerator.reduce(totals.to(trainer.args.device), reduction="sum").cpu()
+        self.totals, self.parts = totals, len(batches) * trainer.accelerator.num_processes
+        return batches
 
     def loss(self, model, inputs, task_loss_of: Callable) -> tuple[torch.Tensor, Any]:
         """(weighted sum of the terms, student's outputs).

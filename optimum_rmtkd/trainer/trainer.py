@@ -32,7 +32,7 @@ from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..reparameterization import Reparameterization, build_reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
-from .distiller import Distiller
+from .distiller import Distiller, LateBatches
 from .extras import Extras
 from .stages import Stage, stage_table
 from .staging import Staging
@@ -217,10 +217,7 @@ class RMTKDTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As `Trainer.get_batch_samples`, with the batch transforms applied and the units of the whole batch counted."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for transform in self.transforms:
-            batches = [transform(self, batch) for batch in batches]
-        self.distiller.begin_batch(batches)
-        return batches, num_items_in_batch
+        return LateBatches(batches, self.distiller.begin_batch), num_items_in_batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`; a training line ("loss") also gets the mean of each term since the last one."""

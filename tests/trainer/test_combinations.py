@@ -1,0 +1,202 @@
+"""Every objective with every kind of task: two steps, or a refusal that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    BertForTokenClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+from optimum_rmtkd.distillation import DistillationObjective
+from optimum_rmtkd.distillation.objectives import objective_names
+from optimum_rmtkd.errors import RMTKDError
+
+from .conftest import ragged, tiny_bert
+from .test_accumulation import tiny_gpt2
+
+
+NONE = {"schedule": "none", "target_reduction": None}
+
+
+def images(samples=16):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {"pixel_values": torch.randn(3, 16, 16, generator=generator), "labels": int(i % 3)} for i in range(samples)
+    ]
+
+
+def choices(samples=16):
+    rows = ragged(samples)
+    pick = {"input_ids": lambda r: torch.stack([r["input_ids"], r["input_ids"].flip(0)])}
+    return [
+        {
+            "input_ids": pick["input_ids"](r),
+            "attention_mask": torch.stack([r["attention_mask"], torch.ones(12, dtype=torch.long)]),
+            "labels": r["labels"],
+        }
+        for r in rows
+    ]
+
+
+def spans(samples=16):
+    rows = ragged(samples)
+    keys = ("input_ids", "attention_mask")
+    return [{k: r[k] for k in keys} | {"start_positions": 0, "end_positions": 1} for r in rows]
+
+
+def vit(seed, width=32):
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=width, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8,
+        num_labels=3,
+    )  # fmt: skip
+    return ViTForImageClassification(config)
+
+
+def resnet(seed):
+    torch.manual_seed(seed)
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3
+    )  # fmt: skip
+    return ResNetForImageClassification(config)
+
+
+KINDS = {
+    "token classification": (lambda seed: tiny_bert(seed, BertForTokenClassification, num_labels=3), ragged(16, kind="token")),
+    "sequence classification": (lambda seed: tiny_bert(seed, num_labels=3), ragged(16, kind="three")),
+    "regression": (lambda seed: tiny_bert(seed, num_labels=1, problem_type="regression"), ragged(16, kind="regression")),
+    "causal": (tiny_gpt2, ragged(16, kind="causal")),
+    "images": (vit, images()),
+    "feature maps": (resnet, images()),
+    "multiple choice": (lambda seed: tiny_bert(seed, BertForMultipleChoice), choices()),
+    "spans": (lambda seed: tiny_bert(seed, BertForQuestionAnswering), spans()),
+}  # fmt: skip
+REFUSED = {
+    ("regression", "correlation"): r"dim='class'\) over 1 class",
+    ("multiple choice", "correlation"): r"dim='class'\) over 2 class",
+    ("spans", "correlation"): "does not know spans",
+    ("causal", "attention_relation"): "or query.* in .transformer.h.1. of GPT2LMHeadModel",
+    ("feature maps", "attention_relation"): "or query.* in .* of ResNet",
+    ("causal", "hidden"): "No objective has anything to compare",
+    ("feature maps", "tensor_alignment"): "target_modules=None matches nothing",
+}
+
+
+@pytest.mark.parametrize("objective", objective_names())
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_steps_or_a_named_reason(make_trainer, kind, objective):
+    build, data = KINDS[kind]
+    own = objective == "hidden"  # compares a model with what it was
+    trainer = make_trainer(
+        build(0),
+        recipe=NONE,
+        teacher_model=None if own else build(1),
+        objectives=[{"name": objective, "weight": 1.0}],
+        max_steps=2,
+        per_device_train_batch_size=4,
+        remove_unused_columns=False,
+        trainer_kwargs={
+            "train_dataset": data,
+            "eval_dataset": None,
+            "reparameterization": "mpo" if objective == "tensor_alignment" else None,
+        },
+    )
+    reason = REFUSED.get((kind, objective))
+    if reason is not None:
+        with pytest.raises(RMTKDError, match=reason):
+            trainer.train()
+        return
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    terms = [e[f"loss/{objective}"] for e in trainer.state.log_history if "loss" in e]
+    assert len(terms) == 2 and all(torch.isfinite(torch.tensor(terms)))
+    if not own:
+        assert terms[0] > 0
+        assert any(not torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("objective", ["kl", "skew_kl", "jensen_shannon", "correlation"])
+def test_binary_and_regression_have_a_form(make_trainer, objective):
+    """The vacuous correlation over two classes is refused, the one over the batch works, for one output too."""
+    arguments = {"dim": "batch"} if objective == "correlation" else {}
+    for labels, kind in ((2, "sequence"), (1, "regression")):
+        problem = {"problem_type": "regression"} if labels == 1 else {}
+        trainer = make_trainer(
+            tiny_bert(num_labels=labels, **problem),
+            recipe=NONE,
+            out=f"{labels}",
+            teacher_model=tiny_bert(seed=1, num_labels=labels, **problem),
+            objectives=[{"name": objective, "weight": 1.0, **arguments}],
+            max_steps=2,
+            trainer_kwargs={"train_dataset": ragged(16, kind=kind), "eval_dataset": None},
+        )
+        trainer.train()
+        assert [e["loss"] for e in trainer.state.log_history if "loss" in e][0] > 0
+
+
+@pytest.mark.parametrize("kind", ["sequence classification", "images", "feature maps"])
+@pytest.mark.parametrize("objective", ["projected_feature", "attention_relation"])
+def test_students_of_another_width_and_depth(make_trainer, kind, objective):
+    if kind == "feature maps" and objective == "attention_relation":
+        pytest.skip("no attention")
+    build, data = KINDS[kind]
+    small = {
+        "sequence classification": lambda: tiny_bert(num_labels=3, hidden_size=16, num_hidden_layers=1),
+        "images": lambda: vit(0, width=16),
+        "feature maps": lambda: ResNetForImageClassification(
+            ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic", num_labels=3)
+        ),
+    }[kind]()
+    trainer = make_trainer(
+        small,
+        recipe=NONE,
+        teacher_model=build(1),
+        objectives=["task", {"name": objective, "layers": "uniform"}],
+        max_steps=4,
+        per_device_train_batch_size=4,
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=4,
+        trainer_kwargs={"train_dataset": data, "eval_dataset": None},
+    )
+    trainer.train()
+    extra = trainer.extras.parameters
+    assert bool(extra) == (objective == "projected_feature")
+    names = set(trainer.model.state_dict())
+    assert not [name for name in names if "adapter" in name]
+    if extra:
+        start = DistillationObjective.from_dict({"name": "projected_feature"})
+        assert start.to_dict()["projection"]["name"] == "marchenko_pastur"
+        assert all(p.grad is None or p.grad.abs().sum() == 0 for p in extra)  # cleared after every step
+        assert all(trainer.extras.optimizer.state[p]["step"] == 4 for p in extra)
+
+
+def test_hidden_states_drop_out_where_no_blocks_are_declared(make_trainer, caplog):
+    trainer = make_trainer(
+        tiny_gpt2(),
+        recipe=NONE,
+        max_steps=2,
+        objectives=None,
+        trainer_kwargs={"train_dataset": ragged(16, kind="causal"), "eval_dataset": None},
+    )
+    trainer.train()
+    assert "HiddenStateLoss drops out" in caplog.text
+    assert [o.label for o in trainer.distiller.objectives] == ["task", "kl"]
+
+
+def test_factored_form_on_an_architecture_without_a_family(make_trainer, caplog):
+    trainer = make_trainer(
+        tiny_gpt2(n_embd=64),
+        recipe={"form": "factored", "target_reduction": 0.1},
+        max_steps=2,
+        trainer_kwargs={"train_dataset": ragged(32, kind="causal"), "eval_dataset": None},
+    )
+    output = trainer.train()
+    assert "HiddenStateLoss drops out" in caplog.text and output.metrics["reduction"] > 0.05

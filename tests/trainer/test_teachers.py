@@ -1,0 +1,189 @@
+"""Teachers that a user can pass: several, online ones, cached answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from transformers import BertForTokenClassification
+
+from optimum_rmtkd.distillation import CachedTeacher, OnlineTeacher, WeightedTeachers, cache_answers
+from optimum_rmtkd.errors import RMTKDError
+
+from .conftest import ragged, tiny_bert
+
+
+NONE = {"schedule": "none", "target_reduction": None}
+
+
+def batch_of(rows):
+    return {k: torch.stack([torch.as_tensor(r[k]) for r in rows]) for k in rows[0]}
+
+
+def history(trainer, key="loss"):
+    return [e[key] for e in trainer.state.log_history if key in e]
+
+
+# -- several -----------------------------------------------------------------------------------------------------------
+
+
+def test_several_teachers_are_their_weighted_mean():
+    models = [tiny_bert(seed) for seed in (1, 2)]
+    inputs = batch_of(ragged(4))
+    answers = [m.eval()(**{k: v for k, v in inputs.items() if k != "labels"}).logits for m in models]
+    outputs, features = WeightedTeachers(models, [3, 1])(inputs, ["bert.encoder.layer.1"], drop=("labels",))
+    assert torch.allclose(outputs["logits"], 0.75 * answers[0] + 0.25 * answers[1])
+    alone, first = WeightedTeachers(models[:1])(inputs, ["bert.encoder.layer.1"], drop=("labels",))
+    assert torch.equal(first["bert.encoder.layer.1"], features["bert.encoder.layer.1"])
+    for weights in ([1], [1, 0]):
+        with pytest.raises(RMTKDError, match="one positive weight each"):
+            WeightedTeachers(models, weights)
+
+
+def test_a_list_of_teachers_in_the_trainer(make_trainer):
+    trainer = make_trainer(
+        recipe=NONE, teacher_model=[(tiny_bert(1), 2.0), (tiny_bert(2), 1.0)], objectives=["kl"], max_steps=2
+    )
+    trainer.train()
+    assert len(history(trainer, "loss/kl")) == 2 and trainer.staging.teacher.weights == pytest.approx([2 / 3, 1 / 3])
+    with pytest.raises(RMTKDError, match="vocab_size=61"):
+        make_trainer(teacher_model=[tiny_bert(1), tiny_bert(2, vocab_size=61)])
+    with pytest.raises(RMTKDError, match="teacher_model is a str"):
+        make_trainer(teacher_model="bert")
+
+
+# -- online ------------------------------------------------------------------------------------------------------------
+
+
+def test_online_teacher_moves_towards_the_student_and_its_backbone_stays(make_trainer):
+    pytest.importorskip("peft")
+    base = tiny_bert(seed=3)
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    teacher = OnlineTeacher(base, rank=2, learning_rate=1e-2, pull=1.0)
+    frozen = {n: p.detach().clone() for n, p in teacher.model.named_parameters() if "lora_" not in n}
+    trainer = make_trainer(recipe=NONE, teacher_model=teacher, objectives=["task", "kl"], max_steps=40, learning_rate=1e-4)
+    trainer.train()
+    own = history(trainer, "loss/teacher")
+    assert len(own) == 40 and sum(own[-8:]) < sum(own[:8])
+    assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
+    assert all(torch.equal(p, frozen[n]) for n, p in teacher.model.named_parameters() if n in frozen)
+    assert all(p.abs().sum() > 0 for n, p in teacher.model.named_parameters() if "lora_B" in n and "query" in n)
+    total = [0.5 * a + 0.5 * b + c for a, b, c in zip(*(history(trainer, f"loss/{k}") for k in ("task", "kl", "teacher")))]
+    assert history(trainer) == pytest.approx(total, rel=1e-5)
+
+
+def test_the_student_is_not_trained_through_the_teacher():
+    """Each side sees the other's answers without a gradient, so one backward pass serves both losses."""
+    pytest.importorskip("peft")
+    from optimum_rmtkd.distillation import DistillationStep, KLDivergence
+
+    student, teacher, inputs = tiny_bert(), OnlineTeacher(tiny_bert(seed=3), rank=2), batch_of(ragged(4))
+    outputs = student(**inputs)
+    answers, _ = teacher(inputs)
+    assert not answers["logits"].requires_grad
+    step = DistillationStep(inputs, student_outputs=outputs, teacher_outputs=answers)
+    teacher.loss(step).backward()
+    assert all(p.grad is None for p in student.parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in teacher.parameters())
+    for parameter in teacher.parameters():
+        parameter.grad = None
+    kl = KLDivergence()
+    kl.setup(student, teacher.model, {})
+    kl(step).backward()
+    assert all(p.grad is None for p in teacher.parameters()) and student.classifier.weight.grad.abs().sum() > 0
+
+
+def test_online_teacher_resumes_to_the_same_bits(make_trainer, weights):
+    pytest.importorskip("peft")
+
+    def make(out):
+        teacher = OnlineTeacher(tiny_bert(seed=3), rank=2, learning_rate=1e-3)
+        saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+        return make_trainer(recipe=NONE, out=out, teacher_model=teacher, objectives=["task", "kl"], **saving)
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
+    for side in (lambda t: weights(t.model), lambda t: weights(t.staging.teacher.model)):
+        ours, theirs = side(whole), side(resumed)
+        assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+# -- cached ------------------------------------------------------------------------------------------------------------
+
+
+def collate(rows, length=None):
+    """Pads to the longest row, on the right."""
+    length = max(len(r["input_ids"]) for r in rows)
+    pad = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    out = {}
+    for key in rows[0]:
+        values = [torch.as_tensor(r[key]) for r in rows]
+        if values[0].dim():
+            values = [torch.nn.functional.pad(v, (0, length - len(v)), value=pad[key]) for v in values]
+        out[key] = torch.stack(values)
+    return out
+
+
+def unpadded(kind):
+    rows = []
+    for row in ragged(24, kind=kind):
+        n = int(row["attention_mask"].sum())
+        rows.append({k: v[:n].tolist() if torch.is_tensor(v) else v for k, v in row.items()})
+    return datasets.Dataset.from_list(rows)
+
+
+@pytest.mark.parametrize(("kind", "k"), [("three", 64), ("token", 64), ("token", 2)])
+def test_cached_answers_are_the_teachers(make_trainer, kind, k):
+    cls = {"three": {}, "token": {"cls": BertForTokenClassification}}[kind]
+    teacher, data = tiny_bert(seed=5, num_labels=3, **cls), unpadded(kind)
+    cached = cache_answers(teacher, data, collate, k=k, batch_size=7, progress=False)
+    assert set(cached.column_names) > set(data.column_names) and len(cached) == len(data)
+    results = {}
+    for name, given, train in (("live", teacher, data), ("cached", CachedTeacher(), cached)):
+        trainer = make_trainer(
+            tiny_bert(num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **cls),
+            recipe=NONE,
+            out=name,
+            teacher_model=given,
+            objectives=["task", "kl"],
+            max_steps=3,
+            trainer_kwargs={"train_dataset": train, "eval_dataset": data, "data_collator": collate},
+        )
+        trainer.train()
+        results[name] = history(trainer, "loss/kl")
+        assert trainer.evaluate()["eval_loss"] > 0
+    if k == 64:
+        assert results["cached"] == pytest.approx(results["live"], rel=1e-4)
+    else:  # the third class gets what the two largest leave: exact too
+        assert results["cached"] == pytest.approx(results["live"], rel=1e-3)
+
+
+def test_cached_answers_of_large_vocabularies_keep_the_mass():
+    torch.manual_seed(0)
+    from optimum_rmtkd.distillation.cached import COLUMNS, _keep
+
+    logits, columns = 3 * torch.randn(2, 40), {name: [] for name in COLUMNS}
+    _keep(columns, logits, None, 5)
+    inputs = {name: torch.stack([torch.as_tensor(v) for v in values]) for name, values in columns.items()}
+    found = CachedTeacher()(inputs)[0]["logits"]
+    p, q = logits.softmax(-1), found.softmax(-1)
+    top = logits.topk(5).indices
+    assert torch.allclose(p.gather(1, top), q.gather(1, top), atol=1e-6)
+    assert torch.allclose(q.sum(-1), torch.ones(2))
+
+
+def test_what_cached_answers_cannot_do_is_said(make_trainer):
+    data = unpadded("sequence")
+    options = {"train_dataset": data, "eval_dataset": None, "data_collator": collate}
+    with pytest.raises(RMTKDError, match="The batch has no teacher_values"):
+        make_trainer(recipe=NONE, teacher_model=CachedTeacher(), objectives=["kl"], trainer_kwargs=options).train()
+    for objective in ("projected_feature", "attention_relation"):
+        with pytest.raises(RMTKDError, match="cached answers have none"):
+            make_trainer(
+                recipe=NONE, teacher_model=CachedTeacher(), objectives=[objective], trainer_kwargs=options
+            ).train()
+    with pytest.raises(RMTKDError, match="got a list; expected a datasets.Dataset"):
+        cache_answers(tiny_bert(), [], collate)
