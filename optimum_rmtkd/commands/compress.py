@@ -48,6 +48,9 @@ examples:
         --text-column sentence1 sentence2 --target-reduction 0.6 -o ./small
   an image classifier on a folder of images, one sub-folder for each class
     optimum-cli rmtkd compress --model ./my-vit --train-file ./train --validation-file ./test -o ./small
+  other objectives, and weights trained as matrix product operators (OPDF), which are folded before saving
+    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --target-reduction 0.8 \\
+        --objectives '{"task": {"weight": 0.5}, "skew_kl": {"alpha": 0.1}}' --reparameterization mpo -o ./small
   the schedule and the edge of the paper
     optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --edge-estimator mp_quantile --tau 0.5 \\
         --schedule layerwise --teacher previous -o ./small

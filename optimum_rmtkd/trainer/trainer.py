@@ -18,22 +18,19 @@ from ..distillation import (
     FrozenTeacher,
     HiddenStateLoss,
     Teacher,
-    TensorAlignment,
     as_teacher,
-    build_objectives,
-    build_transforms,
     check_compatible,
-    default_objectives,
     fingerprint,
 )
 from ..distillation.cached import COLUMNS, AnswerCollator
 from ..distillation.teachers import clean_copy
 from ..errors import RMTKDError, UnsupportedArchitectureError
-from ..reparameterization import Reparameterization, build_reparameterization, fold, is_reparameterized
+from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from .distiller import Distiller, LateBatches
 from .extras import Extras
+from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
 from .swap import separate_cores
@@ -126,13 +123,9 @@ class RMTKDTrainer(Trainer):
         transforms: BatchTransform | Sequence | Mapping[str, Any] | str | None = None,
         **kwargs,
     ):
-        self.rmtkd_config = recipe = rmtkd_config if rmtkd_config is not None else RMTKDConfig()
-        self.reparameterization = build_reparameterization(
-            recipe.reparameterization if reparameterization is None else reparameterization
-        )
-        self.transforms = build_transforms(recipe.transforms if transforms is None else transforms)
-        chosen = recipe.objectives if objectives is None else objectives
-        self.objectives = default_objectives(recipe) if chosen is None else build_objectives(chosen)
+        self.rmtkd_config = rmtkd_config if rmtkd_config is not None else RMTKDConfig()
+        parts = parts_of(self.rmtkd_config, objectives, reparameterization, transforms)
+        self.objectives, self.reparameterization, self.transforms = parts
         args = args if args is not None else RMTKDTrainingArguments("tmp_trainer")
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise _unsharded("fsdp" if args.fsdp else "deepspeed")
@@ -372,11 +365,6 @@ class RMTKDTrainer(Trainer):
             )
         if self.rmtkd_config.schedule != "none":
             surgery.anatomy_of(self.model, self.rmtkd_config)
-        if self.reparameterization is None and any(isinstance(o, TensorAlignment) for o in self.objectives):
-            raise RMTKDError(
-                "TensorAlignment compares the tensors of a matrix product operator: pass reparameterization='mpo' as well, or "
-                "leave it out."
-            )
 
     def _accept_teacher(self, teacher: Any) -> None:
         given = as_teacher(teacher)

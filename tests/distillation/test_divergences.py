@@ -61,14 +61,19 @@ def test_skew_kl_against_the_slow_formula(pair):
     m = 0.1 * p + 0.9 * q
     assert torch.allclose(skew_kl(p.log(), q.log(), 0.1), (p * (p / m).log()).sum(-1))
     ours, theirs = pair[1], pair[0]
-    forward, back = value(SkewKLDivergence(1.0), ours, theirs), value(SkewKLDivergence(1.0, reverse=True), theirs, ours)
+    forward, back = (
+        value(SkewKLDivergence(1.0), ours, theirs),
+        value(SkewKLDivergence(1.0, reverse=True), theirs, ours),
+    )
     assert torch.allclose(forward, back)  # reverse is the same with both sides exchanged
 
 
 def test_jensen_shannon_bounds_symmetry_and_ends(pair):
     p, q = pair
     half = jensen_shannon(p, q, 0.5)
-    assert (half >= 0).all() and half.max() <= math.log(2) and torch.allclose(half, jensen_shannon(q, p, 0.5), atol=1e-6)
+    assert (
+        (half >= 0).all() and half.max() <= math.log(2) and torch.allclose(half, jensen_shannon(q, p, 0.5), atol=1e-6)
+    )
     assert torch.equal(jensen_shannon(p, q, 0.0), kl_divergence(p, q))
     assert torch.equal(jensen_shannon(p, q, 1.0), kl_divergence(q, p))
     # The ends are not the limit of the middle, which fades like beta; rescaled it is.
@@ -93,7 +98,9 @@ def test_reverse_kl_and_its_temperature(pair):
     )
 
 
-@pytest.mark.parametrize("objective", [KLDivergence(1.0, reverse=True), SkewKLDivergence(1.0), JensenShannonDivergence(1.0)])
+@pytest.mark.parametrize(
+    "objective", [KLDivergence(1.0, reverse=True), SkewKLDivergence(1.0), JensenShannonDivergence(1.0)]
+)
 def test_masked_tokens_contribute_nothing_not_even_nan(objective):
     ours, theirs = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
     labels = torch.tensor([[1, -100, 2], [-100, -100, 3]])
@@ -184,7 +191,15 @@ def test_schedules_of_weights():
     assert TaskLoss(0.3).weight_at(0.7) == 0.3
     again = type(linear).from_dict(linear.to_dict())
     assert again.weight == linear.weight
-    for bad in (-1, "high", True, float("nan"), {"start": 1}, {"start": 1, "end": -1}, {"start": 1, "end": 0, "over": [1, 0]}):
+    for bad in (
+        -1,
+        "high",
+        True,
+        float("nan"),
+        {"start": 1},
+        {"start": 1, "end": -1},
+        {"start": 1, "end": 0, "over": [1, 0]},
+    ):
         with pytest.raises(RMTKDError, match="weight"):
             TaskLoss(bad)
 

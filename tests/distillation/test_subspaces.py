@@ -100,7 +100,9 @@ def test_wiener_weights_shrink_the_columns():
 def test_registry_and_refusals():
     built = build_projection({"name": "marchenko_pastur", "estimator": "screenot"})
     assert build_projection(built.to_dict()).to_dict() == built.to_dict()
-    with pytest.raises(RMTKDError, match="No projection 'svd'; expected one of autoencoder, marchenko_pastur, pca, random"):
+    with pytest.raises(
+        RMTKDError, match="No projection 'svd'; expected one of autoencoder, marchenko_pastur, pca, random"
+    ):
         ProjectedFeatureLoss("svd")
     with pytest.raises(RMTKDError, match="dim=99"):
         RandomProjection(99).fit(moments_of(torch.randn(2, 3, 4)))
@@ -203,7 +205,9 @@ def test_an_adapter_is_made_where_widths_differ_and_learns():
     optimizer = torch.optim.Adam([adapter], lr=0.05)
     for _ in range(100):
         step = DistillationStep(
-            {}, student_features={loss.features().student[0]: ours}, teacher_features={loss.features().teacher[0]: theirs}
+            {},
+            student_features={loss.features().student[0]: ours},
+            teacher_features={loss.features().teacher[0]: theirs},
         )
         optimizer.zero_grad()
         loss(step).backward()

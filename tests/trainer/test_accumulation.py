@@ -134,7 +134,9 @@ def test_masks_of_multiple_choice_are_flattened():
 
 def test_a_micro_batch_without_labels_counts_nothing(make_trainer):
     """Half of the rows have no label at all: a mean over them would be NaN."""
-    data = [dict(r, labels=torch.full((12,), -100) if i % 2 else r["labels"]) for i, r in enumerate(ragged(kind="token"))]
+    data = [
+        dict(r, labels=torch.full((12,), -100) if i % 2 else r["labels"]) for i, r in enumerate(ragged(kind="token"))
+    ]
     trainer = make_trainer(
         tiny_bert(cls=BertForMaskedLM),
         recipe={"schedule": "none", "target_reduction": None},

@@ -10,7 +10,12 @@ from transformers import BertForSequenceClassification
 
 from optimum_rmtkd.distillation import EMATeacher, TensorAlignment
 from optimum_rmtkd.errors import RMTKDError
-from optimum_rmtkd.reparameterization import MatrixProductOperator, Powerpropagation, core_parameters, is_reparameterized
+from optimum_rmtkd.reparameterization import (
+    MatrixProductOperator,
+    Powerpropagation,
+    core_parameters,
+    is_reparameterized,
+)
 from optimum_rmtkd.surgery import count_parameters
 from optimum_rmtkd.trainer.checkpoint import TENSORS
 

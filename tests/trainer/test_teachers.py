@@ -63,14 +63,18 @@ def test_online_teacher_moves_towards_the_student_and_its_backbone_stays(make_tr
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     teacher = OnlineTeacher(base, rank=2, learning_rate=1e-2, pull=1.0)
     frozen = {n: p.detach().clone() for n, p in teacher.model.named_parameters() if "lora_" not in n}
-    trainer = make_trainer(recipe=NONE, teacher_model=teacher, objectives=["task", "kl"], max_steps=40, learning_rate=1e-4)
+    trainer = make_trainer(
+        recipe=NONE, teacher_model=teacher, objectives=["task", "kl"], max_steps=40, learning_rate=1e-4
+    )
     trainer.train()
     own = history(trainer, "loss/teacher")
     assert len(own) == 40 and sum(own[-8:]) < sum(own[:8])
     assert all(torch.equal(p, before[n]) for n, p in base.named_parameters())
     assert all(torch.equal(p, frozen[n]) for n, p in teacher.model.named_parameters() if n in frozen)
     assert all(p.abs().sum() > 0 for n, p in teacher.model.named_parameters() if "lora_B" in n and "query" in n)
-    total = [0.5 * a + 0.5 * b + c for a, b, c in zip(*(history(trainer, f"loss/{k}") for k in ("task", "kl", "teacher")))]
+    total = [
+        0.5 * a + 0.5 * b + c for a, b, c in zip(*(history(trainer, f"loss/{k}") for k in ("task", "kl", "teacher")))
+    ]
     assert history(trainer) == pytest.approx(total, rel=1e-5)
 
 

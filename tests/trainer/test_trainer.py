@@ -381,7 +381,9 @@ def test_masked_language_model(make_trainer):
 def test_settings_that_cannot_work_are_refused(make_trainer):
     with pytest.raises(RMTKDError, match="No reparameterization 'mp'; expected one of mpo, powerpropagation"):
         make_trainer(trainer_kwargs={"reparameterization": "mp"})
-    with pytest.raises(RMTKDError, match="No batch transform 'mixup'; expected one of adaptive_off_policy, embedding_m"):
+    with pytest.raises(
+        RMTKDError, match="No batch transform 'mixup'; expected one of adaptive_off_policy, embedding_m"
+    ):
         make_trainer(trainer_kwargs={"transforms": "mixup"})
     with pytest.raises(RMTKDError, match="TensorAlignment compares.*reparameterization='mpo'"):
         make_trainer(objectives=["task", "tensor_alignment"])

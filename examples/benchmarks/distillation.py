@@ -1,0 +1,310 @@
+"""Do the objectives help? RMT-KD at -80 % with each of them, learning rate swept for each arm.
+
+    python examples/benchmarks/distillation.py sweep --task sst2          # every arm, every learning rate, one seed
+    python examples/benchmarks/distillation.py seeds --task sst2          # each arm's best rate, and the common one, 3 seeds
+    python examples/benchmarks/distillation.py table --task sst2          # what has been measured so far
+    python examples/benchmarks/distillation.py run --task rte --arm opdf_3 --learning_rate 1e-4 --seed 1    # one run
+
+Equal steps for all arms: SST-2 on 16,384 of its sentences, RTE on all. One JSON line a run in --output/distillation.jsonl; runs
+that are there already are not repeated, so an interrupted sweep goes on. Needs RMTKD_SHARED, the folder of data and checkpoints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import statistics
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from text import SHARED
+from transformers import HfArgumentParser, Trainer, set_seed
+
+from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments
+from optimum_rmtkd.commands.data import DataArguments
+from optimum_rmtkd.commands.task import Task, load_task
+from optimum_rmtkd.surgery import count_parameters
+
+
+LOGITS = {"task": {"weight": 0.3}, "kl": {"weight": 0.7}}
+RATES = (1e-4, 3e-4, 1e-3)
+SEEDS = (0, 1, 2)
+# steps, training rows, file of the teacher (None: fine-tuned once, by the ordinary script)
+TASKS = {"sst2": (512, 16384, "models/minilm_l6_sst2"), "rte": (468, None, None)}
+
+
+def feature(projection, **options) -> dict:
+    """The projected loss on every block, beside the logits."""
+    name = {"projection": projection, "layers": "uniform", **options}
+    return LOGITS | {"projected_feature": name}
+
+
+def beside(name: str, **options) -> dict:
+    """Another objective beside the logits."""
+    return LOGITS | {name: options}
+
+
+# arm -> (objectives, reparameterization, transforms)
+ARMS: dict[str, tuple] = {
+    "logits": (LOGITS, None, None),
+    "hidden": (LOGITS | {"hidden": {"weight": 1.0}}, None, None),  # full L2 features: the default of the recipe
+    "rdimkd_random": (feature("random"), None, None),
+    "rdimkd_pca": (feature("pca"), None, None),
+    "rdimkd_autoencoder": (feature("autoencoder"), None, None),
+    "rdimkd_rmt": (feature("marchenko_pastur"), None, None),
+    "opdf_3": (LOGITS, {"name": "mpo", "num_tensors": 3}, None),
+    "opdf_5": (LOGITS, {"name": "mpo", "num_tensors": 5}, None),
+    "opdf_3_aligned": (beside("tensor_alignment", weight=1e-3), {"name": "mpo", "num_tensors": 3}, None),
+    "opdf_5_aligned": (beside("tensor_alignment", weight=1e-3), {"name": "mpo", "num_tensors": 5}, None),
+    "hidden_opdf_3": (LOGITS | {"hidden": {"weight": 1.0}}, {"name": "mpo", "num_tensors": 3}, None),
+    "reverse_kl": ({"task": {"weight": 0.3}, "kl": {"weight": 0.7, "reverse": True}}, None, None),
+    "jensen_shannon": ({"task": {"weight": 0.3}, "jensen_shannon": {"weight": 0.7, "rescale": True}}, None, None),
+    "skew_kl": ({"task": {"weight": 0.3}, "skew_kl": {"weight": 0.7}}, None, None),
+    "skew_reverse_kl": ({"task": {"weight": 0.3}, "skew_kl": {"weight": 0.7, "reverse": True}}, None, None),
+    "correlation": ({"task": {"weight": 0.3}, "correlation": {"weight": 0.7, "dim": "batch"}}, None, None),
+    "attention_relation": (beside("attention_relation"), None, None),
+    "powerpropagation": (LOGITS, "powerpropagation", None),
+    "mixup": (LOGITS, None, "embedding_mixup"),
+}  # fmt: skip
+
+
+@dataclass
+class Arguments:
+    action: str = field(metadata={"help": "sweep, seeds, run or table."})
+    task: str = field(default="sst2", metadata={"help": "sst2 or rte."})
+    arm: str = field(default="logits", metadata={"help": "For run: " + ", ".join(ARMS) + "."})
+    arms: list[str] = field(
+        default_factory=lambda: list(ARMS), metadata={"help": "For sweep and seeds: these arms only."}
+    )
+    learning_rate: float = field(default=3e-4, metadata={"help": "For run."})
+    seed: int = field(default=0, metadata={"help": "For run."})
+    steps: int = field(default=0, metadata={"help": "Training steps; 0: as the task says. For trying the script out."})
+    target: float = field(default=0.8, metadata={"help": "Share of the parameters removed."})
+    output: str = field(default="distillation_results", metadata={"help": "Folder of results."})
+
+
+def data_of(task: str) -> DataArguments:
+    columns = {"rte": {"text_column": ["sentence1", "sentence2"]}}.get(task, {})
+    files = {name: str(SHARED / f"data/{task}_{name}.parquet") for name in ("train", "validation")}
+    return DataArguments(train_file=files["train"], validation_file=files["validation"], max_length=128, **columns)
+
+
+def training_arguments(folder: Path, rate: float, seed: int, steps: int) -> RMTKDTrainingArguments:
+    return RMTKDTrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=32,
+        per_device_eval_batch_size=64,
+        learning_rate=rate,
+        warmup_steps=0.06,
+        weight_decay=0.01,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=seed,
+        logging_steps=max(1, steps // 8),
+        train_sampling_strategy="group_by_length",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+
+
+def teacher_of(task: str, output: Path) -> Path:
+    """The fine-tuned model to narrow; for a task without one, all-MiniLM-L6-v2 is fine-tuned by the ordinary script."""
+    stored = TASKS[task][2]
+    if stored:
+        return SHARED / stored
+    folder = output / f"teacher_{task}"
+    if (folder / "config.json").is_file():
+        return folder
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    source = SHARED / "models/all_minilm_l6_v2"
+    set_seed(0)
+    start = output / f"start_{task}"
+    AutoModelForSequenceClassification.from_pretrained(source, dtype=torch.float32, num_labels=2).save_pretrained(
+        start
+    )
+    AutoTokenizer.from_pretrained(source).save_pretrained(start)
+    loaded = load_task(str(start), data_of(task))
+    args = training_arguments(folder / "run", 5e-5, 0, 780)
+    trainer = Trainer(
+        loaded.model,
+        args,
+        train_dataset=loaded.train,
+        data_collator=loaded.collator,
+        compute_metrics=loaded.compute_metrics,
+    )
+    trainer.train()
+    print("teacher:", trainer.evaluate(loaded.validation)["eval_accuracy"])
+    loaded.processor.save_pretrained(folder)
+    trainer.model.save_pretrained(folder)
+    return folder
+
+
+def load(task: str, output: Path) -> Task:
+    loaded = load_task(str(teacher_of(task, output)), data_of(task))
+    rows = TASKS[task][1]
+    if rows is None:
+        return loaded
+    return dataclasses.replace(loaded, train=loaded.train.shuffle(seed=0).select(range(rows)))
+
+
+def run(arguments: Arguments, arm: str, rate: float, seed: int) -> dict:
+    """One arm, one rate, one seed; a row of the table."""
+    output = Path(arguments.output)
+    set_seed(seed)
+    task = load(arguments.task, output)
+    objectives, reparameterization, transforms = ARMS[arm]
+    steps = arguments.steps or TASKS[arguments.task][0]
+    before = count_parameters(task.model)
+    trainer = RMTKDTrainer(
+        model=task.model,
+        args=training_arguments(output / "runs" / f"{arguments.task}-{arm}-{rate:g}-{seed}", rate, seed, steps),
+        rmtkd_config=RMTKDConfig(target_reduction=arguments.target, seed=seed),
+        objectives=objectives,
+        reparameterization=reparameterization,
+        transforms=transforms,
+        train_dataset=task.train,
+        data_collator=task.collator,
+        compute_metrics=task.compute_metrics,
+    )
+    seconds = []
+    training_step = trainer.training_step
+
+    def timed(*positional, **kwargs):
+        start = time.perf_counter()
+        loss = training_step(*positional, **kwargs)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        return loss
+
+    trainer.training_step = timed
+    trainer.train()
+    log = trainer.state.log_history
+    terms = {k: v for e in log for k, v in e.items() if k.startswith("loss/")}
+    memory = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 1024 * maximum_resident()
+    return {
+        "task": arguments.task,
+        "arm": arm,
+        "learning_rate": rate,
+        "seed": seed,
+        "steps": steps,
+        "target": arguments.target,
+        "accuracy": trainer.evaluate(task.validation)["eval_accuracy"],
+        "removed": 1 - count_parameters(trainer.model) / before,
+        "seconds_per_step": statistics.median(seconds[len(seconds) // 2 :]),
+        "peak_memory_gb": memory / 2**30,
+        "terms": terms,
+    }
+
+
+def maximum_resident() -> int:
+    """Kilobytes; of the process so far, so only the first run of a process says something about its arm."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def rows_of(arguments: Arguments) -> list[dict]:
+    file = Path(arguments.output) / "distillation.jsonl"
+    lines = file.read_text(encoding="utf8").splitlines() if file.is_file() else []
+    steps = arguments.steps or TASKS[arguments.task][0]
+    rows = [json.loads(line) for line in lines]
+    wanted = (arguments.task, steps, arguments.target)
+    return [row for row in rows if (row["task"], row["steps"], row["target"]) == wanted]
+
+
+def measure(arguments: Arguments, arm: str, rate: float, seed: int) -> None:
+    """One run in a process of its own (peak memory is the process's), unless it is there already."""
+    done = {(row["arm"], row["learning_rate"], row["seed"]) for row in rows_of(arguments)}
+    if (arm, rate, seed) in done:
+        return
+    import subprocess
+    import sys
+
+    options = {"task": arguments.task, "arm": arm, "learning_rate": rate, "seed": seed, "output": arguments.output}
+    options |= {"steps": arguments.steps, "target": arguments.target}
+    command = [sys.executable, __file__, "run", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
+    subprocess.run(command, check=True)
+
+
+def best_rates(rows: list[dict]) -> dict[str, float]:
+    """Arm -> the rate of its highest accuracy on the seed of the sweep."""
+    found: dict[str, dict] = {}
+    for row in rows:
+        if row["seed"] == SEEDS[0] and row["accuracy"] > found.get(row["arm"], {"accuracy": -1})["accuracy"]:
+            found[row["arm"]] = row
+    return {arm: row["learning_rate"] for arm, row in found.items()}
+
+
+def seeds(arguments: Arguments) -> None:
+    """The three seeds at each arm's best rate, and at the best rate of `logits`."""
+    best = best_rates(rows_of(arguments))
+    for seed in SEEDS:
+        for arm in (arm for arm in arguments.arms if arm in best):
+            for rate in dict.fromkeys((best[arm], best["logits"])):
+                measure(arguments, arm, rate, seed)
+
+
+def table(arguments: Arguments) -> None:
+    """Best against best, and at the rate that is best for logits alone."""
+    rows = rows_of(arguments)
+    best = best_rates(rows)
+    if "logits" not in best:
+        raise SystemExit("Nothing measured yet for the arm 'logits': run the sweep first.")
+
+    def summary(arm: str, rate: float) -> str:
+        values = [100 * row["accuracy"] for row in rows if row["arm"] == arm and row["learning_rate"] == rate]
+        if not values:
+            return "-"
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{spread} ({len(values)})"
+
+    print(f"{arguments.task}: accuracy, mean ± standard deviation (number of seeds); common rate {best['logits']:g}")
+    plain = [row["seconds_per_step"] for row in rows if row["arm"] == "logits"]
+    print("| arm | best rate | at its best rate | at the common rate | time a step / logits | peak memory, GB |")
+    print("|---|---|---|---|---|---|")
+    for arm in (arm for arm in ARMS if arm in best):
+        own = [row for row in rows if row["arm"] == arm]
+        speed = statistics.median(row["seconds_per_step"] for row in own) / statistics.median(plain)
+        memory = statistics.median(row["peak_memory_gb"] for row in own)
+        cells = [
+            arm,
+            f"{best[arm]:g}",
+            summary(arm, best[arm]),
+            summary(arm, best["logits"]),
+            f"{speed:.2f}",
+            f"{memory:.2f}",
+        ]
+        print("| " + " | ".join(cells) + " |")
+
+
+def main() -> None:
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.action == "run":
+        row = run(arguments, arguments.arm, arguments.learning_rate, arguments.seed)
+        with (output / "distillation.jsonl").open("a", encoding="utf8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(json.dumps(row))
+    elif arguments.action == "sweep":
+        teacher_of(arguments.task, output)
+        for rate in RATES:
+            for arm in arguments.arms:
+                measure(arguments, arm, rate, SEEDS[0])
+        table(arguments)
+    elif arguments.action == "seeds":
+        seeds(arguments)
+        table(arguments)
+    elif arguments.action == "table":
+        table(arguments)
+    else:
+        raise SystemExit(f"action {arguments.action!r}: expected sweep, seeds, run or table.")
+
+
+if __name__ == "__main__":
+    main()

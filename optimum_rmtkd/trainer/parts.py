@@ -1,0 +1,49 @@
+"""What a run is put together from: the recipe's parts, or those that were passed in its place."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..config import RMTKDConfig
+from ..distillation import (
+    BatchTransform,
+    DistillationObjective,
+    TensorAlignment,
+    build_objectives,
+    build_transforms,
+    default_objectives,
+)
+from ..errors import RMTKDError
+from ..reparameterization import Reparameterization, build_reparameterization
+
+
+__all__ = ["Parts", "parts_of"]
+
+
+class Parts(NamedTuple):
+    objectives: list[DistillationObjective]
+    reparameterization: Reparameterization | None
+    transforms: list[BatchTransform]
+
+
+def parts_of(
+    recipe: RMTKDConfig, objectives: Any = None, reparameterization: Any = None, transforms: Any = None
+) -> Parts:
+    """Instances of what the recipe names; an argument that is given takes the place of the recipe's.
+
+    Raises:
+        RMTKDError: unknown names (answered with the known ones), arguments they do not take, or parts that do not go together.
+    """
+    chosen = recipe.objectives if objectives is None else objectives
+    parts = Parts(
+        default_objectives(recipe) if chosen is None else build_objectives(chosen),
+        build_reparameterization(recipe.reparameterization if reparameterization is None else reparameterization),
+        build_transforms(recipe.transforms if transforms is None else transforms),
+    )
+    aligned = any(isinstance(objective, TensorAlignment) for objective in parts.objectives)
+    if aligned and getattr(parts.reparameterization, "name", None) != "mpo":
+        raise RMTKDError(
+            "TensorAlignment compares the tensors of a matrix product operator: pass reparameterization='mpo' as well, or leave "
+            "it out."
+        )
+    return parts
