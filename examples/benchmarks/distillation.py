@@ -15,6 +15,8 @@ import dataclasses
 import json
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -222,9 +224,6 @@ def measure(arguments: Arguments, arm: str, rate: float, seed: int) -> None:
     done = {(row["arm"], row["learning_rate"], row["seed"]) for row in rows_of(arguments)}
     if (arm, rate, seed) in done:
         return
-    import subprocess
-    import sys
-
     options = {"task": arguments.task, "arm": arm, "learning_rate": rate, "seed": seed, "output": arguments.output}
     options |= {"steps": arguments.steps, "target": arguments.target}
     command = [sys.executable, __file__, "run", *(str(x) for k, v in options.items() for x in (f"--{k}", v))]
@@ -283,7 +282,9 @@ def table(arguments: Arguments) -> None:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    positional = sys.argv[1:2] if sys.argv[1:2] and not sys.argv[1].startswith("-") else []
+    named = ["--action", *positional] if positional else []
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses([*named, *sys.argv[1 + len(positional) :]])
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     if arguments.action == "run":

@@ -144,9 +144,11 @@ def _compress(
     from ..hub import write_results
     from ..hub.run import public_name
     from ..surgery import anatomy_of, count_parameters
+    from ..trainer.parts import parts_of
     from ..trainer.stages import write_journal
     from .task import evaluate, load_task, stored_dtype, weights_folder
 
+    parts_of(recipe)  # an unknown objective is refused before anything is loaded
     task = load_task(name, data, recipe.seed)
     anatomy_of(task.model, recipe)  # an unsupported architecture is refused before the first forward pass
     parameters = count_parameters(task.model)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -56,8 +57,13 @@ class DistillationStep:
             return 1.0
         index = UNITS.index(unit)
         total = int(self.totals[index])
-        mine = int(count_units(self.inputs, self.shifted)[index])
+        mine = int(self._units[index])
         return mine * self.parts / total if total else 1.0
+
+    @cached_property
+    def _units(self) -> torch.Tensor:
+        """(3,): counted once a step, each count waits for the device."""
+        return count_units(self.inputs, self.shifted)
 
 
 def token_mask(inputs: Mapping[str, Any]) -> torch.Tensor | None:

@@ -12,11 +12,10 @@ from torch import nn
 
 from ..distillation import EMATeacher, FrozenTeacher, Teacher, compose, fingerprint
 from ..distillation.teachers import clean_copy
-from ..errors import RMTKDError
 from ..hub.run import write_spectra
-from ..reparameterization import core_parameters, fold, is_reparameterized, plain_parameters
 from . import checkpoint
 from .data import isolated_rng
+from .fitting import fitted_state, make_ready
 from .stages import (
     PlannedCut,
     Stage,
@@ -80,14 +79,7 @@ class Staging:
     @property
     def parameters(self) -> int:
         """Parameters of the model now, tied ones once."""
-        from .. import surgery
-
-        model = self.trainer.model
-        surplus = sum(p.numel() for p in core_parameters(model).values())
-        if surplus:
-            named = {name for name, _ in model.named_parameters()}
-            surplus -= sum(t.numel() for name, t in plain_parameters(model).items() if name not in named)
-        return surgery.count_parameters(model) - surplus
+        return self.trainer.cores.parameters()
 
     @property
     def reference_parameters(self) -> int:
@@ -114,7 +106,7 @@ class Staging:
             self._appoint_teacher()
         self._disable_dropout()
         self.advance(self.trainer.state.global_step)
-        self._reparameterize()
+        self.trainer.cores.begin()
         if self.teacher is None:
             self._appoint_teacher()
 
@@ -214,7 +206,7 @@ class Staging:
 
     def _cut(self, cut: PlannedCut, step: int, value: float | None) -> None:
         self.dropout.restore()  # the reduced model must inherit the real rates
-        before = self.plain_copy() if self.uses_previous else None
+        before = self.trainer.cores.plain_copy() if self.uses_previous else None
         reduction = self._reduce(cut)
         stage = Stage(
             index=cut.index,
@@ -245,9 +237,7 @@ class Staging:
     def _reduce(self, cut: PlannedCut):
         from .. import surgery
 
-        config, plain = self.config, self.trainer.model
-        if is_reparameterized(plain):
-            plain = self.plain_copy()
+        config, plain = self.config, self.trainer.cores.plain()
         if config.schedule == "layerwise":
             config = config.replace(target_reduction=None, target_flops=None)
         elif cut.target_flops is not None:
@@ -271,7 +261,7 @@ class Staging:
         return found
 
     def _apply(self, reduction: Any, before: nn.Module | None) -> None:
-        install(self.trainer, self._with_cores(reduction.model))
+        install(self.trainer, self.trainer.cores.put_on(reduction.model))
         cut = {name: matrix.detach().float() for name, matrix in reduction.projections.items()}
         self.before, self.projections_before = before, self.projections
         teacher = self.config.teacher
@@ -285,7 +275,7 @@ class Staging:
         """The model before the stage comes back; it is the last one, so no cut follows."""
         logger.warning("Stage %d is rolled back: %s.", self.stages[-1].index, reason)
         self.dropout.restore()
-        install(self.trainer, self._with_cores(clean_copy(self.before)))
+        install(self.trainer, self.trainer.cores.put_on(clean_copy(self.before)))
         # The teacher before `before` is gone: from here on "previous" teaches the model what it was itself.
         self.projections = {} if self.config.teacher == "previous" else self.projections_before
         self.stopped = reason
@@ -300,49 +290,6 @@ class Staging:
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self._appoint_teacher()
 
-    # -- reparameterization --------------------------------------------------------------------------------------------
-
-    def plain_copy(self) -> nn.Module:
-        """A copy of the model with plain weights, in evaluation mode."""
-        return fold(clean_copy(self.trainer.model))
-
-    def _with_cores(self, model: nn.Module, tensors: dict[str, torch.Tensor] | None = None) -> nn.Module:
-        """`model` with the run's reparameterization put on, if it has one."""
-        if self.trainer.reparameterization is not None:
-            self.trainer.reparameterization.apply(model, tensors)
-        return model
-
-    def _reparameterize(self) -> None:
-        """Put the reparameterization on a model that no cut has put it on."""
-        if self.trainer.reparameterization is not None and not is_reparameterized(self.trainer.model):
-            install(self.trainer, self._with_cores(clean_copy(self.trainer.model)))
-
-    def restore_cores(self) -> None:
-        """After the plain weights of a checkpoint were loaded: the tensors they were folded from, before the optimizer's
-        state arrives."""
-        if self._restored is None:
-            return
-        cores = checkpoint.subset("core", self._restored)
-        if bool(cores) != (self.trainer.reparameterization is not None):
-            raise RMTKDError(
-                f"The checkpoint's run had {'a' if cores else 'no'} reparameterization, this one has "
-                f"{'none' if cores else self.trainer.reparameterization.name}. Resume with the same argument."
-            )
-        if cores:
-            install(self.trainer, self._with_cores(clean_copy(self.trainer.model), cores), prepare=False)
-
-    def fold(self) -> None:
-        """Training is over: plain weights in the model itself. Its wrapper is dropped, it knows parameters that are gone."""
-        trainer = self.trainer
-        if not is_reparameterized(trainer.model):
-            return
-        fold(trainer.model, trainer.reparameterization)
-        if trainer.model_wrapped is not trainer.model:
-            accelerator, wrapped = trainer.accelerator, trainer.model_wrapped
-            accelerator._models = [m for m in accelerator._models if m is not wrapped and m is not trainer.model]
-            trainer.model.__dict__.pop("_is_accelerate_prepared", None)
-            trainer.model_wrapped = trainer.model
-
     def _disable_dropout(self) -> None:
         if self.config.disable_dropout and any(stage.accepted for stage in self.stages):
             self.dropout.disable(self.trainer.model)
@@ -350,61 +297,21 @@ class Staging:
     # -- teacher and objectives ----------------------------------------------------------------------------------------
 
     def _appoint_teacher(self) -> None:
-        kind, model = self.config.teacher, self.trainer.model
+        kind = self.config.teacher
         if self.given_teacher is not None:
             self.teacher = self.given_teacher
         elif kind == "ema":
-            self.teacher = EMATeacher(self.plain_copy(), self.config.ema_decay)
+            self.teacher = EMATeacher(self.trainer.cores.plain_copy(), self.config.ema_decay)
             if average := checkpoint.subset("ema", self._restored or {}):
                 checkpoint.load_into(self.teacher.model, average)
         elif kind == "previous" and self.before is not None:
             self.teacher = FrozenTeacher(self.before)
         else:
             self.teacher = FrozenTeacher(self.initial)
-        trainer = self.trainer
         # No projection leads from the stream of a model that was given to the stream of this one.
         projections = self.projections if self.given_teacher is None else {}
-        for objective in trainer.objectives:
-            objective.to(trainer.args.device)
-            objective.setup(model, self.teacher.model, projections)
-        for transform in trainer.transforms:
-            transform.check(model, self.teacher.model)
-        if not trainer.distiller.objectives:
-            raise RMTKDError("No objective has anything to compare for these models; add TaskLoss or KLDivergence.")
         restored, self._restored = self._restored, None
-        if restored is None:
-            self._fit_objectives()
-        else:
-            for objective in trainer.distiller.objectives:
-                objective.load_tensors(self._own(f"objective/{objective.label}", restored))
-            for number, transform in enumerate(trainer.transforms):
-                transform.load_state_dict(self._own(f"transform/{number}", restored))
-        trainer.extras.collect()
-        if restored is not None:
-            trainer.extras.load_state_dict(checkpoint.subset("extra", restored))
-
-    def _own(self, prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        device = self.trainer.args.device
-        return {name: tensor.to(device) for name, tensor in checkpoint.subset(prefix, tensors).items()}
-
-    @torch.no_grad()
-    def _fit_objectives(self) -> None:
-        """Let those objectives that ask for it see the teacher on the calibration data."""
-        distiller = self.trainer.distiller
-        watching = [objective for objective in distiller.objectives if objective.observes]
-        if not watching:
-            return
-        with isolated_rng(self.config.seed):
-            for batch in self.trainer.calibration_batches():
-                step = distiller.teacher_step(batch, watching)
-                for objective in watching:
-                    objective.observe(step)
-        for objective in watching:
-            objective.finish(lambda tensor: self.trainer.accelerator.reduce(tensor, reduction="sum"))
-        with isolated_rng(self.config.seed):
-            step = distiller.pair_step(next(iter(self.trainer.calibration_batches())), watching)
-        for objective in watching:
-            objective.prepare(step)
+        make_ready(self.trainer, projections, restored)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------------
 
@@ -427,13 +334,7 @@ class Staging:
             tensors |= checkpoint.flatten("before", self.before.state_dict())
         if isinstance(self.teacher, EMATeacher):
             tensors |= checkpoint.flatten("ema", self.teacher.model.state_dict())
-        for objective in self.trainer.objectives:
-            tensors |= checkpoint.flatten(f"objective/{objective.label}", objective.state_dict())
-        for number, transform in enumerate(self.trainer.transforms):
-            tensors |= checkpoint.flatten(f"transform/{number}", transform.state_dict())
-        tensors |= checkpoint.flatten("extra", self.trainer.extras.state_dict())
-        if self.trainer.reparameterization is not None:
-            tensors |= checkpoint.flatten("core", self.trainer.reparameterization.state(self.trainer.model))
+        tensors |= fitted_state(self.trainer) | checkpoint.flatten("core", self.trainer.cores.state())
         checkpoint.write_state(folder, values, tensors)
 
     def restore(self, folder: str | Path) -> None:
@@ -465,18 +366,23 @@ class Staging:
         self.teacher, self._restored = None, tensors
         self.adopt(folder, prepare=False)
 
+    def restore_cores(self) -> None:
+        """After the plain weights of that checkpoint were loaded."""
+        if self._restored is not None:
+            self.trainer.cores.restore(checkpoint.subset("core", self._restored))
+
     def adopt(self, folder: str | Path, prepare: bool = True) -> None:
         """Give the model the architecture saved in `folder`, untrained, if it has another one."""
         fresh = load_skeleton(self.trainer.model, self.initial, folder)
         if fresh is not None:
             install(self.trainer, fresh, prepare)
 
-    def _keep_spectra(self, report: Any) -> None:
-        self.trainer.reports.append(report)
-        if self.trainer.args.should_save:
-            write_spectra(self.trainer.args.output_dir, self.stages[-1].index, report)
-
     def _write_journal(self) -> None:
         if self.trainer.args.should_save and self.initial is not None:
             folder = self.trainer.args.output_dir
             write_journal(folder, self.stages, self.config, self.reference_parameters, self.parameters)
+
+    def _keep_spectra(self, report: Any) -> None:
+        self.trainer.reports.append(report)
+        if self.trainer.args.should_save:
+            write_spectra(self.trainer.args.output_dir, self.stages[-1].index, report)

@@ -29,6 +29,7 @@ from ..hub import write_card, write_results
 from ..hub.run import first, public_name
 from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
+from .cores import Cores
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from .distiller import Distiller, LateBatches
 from .extras import Extras
@@ -138,6 +139,7 @@ class RMTKDTrainer(Trainer):
         self.reports: list[Any] = []
         self.distiller = Distiller(self)
         self.extras = Extras(self)
+        self.cores = Cores(self)
         self.staging = Staging(self)
         if teacher_model is not None:
             self._accept_teacher(teacher_model)
@@ -186,7 +188,7 @@ class RMTKDTrainer(Trainer):
         try:
             output = super().train(resume_from_checkpoint, *positional, **kwargs)
             self.staging.end()
-            self.staging.fold()
+            self.cores.fold()
         finally:
             self.staging.dropout.restore()
         before, after = self.staging.reference_parameters, self.staging.parameters
@@ -368,7 +370,7 @@ class RMTKDTrainer(Trainer):
             self.model = trained
 
     def _load_best_model(self):
-        self.staging.fold()
+        self.cores.fold()
         self.staging.adopt(self.state.best_model_checkpoint)
         super()._load_best_model()
 

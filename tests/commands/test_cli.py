@@ -193,6 +193,22 @@ def test_overwrite(compress, tmp_path):
     assert not (folder / "stale").exists() and (folder / "config.json").exists()
 
 
+def test_unknown_objective_is_refused_before_any_work(compress, no_work):
+    code, _, err = compress("--objectives", '{"klx": {}}')
+    assert code == 2 and "No objective 'klx'; expected one of attention_relation" in err
+
+
+def test_objectives_and_a_matrix_product_operator(compress, tmp_path):
+    terms = '{"task": {"weight": 0.5}, "skew_kl": {"alpha": 0.2}}'
+    code, _, err = compress("--max-steps", 2, "--objectives", terms, "--reparameterization", "mpo")
+    assert code == 0, err
+    folder = tmp_path / "work" / "out"
+    recipe = json.loads((folder / "rmtkd_recipe.json").read_text())
+    assert recipe["objectives"]["skew_kl"] == {"alpha": 0.2} and recipe["reparameterization"] == "mpo"
+    _, parameters, _ = reload_here(folder)
+    assert parameters == parameters_of(folder)
+
+
 def test_labels_that_do_not_fit_leave_no_folder(compress, tmp_path):
     rows = [row | {"label": i % 3} for i, row in enumerate(sentence_rows(12))]
     code, _, err = compress("--train-file", write_csv(tmp_path / "three.csv", rows))

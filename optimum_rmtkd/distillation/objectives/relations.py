@@ -74,6 +74,12 @@ class AttentionRelationLoss(DistillationObjective):
             (_projections_in(student, ours, letters), _projections_in(teacher, theirs, letters))
             for ours, theirs in blocks
         ]
+        self._scaling = {
+            (side, path): getattr(model.get_submodule(path.rpartition(".")[0]), "scaling", None)
+            for model, side in ((student, 0), (teacher, 1))
+            for path in (pair[side].get("q") for pair in self._pairs)
+            if path is not None
+        }
         self._heads = self.heads or getattr(student.config, "num_attention_heads", None)
         if not isinstance(self._heads, int):
             raise RMTKDError(
@@ -89,10 +95,8 @@ class AttentionRelationLoss(DistillationObjective):
         terms = []
         for ours, theirs in self._pairs:
             for a, b in self.relations:
-                log_q = self._relation(step.student_features[ours[a]], step.student_features[ours[b]], step)
-                log_p = self._relation(
-                    step.teacher_features[theirs[a]].detach(), step.teacher_features[theirs[b]].detach(), step
-                )
+                log_q = self._relation(step, 0, ours, a + b)
+                log_p = self._relation(step, 1, theirs, a + b).detach()
                 if log_p.shape != log_q.shape:
                     raise RMTKDError(
                         f"Relations {tuple(log_q.shape)} of the student's {ours[a]!r}, {tuple(log_p.shape)} of the teacher's "
@@ -106,8 +110,14 @@ class AttentionRelationLoss(DistillationObjective):
         kept = divergence[counted]
         return kept.sum() / max(kept.numel(), 1) * step.share("tokens")
 
-    def _relation(self, a: torch.Tensor, b: torch.Tensor, step: DistillationStep) -> torch.Tensor:
-        """(batch, tokens, width) each -> log-probabilities (batch, heads, tokens, tokens), fp32."""
+    def _relation(self, step: DistillationStep, side: int, paths: dict[str, str], pair: str) -> torch.Tensor:
+        """Log-probabilities (batch, heads, tokens, tokens), fp32, of one block's projections (batch, tokens, width).
+
+        Args:
+            side: 0 student, 1 teacher.
+        """
+        features = step.teacher_features if side else step.student_features
+        a, b = (features[paths[letter]] for letter in pair)
         if a.dim() != 3 or a.shape[-1] != b.shape[-1] or a.shape[-1] % self._heads:
             raise RMTKDError(
                 f"AttentionRelationLoss: projections of shapes {tuple(a.shape)} and {tuple(b.shape)} into {self._heads} heads; "
@@ -116,7 +126,7 @@ class AttentionRelationLoss(DistillationObjective):
             )
         a, b = (x.float().unflatten(-1, (self._heads, -1)).transpose(1, 2) for x in (a, b))
         with torch.autocast(a.device.type, enabled=False):
-            scores = a @ b.transpose(-1, -2) / a.shape[-1] ** 0.5
+            scores = a @ b.transpose(-1, -2) * self._scale(side, paths, pair, a.shape[-1])
         low = torch.finfo(scores.dtype).min / 4  # finite: -inf - -inf is NaN
         mask = self._mask(step, scores)
         if mask is not None:
@@ -125,6 +135,11 @@ class AttentionRelationLoss(DistillationObjective):
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, low)
         return F.log_softmax(scores, -1)
+
+    def _scale(self, side: int, paths: dict[str, str], pair: str, width: int) -> float:
+        """1 / sqrt(d_r); for attention itself what the model scales by: a head that was cut keeps its former scale."""
+        own = self._scaling.get((side, paths[pair[0]])) if pair == "qk" and self.heads is None else None
+        return own or width**-0.5
 
     def _mask(self, step: DistillationStep, values: torch.Tensor) -> torch.Tensor | None:
         fits = step.mask is not None and step.mask.shape == (values.shape[0], values.shape[-1])

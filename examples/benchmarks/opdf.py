@@ -1,0 +1,76 @@
+"""What a matrix product operator costs while training, and how much further an Adam step moves the weight.
+
+    python examples/benchmarks/opdf.py
+
+A linear layer 384 -> 1536; times are the smallest of interleaved runs, as ratios to the plain layer in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import nn
+
+from optimum_rmtkd.reparameterization import MatrixProductOperator, fold, mpo_factor
+
+
+TENSORS = (3, 5, 7)
+
+
+def layer(number: int | None) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(384, 1536))
+    if number:
+        MatrixProductOperator(number, target_modules=["0"]).apply(model)
+    return model
+
+
+def seconds(model: nn.Module, x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    model(x).square().mean().backward()
+    return time.perf_counter() - start
+
+
+def step(number: int | None) -> torch.Tensor:
+    """Change of the weight in one Adam step at a rate of 1e-4 on a random linear target."""
+    model = layer(number)
+    before = model[0].weight.detach().clone()
+    torch.manual_seed(1)
+    x, y = torch.randn(512, 384), torch.randn(512, 1536)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0)
+    (model(x) - y).square().mean().backward()
+    optimizer.step()
+    return fold(model)[0].weight.detach() - before
+
+
+def main() -> None:
+    models = {number: layer(number) for number in (None, *TENSORS)}
+    times: dict[tuple, list[float]] = {}
+    for batch, repeats in ((512, 15), (4096, 8)):
+        x = torch.randn(batch, 384)
+        for _ in range(repeats):
+            for number, model in models.items():
+                times.setdefault((number, batch), []).append(seconds(model, x))
+    best = {key: min(values) for key, values in times.items()}
+    plain = step(None)
+    print(
+        "| tensors | parameters | time, 512 tokens | time, 4,096 tokens | length of an Adam step | cosine with the plain step |"
+    )
+    print("|---|---|---|---|---|---|")
+    for number in TENSORS:
+        moved = step(number)
+        modes = MatrixProductOperator(number).modes_of(plain)
+        cosine = float((moved * plain).sum() / moved.norm() / plain.norm())
+        ratios = [best[number, batch] / best[None, batch] for batch in (512, 4096)]
+        cells = [
+            number,
+            f"x{mpo_factor(modes):.2f}",
+            *(f"x{r:.2f}" for r in ratios),
+            f"x{float(moved.norm() / plain.norm()):.2f}",
+        ]
+        print("| " + " | ".join(map(str, [*cells, f"{cosine:.2f}"])) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optimum_rmtkd.distillation import AttentionRelationLoss, DistillationStep, capture
+from optimum_rmtkd.errors import RMTKDError
+
+from ..trainer.conftest import tiny_bert
+
+
+def models(**changes):
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": "eager"}
+    return tiny_bert(0, **(still | changes)).eval(), tiny_bert(1, **still).eval()
+
+
+def ask(loss, student, teacher, ids, mask):
+    request = loss.features()
+    outputs = []
+    with torch.no_grad():
+        for model, paths in ((student, request.student), (teacher, request.teacher)):
+            with capture(model, paths) as features:
+                outputs.append((features, model(ids, attention_mask=mask, output_attentions=True).attentions))
+    (ours, a), (theirs, b) = outputs
+    return DistillationStep({}, student_features=ours, teacher_features=theirs, mask=mask.bool()), a, b
+
+
+@pytest.fixture
+def batch():
+    ids = torch.randint(5, 60, (3, 7))
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [1] * 2 + [0] * 5])
+    return ids, mask
+
+
+def test_qk_is_the_attention_of_the_models(batch):
+    """The slow oracle: KL between the attention probabilities that the models themselves return."""
+    student, teacher = models()
+    loss = AttentionRelationLoss("qk")
+    loss.setup(student, teacher, {})
+    step, ours, theirs = ask(loss, student, teacher, *batch)
+    q, p, mask = ours[-1].double(), theirs[-1].double(), batch[1].bool()
+    terms = torch.where(p > 0, p * (p / q).log(), 0.0).sum(-1).mean(1)  # (batch, tokens), heads averaged
+    assert loss(step).item() == pytest.approx(terms[mask].mean().item(), rel=1e-4)
+
+
+def test_a_cut_head_keeps_the_scale_of_its_model(batch):
+    student, teacher = models()
+    for layer in student.bert.encoder.layer:
+        layer.attention.self.scaling = 0.05
+    loss = AttentionRelationLoss("qk")
+    loss.setup(student, teacher, {})
+    step, ours, theirs = ask(loss, student, teacher, *batch)
+    q, p, mask = ours[-1].double(), theirs[-1].double(), batch[1].bool()
+    terms = torch.where(p > 0, p * (p / q).log(), 0.0).sum(-1).mean(1)
+    assert loss(step).item() == pytest.approx(terms[mask].mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("relations", [("vv",), ("qq", "kk", "vv"), ("qk", "vv")])
+def test_widths_may_differ_and_padding_does_not_matter(batch, relations):
+    student, teacher = models(hidden_size=16)
+    loss = AttentionRelationLoss(relations)
+    loss.setup(student, teacher, {})
+    step, _, _ = ask(loss, student, teacher, *batch)
+    value = loss(step)
+    assert value > 0
+    for features in (step.student_features, step.teacher_features):
+        for tensor in features.values():
+            tensor[~step.mask] = 1e3
+    assert torch.allclose(loss(step), value, atol=1e-6)
+    same = AttentionRelationLoss(relations)
+    same.setup(teacher, teacher, {})
+    step, _, _ = ask(same, teacher, teacher, *batch)
+    assert same(step).abs() < 1e-6
+
+
+def test_causal_relations_look_back_only():
+    loss = AttentionRelationLoss("vv", heads=2)
+    loss.setup(*models(), {})
+    path = loss.features().student[0]
+    first, last = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+
+    def value(other):
+        step = DistillationStep({}, student_features={path: other}, teacher_features={path: last}, shifted=True)
+        return loss._relation(step, 0, {"v": path}, "vv")[0, :, :4]
+
+    changed = first.clone()
+    changed[:, 4] += 3
+    assert torch.allclose(value(first), value(changed), atol=1e-6)
+
+
+def test_refusals(batch):
+    for bad in ({"relations": "qx"}, {"relations": []}, {"heads": 0}):
+        with pytest.raises(RMTKDError):
+            AttentionRelationLoss(**bad)
+    student, teacher = models()
+    loss = AttentionRelationLoss("vv", heads=5)
+    loss.setup(student, teacher, {})
+    with pytest.raises(RMTKDError, match="into 5 heads; expected"):
+        loss(ask(loss, student, teacher, *batch)[0])
