@@ -54,6 +54,8 @@ docs: $(VENV)/.installed-docs
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python examples/benchmarks/surgery.py
+	$(BIN)/python examples/benchmarks/surgery.py speed
+	$(BIN)/python examples/benchmarks/digits.py
 	$(BIN)/python examples/benchmarks/text.py all --task sst2 -o results
 	$(BIN)/python examples/benchmarks/text.py latency --task sst2 -o results
 	$(BIN)/python examples/benchmarks/text.py teacher --task ag_news -o results
