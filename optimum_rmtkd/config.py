@@ -201,6 +201,8 @@ class RMTKDConfig:
         for name in ("objectives", "reparameterization", "transforms"):
             object.__setattr__(self, name, _parsed(name, getattr(self, name)))
         for item in dataclasses.fields(self):
+            if item.type in ("float", "float | None"):
+                self._check_number(item.name)
             choices = item.metadata.get("choices")
             if choices and getattr(self, item.name) not in choices:
                 raise RMTKDError(f"{item.name}={getattr(self, item.name)!r}: expected one of {', '.join(choices)}.")
@@ -252,6 +254,11 @@ class RMTKDConfig:
             raise RMTKDError(f"n_effective={self.n_effective!r}: expected 'none', 'auto' or a whole number above 1.")
         if self.edge_estimator == "fixed" and self.fixed_rank is None:
             raise RMTKDError("edge_estimator='fixed' needs fixed_rank, the rank to keep at every site.")
+
+    def _check_number(self, name: str) -> None:
+        value = getattr(self, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise RMTKDError(f"{name}={value!r}: expected a number, got a {type(value).__name__}.")
 
     def _check_between(self, name, low, high, what, low_included=False, high_included=False):
         value = getattr(self, name)

@@ -77,6 +77,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
 def _register_configs() -> None:
     import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from . import modeling_rmtkd
     from .errors import SpecMismatchError
@@ -86,9 +87,39 @@ def _register_configs() -> None:
     )
     if _register_models not in modeling_rmtkd.CONFIG_HOOKS:
         modeling_rmtkd.CONFIG_HOOKS.append(_register_models)
+    CONFIG_MAPPING._extra_content = _AnyReduced(CONFIG_MAPPING._extra_content)
     for name in CONFIGS.values():
         if hasattr(transformers, name):
             _register_config(modeling_rmtkd.reduced_class(getattr(transformers, name)))
+
+
+class _AnyReduced(dict):
+    """{model_type: config class} of narrowed models, made when first asked for: any architecture of transformers may have
+    been narrowed in factored form, and making all classes at once would import them all."""
+
+    def __contains__(self, model_type) -> bool:
+        return super().__contains__(model_type) or self._make(model_type)
+
+    def __getitem__(self, model_type):
+        if model_type not in self:
+            raise KeyError(model_type)
+        return super().__getitem__(model_type)
+
+    def _make(self, model_type) -> bool:
+        import transformers
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+        from . import modeling_rmtkd
+
+        prefix = modeling_rmtkd.PREFIX.lower() + "_"
+        if not isinstance(model_type, str) or not model_type.startswith(prefix):
+            return False
+        base = getattr(transformers, CONFIG_MAPPING_NAMES.get(model_type.removeprefix(prefix), ""), None)
+        if base is None:
+            return False
+        self[model_type] = config_class = modeling_rmtkd.reduced_class(base)
+        config_class.register_for_auto_class()
+        return True
 
 
 def _register_config(config_class: type) -> None:
@@ -123,9 +154,9 @@ def _register_models(config_class: type) -> None:
             # several classes of one config are told apart by its `architectures`, as for the dense ones
             auto.register(config_class, reduced[0] if len(reduced) == 1 else tuple(reduced), exist_ok=True)
         for cls in reduced:
-            # a class serves several Auto classes; remote code is told the one it is named after
+            # a class serves several Auto classes; remote code is told the one it is named after, else that of its task
             named_after = cls.__name__.endswith(auto.__name__.removeprefix("AutoModel") or "Model")
-            if named_after or cls._auto_class is None:
+            if named_after or cls._auto_class in (None, "AutoModelForPreTraining"):
                 cls.register_for_auto_class(auto.__name__)
 
 

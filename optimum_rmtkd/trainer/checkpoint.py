@@ -21,7 +21,16 @@ from ..errors import RMTKDError
 from .stages import write_json
 
 
-__all__ = ["STATE", "TENSORS", "flatten", "read_state", "same_weights_or_raise", "subset", "write_state"]
+__all__ = [
+    "STATE",
+    "TENSORS",
+    "flatten",
+    "read_state",
+    "same_recipe_or_raise",
+    "same_weights_or_raise",
+    "subset",
+    "write_state",
+]
 
 STATE = "rmtkd_state.json"
 TENSORS = "rmtkd_state.safetensors"
@@ -72,6 +81,19 @@ def same_weights_or_raise(expected: str, found: str, folder: str | Path) -> None
             f"The run in {folder} started from a model with fingerprint {expected[:12]}, the model passed to RMTKDTrainer has "
             f"{found[:12]}. It is the teacher of the run and must be the same: pass the uncut model the run started from "
             "(the same weights and dtype), or start a new run."
+        )
+
+
+def same_recipe_or_raise(expected: Mapping[str, Any], found: Mapping[str, Any], folder: str | Path) -> None:
+    """Raises:
+    RMTKDError: the recipe is not the one that the checkpoint's run follows; names what differs.
+    """
+    names = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
+    if names:
+        was, now = (", ".join(f"{n}={values.get(n)!r}" for n in names) for values in (expected, found))
+        raise RMTKDError(
+            f"The run in {folder} follows a recipe with {was}; this one has {now}. The cuts made there cannot be taken back: "
+            "resume with the same recipe, or start a new run in another folder."
         )
 
 

@@ -321,6 +321,7 @@ class Staging:
         same = keep and fingerprint(self.before) == self.initial_fingerprint
         values = {
             "fingerprint": self.initial_fingerprint,
+            "recipe": self.config.to_dict(),
             "plan": [dataclasses.asdict(cut) for cut in self.plan],
             "stages": [stage.to_dict() for stage in self.stages],
             "baseline": self.baseline,
@@ -349,6 +350,7 @@ class Staging:
         self.remember_initial()
         values, tensors = found
         checkpoint.same_weights_or_raise(values["fingerprint"], self.initial_fingerprint, folder)
+        checkpoint.same_recipe_or_raise(values["recipe"], self.config.to_dict(), folder)
         self.plan = tuple(
             PlannedCut(**cut | {"sites": None if cut["sites"] is None else tuple(cut["sites"])})
             for cut in values["plan"]

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from .trainer import RMTKDTrainer
 
 
-__all__ = ["DropoutSwitch", "become", "install", "load_skeleton", "regroup_optimizer", "separate_cores", "skeleton"]
+__all__ = [
+    "DropoutSwitch",
+    "become",
+    "install",
+    "load_skeleton",
+    "load_weights",
+    "regroup_optimizer",
+    "separate_cores",
+    "skeleton",
+]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -206,6 +215,27 @@ def load_skeleton(model: PreTrainedModel, template: PreTrainedModel, folder: str
     config = json.loads((Path(folder) / "config.json").read_text(encoding="utf8"))
     fresh = skeleton(template, config)
     return None if _architecture(fresh) == _architecture(model) else fresh
+
+
+def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
+    """Copy the weights saved in `folder` into `model`, which has their architecture.
+
+    Through `from_pretrained`: transformers stores tensors of some architectures (ViT) under other names than they have in
+    memory. The loader of its Trainer knows nothing of that and leaves them as they are: untrained, after a cut.
+
+    Raises:
+        RMTKDError: a tensor of the model is not in the folder.
+        SpecMismatchError: the same for a narrowed model, or a tensor of another shape.
+    """
+    saved, found = type(model).from_pretrained(
+        folder, config=model.config, dtype=model.dtype, output_loading_info=True
+    )
+    if found["missing_keys"]:
+        raise RMTKDError(
+            f"The checkpoint {folder} lacks {len(found['missing_keys'])} tensor(s) of {type(model).__name__}, the first is "
+            f"{min(found['missing_keys'])}. It is incomplete, or of another model; take another checkpoint."
+        )
+    model.load_state_dict(saved.state_dict())
 
 
 def _architecture(model: nn.Module) -> tuple[str, dict[str, tuple[int, ...]]]:

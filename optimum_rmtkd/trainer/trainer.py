@@ -36,7 +36,7 @@ from .extras import Extras
 from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
-from .swap import separate_cores
+from .swap import load_weights, separate_cores
 
 
 __all__ = ["RMTKDTrainer"]
@@ -355,7 +355,7 @@ class RMTKDTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.staging.restore(resume_from_checkpoint)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model, resume_from_checkpoint)
         self.staging.restore_cores()
 
     def _save(self, output_dir=None, state_dict=None):
@@ -372,7 +372,8 @@ class RMTKDTrainer(Trainer):
     def _load_best_model(self):
         self.cores.fold()
         self.staging.adopt(self.state.best_model_checkpoint)
-        super()._load_best_model()
+        logger.info("Loading the best model from %s (%s).", self.state.best_model_checkpoint, self.state.best_metric)
+        load_weights(self.model, self.state.best_model_checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)

@@ -140,6 +140,30 @@ OTHERS = {
 }
 
 
+OTHER_AUTO = {"gpt2": "AutoModelForSequenceClassification", "t5": "AutoModelForSeq2SeqLM"}
+
+
+@pytest.mark.parametrize("plugin", ["plugin", "remote code"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_reload_in_a_fresh_process(name, plugin, tmp_path):
+    model_class, config = OTHERS[name]
+    model, data = model_class(config).eval(), zoo.batches("bert")
+    if name == "t5":
+        data = [batch | {"decoder_input_ids": batch["input_ids"][:, :7].clone()} for batch in data]
+    small = quiet(narrow, model, data, RECIPE.replace(form="factored", target_reduction=0.2))
+    small.save_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        save_file({**data[0], "logits": small(**data[0]).logits.contiguous()}, tmp_path / "x.safetensors")
+    arguments = [tmp_path / "small", tmp_path / "x.safetensors", plugin, OTHER_AUTO[name]]
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH.replace("(**stored)[0]", "(**stored).logits"), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=_environment(tmp_path),
+    )
+    assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("name", OTHERS)
 def test_factored_form_of_other_architectures_reloads(name, tmp_path):
     model_class, config = OTHERS[name]

@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.surgery import count_parameters
 from optimum_rmtkd.trainer.checkpoint import STATE, TENSORS
 from optimum_rmtkd.trainer.stages import JOURNAL
 
+from ..surgery import zoo
 from .conftest import tiny_bert
 
 
@@ -95,3 +97,54 @@ def test_a_reduced_checkpoint_without_state_is_refused(make_trainer):
     assert not (folder(first, 4) / STATE).exists()
     with pytest.raises(RMTKDError, match="save_only_model"):
         make_trainer(recipe=ROUNDS, out="other", **SAVING).train(resume_from_checkpoint=str(folder(first, 4)))
+
+
+def vit_and_data():
+    """Transformers stores the tensors of ViT under other names than they have in memory."""
+    torch.manual_seed(0)
+    model = zoo.make("vit", "ForImageClassification")
+    pixels = [row for batch in zoo.batches("vit") for row in batch["pixel_values"]]
+    data = [{"pixel_values": x, "labels": int(x.mean() > 0)} for x in pixels]
+    return model, {"train_dataset": data, "eval_dataset": data[:16]}
+
+
+def test_a_resumed_run_of_a_model_with_other_names_on_disk(make_trainer, weights):
+    model, data = vit_and_data()
+    whole = make_trainer(model=model, recipe=ROUNDS, out="whole", trainer_kwargs=data, **SAVING)
+    whole.train()
+    model, data = vit_and_data()
+    resumed = make_trainer(model=model, recipe=ROUNDS, out="resumed", trainer_kwargs=data, **SAVING)
+    resumed.train(resume_from_checkpoint=str(folder(whole, 4)))
+    ours, theirs = weights(resumed.model), weights(whole.model)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_best_model_is_loaded_whatever_its_names_on_disk(make_trainer):
+    model, data = vit_and_data()
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    best |= {"metric_for_best_model": "eval_loss", "greater_is_better": True}  # the best is then an early one
+    trainer = make_trainer(model=model, recipe={"target_reduction": 0.4}, trainer_kwargs=data, **SAVING | best)
+    trainer.train()
+    reached = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert trainer.state.best_global_step < 6  # or the test shows nothing
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(reached[trainer.state.best_global_step], rel=1e-5)
+
+
+def test_another_recipe_than_the_run_follows_is_refused(make_trainer):
+    whole = make_trainer(recipe=ROUNDS, out="whole", **SAVING)
+    whole.train()
+    other = make_trainer(recipe=ROUNDS | {"target_reduction": 0.5}, out="other", **SAVING)
+    with pytest.raises(RMTKDError, match="target_reduction=0.6; this one has target_reduction=0.5"):
+        other.train(resume_from_checkpoint=str(folder(whole, 4)))
+
+
+def test_a_checkpoint_that_lacks_tensors_is_refused(make_trainer):
+    whole = make_trainer(recipe=ROUNDS, out="whole", **SAVING)
+    whole.train()
+    file = folder(whole, 4) / "model.safetensors"
+    tensors = load_file(file)
+    tensors.pop("classifier.weight")
+    save_file(tensors, file, metadata={"format": "pt"})
+    again = make_trainer(recipe=ROUNDS, out="again", **SAVING)
+    with pytest.raises(RMTKDError, match="classifier.weight"):
+        again.train(resume_from_checkpoint=str(folder(whole, 4)))
