@@ -33,6 +33,7 @@ from optimum_rmtkd.surgery import count_parameters
 
 LOGITS = {"task": {"weight": 0.3}, "kl": {"weight": 0.7}}
 RATES = (1e-4, 3e-4, 1e-3)
+LOW_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # reparameterized arms: their steps are longer, see opdf.py
 SEEDS = (0, 1, 2)
 # steps, training rows, file of the teacher (None: fine-tuned once, by the ordinary script)
 TASKS = {"sst2": (512, 16384, "models/minilm_l6_sst2"), "rte": (468, None, None)}
@@ -294,8 +295,8 @@ def main() -> None:
         print(json.dumps(row))
     elif arguments.action == "sweep":
         teacher_of(arguments.task, output)
-        for rate in RATES:
-            for arm in arguments.arms:
+        for arm in arguments.arms:
+            for rate in LOW_RATES if ARMS[arm][1] else RATES:
                 measure(arguments, arm, rate, SEEDS[0])
         table(arguments)
     elif arguments.action == "seeds":
