@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +87,3 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int = 16, seed: i
     if (getattr(config, "type_vocab_size", 0) or 0) > 1:
         inputs["token_type_ids"] = torch.zeros_like(ids)
     return inputs
-
-
-def architecture_of(folder: str | Path) -> str:
-    """First entry of `architectures` in a folder's config."""
-    path = Path(folder) / "config.json"
-    return (json.loads(path.read_text(encoding="utf8")).get("architectures") or [""])[0] if path.is_file() else ""

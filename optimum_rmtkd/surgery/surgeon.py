@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -245,7 +246,7 @@ class Surgeon:
         cuts = self._cuts(couples)
         former = provenance_of(self.source)
         provenance = {
-            "base_model": former.get("base_model", self.source.config._name_or_path),
+            "base_model": former.get("base_model", _origin(self.source.config._name_or_path)),
             "parameters_before": uncut_parameters(self.source),
             "rounds": former.get("rounds", 0) + 1,
         }
@@ -285,6 +286,11 @@ class Surgeon:
         # the folded stream of a pre-norm model is the old one less its mean over features
         basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
         return {"hidden": basis.float().to(self.source.device)}
+
+
+def _origin(name: str) -> str:
+    """Name of the uncut model; of a folder its last part, for paths of somebody's machine do not belong on the Hub."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def _check_tokens(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> None:

@@ -143,5 +143,6 @@ def test_compress_push(hub, as_user, workplace):
     assert files["figures/widths.png"].startswith(b"\x89PNG")
     found, text = pushed_card(hub, "user/small")
     assert found["model-index"][0]["results"][0]["metrics"][0]["type"] == "accuracy"
+    assert not [name for name, content in files.items() if str(workplace).encode() in content]
     assert 'from_pretrained("user/small")' in text and "(figures/widths.png)" in text
     assert hub.errors == []
