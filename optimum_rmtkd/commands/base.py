@@ -40,5 +40,5 @@ class Command(BaseOptimumCLICommand):
             print(f"optimum-cli rmtkd {self.COMMAND.name}: error: {message}", file=sys.stderr)
             raise SystemExit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as interrupt:
-            print(f"optimum-cli rmtkd {self.COMMAND.name}: interrupted, nothing was written", file=sys.stderr)
+            print(f"optimum-cli rmtkd {self.COMMAND.name}: interrupted, no output was written", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from interrupt

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["CompressCommand", "TrainingOptions"]
 
 RECIPE_NAME = "rmtkd_recipe.json"
+ALARMING = 0.05  # of accuracy or correlation lost
 
 USAGE = "optimum-cli rmtkd compress --model MODEL (--train-file FILE | --dataset NAME) -o OUT [options]"
 
@@ -143,14 +144,14 @@ def _compress(
     """Fill `folder` with the reduced model and return the table before / after."""
     from ..hub import write_results
     from ..hub.run import public_name
-    from ..surgery import anatomy_of, count_parameters
+    from ..surgery import check_recipe, count_parameters, uncut_parameters
     from ..trainer.parts import parts_of
     from ..trainer.stages import write_journal
     from .task import evaluate, load_task, stored_dtype, weights_folder
 
     parts_of(recipe)  # an unknown objective is refused before anything is loaded
     task = load_task(name, data, recipe.seed)
-    anatomy_of(task.model, recipe)  # an unsupported architecture is refused before the first forward pass
+    check_recipe(task.model, recipe)  # what cannot work is refused before the first forward pass
     parameters = count_parameters(task.model)
     before = evaluate(task, task.model)
     distil = _distil if training.train else _cut
@@ -177,7 +178,18 @@ def _compress(
     rows = comparison(
         parameters=(parameters, count_parameters(model)), size=sizes, metric=task.metric, values=(before, after)
     )
-    return format_table(("", "before", "after", "change"), rows)
+    uncut = uncut_parameters(task.model)
+    if uncut > parameters:
+        shares = [f"{1 - size / uncut:.1%}" for size in (parameters, count_parameters(model))]
+        rows.insert(1, ("removed of the uncut model", *shares, ""))
+    table = format_table(("", "before", "after", "change"), rows)
+    lost = before - after
+    if lost > ALARMING:
+        table += (
+            f"\nwarning: {task.metric} fell from {before:.4f} to {after:.4f}. Ask for a smaller reduction or train longer (--epochs, "
+            "--learning-rate) before you use this model."
+        )
+    return table
 
 
 def _cut(

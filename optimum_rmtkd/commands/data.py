@@ -108,7 +108,8 @@ def _load(what: str, *args: Any, **kwargs: Any):
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        raise RMTKDError(f"Cannot read {what}: {type(cause).__name__}: {cause}") from error
+        told = "it holds no rows" if "corresponds to no data" in str(cause) else f"{type(cause).__name__}: {cause}"
+        raise RMTKDError(f"Cannot read {what}: {told}") from error
 
 
 def _from_hub(name: str, config: str | None) -> tuple[Dataset, Dataset | None]:
@@ -184,7 +185,9 @@ def label_values(rows: Dataset, column: str, config: PreTrainedConfig) -> list[i
 
     values, feature = rows[column][:], rows.features[column]
     if any(value is None for value in values):
-        raise RMTKDError(f"Column '{column}': row {values.index(None)} has no label.")
+        raise RMTKDError(
+            f"Column '{column}': {values.count(None)} of {len(values)} rows have no label; expected one in each. Remove them."
+        )
     if config.num_labels == 1 or config.problem_type == "regression":
         return _numbers(values, feature, column)
     if config.problem_type == "multi_label_classification":

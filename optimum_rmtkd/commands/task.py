@@ -130,7 +130,8 @@ def _load_config(model: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise RMTKDError(f"Cannot load model '{model}': {error}") from error
+        local = "" if Path(model).is_dir() else f" There is no folder {model} here, so it was looked for on the Hub."
+        raise RMTKDError(f"Cannot load model '{model}': {error}{local}") from error
 
 
 def _load_model(model: str, kind: str) -> PreTrainedModel:

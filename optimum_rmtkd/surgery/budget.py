@@ -184,6 +184,14 @@ def _move_price(couple: Couple, old: int, new: int, config: RMTKDConfig) -> floa
     return float(couple.score[new:old].mean()) if len(couple.score) else 0.0
 
 
+def already_met(size: float, goal: float, what: str) -> BudgetError:
+    """The error for a model of `size` "parameters" or "FLOPs" that is to get `goal` of them, and is no larger now."""
+    return BudgetError(
+        f"The model has {size:,.0f} {what}, already no more than the {goal:,.0f} that were asked for: nothing is left to "
+        "narrow. Ask for a larger reduction, or leave the model as it is."
+    )
+
+
 def allocate(
     couples: list[Couple],
     cost: Callable[[Mapping[str, int]], float],
@@ -215,10 +223,7 @@ def allocate(
     local = {c.name: worth(c) for c in couples}
     size, curve = cost(widths), []
     if size <= goal:
-        raise BudgetError(
-            f"The model has {size:,.0f} {what}, already no more than the {goal:,.0f} that were asked for: nothing is left to "
-            "narrow. Ask for a larger reduction, or leave the model as it is."
-        )
+        raise already_met(size, goal, what)
     lost = sum(float(c.damage[c.width]) for c in couples)
     while size > goal:
         moves = [m for c in couples for m in _moves(c, widths, size, cost, local[c.name], config)]

@@ -15,10 +15,12 @@ from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import reduced_class
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
+from ..spectra.edges import find_estimator
 from .budget import (
     BudgetPoint,
     Couple,
     allocate,
+    already_met,
     count_parameters,
     couple_grid,
     flops_of,
@@ -45,7 +47,7 @@ from .report import SiteSpectrum, SpectralReport
 from .sites import Anatomy, Point, Site, Unit, linear_layers, select_sites
 
 
-__all__ = ["Surgeon", "anatomy_of"]
+__all__ = ["Surgeon", "anatomy_of", "check_recipe"]
 
 TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
 
@@ -55,6 +57,28 @@ def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:
     if config.form == "factored":
         return factored_anatomy(model)
     return family_of(model).layout.anatomy(model)
+
+
+def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
+    """Refuse what cannot work before anything is computed.
+
+    Raises:
+        UnsupportedArchitectureError, RMTKDError: no family; an unknown site or edge estimator.
+        CalibrationError: weights that are not finite; names the first tensor.
+        BudgetError: a model that is already as small as asked for.
+    """
+    select_sites(anatomy_of(model, config), config.sites)
+    find_estimator(config.edge_estimator)
+    broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise CalibrationError(
+            f"{len(broken)} tensor(s) of {type(model).__name__} hold NaN or infinite values, the first is {broken[0]}: expected "
+            "finite weights. The training diverged, or the file is damaged; take another checkpoint."
+        )
+    if config.target_reduction is not None:
+        now, goal = count_parameters(model), (1 - config.target_reduction) * uncut_parameters(model)
+        if now <= goal:
+            raise already_met(now, goal, "parameters")
 
 
 class Surgeon:

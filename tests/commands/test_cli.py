@@ -135,10 +135,13 @@ def test_cut_and_distil(compress, tmp_path, bert):
 
 def test_a_reduced_model_can_be_reduced_again(compress, tmp_path):
     assert compress("--no-train", "--target-reduction", 0.3)[0] == 0
-    code, _, err = compress("--no-train", "--model", tmp_path / "work" / "out", "-o", tmp_path / "twice")
+    code, out, err = compress("--no-train", "--model", tmp_path / "work" / "out", "-o", tmp_path / "twice")
     assert code == 0, err
     first, second = parameters_of(tmp_path / "work" / "out"), parameters_of(tmp_path / "twice")
-    assert abs(second / first - 0.5) < 0.03
+    assert abs(second / first - 0.5 / 0.7) < 0.05  # both targets count from the uncut model
+    assert "removed of the uncut model" in out
+    code, _, err = compress("--target-reduction", 0.2, "--model", tmp_path / "twice", "-o", tmp_path / "thrice")
+    assert code == 2 and "already no more than" in err and not (tmp_path / "thrice").exists()
 
 
 def test_half_precision_is_kept(compress, tmp_path, bert):

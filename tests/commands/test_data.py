@@ -171,7 +171,7 @@ def test_regression_labels():
         ([-1, 0], Config(), "-1 marks rows without a label"),
         ([0.5, 1.0], Config(), "0.5.*2 classes"),
         (["positive", "neutral"], Config(), "'neutral'.*negative, positive"),
-        ([None, 1], Config(), "row 0 has no label"),
+        ([None, 1], Config(), "1 of 2 rows have no label"),
         (["a", "b"], Config(("LABEL_0",)), "one output"),
         ([0, 1], Config(problem_type="multi_label_classification"), "multi-label"),
     ],

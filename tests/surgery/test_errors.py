@@ -19,7 +19,7 @@ from optimum_rmtkd import (
     narrow,
 )
 from optimum_rmtkd.spectra import EDGE_ESTIMATORS
-from optimum_rmtkd.surgery import narrow_to, reduce
+from optimum_rmtkd.surgery import check_recipe, narrow_to, reduce
 
 from . import zoo
 
@@ -310,3 +310,24 @@ def test_token_ids_of_another_tokenizer(bert):
     model, data = bert
     foreign = [{**batch, "input_ids": batch["input_ids"] + 1000} for batch in data]
     refused(CalibrationError, "has 61 rows", narrow, model, foreign, RECIPE)
+
+
+# Before anything is computed
+
+
+def test_check_recipe_refuses_what_cannot_work(bert):
+    model, data = bert
+    check_recipe(model, RECIPE)
+    for error, match, changes in (
+        (RMTKDError, "Unknown site", {"sites": "nowhere"}),
+        (RMTKDError, "Unknown edge estimator 'kaiser'. Known: ", {"edge_estimator": "kaiser"}),
+    ):
+        with pytest.raises(error, match=match):
+            check_recipe(model, RECIPE.replace(**changes))
+    half = narrow(model, data, RECIPE.replace(target_reduction=0.5), progress=False)
+    with pytest.raises(BudgetError, match="already no more than"):
+        check_recipe(half, RECIPE.replace(target_reduction=0.4))
+    with torch.no_grad():
+        half.classifier.weight[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match="1 tensor.s. of RMTKDBert.* the first is classifier.weight"):
+        check_recipe(half, RECIPE.replace(target_reduction=0.6))
