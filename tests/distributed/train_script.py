@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import PartialState
 
 from optimum_rmtkd.config import RMTKDConfig
 from optimum_rmtkd.errors import RMTKDError
@@ -20,6 +21,12 @@ from ..trainer.conftest import tiny_bert, toy_data
 def broken():
     yield {"input_ids": torch.ones(2, 3, dtype=torch.long)}
     raise ValueError("no such column")
+
+
+def leave(trainer):
+    """Together, or the first process to go takes down the connections of the others."""
+    trainer.accelerator.wait_for_everyone()
+    PartialState().destroy_process_group()
 
 
 def main():
@@ -72,6 +79,7 @@ def main():
         with pytest.raises((RMTKDError, ValueError)) as caught:
             trainer.train()
         (options.out / f"error-{rank}.txt").write_text(str(caught.value))
+        leave(trainer)
         return
     output = trainer.train(resume_from_checkpoint=options.resume)
     torch.save(trainer.model.state_dict(), options.out / f"weights-{rank}.pt")
@@ -86,6 +94,7 @@ def main():
         "reduction": output.metrics["reduction"],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
+    leave(trainer)
 
 
 if __name__ == "__main__":
