@@ -15,7 +15,14 @@ __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
     "config": ("RMTKDConfig",),
-    "errors": ("BudgetError", "CalibrationError", "RMTKDError", "SpecMismatchError", "UnsupportedArchitectureError"),
+    "errors": (
+        "BudgetError",
+        "CalibrationError",
+        "MatchingError",
+        "RMTKDError",
+        "SpecMismatchError",
+        "UnsupportedArchitectureError",
+    ),
     "hub.adapters": ("lora_targets",),
     "registration": ("register_model_type",),
     "spectra": ("SecondMoments", "SignalSubspace", "register_edge_estimator", "signal_subspace"),
