@@ -38,6 +38,15 @@ _EXPORTS = {
     ),
     "distillation": ("register_objective", "register_projection", "register_transform"),
     "reparameterization": ("MatrixProductOperator", "Powerpropagation", "fold", "over_parameterize"),
+    "ternary": (
+        "TernaryConfig",
+        "TernaryMLPForClassification",
+        "TernaryMLPForRegression",
+        "compress_features",
+        "compress_head",
+        "pack_model",
+        "ternarize",
+    ),
     "trainer": ("RMTKDTrainer", "RMTKDTrainingArguments"),
 }
 _HOMES = {name: room for room, names in _EXPORTS.items() for name in names}

@@ -288,6 +288,10 @@ class CentredActivation(nn.Module):
     def forward(self, x):
         return self.function(x) - self.mean if self.mean else self.function(x)
 
+    def options(self):
+        """Arguments that make the same activation."""
+        return {"name": self.name, "mean": self.mean}
+
     def extra_repr(self):
         return f"{self.name}, mean={self.mean:g}"
 
@@ -308,6 +312,10 @@ class StepActivation(nn.Module):
             return value
         smooth = self.slopes[0] * x + (self.slopes[1] - self.slopes[0]) * torch.relu(x)
         return value.detach() + (smooth - smooth.detach())
+
+    def options(self):
+        """Arguments that make the same activation."""
+        return {"thresholds": list(self.thresholds), "levels": list(self.levels), "slopes": list(self.slopes)}
 
     def extra_repr(self):
         return f"thresholds={self.thresholds}, levels={self.levels}"

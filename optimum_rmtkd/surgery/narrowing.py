@@ -18,7 +18,7 @@ from .directions import dense_table, dense_weight
 from .sites import Anatomy, Unit, get_module, is_layer, unit_delta
 
 
-__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec"]
+__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec", "rebuilt"]
 
 
 class Cuts:
@@ -144,16 +144,26 @@ def build_student(
     """The narrow architecture, in the dtype and on the device of `model`; what did not change is copied, the rest is still
     to be initialised."""
     spec = narrow_spec(model, anatomy, couples)
+    widths = site_widths(couples, anatomy)
+    fields = {name: widths[site] for name, site in anatomy.config_fields.items() if site in widths}
+    return rebuilt(model, {"version": VERSION, "spec": spec, "recipe": recipe, "provenance": provenance}, fields)
+
+
+def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A new model of the architecture that `rmtkd` (spec and all) describes, in eval mode, in the dtype and on the device
+    of `model`; tensors of the same name and shape are copied, the others are as initialised.
+
+    Args:
+        fields: fields of the config that change.
+    """
     model_class = reduced_class(type(model))
     values = model.config.to_dict()
     for name in ("model_type", "transformers_version", "architectures", "auto_map"):
         values.pop(name, None)
     config = model_class.config_class(**values)
-    widths = site_widths(couples, anatomy)
-    for name, site in anatomy.config_fields.items():
-        if site in widths:
-            setattr(config, name, widths[site])
-    config.rmtkd = {"version": VERSION, "spec": spec, "recipe": recipe, "provenance": provenance}
+    for name, value in (fields or {}).items():
+        setattr(config, name, value)
+    config.rmtkd = rmtkd
     config._attn_implementation = model.config._attn_implementation
     student = model_class(config).to(device=model.device, dtype=model.dtype).eval()
     if hasattr(model, "generation_config"):

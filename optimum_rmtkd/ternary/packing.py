@@ -38,6 +38,7 @@ __all__ = [
     "STORAGES",
     "bits_per_weight",
     "convert",
+    "network_options",
     "pack_model",
     "pack_trits",
     "packed_length",
@@ -96,17 +97,8 @@ def convert(mlp: TernaryMLP, storage: str) -> TernaryMLP:
     """
     if storage not in STORAGES:
         raise RMTKDError(f"Unknown storage {storage!r}; expected one of {', '.join(STORAGES)}.")
-    first = mlp.layers[0]
-    twin = TernaryMLP(
-        in_features=mlp.in_features,
-        out_features=mlp.out_features,
-        hidden=[layer.out_features for layer in mlp.layers],
-        activations=[_activation_options(a) for a in mlp.activations],
-        storage=storage,
-        sparsity=first.sparsity,
-        seed=first.seed,
-        bias=first.bias is not None,
-    ).to(mlp.readout.weight.device)
+    options = network_options(mlp) | {"storage": storage}
+    twin = TernaryMLP(out_features=mlp.out_features, **options).to(mlp.readout.weight.device)
     kept = {n: t for n, t in mlp.state_dict().items() if not n.startswith("layers.")}
     twin.load_state_dict(kept, strict=False)
     for old, new in zip(mlp.layers, twin.layers, strict=True):
@@ -114,9 +106,18 @@ def convert(mlp: TernaryMLP, storage: str) -> TernaryMLP:
     return twin.train(mlp.training)
 
 
-def _activation_options(activation: nn.Module) -> dict[str, Any]:
-    names = ("name", "mean") if hasattr(activation, "function") else ("thresholds", "levels", "slopes")
-    return {name: getattr(activation, name) for name in names}
+def network_options(mlp: TernaryMLP) -> dict[str, Any]:
+    """Arguments that rebuild a network, without its number of outputs; JSON-able."""
+    first = mlp.layers[0]
+    return {
+        "in_features": mlp.in_features,
+        "hidden": [layer.out_features for layer in mlp.layers],
+        "activations": [activation.options() for activation in mlp.activations],
+        "storage": first.storage,
+        "sparsity": first.sparsity,
+        "seed": first.seed,
+        "bias": first.bias is not None,
+    }
 
 
 def _convert_layer(old: TernaryLinear, new: TernaryLinear) -> None:
