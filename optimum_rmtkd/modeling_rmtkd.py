@@ -522,9 +522,12 @@ def _dense(config, spec):
             setattr(config, name, value)
 
 
-def _check_loaded(cls, model, info, ignore_mismatched):
-    """Nothing may have been re-initialised silently, but for the head of another task than the checkpoint's."""
-    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+def _check_loaded(cls, model, info, ignore_mismatched, body=None):
+    """Nothing may have been re-initialised silently, but for the head of another task than the checkpoint's.
+
+    `body` is the prefix of all keys that are no part of a head; None: the backbone's.
+    """
+    prefix = body or ("" if model.base_model is model else model.base_model_prefix + ".")
     same_task = cls.__name__ in (model.config.architectures or ())
     advice = "The weights and the config are not of the same model: save them again together."
     for key, found, expected in sorted(info["mismatched_keys"]):
@@ -544,12 +547,12 @@ def _check_loaded(cls, model, info, ignore_mismatched):
         )
 
 
-def load_checked(cls, load, *args, **kwargs):
+def load_checked(cls, load, *args, body=None, **kwargs):
     """What `load`, the from_pretrained of a base class, gives; refused where anything had to be re-initialised."""
     wants_info = kwargs.pop("output_loading_info", False)
     ignore = kwargs.pop("ignore_mismatched_sizes", False)
     model, info = load(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    _check_loaded(cls, model, info, ignore)
+    _check_loaded(cls, model, info, ignore, body)
     check_ternary(model)
     return (model, info) if wants_info else model
 

@@ -11,11 +11,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RMTKDError
-from ..modeling_rmtkd import VERSION, reduced_class
+from ..modeling_rmtkd import VERSION, TernaryMLP, reduced_class
 from .bases import Projection
 from .budget import site_widths
 from .directions import dense_table, dense_weight
-from .sites import Anatomy, Unit, get_module, is_layer, unit_delta
+from .sites import Anatomy, Unit, get_module, has_module, is_layer, unit_delta
 
 
 __all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec", "rebuilt"]
@@ -111,6 +111,7 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
     base, attrs = spec.setdefault("base", {}), spec.setdefault("attrs", {})
     widths = site_widths(couples, anatomy)
     for unit in anatomy.units:
+        _refuse_ternary(model, unit, widths)
         module = (
             get_module(model, unit.path) if is_layer(model, unit.path) else nn.Linear(1, 1)
         )  # a head of another task
@@ -136,6 +137,16 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
         if site in widths:
             base.setdefault(name, getattr(model.config, name))
     return spec
+
+
+def _refuse_ternary(model: PreTrainedModel, unit: Unit, widths: Mapping[str, int]) -> None:
+    if not {unit.reads, unit.writes} & set(widths) or not has_module(model, unit.path):
+        return
+    if isinstance(get_module(model, unit.path), TernaryMLP):
+        raise RMTKDError(
+            f"{unit.path!r} is a ternary network, whose input and output widths are fixed; this cut would change them. Narrow first "
+            "and replace the part afterwards, or restrict `sites` to others (for example intermediate)."
+        )
 
 
 def build_student(

@@ -44,7 +44,7 @@ class _TernaryMLPModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        return load_checked(cls, super().from_pretrained, *args, **kwargs)
+        return load_checked(cls, super().from_pretrained, *args, body="mlp.layers.", **kwargs)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         super().save_pretrained(save_directory, *args, **kwargs)
