@@ -100,7 +100,7 @@ class LowRankEmbedding(nn.Embedding):
 # -- ternary layers --------------------------------------------------------------------------------------------------------
 
 PACKINGS = {"base3": (5, 3), "2bit": (4, 4)}  # storage -> (trits a byte, base); a digit is the trit + 1
-STORAGES = (*PACKINGS, "seed", "latent")
+STORAGES = (*PACKINGS, "seed", "latent", "dense")
 
 
 def _wrapped(value):
@@ -177,8 +177,9 @@ class TernaryLinear(nn.Module):
     """A linear layer whose weights are -1, 0 or 1 times one scale. (..., in_features) -> (..., out_features).
 
     `storage` says what is kept, in memory and on disk: "base3" (5 trits a byte) and "2bit" (4) the packed trits; "seed"
-    nothing but a checksum, the trits are drawn again; "latent" the real weights that training rounds, straight-through. The
-    first three compute with a dense matrix that is made at the first call and never saved.
+    nothing but a checksum, the trits are drawn again; "latent" the real weights that training rounds, straight-through;
+    "dense" real weights that nothing rounds, for comparison and as teacher. The first three compute with a dense matrix that
+    is made at the first call and never saved.
     """
 
     def __init__(self, in_features, out_features, storage, sparsity, seed, stream, bias=False):
@@ -186,14 +187,13 @@ class TernaryLinear(nn.Module):
         self.in_features, self.out_features, self.storage = in_features, out_features, storage
         self.sparsity, self.seed, self.stream, self._dense = sparsity, seed, stream, None
         scale = torch.full((1,), 1 / math.sqrt((1 - sparsity) * in_features))
+        if storage in ("latent", "dense"):
+            self.latent = nn.Parameter(torch.randn(out_features, in_features) / math.sqrt(in_features))
         if storage == "latent":
-            weight = torch.randn(out_features, in_features) / math.sqrt(in_features)
-            self.latent, self.log_scale = nn.Parameter(weight), nn.Parameter(scale.log())
-            # half of the Gaussian weights beyond this are positive
-            self.register_buffer(
-                "threshold", math.sqrt(2 / in_features) * torch.special.erfinv(torch.full((1,), sparsity))
-            )
-        else:
+            self.log_scale = nn.Parameter(scale.log())
+            quantile = torch.special.erfinv(torch.full((1,), sparsity))  # of |N(0, 1 / in_features)| at `sparsity`
+            self.register_buffer("threshold", math.sqrt(2 / in_features) * quantile)
+        elif storage != "dense":
             self.register_buffer("scale", scale)
             if storage == "seed":
                 self.register_buffer("checksum", torch.zeros(1, dtype=torch.int64))
@@ -231,6 +231,8 @@ class TernaryLinear(nn.Module):
         Raises:
             SpecMismatchError: damaged storage.
         """
+        if self.storage == "dense":
+            raise ValueError("Dense weights are not ternary; round them first (optimum_rmtkd.ternary.ternarize).")
         if self.storage == "latent":
             return (
                 (self.latent > self.threshold).to(torch.int8) - (self.latent < -self.threshold).to(torch.int8)
@@ -248,6 +250,8 @@ class TernaryLinear(nn.Module):
     @property
     def weight(self):
         """What the layer multiplies with: (out_features, in_features), in the dtype of the scale."""
+        if self.storage == "dense":
+            return self.latent
         if self.storage == "latent":
             rounded = self.trits().to(self.latent.dtype) * self.log_scale.exp()
             return rounded + (self.latent - self.latent.detach())

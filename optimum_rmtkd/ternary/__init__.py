@@ -18,7 +18,7 @@ _EXPORTS = {
     "modeling_ternary": ("TernaryMLPForClassification", "TernaryMLPForRegression"),
     "packing": ("pack_model",),
     "report": ("TernaryReport",),
-    "training": ("ternarize",),
+    "training": ("ternarize", "wrap"),
 }
 _HOMES = {name: room for room, names in _EXPORTS.items() for name in names}
 

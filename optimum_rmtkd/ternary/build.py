@@ -52,7 +52,7 @@ def build_network(
     layers, options, records, functionals = [], [], [], []
     dense_t, activation = 1.0, get_activation(config.activation)
     for number, width in enumerate(config.hidden):
-        layer = TernaryLinear(h.shape[1], width, config.storage, config.sparsity, config.seed, number)
+        layer = _drawn(h.shape[1], width, number, config)
         u = layer(h)
         t = float(u.double().square().mean().sqrt())
         if not t > 0:
@@ -70,6 +70,7 @@ def build_network(
     mlp = TernaryMLP(
         x.shape[1], targets.shape[1], config.hidden, options, config.storage, config.sparsity, config.seed
     ).eval()
+    mlp.layers = nn.ModuleList(layers)
     mlp.input_mean.copy_(mean)
     mlp.input_factor.copy_(factor)
     fit = fit_readout(h, targets, config.ridge)
@@ -91,6 +92,13 @@ def build_network(
         bits_per_weight=bits_per_weight(mlp),
         warnings=tuple(_warnings(config, diagnostics, x.shape[1], compressed.tau2 - dense.tau2, dense.tau2)),
     )
+
+
+def _drawn(fan_in: int, width: int, number: int, config: TernaryConfig) -> TernaryLinear:
+    """A fresh layer. Ternary weights follow from its seed; Gaussian ones of the dense twin come from torch's generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1000 * config.seed + number)
+        return TernaryLinear(fan_in, width, config.storage, config.sparsity, config.seed, number)
 
 
 def _activation(

@@ -58,8 +58,9 @@ class TernaryConfig:
     )
     storage: str = _option(
         "base3",
-        "base3: 1.6 bits a hidden weight. 2bit: 2 bits. seed: none, random weights are drawn again when loading.",
-        ("base3", "2bit", "seed"),
+        "base3: 1.6 bits a hidden weight. 2bit: 2 bits. seed: none, random weights are drawn again when loading. dense: for "
+        "comparison, Gaussian weights that are not ternary at all.",
+        ("base3", "2bit", "seed", "dense"),
     )
 
     # The data
@@ -97,8 +98,8 @@ class TernaryConfig:
         for name, least in (("levels", 2), ("calibration_samples", 2)):
             if getattr(self, name) < least:
                 raise RMTKDError(f"{name}={getattr(self, name)}: expected at least {least}.")
-        if self.weights == "trained" and self.storage == "seed":
-            raise RMTKDError("storage='seed' draws the weights again; trained ones need storage='base3' or '2bit'.")
+        if self.weights == "trained" and self.storage not in ("base3", "2bit"):
+            raise RMTKDError(f"storage={self.storage!r} keeps no trained ternary weights; expected 'base3' or '2bit'.")
         if self.weights == "trained" and self.mode != "weights_only":
             raise RMTKDError(
                 f"mode={self.mode!r} matches the kernels of random weights; trained weights need mode='weights_only'."

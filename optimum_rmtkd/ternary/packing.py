@@ -6,6 +6,7 @@ The codes themselves live in `modeling_rmtkd.py`, which every saved repository c
     2bit     4 trits a byte: 2 bits
     seed     a checksum: the weights are random, they are drawn again from their seed
     latent   4 bytes a weight, while it is trained
+    dense    4 bytes a weight, never rounded: the network to compare with, and the teacher
 
 Zeros are stored like any other trit: a high sparsity does not make the file smaller. (The authors count one bit for each nonzero
 weight and nothing for where it stands; no format stores that.)
@@ -50,6 +51,7 @@ __all__ = [
 ]
 
 
+TERNARY = tuple(name for name in STORAGES if name != "dense")
 lend_errors()  # damage is reported by functions of the modeling file
 
 
@@ -95,8 +97,12 @@ def convert(mlp: TernaryMLP, storage: str) -> TernaryMLP:
     Raises:
         RMTKDError: unknown storage; "seed" for weights that were trained.
     """
-    if storage not in STORAGES:
-        raise RMTKDError(f"Unknown storage {storage!r}; expected one of {', '.join(STORAGES)}.")
+    if storage not in TERNARY:
+        raise RMTKDError(f"Unknown storage {storage!r}; expected one of {', '.join(TERNARY)}.")
+    if mlp.layers[0].storage == "dense":
+        raise RMTKDError(
+            "The network is dense, not ternary: round its weights first (optimum_rmtkd.ternary.ternarize)."
+        )
     options = network_options(mlp) | {"storage": storage}
     twin = TernaryMLP(out_features=mlp.out_features, **options).to(mlp.readout.weight.device)
     kept = {n: t for n, t in mlp.state_dict().items() if not n.startswith("layers.")}

@@ -27,7 +27,7 @@ from .packing import bits_per_weight, convert, serialized_bytes
 from .report import TernaryReport
 
 
-__all__ = ["ternarize", "ternarize_module"]
+__all__ = ["ternarize", "ternarize_module", "wrap"]
 
 PROBES = 256  # rows on which a network is read
 TOLERANCE = 1e-4  # of its outputs, relative: a network read rightly agrees to rounding
@@ -42,8 +42,8 @@ def ternarize(
 ) -> tuple[PreTrainedModel, TernaryReport]:
     """A ternary model with the weights of a trained fully-connected network, ready to be trained on.
 
-    Train it like any model, best with the network as teacher: `RMTKDTrainer(..., rmtkd_config=RMTKDConfig(schedule="none"))`.
-    Then `pack_model(model)`.
+    Train it like any model, best with the network as teacher: `RMTKDTrainer(model=..., teacher_model=wrap(network, x),
+    rmtkd_config=RMTKDConfig(schedule="none", hidden_weight=0), ...)`. Then `pack_model(model)`.
 
     Args:
         network: linear layers with one element-wise activation between two; called on (n, p).
@@ -57,7 +57,7 @@ def ternarize(
     Raises:
         UnsupportedArchitectureError: no such network.
     """
-    config = (config or TernaryConfig()).replace(weights="trained")
+    config = (config or TernaryConfig()).replace(weights="trained", mode="weights_only")
     mlp, report = ternarize_module(network, torch.as_tensor(x).float(), config)
     return as_model(mlp, config, label_names, report, regression), report
 
@@ -66,20 +66,9 @@ def ternarize(
 def ternarize_module(module: nn.Module, x: torch.Tensor, config: TernaryConfig) -> tuple[TernaryMLP, TernaryReport]:
     """As `ternarize`, for a part of a model: (the network with storage "latent", what was done)."""
     linears, activations = read_network(module, x)
-    mlp = TernaryMLP(
-        in_features=linears[0].in_features,
-        out_features=linears[-1].out_features,
-        hidden=[linear.out_features for linear in linears[:-1]],
-        activations=[{"name": name, "mean": 0.0} for name in activations],
-        storage="latent",
-        sparsity=config.sparsity,
-        seed=config.seed,
-        bias=True,
-    )
+    mlp = _skeleton(linears, activations, "latent", config)
     for layer, linear in zip(mlp.layers, linears, strict=False):
         start_from(layer, linear, config.sparsity, config.scale)
-    mlp.readout.weight.copy_(linears[-1].weight)
-    mlp.readout.bias.copy_(torch.zeros(()) if linears[-1].bias is None else linears[-1].bias)
     packed = convert(mlp, config.storage)
     mean, factor = standardizer(x, config.standardize)
     diagnostics = diagnose((x.double() - mean) * factor)
@@ -97,6 +86,41 @@ def ternarize_module(module: nn.Module, x: torch.Tensor, config: TernaryConfig) 
         bits_per_weight=bits_per_weight(packed),
     )
     return mlp.eval(), report
+
+
+def wrap(
+    network: nn.Module, x: Any, label_names: Sequence[str] | None = None, regression: bool = False
+) -> PreTrainedModel:
+    """A trained fully-connected network as a model that saves, reloads and teaches: nothing is rounded.
+
+    Args and errors: as `ternarize`.
+    """
+    config = TernaryConfig(storage="dense")
+    with torch.no_grad():
+        linears, activations = read_network(network, torch.as_tensor(x).float())
+        mlp = _skeleton(linears, activations, "dense", config)
+        for layer, linear in zip(mlp.layers, linears, strict=False):
+            layer.latent.copy_(linear.weight)
+            if linear.bias is not None:
+                layer.bias.copy_(linear.bias)
+    return as_model(mlp.eval(), config, label_names, regression=regression)
+
+
+def _skeleton(linears: list[nn.Linear], activations: list[str], storage: str, config: TernaryConfig) -> TernaryMLP:
+    """A network of the shape of the one that was read, its readout and nothing else copied."""
+    mlp = TernaryMLP(
+        in_features=linears[0].in_features,
+        out_features=linears[-1].out_features,
+        hidden=[linear.out_features for linear in linears[:-1]],
+        activations=[{"name": name, "mean": 0.0} for name in activations],
+        storage=storage,
+        sparsity=config.sparsity,
+        seed=config.seed,
+        bias=True,
+    )
+    mlp.readout.weight.copy_(linears[-1].weight)
+    mlp.readout.bias.copy_(torch.zeros(()) if linears[-1].bias is None else linears[-1].bias)
+    return mlp
 
 
 def start_from(layer: TernaryLinear, linear: nn.Linear, sparsity: float, scale: str) -> None:
