@@ -15,7 +15,14 @@ __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
     "config": ("RMTKDConfig",),
-    "errors": ("BudgetError", "CalibrationError", "RMTKDError", "SpecMismatchError", "UnsupportedArchitectureError"),
+    "errors": (
+        "BudgetError",
+        "CalibrationError",
+        "MatchingError",
+        "RMTKDError",
+        "SpecMismatchError",
+        "UnsupportedArchitectureError",
+    ),
     "hub.adapters": ("lora_targets",),
     "registration": ("register_model_type",),
     "spectra": ("SecondMoments", "SignalSubspace", "register_edge_estimator", "signal_subspace"),
@@ -31,6 +38,15 @@ _EXPORTS = {
     ),
     "distillation": ("register_objective", "register_projection", "register_transform"),
     "reparameterization": ("MatrixProductOperator", "Powerpropagation", "fold", "over_parameterize"),
+    "ternary": (
+        "TernaryConfig",
+        "TernaryMLPForClassification",
+        "TernaryMLPForRegression",
+        "compress_features",
+        "compress_head",
+        "pack_model",
+        "ternarize",
+    ),
     "trainer": ("RMTKDTrainer", "RMTKDTrainingArguments"),
 }
 _HOMES = {name: room for room, names in _EXPORTS.items() for name in names}

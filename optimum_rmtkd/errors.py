@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 
-__all__ = ["BudgetError", "CalibrationError", "RMTKDError", "SpecMismatchError", "UnsupportedArchitectureError"]
+__all__ = [
+    "BudgetError",
+    "CalibrationError",
+    "MatchingError",
+    "RMTKDError",
+    "SpecMismatchError",
+    "UnsupportedArchitectureError",
+]
 
 
 class RMTKDError(ValueError):
@@ -20,6 +27,10 @@ class CalibrationError(RMTKDError):
 
 class BudgetError(RMTKDError):
     """The requested size cannot be reached; the message names the smallest one that can, and why."""
+
+
+class MatchingError(RMTKDError):
+    """No step function has the functionals that were asked for; the message names the residual and what would do."""
 
 
 class SpecMismatchError(RMTKDError):

@@ -80,17 +80,42 @@ def _register_configs() -> None:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     from . import modeling_rmtkd
-    from .errors import SpecMismatchError
 
-    modeling_rmtkd.SpecMismatchError = (
-        SpecMismatchError  # the file knows nothing of the package, the package lends its name
-    )
+    lend_errors()
     if _register_models not in modeling_rmtkd.CONFIG_HOOKS:
         modeling_rmtkd.CONFIG_HOOKS.append(_register_models)
     CONFIG_MAPPING._extra_content = _AnyReduced(CONFIG_MAPPING._extra_content)
     for name in CONFIGS.values():
         if hasattr(transformers, name):
             _register_config(modeling_rmtkd.reduced_class(getattr(transformers, name)))
+    _register_ternary()
+
+
+def lend_errors() -> None:
+    """The modeling file knows nothing of the package: the package lends its error."""
+    from . import modeling_rmtkd
+    from .errors import SpecMismatchError
+
+    modeling_rmtkd.SpecMismatchError = SpecMismatchError
+
+
+def _register_ternary() -> None:
+    from .ternary import configuration_ternary
+
+    if _register_ternary_models not in configuration_ternary.CONFIG_HOOKS:
+        configuration_ternary.CONFIG_HOOKS.append(_register_ternary_models)
+    _register_config(configuration_ternary.TernaryMLPConfig)
+
+
+def _register_ternary_models() -> None:
+    from transformers import AutoModel
+
+    from .ternary import modeling_ternary as ternary
+
+    classes = (ternary.TernaryMLPForClassification, ternary.TernaryMLPForRegression)
+    AutoModel.register(ternary.TernaryMLPConfig, classes, exist_ok=True)  # told apart by the config's `architectures`
+    for cls in classes:
+        cls.register_for_auto_class("AutoModel")
 
 
 class _AnyReduced(dict):

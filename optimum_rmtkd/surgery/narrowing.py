@@ -11,14 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RMTKDError
-from ..modeling_rmtkd import VERSION, reduced_class
+from ..modeling_rmtkd import VERSION, TernaryMLP, reduced_class
 from .bases import Projection
 from .budget import site_widths
 from .directions import dense_table, dense_weight
-from .sites import Anatomy, Unit, get_module, is_layer, unit_delta
+from .sites import Anatomy, Unit, get_module, has_module, is_layer, unit_delta
 
 
-__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec"]
+__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec", "rebuilt"]
 
 
 class Cuts:
@@ -111,6 +111,7 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
     base, attrs = spec.setdefault("base", {}), spec.setdefault("attrs", {})
     widths = site_widths(couples, anatomy)
     for unit in anatomy.units:
+        _refuse_ternary(model, unit, widths)
         module = (
             get_module(model, unit.path) if is_layer(model, unit.path) else nn.Linear(1, 1)
         )  # a head of another task
@@ -138,22 +139,42 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
     return spec
 
 
+def _refuse_ternary(model: PreTrainedModel, unit: Unit, widths: Mapping[str, int]) -> None:
+    if not {unit.reads, unit.writes} & set(widths) or not has_module(model, unit.path):
+        return
+    if isinstance(get_module(model, unit.path), TernaryMLP):
+        raise RMTKDError(
+            f"{unit.path!r} is a ternary network, whose input and output widths are fixed; this cut would change them. Narrow first "
+            "and replace the part afterwards, or restrict `sites` to others (for example intermediate)."
+        )
+
+
 def build_student(
     model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, int], recipe: dict, provenance: dict
 ) -> PreTrainedModel:
     """The narrow architecture, in the dtype and on the device of `model`; what did not change is copied, the rest is still
     to be initialised."""
     spec = narrow_spec(model, anatomy, couples)
+    widths = site_widths(couples, anatomy)
+    fields = {name: widths[site] for name, site in anatomy.config_fields.items() if site in widths}
+    return rebuilt(model, {"version": VERSION, "spec": spec, "recipe": recipe, "provenance": provenance}, fields)
+
+
+def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A new model of the architecture that `rmtkd` (spec and all) describes, in eval mode, in the dtype and on the device
+    of `model`; tensors of the same name and shape are copied, the others are as initialised.
+
+    Args:
+        fields: fields of the config that change.
+    """
     model_class = reduced_class(type(model))
     values = model.config.to_dict()
     for name in ("model_type", "transformers_version", "architectures", "auto_map"):
         values.pop(name, None)
     config = model_class.config_class(**values)
-    widths = site_widths(couples, anatomy)
-    for name, site in anatomy.config_fields.items():
-        if site in widths:
-            setattr(config, name, widths[site])
-    config.rmtkd = {"version": VERSION, "spec": spec, "recipe": recipe, "provenance": provenance}
+    for name, value in (fields or {}).items():
+        setattr(config, name, value)
+    config.rmtkd = rmtkd
     config._attn_implementation = model.config._attn_implementation
     student = model_class(config).to(device=model.device, dtype=model.dtype).eval()
     if hasattr(model, "generation_config"):

@@ -1,0 +1,171 @@
+"""Ternary networks from features, and in place of a part of a larger model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .. import modeling_rmtkd
+from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
+from ..modeling_rmtkd import PREFIX, VERSION, TernaryMLP
+from ..surgery.budget import provenance_of, uncut_parameters
+from ..surgery.narrowing import rebuilt
+from .build import as_model, build_network
+from .capture import capture_module
+from .config import TernaryConfig
+from .packing import network_options, serialized_bytes
+from .readout import one_hot
+from .report import TernaryReport
+from .training import ternarize_module
+
+
+__all__ = ["compress_features", "compress_head"]
+
+logger = logging.getLogger(__name__)
+
+
+def compress_features(
+    x: Any, y: Any, config: TernaryConfig | None = None, label_names: Sequence[str] | None = None
+) -> tuple[PreTrainedModel, TernaryReport]:
+    """A ternary network that is fitted to features and their labels or numbers.
+
+    Args:
+        x: (n, p) features, raw: tensor or array. Centring and scaling become part of the model.
+        y: (n,) whole numbers for classes; (n,) or (n, outputs) floating point for a regression.
+        config: None: `TernaryConfig()`.
+        label_names: names of the classes, in order.
+
+    Returns:
+        (TernaryMLPForClassification or TernaryMLPForRegression, in eval mode; what was done)
+
+    Raises:
+        CalibrationError: features or labels that nothing can be fitted to.
+        MatchingError: no step function matches the activation.
+        RMTKDError: weights="trained", which needs a trained network: see `ternarize`.
+    """
+    config = config or TernaryConfig()
+    if config.weights == "trained":
+        raise RMTKDError(
+            "weights='trained' rounds the weights of a trained network, and features alone have none: pass the network to "
+            "optimum_rmtkd.ternary.ternarize."
+        )
+    x, y = _rows(x, y, config)
+    labels = None if y.is_floating_point() else y
+    targets = y.reshape(len(y), -1) if labels is None else one_hot(y, _number_of_classes(y, label_names))
+    mlp, report = build_network(x, targets, config, labels)
+    _warn(report)
+    return as_model(mlp, config, label_names, report, regression=labels is None), report
+
+
+def compress_head(
+    model: PreTrainedModel, module_name: str, dataloader: Iterable, config: TernaryConfig | None = None
+) -> tuple[PreTrainedModel, TernaryReport]:
+    """A copy of a Transformers model with one of its parts replaced by a ternary network that is fitted to it.
+
+    The part is whatever maps (..., d_in) to (..., d_out): a classifier, or a feed-forward network. It is seen at work on the
+    data; then the ternary network is fitted to its outputs (or, for a classifier, to the labels). The copy saves and reloads
+    like every reduced model, and may have been narrowed before.
+
+    Args:
+        model: stays as it is.
+        module_name: path of the part, for example "classifier".
+        dataloader: batches of model inputs, with "labels" where `targets="labels"`.
+        config: None: `TernaryConfig()`. weights="trained" rounds the part's own weights (`ternarize_head`).
+
+    Returns:
+        (the copy, in eval mode; what was done)
+
+    Raises:
+        UnsupportedArchitectureError: no such module; the message lists candidates.
+        CalibrationError: no data; a part that is not called, or does more than map the last dimension.
+        MatchingError: no step function matches the activation.
+    """
+    config = config or TernaryConfig()
+    if not hasattr(modeling_rmtkd, PREFIX + type(model).__name__.removeprefix(PREFIX)):
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} is no class that transformers exports: the copy could not be reloaded. Pass a stock model."
+        )
+    seen = capture_module(model, module_name, dataloader, config)
+    replaced = model.get_submodule(module_name)
+    if config.weights == "trained":
+        mlp, report = ternarize_module(replaced, seen.inputs, config)
+    else:
+        targets = seen.outputs if seen.labels is None else one_hot(seen.labels, seen.outputs.shape[1])
+        mlp, report = build_network(seen.inputs, targets, config, seen.labels)
+    report = _beside(report, serialized_bytes(replaced))
+    _warn(report)
+    return _with_part(model, module_name, mlp, config, report), report
+
+
+def _rows(x: Any, y: Any, config: TernaryConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and labels that belong together, at most `calibration_samples` of them, evenly spaced."""
+    x, y = torch.as_tensor(x), torch.as_tensor(y)
+    if x.dim() != 2 or len(y) != len(x):
+        raise CalibrationError(
+            f"Features of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}: expected (n, p) and one label a row."
+        )
+    if y.is_floating_point() and not bool(torch.isfinite(y).all()):
+        raise CalibrationError("Targets are not all finite numbers.")
+    if not y.is_floating_point() and (y.dim() != 1 or int(y.min()) < 0):
+        raise CalibrationError(
+            f"Labels of shape {tuple(y.shape)}, smallest {y.min().item()}: expected one class index of at least 0 a row."
+        )
+    if len(x) > config.calibration_samples:
+        at = torch.linspace(0, len(x) - 1, config.calibration_samples).round().long()
+        x, y = x[at], y[at]
+    return x.float(), y if y.is_floating_point() else y.long()
+
+
+def _number_of_classes(y: torch.Tensor, label_names: Sequence[str] | None) -> int:
+    found = int(y.max()) + 1
+    if len(y.unique()) < 2:
+        raise CalibrationError(f"All labels are {int(y[0])}: expected two classes or more.")
+    if label_names is not None and len(label_names) < found:
+        raise CalibrationError(f"The labels go up to {found - 1}, but there are {len(label_names)} label_names.")
+    return found if label_names is None else len(label_names)
+
+
+def _beside(report: TernaryReport, size: int) -> TernaryReport:
+    """The report with the size of the part that is replaced, and a warning where that one was smaller."""
+    warnings = report.warnings
+    if report.bytes >= size:
+        warnings += (
+            f"The ternary part takes {report.bytes:,} bytes, the part it replaces {size:,}: nothing is saved. Replace a larger "
+            "part, or use smaller hidden widths.",
+        )
+    return dataclasses.replace(report, replaced_bytes=size, warnings=warnings)
+
+
+def _warn(report: TernaryReport) -> None:
+    for sentence in report.warnings:
+        logger.warning("%s", sentence)
+
+
+def _with_part(
+    model: PreTrainedModel, name: str, mlp: TernaryMLP, config: TernaryConfig, report: TernaryReport
+) -> PreTrainedModel:
+    """A copy of `model` with `mlp` at `name`, and a config that says so."""
+    rmtkd = copy.deepcopy(getattr(model.config, "rmtkd", None) or {"version": VERSION, "spec": {}, "recipe": {}})
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    path = "@." + name.removeprefix(prefix) if name.startswith(prefix) else name
+    parts = rmtkd["spec"].setdefault("ternary", {})
+    kind = parts[path]["replaces"] if path in parts else type(model.get_submodule(name)).__name__
+    parts[path] = network_options(mlp) | {"out_features": mlp.out_features, "replaces": kind}
+    former = provenance_of(model)
+    rmtkd["provenance"] = {
+        **former,
+        "base_model": former.get("base_model", model.config._name_or_path),
+        "parameters_before": uncut_parameters(model),
+        "ternary": {**former.get("ternary", {}), path: {"recipe": config.to_dict(), "report": report.to_dict()}},
+    }
+    student = rebuilt(model, rmtkd)
+    parent, _, leaf = name.rpartition(".")
+    setattr(student.get_submodule(parent), leaf, mlp.to(device=model.device, dtype=model.dtype))
+    student.tie_weights()
+    return student.eval()

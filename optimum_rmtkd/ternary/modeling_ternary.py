@@ -1,0 +1,84 @@
+"""Ternary fully-connected networks as models of their own: features in, logits out.
+
+The layers are those of `modeling_rmtkd.py`. A saved repository carries the files side by side, and `trust_remote_code=True`
+runs them without this package; they import torch and transformers alone.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from optimum_rmtkd.modeling_rmtkd import TernaryMLP, load_checked
+
+from .configuration_ternary import TernaryMLPConfig
+
+
+def _lay_beside(folder):
+    """Let the saved file import the layers from beside it, and put their file there.
+
+    transformers copies the file of a class, and those that it imports relatively from the same folder; ours lie in two. In
+    a saved repository they lie in one, and nothing is left to do.
+    """
+    source = Path(__file__).read_text(encoding="utf8")
+    relative, count = re.subn(r"^from optimum_rmtkd\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)
+    target = Path(folder) / Path(__file__).name
+    if count and target.is_file():
+        target.write_text(relative, encoding="utf8")
+        layers = Path(sys.modules[TernaryMLP.__module__].__file__)
+        (Path(folder) / layers.name).write_text(layers.read_text(encoding="utf8"), encoding="utf8")
+
+
+class _TernaryMLPModel(PreTrainedModel):
+    config_class = TernaryMLPConfig
+    base_model_prefix = ""
+    main_input_name = "features"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.mlp = TernaryMLP(out_features=config.num_labels, **config.network)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return load_checked(cls, super().from_pretrained, *args, body="mlp.layers.", **kwargs)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        _lay_beside(save_directory)
+
+    def loss_of(self, logits, labels):
+        raise NotImplementedError
+
+    def forward(self, features, labels=None, return_dict=None, **kwargs):
+        """Run the network.
+
+        Args:
+            features: (batch, in_features), raw: centring and scaling are part of the model.
+            labels: (batch,) class indices, or (batch,) / (batch, num_labels) targets of a regression.
+
+        Returns:
+            SequenceClassifierOutput with logits (batch, num_labels) and, given labels, the loss.
+        """
+        logits = self.mlp(features.to(self.mlp.readout.weight.dtype))
+        loss = None if labels is None else self.loss_of(logits, labels)
+        if return_dict is False:
+            return (logits,) if loss is None else (loss, logits)
+        return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class TernaryMLPForClassification(_TernaryMLPModel):
+    """A ternary network whose outputs are class scores; the loss is the cross-entropy."""
+
+    def loss_of(self, logits, labels):
+        return nn.functional.cross_entropy(logits.float(), labels.view(-1))
+
+
+class TernaryMLPForRegression(_TernaryMLPModel):
+    """A ternary network whose outputs are numbers; the loss is the mean squared error."""
+
+    def loss_of(self, logits, labels):
+        return nn.functional.mse_loss(logits.float(), labels.view_as(logits).float())
