@@ -15,22 +15,23 @@ Heads have three hidden layers of `--width` neurons. Arms:
     pruned           the same, smallest weights set to 0 until the file is as small as the ternary one (bitmap + fp16 values)
     naive            the same, hidden weights rounded to three values, scale mean |W|, no training
     rounded_matched  the same with the matched scale
-    trained_matched  rounded_matched, trained straight-through with the dense one as teacher
-    trained_mean_abs naive, trained alike
+    ..._refit        with a new ridge readout; pruned always has one, which favours it
+    trained_...      naive or rounded_matched, trained straight-through for `--epochs` with the dense one as teacher; _1: one epoch
     dense_random     Gaussian hidden weights, ridge readout
     <mode>_<eps>     random ternary weights of that sparsity, ridge readout
-
-pruned, naive and rounded_matched get a new ridge readout, which favours them.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import os
 import statistics
+import sys
 import tempfile
 from dataclasses import dataclass, field
+from logging import ERROR, getLogger
 from pathlib import Path
 
 import torch
@@ -350,8 +351,12 @@ def run(arguments: Arguments, folder: Path) -> None:
         note("int8", *quantized)
     for name, scale in STARTS.items():
         model = start(dense, x, scale)
-        note(name, refit(pack_model(copy.deepcopy(model)), x, y))
-        note(f"trained_{scale}", train_straight_through(model, dense, x, y, arguments))
+        rounded = pack_model(copy.deepcopy(model))
+        note(name, rounded)
+        note(f"{name}_refit", refit(rounded, x, y))
+        for epochs, suffix in ((1, "_1"), (arguments.epochs, "")):
+            brief = dataclasses.replace(arguments, epochs=epochs)
+            note(f"trained_{scale}{suffix}", train_straight_through(copy.deepcopy(model), dense, x, y, brief))
     folder.mkdir(parents=True, exist_ok=True)
     target.with_suffix(".partial").write_text(json.dumps(found, indent=2), encoding="utf8")
     target.with_suffix(".partial").rename(target)
@@ -411,9 +416,12 @@ def table(folder: Path) -> None:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    positional = sys.argv[1:2] if sys.argv[1:2] and not sys.argv[1].startswith("-") else []
+    named = ["--action", *positional] if positional else []
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses([*named, *sys.argv[1 + len(positional) :]])
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("optimum_rmtkd").setLevel(ERROR)
     folder = Path(arguments.output)
     if arguments.action == "run":
         run(arguments, folder)
