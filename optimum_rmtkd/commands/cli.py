@@ -11,6 +11,7 @@ from .compress import CompressCommand
 from .demo import DemoCommand
 from .export import ExportCommand
 from .report import ReportCommand
+from .ternary import TernaryCommand
 
 
 __all__ = ["RMTKDCommand"]
@@ -28,6 +29,8 @@ examples:
       what every part of a model could lose; changes nothing
   optimum-cli rmtkd compress --model MODEL --train-file train.csv --validation-file dev.csv --target-reduction 0.8 -o OUT
       cut, distil, evaluate, save
+  optimum-cli rmtkd ternary --model MODEL --module classifier --train-file train.csv -o OUT
+      a part of a model in weights of 1.6 bits
   optimum-cli rmtkd report OUT
       one HTML page about what was done
   optimum-cli rmtkd export OUT --format onnx -o DIR
@@ -51,6 +54,11 @@ class RMTKDCommand(BaseOptimumCLICommand):
             name="compress",
             help="Narrow a fine-tuned model, distil it, evaluate it and save it.",
             subcommand_class=CompressCommand,
+        ),
+        CommandInfo(
+            name="ternary",
+            help="Replace a part of a model by a network with ternary weights, or fit one to features.",
+            subcommand_class=TernaryCommand,
         ),
         CommandInfo(
             name="report",

@@ -1,0 +1,141 @@
+"""`optimum-cli rmtkd ternary` from outside."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForSequenceClassification
+
+import optimum_rmtkd  # noqa: F401
+from optimum_rmtkd.modeling_rmtkd import TernaryMLP
+
+
+def arrays(rows: int = 400, seed: int = 0, classes: bool = True) -> dict[str, np.ndarray]:
+    """Two classes that no line separates: inside and outside a ball."""
+    draw = np.random.default_rng(seed)
+    x = draw.normal(size=(rows, 40)) * np.where(np.arange(rows) % 2, 1.0, 1.4)[:, None]
+    return {"x": x, "y": np.arange(rows) % 2 if classes else x[:, 0] ** 2}
+
+
+@pytest.fixture
+def files(tmp_path):
+    np.savez(tmp_path / "train.npz", **arrays())
+    save_file({k: torch.from_numpy(v) for k, v in arrays(200, 1).items()}, tmp_path / "test.safetensors")
+    return tmp_path
+
+
+def test_help_teaches(cli):
+    code, out, err = cli("ternary", "--help")
+    assert code == 0 and err == "" and "usage: optimum-cli rmtkd ternary" in out
+    for part in ("--hidden", "--mode", "--storage", "--target-reduction", "not inference faster", "examples:"):
+        assert part in out
+
+
+def test_features(cli, files):
+    small = ("--hidden", 300, 300, "--mode", "weights_only")
+    code, out, err = cli(
+        "ternary",
+        "--features",
+        files / "train.npz",
+        "--test-features",
+        files / "test.safetensors",
+        *small,
+        "-o",
+        files / "out",
+    )
+    assert code == 0, err
+    for part in (
+        "weights_only, base3:",
+        "bits a hidden weight on disk",
+        "this network",
+        "dense random network",
+        "linear readout",
+    ):
+        assert part in out
+    scores = [float(line.split()[-1]) for line in out.splitlines() if line.startswith(("this", "dense", "linear"))]
+    assert scores[0] > 0.8 > scores[2]  # no line separates them
+    model = AutoModel.from_pretrained(files / "out")
+    test = arrays(200, 1)
+    found = model(torch.from_numpy(test["x"])).logits.argmax(1).numpy()
+    assert (found == test["y"]).mean() == pytest.approx(scores[0], abs=1e-4)
+
+
+def test_regression_without_a_test_file(cli, files):
+    np.savez(files / "numbers.npz", **arrays(classes=False))
+    code, out, _ = cli(
+        "ternary", "--features", files / "numbers.npz", "--hidden", 200, "--storage", "seed", "-o", files / "out"
+    )
+    assert code == 0 and "leave-one-out error" in out
+    assert type(AutoModel.from_pretrained(files / "out")).__name__ == "TernaryMLPForRegression"
+
+
+@pytest.mark.parametrize("extra", [(), ("--target-reduction", 0.3), ("--weights", "trained", "--max-steps", 3)])
+def test_part_of_a_model(cli, bert, table, validation_table, tmp_path, extra):
+    part = "bert.encoder.layer.0.intermediate" if "trained" in extra else "classifier"
+    if "trained" in extra:  # one linear layer and its activation: not a network with a readout
+        code, _, err = cli(
+            "ternary", "--model", bert, "--module", part, "--train-file", table, "-o", tmp_path / "out", *extra
+        )
+        assert code == 2 and "calls 1 linear layers" in err and not (tmp_path / "out").exists()
+        return
+    data = ("--train-file", table, "--validation-file", validation_table)
+    code, out, err = cli(
+        "ternary", "--model", bert, "--module", part, *data, "--hidden", 64, "-o", tmp_path / "out", *extra
+    )
+    assert code == 0, err
+    assert "accuracy" in out and "classifier" in out and "bytes on disk" in out
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert isinstance(model.classifier, TernaryMLP)
+    assert bool(model.config.rmtkd["spec"].get("modules")) == bool(extra)
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_trained_part_of_a_model(cli, table, validation_table, tmp_path):
+    from transformers import BertTokenizer, DistilBertConfig, DistilBertForSequenceClassification
+
+    from .conftest import WORDS
+
+    torch.manual_seed(0)
+    names = {"label2id": {"negative": 0, "positive": 1}, "id2label": {0: "negative", 1: "positive"}}
+    config = DistilBertConfig(vocab_size=len(WORDS), dim=32, n_layers=2, n_heads=4, hidden_dim=64, **names)
+    DistilBertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf8")
+    BertTokenizer(vocab=str(tmp_path / "vocab.txt"), model_max_length=32).save_pretrained(tmp_path / "model")
+    data = ("--train-file", table, "--validation-file", validation_table)
+    part = ("--module", "distilbert.transformer.layer.1.ffn", "--weights", "trained", "--max-steps", 3)
+    code, out, err = cli("ternary", "--model", tmp_path / "model", *part, *data, "-o", tmp_path / "out")
+    assert code == 0, err
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
+    assert model.distilbert.transformer.layer[1].ffn.layers[0].storage == "base3"
+    assert not (tmp_path / "out" / "trainer").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        (("-o", "out"), "either --model"),
+        (("--model", "m", "--features", "f", "-o", "out"), "either --model"),
+        (("--model", "m", "-o", "out"), "--model needs --module"),
+        (("--features", "none.npz", "-o", "out"), "none.npz: no such file"),
+        (("--features", "bad.npz", "-o", "out"), "bad.npz cannot be read"),
+        (("--features", "other.npz", "-o", "out"), "holds a; expected arrays x"),
+        (("--features", "train.npz", "--activation", "swoosh", "-o", "out"), "Unknown activation 'swoosh'"),
+        (("--features", "train.npz", "--mode", "min_shift", "--levels", 2, "-o", "out"), "largest residual"),
+        (("--features", "train.npz", "--sparsity", 1.5, "-o", "out"), "expected a share of weights"),
+    ],
+)
+def test_errors_are_one_line(cli, files, monkeypatch, args, match):
+    monkeypatch.chdir(files)
+    (files / "bad.npz").write_bytes(b"nothing of the kind")
+    np.savez(files / "other.npz", a=np.zeros(3))
+    code, out, err = cli("ternary", *args)
+    assert code == 2 and out == "" and not (files / "out").exists()
+    line = err.strip().splitlines()[-1]
+    assert line.startswith("optimum-cli rmtkd ternary: error: ") and match in line
+
+
+def test_wrong_module(cli, bert, table, tmp_path):
+    code, _, err = cli("ternary", "--model", bert, "--module", "head", "--train-file", table, "-o", tmp_path / "out")
+    assert code == 2 and "no module 'head'; it has bert, classifier" in err
