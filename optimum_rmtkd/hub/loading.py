@@ -29,7 +29,8 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     import transformers
     from transformers import AutoConfig
 
-    from .. import modeling_rmtkd
+    from .. import modeling_rmtkd, ternary
+    from ..ternary.configuration_ternary import TernaryMLPConfig
 
     try:
         config = AutoConfig.from_pretrained(name)
@@ -37,6 +38,8 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         raise RMTKDError(f"Cannot load model '{name}': {error}") from error
     wanted = (config.architectures or [""])[0]
     home = modeling_rmtkd if wanted.startswith(modeling_rmtkd.PREFIX) else transformers
+    if config.model_type == TernaryMLPConfig.model_type:
+        home = ternary
     if not hasattr(home, wanted or "?"):
         raise RMTKDError(
             f"'{name}' names the class {wanted!r}, which transformers does not have: expected a model of its own."
@@ -67,11 +70,13 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int = 16, seed: i
 
     Returns:
         `input_ids`, `attention_mask` (and `token_type_ids` where the model has types): (batch, length) int64; or
-        `pixel_values`: (batch, channels, size, size) fp32.
+        `pixel_values`: (batch, channels, size, size) fp32; or `features`: (batch, d) fp32.
     """
     import torch
 
     generator, config = torch.Generator().manual_seed(seed), model.config
+    if model.main_input_name == "features":
+        return {"features": torch.randn(batch, config.network["in_features"], generator=generator)}
     if model.main_input_name == "pixel_values":
         size = getattr(config, "image_size", 224)
         height, width = size if isinstance(size, (tuple, list)) else (size, size)

@@ -74,8 +74,8 @@ def _dynamic(model: PreTrainedModel, inputs: dict) -> dict[str, dict]:
     from torch.export import Dim
 
     batch = Dim("batch")
-    if "pixel_values" in inputs:
-        return {"pixel_values": {0: batch}}
+    if "pixel_values" in inputs or "features" in inputs:
+        return {name: {0: batch} for name in inputs}
     length = Dim("length", max=_longest(model))
     return {name: {0: batch, 1: length} for name in inputs}
 

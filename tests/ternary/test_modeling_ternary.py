@@ -285,18 +285,32 @@ def test_torch_export(model):
 
 @pytest.mark.parametrize("mode", ["weights_only", "min_shift"])
 def test_onnx(mode, tmp_path):
+    """Through the library's own export, which compares with PyTorch over several batch sizes."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(name, reason="needs the extra onnx")
-    import onnxruntime
+    from optimum_rmtkd.hub.loading import load_model
+    from optimum_rmtkd.hub.onnx import to_onnx
 
     x, y = data()
-    model = compress_features(x, y, TernaryConfig(hidden=HIDDEN, mode=mode))[0]
-    batch = torch.export.Dim("batch")
-    traced = torch.export.export(model, (), {"features": x[:2]}, dynamic_shapes={"features": {0: batch}}, strict=False)
-    torch.onnx.export(traced, input_names=["features"], output_names=["logits"], dynamo=True).save(tmp_path / "m.onnx")
-    session = onnxruntime.InferenceSession(str(tmp_path / "m.onnx"))
-    found = session.run(None, {"features": x[:17].numpy()})[0]
-    assert torch.allclose(torch.from_numpy(found), logits(model, x[:17]), atol=1e-4)
+    compress_features(x, y, TernaryConfig(hidden=HIDDEN, mode=mode))[0].save_pretrained(tmp_path)
+    assert to_onnx(load_model(tmp_path), tmp_path) < 1e-4
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    found = session.run(["logits"], {"features": x[:17].numpy()})[0]
+    assert torch.allclose(torch.from_numpy(found), logits(load_model(tmp_path), x[:17]), atol=1e-4)
+
+
+def test_onnx_of_a_model_with_a_ternary_part(tmp_path):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(name, reason="needs the extra onnx")
+    from optimum_rmtkd import compress_head
+    from optimum_rmtkd.hub.onnx import to_onnx
+
+    from ..surgery import zoo
+
+    model, batches = zoo.make("bert", "ForSequenceClassification"), zoo.batches("bert")
+    assert to_onnx(compress_head(model, "classifier", batches, TernaryConfig(hidden=HIDDEN))[0], tmp_path) < 1e-4
 
 
 def test_unknown_activation_in_a_config():
