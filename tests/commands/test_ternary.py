@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +13,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 import optimum_rmtkd  # noqa: F401
 from optimum_rmtkd.modeling_rmtkd import TernaryMLP
+from tests.conftest import ROOT
 
 
 def arrays(rows: int = 400, seed: int = 0, classes: bool = True) -> dict[str, np.ndarray]:
@@ -139,3 +143,26 @@ def test_errors_are_one_line(cli, files, monkeypatch, args, match):
 def test_wrong_module(cli, bert, table, tmp_path):
     code, _, err = cli("ternary", "--model", bert, "--module", "head", "--train-file", table, "-o", tmp_path / "out")
     assert code == 2 and "no module 'head'; it has bert, classifier" in err
+
+
+def test_example(bert, table, validation_table, tmp_path):
+    script = ROOT / "examples" / "ternary_head.py"
+    data = (
+        "--train_file",
+        table,
+        "--test_file",
+        validation_table,
+        "--text_column",
+        "sentence",
+        "--output_dir",
+        tmp_path / "out",
+    )
+    done = subprocess.run(
+        [sys.executable, script, "--model", bert, *data, "--hidden", "128", "--sparsity", "0.3"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line}
+    assert {"ternary", "dense", "linear"} <= set(lines)
+    assert AutoModel.from_pretrained(tmp_path / "out").config.recipe["sparsity"] == 0.3
