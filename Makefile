@@ -60,6 +60,8 @@ benchmark: $(VENV)/.installed-dev
 	$(BIN)/python examples/benchmarks/text.py latency --task sst2 -o results
 	$(BIN)/python examples/benchmarks/text.py teacher --task ag_news -o results
 	$(BIN)/python examples/benchmarks/text.py all --task ag_news -o results
+	$(BIN)/python examples/benchmarks/ternary.py all -o results
+	$(BIN)/python examples/benchmarks/ternary.py latency -o results
 
 clean:
 	rm -rf build dist .pytest_cache .ruff_cache
