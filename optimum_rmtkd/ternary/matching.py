@@ -384,21 +384,16 @@ def _paper(target: Functionals, t: float, levels: int, last: bool) -> StepFuncti
     optimize, random = _optimize(), np.random.default_rng(SEED)
     b = math.sqrt((2 * target.g4 / target.g2) ** 2 + 4 * target.tau2)
 
-    def step(u) -> StepFunction:
+    def thresholds(u):
         gap, inner = math.exp(min(u[1], 3.0)), math.exp(min(u[2], 3.0))
-        z = (u[0], u[0] + gap, u[0] + gap + inner, u[0] + 2 * gap + inner)
-        return StepFunction([s * t for s in z], (b, 0.0, b, 0.0, b))
+        return np.array([u[0], u[0] + gap, u[0] + gap + inner, u[0] + 2 * gap + inner])
 
     def residuals(u):
-        f = step(u).functionals(t)
+        tau2, g1, g2, g4 = steps_and_slopes(thresholds(u), np.array([-b, b, -b, b]))[0] / [1, t, t**2, t**2]
         return np.array(
-            [
-                f.tau2 - target.tau2,
-                f.g1**2 - target.g1**2,
-                f.g2**2 - target.g2**2,
-                2 * (f.g4 - target.g4),
-            ]
+            [tau2 - target.tau2, g1**2 - target.g1**2, g2**2 - target.g2**2, 2 * (g4 - target.g4)],
         )
 
     fits = [optimize.least_squares(residuals, random.normal(size=3), max_nfev=100) for _ in range(3 * RESTARTS)]
-    return step(min(fits, key=lambda fit: fit.cost).x)
+    best = min(fits, key=lambda fit: fit.cost).x
+    return StepFunction((thresholds(best) * t).tolist(), (b, 0.0, b, 0.0, b))

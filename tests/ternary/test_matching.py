@@ -197,18 +197,26 @@ TWO_LEVEL = {
 }  # measured over seeds 0 to 4: at most .297 and .216; plain 1.02 to 1.20, delta within 1 %
 
 
+def two_level_figures(p: int, n: int, seed: int) -> tuple[dict[str, float], float]:
+    x, _, tau0 = samples(p, n, seed)
+    found, match = figures(x, tau0, "two_level"), match_network(RELU, DEPTH, tau0, "two_level")
+    print(p, seed, {name: round(value, 4) for name, value in found.items()}, round(match.delta_ck, 4))
+    return found, match.delta_ck
+
+
+@pytest.mark.parametrize(("p", "n"), [(256, 480), pytest.param(512, 960, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_two_level_keeps_the_kernel_up_to_a_large_shift(seed):
-    rests = []
-    for p, n in ((256, 480), (512, 960)):
-        x, _, tau0 = samples(p, n, seed)
-        found, match = figures(x, tau0, "two_level"), match_network(RELU, DEPTH, tau0, "two_level")
-        rests.append(found["ck_rest"])
-        print(p, seed, {name: round(value, 4) for name, value in found.items()}, round(match.delta_ck, 4))
-        assert found["ck_rest"] < TWO_LEVEL[p]
-        assert found["ck"] > 0.7  # the shift, an implicit ridge
-        assert found["delta"] == pytest.approx(match.delta_ck, rel=0.05)
-    assert rests[1] < rests[0]
+def test_two_level_keeps_the_kernel_up_to_a_large_shift(p, n, seed):
+    found, shift = two_level_figures(p, n, seed)
+    assert found["ck_rest"] < TWO_LEVEL[p]
+    assert found["ck"] > 0.7  # the shift, an implicit ridge
+    assert found["delta"] == pytest.approx(shift, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+def test_two_level_error_falls_with_the_dimension(seed):
+    assert two_level_figures(512, 960, seed)[0]["ck_rest"] < 0.9 * two_level_figures(256, 480, seed)[0]["ck_rest"]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
