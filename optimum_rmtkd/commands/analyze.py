@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
 from .base import Command, set_help
-from .data import DataArguments
+from .data import DataArguments, check_files
 from .options import add_options, add_recipe_options, from_options, recipe_from_options
 
 
 __all__ = ["AnalyzeCommand"]
+
+UNUSED = ("validation_file", "max_eval_samples", "metric")
 
 USAGE = "optimum-cli rmtkd analyze --model MODEL (--train-file FILE | --dataset NAME) [options]"
 
@@ -42,12 +45,13 @@ class AnalyzeCommand(Command):
         parser.add_argument("--json", metavar="FILE", help="Also write the report as JSON.")
         parser.add_argument("--html", metavar="FILE", help="Also write it as one HTML page (needs matplotlib).")
         parser.add_argument("--plot", metavar="FILE", help="Also plot the spectra (needs matplotlib).")
-        add_options(parser, DataArguments, "data")
+        add_options(parser, DataArguments, "data", skip=UNUSED)
         add_recipe_options(parser)
 
     def execute(self) -> None:
         recipe: RMTKDConfig = recipe_from_options(self.args)
         data = from_options(DataArguments, self.args)
+        check_files(data)
         for path in (self.args.json, self.args.html, self.args.plot):
             if path and not Path(path).absolute().parent.is_dir():
                 raise RMTKDError(f"Cannot write {path}: its folder does not exist.")
@@ -55,7 +59,8 @@ class AnalyzeCommand(Command):
         from ..surgery import analyze
         from .task import load_task
 
-        task = load_task(self.args.model, data, recipe.seed)
+        # Nothing is validated here, so no row is held out for it.
+        task = load_task(self.args.model, dataclasses.replace(data, validation_file=data.train_file), recipe.seed)
         loader = task.calibration_loader(self.args.batch_size, recipe.seed)
         report = analyze(task.model, loader, recipe)
         print(report.table())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
 from .base import Command, set_help
-from .data import DataArguments
+from .data import DataArguments, check_files
 from .options import add_options, add_recipe_options, from_options, option, recipe_from_options
 from .output import comparison, format_table, weight_bytes, writing_beside
 
@@ -73,6 +74,7 @@ class TrainingOptions:
     epochs: float = option(1.0, "Passes over the training rows.")
     max_steps: int = option(-1, "Stop after so many optimizer steps; -1: as many as the epochs need.")
     batch_size: int = option(32, "Rows in one step on one device.")
+    eval_batch_size: int = option(64, "Rows in one forward pass when evaluating.")
     learning_rate: float = option(3e-4, "Peak learning rate of AdamW.")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     warmup_steps: int = option(0, "Steps of linear warm-up.")
@@ -85,11 +87,11 @@ class TrainingOptions:
     save_steps: int = option(500, "Steps between two checkpoints.")
 
     def __post_init__(self):
-        if self.epochs <= 0 or self.batch_size < 1 or self.learning_rate <= 0:
-            raise RMTKDError(
-                f"--epochs {self.epochs:g}, --batch-size {self.batch_size}, --learning-rate {self.learning_rate:g}: "
-                "expected numbers above 0."
-            )
+        for name in ("epochs", "batch_size", "eval_batch_size", "learning_rate", "save_steps"):
+            if getattr(self, name) <= 0:
+                raise RMTKDError(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected a number above 0.")
+        if self.checkpoints is not None and not self.train:
+            raise RMTKDError("--checkpoints and --no-train: a cut alone has no checkpoints. Drop one of them.")
 
 
 class CompressCommand(Command):
@@ -120,6 +122,7 @@ class CompressCommand(Command):
         recipe = recipe_from_options(self.args)
         data = from_options(DataArguments, self.args)
         training = from_options(TrainingOptions, self.args)
+        check_files(data)
         _check_single_process()
         from ..hub import write_card
 
@@ -153,13 +156,13 @@ def _compress(
     task = load_task(name, data, recipe.seed)
     check_recipe(task.model, recipe)  # what cannot work is refused before the first forward pass
     parameters = count_parameters(task.model)
-    before = evaluate(task, task.model)
+    before = evaluate(task, task.model, training.eval_batch_size)
     distil = _distil if training.train else _cut
     model, stages, history = distil(task, training, recipe, folder)
 
     dtype = stored_dtype(name) if save_dtype == "auto" else save_dtype
     model = _rounded_to(model, dtype)
-    after = evaluate(task, model)
+    after = evaluate(task, model, training.eval_batch_size)
     _save(model, dtype, task, folder)
     recipe.to_json_file(folder / RECIPE_NAME)
     write_journal(folder, stages, recipe, parameters, count_parameters(model))
@@ -219,6 +222,7 @@ def _distil(
     task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
 ) -> tuple[PreTrainedModel, list[Stage], list[dict]]:
     """The whole schedule of cuts and distillation; the spectra of each cut go into `folder`."""
+    import torch
     from transformers.trainer_utils import get_last_checkpoint
 
     from ..hub.run import SPECTRA
@@ -229,7 +233,7 @@ def _distil(
         num_train_epochs=training.epochs,
         max_steps=training.max_steps,
         per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=max(training.batch_size, 64),
+        per_device_eval_batch_size=training.eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
@@ -242,6 +246,7 @@ def _distil(
         seed=recipe.seed,
         report_to="none",
         remove_unused_columns=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
         metric_for_best_model=task.metric,
         greater_is_better=True,
     )
@@ -256,10 +261,26 @@ def _distil(
         compute_metrics=task.compute_metrics,
     )
     there = training.checkpoints is not None and Path(training.checkpoints).is_dir()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.checkpoints) if there else None)
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(training.checkpoints) if there else None)
+    except KeyboardInterrupt:
+        print(f"\n{_how_to_continue(training)}", file=sys.stderr)
+        raise
     if (spectra := Path(args.output_dir) / SPECTRA).is_file():
         shutil.copyfile(spectra, folder / SPECTRA)
     return trainer.accelerator.unwrap_model(trainer.model), list(trainer.stages), list(trainer.state.log_history)
+
+
+def _how_to_continue(training: TrainingOptions) -> str:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    folder = training.checkpoints
+    if folder is None:
+        return "Nothing is kept of this training: with --checkpoints DIR it could be continued."
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if last is None:
+        return f"No checkpoint yet in {folder}: one is written every {training.save_steps} steps (--save-steps)."
+    return f"The same command continues from {last}."
 
 
 def _rounded_to(model: PreTrainedModel, dtype: str) -> PreTrainedModel:

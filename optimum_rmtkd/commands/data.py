@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
+from .metrics import METRICS
 from .options import option
 
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-__all__ = ["DataArguments", "find_columns", "has_images", "label_values", "load_rows"]
+__all__ = ["DataArguments", "check_files", "find_columns", "has_images", "label_values", "load_rows"]
 
 BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 VALIDATION_SPLITS = ("validation", "validation_matched", "dev", "test")
@@ -45,6 +46,9 @@ class DataArguments:
     )
     text_column: list[str] | None = option(None, "One or two text columns. None: the columns that hold strings.")
     label_column: str | None = option(None, f"Column of the labels. None: the first of {', '.join(LABEL_COLUMNS)}.")
+    metric: str | None = option(
+        None, "What is measured on the validation rows. None: accuracy, or pearson for regression.", tuple(METRICS)
+    )
     max_length: int = option(128, "Longer texts are cut to this many tokens.")
     max_train_samples: int | None = option(None, "Use only so many training rows, drawn at random with a fixed seed.")
     max_eval_samples: int | None = option(None, "Use only so many validation rows, the first ones.")
@@ -69,12 +73,32 @@ class DataArguments:
         return {"id": name, "name": name, "split": "validation"}
 
 
+def check_files(data: DataArguments) -> None:
+    """Tell a missing or unreadable path in the first moment, before anything slow is imported.
+
+    Raises:
+        RMTKDError: a path that does not exist, is empty, or is of a kind that cannot be read.
+    """
+    for path in filter(None, (data.train_file, data.validation_file)):
+        if Path(path).is_dir():
+            continue
+        if not Path(path).is_file():
+            raise RMTKDError(f"{path}: no such file or folder.")
+        if Path(path).suffix.lower() not in BUILDERS:
+            raise RMTKDError(
+                f"{path}: unknown kind of file '{Path(path).suffix}'; expected one of {', '.join(BUILDERS)}."
+            )
+        if Path(path).stat().st_size == 0:
+            raise RMTKDError(f"{path} is empty.")
+
+
 def load_rows(data: DataArguments, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Training and validation rows, shortened as `data` says.
 
     Raises:
         RMTKDError: a file or dataset that is missing, unreadable, empty, or without a training split.
     """
+    check_files(data)
     if data.dataset is not None:
         train, validation = _from_hub(data.dataset, data.dataset_config)
     else:
@@ -124,15 +148,8 @@ def _from_path(path: str) -> Dataset:
     place = Path(path)
     if place.is_dir():
         return _load(f"image folder {path}", "imagefolder", data_dir=str(place), split="train")
-    if not place.is_file():
-        raise RMTKDError(f"{path}: no such file or folder.")
-    builder = BUILDERS.get(place.suffix.lower())
-    if builder is None:
-        raise RMTKDError(f"{path}: unknown kind of file '{place.suffix}'; expected one of {', '.join(BUILDERS)}.")
-    if place.stat().st_size == 0:
-        raise RMTKDError(f"{path} is empty.")
     extra = {"sep": "\t"} if place.suffix.lower() == ".tsv" else {}
-    return _load(path, builder, data_files=str(place), split="train", **extra)
+    return _load(path, BUILDERS[place.suffix.lower()], data_files=str(place), split="train", **extra)
 
 
 def has_images(rows: Dataset) -> bool:

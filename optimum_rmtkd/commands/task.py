@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
 from .data import DataArguments, find_columns, has_images, label_values, load_rows
+from .metrics import METRICS, REGRESSION, choose_metric
 
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Task:
         processor: its tokenizer or image processor.
         train, validation: rows of model inputs and `labels`.
         collator: makes a batch of such rows.
-        metric: "accuracy", or "pearson" for a model with one output.
+        metric: name in `commands.metrics.METRICS`; by default "accuracy", or "pearson" for a model with one output.
     """
 
     model: PreTrainedModel
@@ -48,10 +49,8 @@ class Task:
         import numpy as np
 
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        labels = np.asarray(prediction.label_ids)
-        if self.metric == "accuracy":
-            return {"accuracy": float((logits.argmax(-1) == labels).mean())}
-        return {"pearson": float(np.corrcoef(logits.reshape(-1), labels.reshape(-1))[0, 1])}
+        predicted = logits.reshape(-1) if self.metric in REGRESSION else logits.argmax(-1)
+        return {self.metric: METRICS[self.metric](predicted, np.asarray(prediction.label_ids).reshape(-1))}
 
     def calibration_loader(self, batch_size: int, seed: int) -> DataLoader:
         """Batches of training rows in a fixed random order: files are often sorted by class."""
@@ -83,6 +82,7 @@ def load_task(model: str, data: DataArguments, seed: int = 0) -> Task:
             )
     _check_same_classes(train.features[label], validation.features[label])
     labels = [label_values(rows, label, config) for rows in (train, validation)]
+    metric = choose_metric(data.metric, isinstance(labels[0][0], float), config.num_labels)
     if kind == "text":
         processor, collator, encode = _text_tools(model, config, inputs, data.max_length)
     else:
@@ -93,17 +93,22 @@ def load_task(model: str, data: DataArguments, seed: int = 0) -> Task:
         train=encode(train, labels[0]),
         validation=encode(validation, labels[1]),
         collator=collator,
-        metric="pearson" if isinstance(labels[0][0], float) else "accuracy",
+        metric=metric,
     )
 
 
 def evaluate(task: Task, model: PreTrainedModel, batch_size: int = 64) -> float:
     """The task's metric of `model` on the validation rows."""
+    import torch
     from transformers import Trainer, TrainingArguments
 
     with tempfile.TemporaryDirectory() as folder:
         args = TrainingArguments(
-            folder, per_device_eval_batch_size=batch_size, report_to="none", remove_unused_columns=False
+            folder,
+            per_device_eval_batch_size=batch_size,
+            report_to="none",
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.accelerator.is_available(),
         )
         trainer = Trainer(model, args, data_collator=task.collator, compute_metrics=task.compute_metrics)
         return trainer.predict(task.validation).metrics[f"test_{task.metric}"]
@@ -178,7 +183,9 @@ def _text_tools(model: str, config: PreTrainedConfig, columns: list[str], max_le
         )
     if tokenizer.pad_token_id is None:
         raise RMTKDError(
-            f"The tokenizer of '{model}' has no padding token: set one, save it, and set config.pad_token_id."
+            f"The tokenizer of '{model}', a {type(tokenizer).__name__} of {len(tokenizer)} tokens for a table of "
+            f"{config.vocab_size} rows, has no padding token. If it belongs to another model, put the right one in its place; "
+            "else set its pad_token and config.pad_token_id and save both."
         )
     length = min(max_length, tokenizer.model_max_length)
 

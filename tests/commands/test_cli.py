@@ -86,7 +86,7 @@ def test_our_errors_are_one_line_and_exit_code_2(compress, tmp_path):
     lines = err.strip().splitlines()
     assert lines[-1] == f"optimum-cli rmtkd compress: error: {tmp_path}/no.csv: no such file or folder."
     assert "Traceback" not in err
-    assert list((tmp_path / "work").iterdir()) == []
+    assert not (tmp_path / "work").exists()
 
 
 def test_the_same_from_a_shell(bert, tmp_path):
@@ -260,3 +260,48 @@ def test_analyze_prints_and_writes(cli, bert, table, tmp_path):
 def test_analyze_needs_a_file_it_can_write(cli, bert, table, tmp_path):
     code, _, err = cli("analyze", "--model", bert, "--train-file", table, "--json", tmp_path / "no" / "spectra.json")
     assert code == 2 and "spectra.json" in err
+
+
+def test_a_cut_alone_has_no_checkpoints(compress, tmp_path, no_work):
+    code, _, err = compress("--no-train", "--checkpoints", tmp_path / "runs")
+    assert code == 2 and "--checkpoints and --no-train" in err
+
+
+def test_another_metric(compress, tmp_path):
+    pytest.importorskip("sklearn")
+    code, out, err = compress("--no-train", "--metric", "matthews_correlation", "--eval-batch-size", 8)
+    assert code == 0, err
+    assert "matthews_correlation" in out and "accuracy" not in out
+    code, _, err = compress("--no-train", "--metric", "pearson", "-o", tmp_path / "other")
+    assert code == 2 and "expected one of accuracy, f1" in err and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ((), "with --checkpoints DIR it could be continued"),
+        (("--checkpoints", "runs", "--save-steps", 4), "No checkpoint yet in runs"),
+        (("--checkpoints", "runs", "--save-steps", 1), "continues from runs/checkpoint-2"),
+    ],
+)
+def test_interrupted_training_says_how_to_continue(compress, tmp_path, monkeypatch, options, told):
+    from transformers import TrainerCallback
+
+    from optimum_rmtkd.trainer import trainer as room
+
+    class Interrupt(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise KeyboardInterrupt
+
+    made = room.RMTKDTrainer.__init__
+
+    def with_interrupt(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        self.add_callback(Interrupt())
+
+    monkeypatch.setattr(room.RMTKDTrainer, "__init__", with_interrupt)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = compress("--max-steps", 8, "--batch-size", 8, *options)
+    assert code == 130 and told in err
+    assert err.strip().splitlines()[-1] == "optimum-cli rmtkd compress: interrupted, no output was written"
