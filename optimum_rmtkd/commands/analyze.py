@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from ..config import RMTKDConfig
-from ..errors import RMTKDError
 from .base import Command, set_help
 from .data import DataArguments, check_files
 from .options import add_options, add_recipe_options, from_options, recipe_from_options
+from .output import check_target
 
 
 __all__ = ["AnalyzeCommand"]
@@ -53,8 +52,8 @@ class AnalyzeCommand(Command):
         data = from_options(DataArguments, self.args)
         check_files(data)
         for path in (self.args.json, self.args.html, self.args.plot):
-            if path and not Path(path).absolute().parent.is_dir():
-                raise RMTKDError(f"Cannot write {path}: its folder does not exist.")
+            if path:
+                check_target(path)
 
         from ..surgery import analyze
         from .task import load_task

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,22 @@ from pathlib import Path
 from ..errors import RMTKDError
 
 
-__all__ = ["comparison", "format_table", "weight_bytes", "writing_beside"]
+__all__ = ["check_target", "comparison", "format_table", "weight_bytes", "writing_beside"]
+
+
+def check_target(path: str | Path) -> None:
+    """Refuse a file that cannot be written to, before the work that it is meant for.
+
+    Raises:
+        RMTKDError: `path` is a folder, or its own folder is missing or cannot be written to.
+    """
+    path = Path(path).absolute()
+    if path.is_dir():
+        raise RMTKDError(f"Cannot write {path}: it is a folder; expected the name of a file.")
+    if not path.parent.is_dir():
+        raise RMTKDError(f"Cannot write {path}: its folder does not exist.")
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise RMTKDError(f"Cannot write {path}: its folder cannot be written to.")
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import RMTKDError
+from ..files import write_text
 from .base import Command, set_help
+from .output import check_target
 
 
 __all__ = ["ReportCommand"]
@@ -38,11 +39,10 @@ class ReportCommand(Command):
 
     def execute(self) -> None:
         from ..hub import Run, report_page
-        from ..hub.page import PAGE, write_page
+        from ..hub.page import PAGE
 
         target = Path(self.args.output or Path(self.args.folder) / PAGE)
         run = Run.read(self.args.folder)
-        if not target.absolute().parent.is_dir():
-            raise RMTKDError(f"Cannot write {target}: its folder does not exist.")
-        write_page(target, report_page(run))
+        check_target(target)
+        write_text(target, report_page(run))
         print(f"report written to {target}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from .run import Run
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PAGE", "report_page", "spectra_page", "write_page"]
+__all__ = ["PAGE", "report_page", "spectra_page"]
 
 PAGE = "report.html"
 TEMPLATES = Path(__file__).parent / "templates"
@@ -77,14 +78,6 @@ def spectra_page(report: Mapping[str, Any]) -> str:
     before, after = report["parameters"], report["planned_parameters"]
     facts = [("parameters", f"{before:,}"), ("planned", f"{after:,} ({after / before - 1:+.1%})")]
     return _render("Spectra and plan", facts, _spectra_sections(report, "", "s"), report["recipe"])
-
-
-def write_page(path: str | Path, html: str) -> None:
-    """Beside, then rename."""
-    target = Path(path)
-    beside = target.with_name(target.name + ".tmp")
-    beside.write_text(html, encoding="utf8")
-    beside.replace(target)
 
 
 def _spectra_sections(report: Mapping[str, Any], prefix: str, key: str) -> list[dict[str, Any]]:
@@ -164,7 +157,7 @@ def to_svg(figure: Figure, key: str, text: str) -> str:
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = svg.replace("url(#", f"url(#{key}-").replace('href="#', f'href="#{key}-')
     width, height = figure.get_size_inches()
-    head = f'<svg role="img" aria-label="{text}" viewBox="0 0 {72 * width:g} {72 * height:g}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    head = f'<svg role="img" aria-label="{html.escape(text)}" viewBox="0 0 {72 * width:g} {72 * height:g}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
     return head + svg[svg.index(">") + 1 :]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RMTKDError
+from ..files import write_text
 
 
 __all__ = ["BENCH", "RESULTS", "SPECTRA", "STAGES", "Run", "first", "public_name", "write_results", "write_spectra"]
@@ -161,7 +161,7 @@ def write_spectra(folder: str | Path, index: int, report: Any) -> None:
 
 def write_results(folder: str | Path, **results: Any) -> None:
     """Add to the results of a run: `base_model`, `parameters` and `bytes` (before, after), `metric` {name, before, after},
-    `dataset` {id, name, split}, `log_history`, `training`, `recipe`. What is None is left as it was."""
+    `dataset` {id, name, config, split, rows, on_hub}, `log_history`, `training`, `recipe`. What is None is left as it was."""
     path = Path(folder) / RESULTS
     given = {key: value for key, value in results.items() if value is not None}
     _write(path, {"version": 1} | _load(path) | given)
@@ -194,11 +194,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
-    """Beside, then rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(_plain(values)) + "\n", encoding="utf8")
-    os.replace(beside, path)
+    write_text(path, json.dumps(_plain(values)) + "\n")
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files import write_text
 from ..spectra import SignalSubspace
 from .budget import BudgetPoint
 
@@ -128,10 +129,7 @@ class SpectralReport:
         """The report as JSON text, written to `path` where one is given."""
         text = json.dumps(self.to_dict(), indent=1)
         if path is not None:
-            target = Path(path)
-            beside = target.with_name(target.name + ".tmp")
-            beside.write_text(text + "\n", encoding="utf8")
-            beside.replace(target)
+            write_text(path, text + "\n")
         return text
 
     def to_html(self, path: str | Path | None = None) -> str:
@@ -140,11 +138,11 @@ class SpectralReport:
         Raises:
             RMTKDError: matplotlib (the extra `report`) is not installed.
         """
-        from ..hub.page import spectra_page, write_page  # upwards, on demand: pages belong to the hub room
+        from ..hub.page import spectra_page  # upwards, on demand: pages belong to the hub room
 
         html = spectra_page(self.to_dict())
         if path is not None:
-            write_page(path, html)
+            write_text(path, html)
         return html
 
     def plot(self, path: str | Path) -> None:

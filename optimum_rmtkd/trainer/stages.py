@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..config import RMTKDConfig
 from ..errors import BudgetError, RMTKDError
+from ..files import write_text
 
 
 __all__ = [
@@ -214,11 +214,9 @@ def write_journal(
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Beside, then rename: a reader never meets half a file."""
+    """Whole or not at all; what is not finite becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(json.dumps(_finite(values), indent=2) + "\n", encoding="utf8")
-    os.replace(beside, path)
+    write_text(path, json.dumps(_finite(values), indent=2) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -34,6 +34,12 @@ def test_report_of_something_else(cli, bert, tmp_path):
     assert code == 2 and "no such folder" in err
 
 
+def test_report_to_a_place_that_is_none(cli, small, tmp_path):
+    for place, message in ((tmp_path, "it is a folder"), (tmp_path / "missing" / "x.html", "does not exist")):
+        code, _, err = cli("report", small, "-o", place)
+        assert code == 2 and message in err
+
+
 def test_analyze_writes_a_page(cli, bert, table, tmp_path):
     pytest.importorskip("matplotlib")
     code, _, err = cli("analyze", "--model", bert, "--train-file", table, "--html", tmp_path / "spectra.html")
@@ -41,16 +47,38 @@ def test_analyze_writes_a_page(cli, bert, table, tmp_path):
     assert "Spectra and plan" in (tmp_path / "spectra.html").read_text(encoding="utf8")
 
 
-def test_export_native_says_what_padding_costs(cli, small, tmp_path):
+@pytest.fixture
+def whole_stream(cli, bert, table, validation_table, tmp_path):
+    """A cut that leaves the stream: its heads always fit."""
+    data = ["--train-file", table, "--validation-file", validation_table, "--no-train"]
+    size = ["--target-reduction", 0.3, "--round-to", 4, "--min-width", 4]
+    sites = ["--sites", "intermediate", "attention_qk", "attention_vo"]
+    code, _, err = cli("compress", "--model", bert, *data, *size, *sites, "-o", tmp_path / "whole")
+    assert code == 0, err
+    return tmp_path / "whole"
+
+
+def test_export_native_says_what_padding_costs(cli, whole_stream, tmp_path):
+    small = whole_stream
     code, _, err = cli("export", small, "--format", "native", "-o", tmp_path / "plain")
     assert code == 2 and "With --pad" in err and not (tmp_path / "plain").exists()
     code, out, err = cli("export", small, "--format", "native", "--pad", "-o", tmp_path / "plain")
-    if code:  # the heads that were found may not divide the stream: then nothing was written
-        assert "heads" in err and not (tmp_path / "plain").exists()
-        return
+    assert code == 0, err
     assert "BertForSequenceClassification" in out and "filled up" in out
     names = {path.name for path in (tmp_path / "plain").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and "modeling_rmtkd.py" not in names
+
+
+def test_export_of_a_folder_that_is_none(cli, tmp_path):
+    code, _, err = cli("export", tmp_path / "none", "--format", "onnx", "-o", tmp_path / "out")
+    assert code == 2 and f"There is no folder {tmp_path / 'none'} here" in err and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_cannot_be_read_is_no_silent_loss(cli, small, tmp_path):
+    (small / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
+    (small / "tokenizer.json").write_text("{")
+    code, _, err = cli("export", small, "--format", "native", "--pad", "-o", tmp_path / "out")
+    assert code == 2 and not (tmp_path / "out").exists()
 
 
 def test_export_refuses_dense_models_and_wrong_options(cli, bert, small, tmp_path):

@@ -76,6 +76,13 @@ def test_what_others_wrote_is_escaped(page_file):
     assert "<b>fell</b>" not in html and "&lt;b&gt;fell&lt;/b&gt;" in html
 
 
+def test_names_of_sites_cannot_leave_their_attribute(spectra):
+    report = spectra.to_dict()
+    report["sites"] = [report["sites"][0] | {"name": '"><script>alert(1)</script>'}]
+    html = spectra_page(report)
+    assert "<script>alert" not in html and 'aria-label="Eigenvalues of &quot;&gt;&lt;script&gt;' in html
+
+
 def test_every_site_and_estimator_is_there(page_file, spectra):
     html = page_file.read_text(encoding="utf8")
     for site in spectra.sites:
