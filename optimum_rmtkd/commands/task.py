@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
+from ..hub.loading import load_config
 from .data import DataArguments, find_columns, has_images, label_values, load_rows
 from .metrics import METRICS, REGRESSION, choose_metric
 
@@ -70,7 +71,7 @@ def load_task(model: str, data: DataArguments, seed: int = 0) -> Task:
     Raises:
         RMTKDError: anything missing, unreadable or not matching; nothing has been computed yet.
     """
-    config = _load_config(model)
+    config = load_config(model)
     train, validation = load_rows(data, seed)
     kind = "image" if has_images(train) else "text"
     _check_head(config, kind, model)
@@ -123,20 +124,8 @@ def weights_folder(model: str) -> Path:
 
 def stored_dtype(model: str) -> str:
     """Name of the number format in which `model` is stored: float16, bfloat16, else float32."""
-    name = str(_load_config(model).dtype).removeprefix("torch.")
+    name = str(load_config(model).dtype).removeprefix("torch.")
     return name if name in ("float16", "bfloat16") else "float32"
-
-
-def _load_config(model: str) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    import optimum_rmtkd  # noqa: F401  registers the reduced classes: a reduced model can be reduced again
-
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        local = "" if Path(model).is_dir() else f" There is no folder {model} here, so it was looked for on the Hub."
-        raise RMTKDError(f"Cannot load model '{model}': {error}{local}") from error
 
 
 def _load_model(model: str, kind: str) -> PreTrainedModel:

@@ -10,11 +10,26 @@ from ..errors import RMTKDError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["example_inputs", "load_model", "load_processor"]
+__all__ = ["example_inputs", "load_config", "load_model", "load_processor"]
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def load_config(name: str | Path) -> PreTrainedConfig:
+    """The config in a folder or repository.
+
+    Raises:
+        RMTKDError: none there, or of an unknown kind.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        hint = "" if Path(name).is_dir() else f" There is no folder {name} here, so it was looked for on the Hub."
+        raise RMTKDError(f"Cannot load model '{name}': {error}{hint}") from error
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -27,15 +42,11 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         RMTKDError: no model there, or one of a class that neither transformers nor this package has.
     """
     import transformers
-    from transformers import AutoConfig
 
     from .. import modeling_rmtkd, ternary
     from ..ternary.configuration_ternary import TernaryMLPConfig
 
-    try:
-        config = AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RMTKDError(f"Cannot load model '{name}': {error}") from error
+    config = load_config(name)
     wanted = (config.architectures or [""])[0]
     home = modeling_rmtkd if wanted.startswith(modeling_rmtkd.PREFIX) else transformers
     if config.model_type == TernaryMLPConfig.model_type:
@@ -51,25 +62,31 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
 
 
 def load_processor(name: str | Path) -> Any | None:
-    """The tokenizer or image processor beside a model; None where there is none."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    """The tokenizer or image processor beside a model; None where there is none.
 
-    folder = Path(name)
-    if folder.is_dir() and (folder / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(name)
-    if folder.is_dir() and not (folder / "tokenizer_config.json").is_file():
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):
-        return None
+    Raises:
+        RMTKDError: its files are there and cannot be read.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers.utils import cached_file
+
+    kinds = {"preprocessor_config.json": AutoImageProcessor, "tokenizer_config.json": AutoTokenizer}
+    for file, auto in kinds.items():
+        if cached_file(name, file, _raise_exceptions_for_missing_entries=False) is None:
+            continue
+        try:
+            return auto.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise RMTKDError(f"Cannot load what {file} of '{name}' describes: {error}") from error
+    return None
 
 
 def example_inputs(model: PreTrainedModel, batch: int, length: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs of a model: token ids with a mask that pads the last row, or pixels.
 
     Returns:
-        `input_ids`, `attention_mask` (and `token_type_ids` where the model has types): (batch, length) int64; or
+        `input_ids`, `attention_mask` (and `token_type_ids` where the model has types, `decoder_input_ids` where it has a
+        decoder beside the encoder): (batch, length) int64; or
         `pixel_values`: (batch, channels, size, size) fp32; or `features`: (batch, d) fp32.
     """
     import torch
@@ -91,4 +108,6 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int = 16, seed: i
     inputs = {"input_ids": ids, "attention_mask": mask}
     if (getattr(config, "type_vocab_size", 0) or 0) > 1:
         inputs["token_type_ids"] = torch.zeros_like(ids)
+    if getattr(config, "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = ids.flip(1)
     return inputs

@@ -156,7 +156,8 @@ def _heads_that_fit(stream: int, head: int, heads: int) -> tuple[int, int]:
             return stream // count, count
     raise RMTKDError(
         f"{heads} heads of width {head} on a stream of {stream}: the base's config wants heads x width = stream and has no field for "
-        "anything else. Use the reduced format, or reduce the heads further (or the stream less)."
+        "anything else. Use the reduced format or --format onnx, or reduce without the stream (--sites intermediate attention_qk "
+        "attention_vo), which leaves room for any heads."
     )
 
 

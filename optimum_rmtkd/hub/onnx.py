@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,19 +24,22 @@ def to_onnx(model: PreTrainedModel, folder: str | Path) -> float:
     """Write `model.onnx` (and `model.onnx.data`) into `folder`.
 
     The inputs are those that `example_inputs` gives, the outputs the tensors that the model returns by default; batch and
-    length are free. Weights are fp32.
+    length are free. Weights are fp32. Decoders are written without a cache of keys and values.
 
     Returns:
         The largest difference to PyTorch's outputs over several shapes, in units of the output.
 
     Raises:
         RMTKDError: onnx, onnxscript or onnxruntime (the extra `onnx`) is missing, the model cannot be traced, or the
-            outputs differ by more than 1e-4.
+            outputs differ by more than 1e-4; then no file is left.
     """
     import torch
 
     _check_installed()
-    model = model.float().eval()
+    model = copy.deepcopy(model).float().eval()
+    for part in model.modules():  # a cache of keys and values is no tensor that a graph could return
+        if getattr(getattr(part, "config", None), "use_cache", False):
+            part.config.use_cache = False
     inputs = example_inputs(model, batch=2)
     names = _output_names(model, inputs)
     target = Path(folder) / FILE
@@ -47,6 +51,8 @@ def to_onnx(model: PreTrainedModel, folder: str | Path) -> float:
     program.save(target, external_data=model.num_parameters() * 4 > 1.5e9)  # protobuf holds 2 GB at most
     difference = max(_difference(model, names, target, *shape) for shape in SHAPES)
     if not difference <= TOLERANCE:
+        for written in (target, target.with_name(FILE + ".data")):
+            written.unlink(missing_ok=True)
         raise RMTKDError(
             f"onnxruntime's outputs differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: the export is not to be "
             "trusted and nothing is kept. Try other versions of torch, onnxscript and onnxruntime."
@@ -76,8 +82,8 @@ def _dynamic(model: PreTrainedModel, inputs: dict) -> dict[str, dict]:
     batch = Dim("batch")
     if "pixel_values" in inputs or "features" in inputs:
         return {name: {0: batch} for name in inputs}
-    length = Dim("length", max=_longest(model))
-    return {name: {0: batch, 1: length} for name in inputs}
+    length, behind = Dim("length", max=_longest(model)), Dim("decoder_length", max=_longest(model))
+    return {name: {0: batch, 1: behind if name.startswith("decoder") else length} for name in inputs}
 
 
 def _longest(model: PreTrainedModel) -> int:

@@ -94,7 +94,7 @@ def test_what_has_no_plain_form_is_refused():
         to_native(reduced("roberta", widths=UNIFORM))
     with pytest.raises(RMTKDError, match="epsilon"):
         to_native(reduced("distilbert", widths=UNIFORM))
-    with pytest.raises(RMTKDError, match="heads of width 8 on a stream of 12"):
+    with pytest.raises(RMTKDError, match="heads of width 8 on a stream of 12.*--sites intermediate"):
         to_native(reduced(widths={"hidden": 12}), pad=True)
 
 
@@ -141,6 +141,17 @@ def onnx_pieces():
         pytest.importorskip(name)
 
 
+def test_onnx_of_a_decoder_has_no_cache(tmp_path):
+    onnx_pieces()
+    from optimum_rmtkd.hub.onnx import to_onnx
+
+    torch.manual_seed(0)
+    body = {"n_positions": 40, "n_embd": 32, "n_layer": 1, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, **body)).eval()
+    assert to_onnx(model, tmp_path) <= 1e-4
+    assert model.config.use_cache is True
+
+
 @pytest.mark.parametrize("name, task", [("bert", "ForSequenceClassification"), ("vit", "ForImageClassification")])
 def test_onnx(name, task, tmp_path):
     onnx_pieces()
@@ -163,4 +174,14 @@ def test_a_wrong_onnx_file_is_not_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(room, "_difference", lambda *args: 1e-3)
     with pytest.raises(RMTKDError, match="differ from PyTorch's by 0.001"):
-        room.to_onnx(reduced(), tmp_path)
+        room.to_onnx(reduced().to(torch.bfloat16), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_exported_model_stays_as_it_is(tmp_path):
+    onnx_pieces()
+    from optimum_rmtkd.hub.onnx import to_onnx
+
+    model = reduced().to(torch.bfloat16).train()
+    to_onnx(model, tmp_path)
+    assert model.dtype == torch.bfloat16 and model.training
