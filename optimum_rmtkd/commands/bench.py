@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
+from ..files import write_text
 from .base import Command, set_help
 from .measuring import NOT_MEASURABLE, count_flops, energy_meter, peak_memory
 from .options import add_options, from_options, option
-from .output import format_table, weight_bytes
+from .output import check_target, format_table, weight_bytes
 from .timing import compare_latency
 
 
@@ -75,21 +76,27 @@ class BenchCommand(Command):
 
     def execute(self) -> None:
         from ..hub import write_card
-        from ..hub.card import CARD
+        from ..hub.card import CARD, is_ours
         from ..hub.run import BENCH
 
         options = from_options(BenchOptions, self.args)
-        found = compare(self.args.against, self.args.model, options)
-        print(f"{found['setting']}\n")
-        print(format_table(("", "before", "after", "change"), found["rows"]))
         folder = Path(self.args.model)
         target = Path(self.args.json) if self.args.json else folder / BENCH if folder.is_dir() else None
         if target is not None:
-            target.write_text(json.dumps(found, indent=1) + "\n", encoding="utf8")
+            check_target(target)
+        found = compare(self.args.against, self.args.model, options)
+        print(f"{found['setting']}\n")
+        print(format_table(("", "before", "after", "change"), found["rows"]))
+        if target is not None:
+            write_text(target, json.dumps(found, indent=1) + "\n")
             print(f"\nwritten to {target}")
-        if (folder / CARD).is_file() and not self.args.json:
+        if self.args.json or not (folder / CARD).is_file():
+            return
+        if is_ours(folder):
             write_card(folder)
             print(f"and into {folder / CARD}")
+        else:
+            print(f"not into {folder / CARD}, which somebody else wrote or changed")
 
 
 def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
@@ -100,6 +107,7 @@ def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
         "options": of the measurement}.
     """
     import torch
+    from tqdm.auto import tqdm
 
     from ..hub.loading import load_model
     from ..surgery import count_parameters
@@ -118,10 +126,10 @@ def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
     shapes = _shapes(models[0], options)
     values = [
         _value("parameters", "", *(count_parameters(model) for model in models)),
-        _value("bytes on disk", "B", *(weight_bytes(weights_folder(name)) for name in (before, after))),
+        _value("bytes on disk", "", *(weight_bytes(weights_folder(name)) for name in (before, after))),
     ]
     meter = energy_meter(device) if options.energy else None
-    for batch, length in shapes:
+    for batch, length in tqdm(shapes, desc="Measuring", unit="shape", leave=False, disable=None):
         inputs = _inputs(models[0], batch, length)
         where = _label(batch, length)
         values.append(_value(f"FLOPs, {where}", "FLOP", *(count_flops(model, inputs) for model in models)))
@@ -133,7 +141,7 @@ def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
             values.append(_value(f"energy, {where}", "J", *joules))
     return {
         "version": 1,
-        "setting": _setting(device, options.dtype, options.repeats),
+        "setting": _setting(device, options.dtype, options.repeats) + _other_base(*models),
         "rows": [_row(value) for value in values],
         "values": values,
         "options": asdict(options),
@@ -146,6 +154,23 @@ def _check_comparable(dense: PreTrainedModel, small: PreTrainedModel, before: st
             f"'{before}' reads {dense.main_input_name}, '{after}' reads {small.main_input_name}: expected the model that the "
             "reduced one was made from."
         )
+    for name in ("vocab_size", "num_channels", "image_size"):
+        ours, theirs = (getattr(model.config, name, None) for model in (dense, small))
+        if ours != theirs:
+            raise RMTKDError(
+                f"{name} is {ours} in '{before}' and {theirs} in '{after}', so the two cannot read the same inputs: expected the "
+                "model that the reduced one was made from."
+            )
+
+
+def _other_base(dense: PreTrainedModel, small: PreTrainedModel) -> str:
+    """What the reader of the figures must know where the model they are ratios to is not the uncut one."""
+    from ..surgery import count_parameters, uncut_parameters
+
+    uncut, found = uncut_parameters(small), count_parameters(dense)
+    if uncut == found or not getattr(small.config, "rmtkd", None):
+        return ""
+    return f"; against a model of {found:,} parameters, not the uncut one of {uncut:,}"
 
 
 def _shapes(model: PreTrainedModel, options: BenchOptions) -> list[tuple[int, int | None]]:
@@ -212,6 +237,8 @@ def _shown(number: float, unit: str) -> str:
         return f"{number:,.1f} /s"
     if unit == "J":
         return f"{number:.3g} J"
+    if unit == "B":
+        return f"{number / 2**20:,.1f} MiB"
     if unit == "FLOP":
         return f"{number / 1e9:,.3f} G"
     return f"{number:,}"
@@ -222,6 +249,6 @@ def _setting(device: str, dtype: str, repeats: int) -> str:
     import transformers
 
     name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    threads = "" if device == "cuda" else f", {torch.get_num_threads()} threads"
+    threads = "" if device == "cuda" else f", {(n := torch.get_num_threads())} thread{'s' * (n > 1)}"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{device} ({name}){threads}, {dtype}, {repeats} pairs of blocks, warm, interleaved; {versions}"

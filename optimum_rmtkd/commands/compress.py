@@ -173,7 +173,7 @@ def _compress(
         parameters=(parameters, count_parameters(model)),
         bytes=sizes,
         metric={"name": task.metric, "before": before, "after": after},
-        dataset=data.described(),
+        dataset=data.described() | {"rows": len(task.validation)},
         log_history=history,
         training=dataclasses.asdict(training) | {"checkpoints": None},
         recipe=recipe.to_dict(),
@@ -300,7 +300,9 @@ def _save(model: PreTrainedModel, dtype: str, task: Task, folder: Path) -> None:
 
 def _push(folder: Path, repo: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import (
+        HTTPError,
+    )  # of the library below: answers, and connections that never came about
 
     from ..hub import write_card
 
@@ -309,7 +311,7 @@ def _push(folder: Path, repo: str) -> None:
         repo_id = api.create_repo(repo or folder.absolute().name, exist_ok=True).repo_id
         write_card(folder, repo_id)
         url = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Reduced with optimum-rmtkd")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         raise RMTKDError(
             f"The model is saved in {folder}, but it could not be uploaded: {error}. Log in with 'hf auth login', then "
             f"'hf upload {repo or folder.name} {folder}'."

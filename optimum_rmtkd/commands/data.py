@@ -70,7 +70,7 @@ class DataArguments:
         if self.dataset is not None:
             return {"id": self.dataset, "name": self.dataset, "config": self.dataset_config, "on_hub": True}
         name = Path(self.validation_file or self.train_file).stem
-        return {"id": name, "name": name, "split": "validation"}
+        return {"id": name, "name": name, "split": "validation" if self.validation_file else "held out"}
 
 
 def check_files(data: DataArguments) -> None:

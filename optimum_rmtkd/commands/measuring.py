@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -37,10 +36,11 @@ def count_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
     return counter.get_total_flops()
 
 
-def peak_memory(name: str, batch: int, length: int, dtype: str, device: str) -> int:
+def peak_memory(name: str, batch: int, length: int, dtype: str, device: str) -> int | None:
     """Bytes that loading a model and one forward pass add to a process of its own, at their peak.
 
-    On a GPU: the peak of the allocator. Elsewhere: the growth of the resident set above that with all libraries loaded.
+    On a GPU: the peak of the allocator. Elsewhere: the growth of the resident set above that with all libraries loaded; None
+    where the system does not tell (Windows).
 
     Raises:
         RMTKDError: the process failed.
@@ -48,11 +48,12 @@ def peak_memory(name: str, batch: int, length: int, dtype: str, device: str) -> 
     command = [sys.executable, "-m", __name__, name, str(batch), str(length), dtype, device]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RMTKDError(f"Cannot measure the memory of '{name}': {done.stderr.strip().splitlines()[-1]}")
+        said = done.stderr.strip().splitlines() or [f"its process ended with code {done.returncode}"]
+        raise RMTKDError(f"Cannot measure the memory of '{name}': {said[-1]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def _measure_memory(name: str, batch: int, length: int, dtype: str, device: str) -> int:
+def _measure_memory(name: str, batch: int, length: int, dtype: str, device: str) -> int | None:
     """What `peak_memory` runs in a fresh process."""
     import torch
     from transformers import AutoConfig, AutoModel
@@ -74,11 +75,13 @@ def _measure_memory(name: str, batch: int, length: int, dtype: str, device: str)
         inputs = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in inputs.items()}
     with torch.inference_mode():
         model(**inputs)
-    return torch.cuda.max_memory_allocated() if device == "cuda" else _resident() - base
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return None if base is None else _resident() - base
 
 
-def _resident(peak: bool = True) -> int:
-    """Bytes of the resident set, now or at its peak.
+def _resident(peak: bool = True) -> int | None:
+    """Bytes of the resident set, now or at its peak; None where the system does not tell.
 
     Linux keeps the peak of `getrusage` over fork and exec, so that a child of a large process would start high.
     """
@@ -87,6 +90,10 @@ def _resident(peak: bool = True) -> int:
         field = "VmHWM:" if peak else "VmRSS:"
         line = next(line for line in status.read_text().splitlines() if line.startswith(field))
         return 1024 * int(line.split()[1])
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -138,12 +145,17 @@ def _rapl_meter() -> Callable[[Callable[[], None]], float]:
     def measure(run: Callable[[], None]) -> float:
         # The country only matters for the carbon, which is not reported.
         tracker = OfflineEmissionsTracker(
-            country_iso_code="FRA", save_to_file=False, log_level="error", measure_power_secs=1
+            country_iso_code="FRA",
+            save_to_file=False,
+            log_level="error",
+            measure_power_secs=1,
+            allow_multiple_runs=True,
         )
         tracker.start()
         runs = _repeated(run)
         tracker.stop()
-        return 3.6e6 * tracker.final_emissions_data.energy_consumed / runs
+        # Of the processor alone: the memory's share is a table's wattage times the time.
+        return 3.6e6 * tracker.final_emissions_data.cpu_energy / runs
 
     return measure
 
@@ -174,4 +186,4 @@ def _nvml_meter() -> Callable[[Callable[[], None]], float] | None:
 
 if __name__ == "__main__":
     name, batch, length, dtype, device = sys.argv[1:]
-    print(_measure_memory(name, int(batch), int(length), dtype, device))
+    print(json.dumps(_measure_memory(name, int(batch), int(length), dtype, device)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .run import Run, write_results
+from ..files import write_text
+from .run import RESULTS, Run, write_results
 
 
 if TYPE_CHECKING:
@@ -17,9 +19,18 @@ __all__ = ["CARD", "comparison_rows", "model_card", "stage_rows", "write_card"]
 
 CARD = "README.md"
 FIGURES = "figures"
-TAGS = ("optimum", "rmtkd", "model-compression", "knowledge-distillation")
+LOOKUP_SECONDS = 10
+TAGS = ("optimum", "rmtkd", "model-compression")
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
-TRAINING_OPTIONS = ("epochs", "max_steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps")
+TRAINING_OPTIONS = (
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "weight_decay",
+    "warmup_steps",
+)
 
 
 def write_card(folder: str | Path, repository: str | None = None, **metadata: Any) -> Path:
@@ -28,7 +39,7 @@ def write_card(folder: str | Path, repository: str | None = None, **metadata: An
     Args:
         repository: name that the card's code loads, remembered for the next card; default: the one remembered, else the
             folder's.
-        metadata: further fields of `huggingface_hub.ModelCardData`, for example license, language, tags.
+        metadata: further fields of `huggingface_hub.ModelCardData`, for example license, language, tags; remembered as well.
 
     Returns:
         Path of the card.
@@ -40,15 +51,25 @@ def write_card(folder: str | Path, repository: str | None = None, **metadata: An
     Run.read(folder)  # refused before anything is written
     write_results(folder, repository=repository)
     run = Run.read(folder)
-    repository = run.results.get("repository")
-    metadata.setdefault("license", None)
-    metadata["license"] = metadata["license"] or license_of(run.base_repository)
-    card = model_card(run, repository, figures=_figures(run, folder), **metadata)
-    target = folder / CARD
-    beside = target.with_name(CARD + ".tmp")
-    beside.write_text(str(card), encoding="utf8")
-    beside.replace(target)
-    return target
+    metadata = run.results.get("card", {}) | {key: value for key, value in metadata.items() if value is not None}
+    if "license" not in metadata and (found := license_of(run.base_repository)):
+        metadata["license"] = found
+    card = str(model_card(run, run.results.get("repository"), figures=_figures(run, folder), **metadata))
+    kept = {key: value for key, value in metadata.items() if key != "eval_results"}  # objects, not JSON
+    write_text(folder / CARD, card)
+    write_results(folder, card=kept, card_sha256=_digest(card))
+    return folder / CARD
+
+
+def is_ours(folder: str | Path) -> bool:
+    """Whether the card in `folder` is as `write_card` left it."""
+    folder = Path(folder)
+    known = Run.read(folder).results.get("card_sha256") if (folder / RESULTS).is_file() else None
+    return known is not None and known == _digest((folder / CARD).read_text(encoding="utf8"))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf8")).hexdigest()
 
 
 def model_card(
@@ -116,7 +137,7 @@ def card_data(run: Run, name: str, **metadata: Any) -> Any:
     fields = {
         "library_name": "transformers",
         "pipeline_tag": run.task,
-        "tags": list(dict.fromkeys([*TAGS, *tags])),
+        "tags": list(dict.fromkeys([*TAGS, *(["knowledge-distillation"] if run.history else []), *tags])),
         "base_model": run.base_repository,
         "datasets": [dataset["id"]] if dataset.get("on_hub") else None,
         "metrics": [run.metric[0]] if results else None,
@@ -131,13 +152,15 @@ def card_data(run: Run, name: str, **metadata: Any) -> Any:
 def license_of(repository: str | None) -> str | None:
     """What the card of the uncut model says; None where there is no such card, or no network."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import (
+        HTTPError,
+    )  # of the library below: answers, and connections that never came about
 
     if repository is None:
         return None
     try:
-        data = HfApi().model_info(repository).card_data
-    except (HfHubHTTPError, OSError):
+        data = HfApi().model_info(repository, timeout=LOOKUP_SECONDS).card_data
+    except (HTTPError, OSError, ValueError):
         return None
     return data.get("license") if data else None
 
@@ -178,15 +201,17 @@ def _counted(name: str, before: int, after: int) -> tuple[str, str, str, str]:
 def _training_options(run: Run) -> str:
     training = run.results.get("training", {})
     given = [f"--{name.replace('_', '-')} {training[name]:g}" for name in TRAINING_OPTIONS if name in training]
+    given += ["--bf16"] if training.get("bf16") else []
     if not run.history:
-        return " --no-train" if run.results else ""
+        return " --no-train" if run.results and run.stages else ""
     return " \\\n    " + " ".join(given) if given else ""
 
 
 def _dataset(run: Run) -> str:
     dataset = run.results.get("dataset", {})
     parts = [dataset.get("name"), dataset.get("config"), dataset.get("split")]
-    return ", ".join(part for part in parts if part)
+    text = ", ".join(part for part in parts if part)
+    return f"{text} ({dataset['rows']:,} rows)" if text and dataset.get("rows") else text
 
 
 def _figures(run: Run, folder: Path) -> tuple[dict[str, str], ...]:

@@ -230,14 +230,15 @@ class RMTKDTrainer(Trainer):
         write_card(self.args.output_dir, self.hub_model_id or model_name, **metadata)
 
     def _write_results(self, before: int, after: int) -> None:
-        shown = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "learning_rate", "weight_decay")
-        names = ("epochs", "max_steps", "batch_size", "learning_rate", "weight_decay")
+        options = {"epochs": self.args.num_train_epochs, "batch_size": self.args.per_device_train_batch_size}
+        same = ("max_steps", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps", "bf16")
+        options |= {name: getattr(self.args, name) for name in same}
         write_results(
             self.args.output_dir,
             base_model=public_name(self.staging.initial.config._name_or_path),
             parameters=(before, after),
             log_history=self.state.log_history,
-            training={name: getattr(self.args, key) for name, key in zip(names, shown, strict=True)},
+            training=options,
             recipe=self.rmtkd_config.to_dict(),
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_ratios_have_a_spread_and_units_fit(bert, half):
     assert by_name["throughput, batch 4, length 8"]["unit"] == "/s"
     rows = {row[0]: row for row in found["rows"]}
     assert rows["latency, batch 1, length 8"][1].endswith(" ms")
-    for part in ("cpu", "1 threads", "float32", "torch"):
+    for part in ("cpu", "1 thread,", "float32", "torch"):
         assert part in found["setting"]
 
 
@@ -79,7 +80,7 @@ def test_energy_meter_gives_joules_of_one_pass(monkeypatch):
             pass
 
         def stop(self):
-            self.final_emissions_data = type("Data", (), {"energy_consumed": 100 / 3.6e6})
+            self.final_emissions_data = type("Data", (), {"cpu_energy": 100 / 3.6e6, "energy_consumed": 1.0})
 
     monkeypatch.setattr(codecarbon, "OfflineEmissionsTracker", Tracker)
     monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
@@ -104,6 +105,53 @@ def test_command_writes_json_and_the_card(cli, bert, table, validation_table, tm
     text = card.read_text()
     assert "Latency was not measured" not in text and "| latency, batch 1, length 8 |" in text
     assert text.count("\n| parameters |") == 1
+
+
+def test_a_card_changed_by_hand_is_left_alone(cli, bert, table, validation_table, tmp_path):
+    data = ["--train-file", table, "--validation-file", validation_table, "--no-train"]
+    size = ["--target-reduction", 0.3, "--round-to", 4, "--min-width", 4]
+    assert cli("compress", "--model", bert, *data, *size, "-o", tmp_path / "small")[0] == 0
+    card = tmp_path / "small" / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    shape = ["--batch-sizes", 1, "--lengths", 4, "--repeats", 1]
+    code, out, err = cli("bench", tmp_path / "small", "--against", bert, *shape)
+    assert code == 0, err
+    assert "not into" in out and card.read_text().endswith("\nMine.\n") and "latency, batch 1" not in card.read_text()
+    assert (tmp_path / "small" / "rmtkd_bench.json").is_file()
+
+
+def test_a_dense_folder_with_a_card_is_benched_all_the_same(cli, bert, half, tmp_path):
+    shutil.copytree(half, tmp_path / "half")
+    (tmp_path / "half" / "README.md").write_text("# mine")
+    shape = ["--batch-sizes", 1, "--lengths", 4, "--repeats", 1]
+    code, _, err = cli("bench", tmp_path / "half", "--against", bert, *shape)
+    assert code == 0, err
+    assert (tmp_path / "half" / "README.md").read_text() == "# mine"
+
+
+def test_memory_that_the_system_does_not_tell(bert, half, monkeypatch):
+    monkeypatch.setattr("optimum_rmtkd.commands.bench.peak_memory", lambda *args: None)
+    rows = compare(str(bert), str(half), BenchOptions(batch_sizes=[1], lengths=[4], repeats=1))["rows"]
+    assert {row[0]: row[1] for row in rows}["peak memory, batch 1, length 4"] == "not measurable here"
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_measured(cli, bert, monkeypatch, tmp_path):
+    monkeypatch.setattr("optimum_rmtkd.commands.bench.compare", lambda *args: pytest.fail("measured"))
+    for place, message in ((tmp_path, "it is a folder"), (tmp_path / "missing" / "x.json", "does not exist")):
+        code, _, err = cli("bench", bert, "--against", bert, "--json", place)
+        assert code == 2 and message in err
+
+
+def test_a_model_that_is_not_the_base(cli, bert, half, table, validation_table, tmp_path):
+    other = save_bert(tmp_path / "other", vocabulary=40)
+    shape = ["--batch-sizes", 1, "--lengths", 4, "--repeats", 1]
+    code, _, err = cli("bench", half, "--against", other, *shape)
+    assert code == 2 and f"vocab_size is 40 in '{other}'" in err
+    data = ["--train-file", table, "--validation-file", validation_table, "--no-train"]
+    size = ["--target-reduction", 0.3, "--round-to", 4, "--min-width", 4]
+    assert cli("compress", "--model", bert, *data, *size, "-o", tmp_path / "small")[0] == 0
+    said = [cli("bench", tmp_path / "small", "--against", base, *shape)[1] for base in (bert, half)]
+    assert "not the uncut one" not in said[0] and "not the uncut one" in said[1]
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ def push(folder: Path) -> dict:
     recipe = RMTKDConfig(target_reduction=0.5, round_to=4, min_width=4)
     model = narrow(BertForSequenceClassification(config).eval(), data, recipe, progress=False)
     save_file({"logits": logits(model, tokenizer)}, folder / "logits.safetensors")
-    model.push_to_hub("user/reduced")
+    model.push_to_hub("user/reduced", tags=["from-the-test"])
     tokenizer.push_to_hub("user/reduced")
     model.push_to_hub("user/sharded", max_shard_size="10KB")
     tokenizer.push_to_hub("user/sharded")
@@ -74,6 +74,7 @@ def push(folder: Path) -> dict:
 
 def pull(folder: Path) -> dict:
     """Somebody who has the plugin: load, use, save, push again."""
+    from huggingface_hub import HfApi
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
     import optimum_rmtkd  # noqa: F401
@@ -89,6 +90,9 @@ def pull(folder: Path) -> dict:
     found["expected"] = [[model.config.id2label[int(i)], round(float(p), 5)] for p, i in zip(*best)]
     model.save_pretrained(folder / "again")
     again = AutoModelForSequenceClassification.from_pretrained(folder / "again")
+    HfApi().create_repo("user/again")
+    card = b"---\ntags:\n- mine\n---\n\n# Mine\n"
+    HfApi().upload_file(path_or_fileobj=card, path_in_repo="README.md", repo_id="user/again")
     again.push_to_hub("user/again")
     tokenizer.push_to_hub("user/again")
     return found
@@ -191,7 +195,25 @@ def compress(folder: Path) -> dict:
     return {"card": (folder / "small" / "README.md").read_text(encoding="utf8")}
 
 
-ACTIONS = {f.__name__: f for f in (push, pull, stranger, trainer, compress)}
+def licenses(folder: Path) -> dict:
+    """What the cards of two repositories say, one of which does not exist."""
+    from huggingface_hub import HfApi
+
+    from optimum_rmtkd.hub.card import license_of
+
+    HfApi().create_repo("user/licensed", exist_ok=True)
+    HfApi().upload_file(path_or_fileobj=b"---\nlicense: mit\n---\n", path_in_repo="README.md", repo_id="user/licensed")
+    return {name: license_of(name) for name in ("user/licensed", "user/absent")}
+
+
+def offline(folder: Path) -> dict:
+    """The same where nobody listens."""
+    from optimum_rmtkd.hub.card import license_of
+
+    return {"user/licensed": license_of("user/licensed")}
+
+
+ACTIONS = {f.__name__: f for f in (push, pull, stranger, trainer, compress, licenses, offline)}
 
 if __name__ == "__main__":
     action, where = sys.argv[1:]

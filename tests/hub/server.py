@@ -58,11 +58,16 @@ def blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def card_data(text: str) -> dict:
+    """The metadata of a card."""
+    found = re.match(r"^---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    return yaml.safe_load(found[1]) if found else {}
+
+
 def card_errors(text: str) -> list[str]:
     """What is wrong with the metadata of a card: YAML, and the shape that the Hub asks of a `model-index`."""
-    found = re.match(r"^---\r?\n(.*?)\r?\n---", text, re.DOTALL)
     try:
-        data = yaml.safe_load(found[1]) if found else {}
+        data = card_data(text)
     except yaml.YAMLError as error:
         return [f"invalid YAML: {error}"]
     if not isinstance(data, dict):
@@ -224,6 +229,7 @@ class LocalHub:
             return refusal(404, "RevisionNotFound" if found[1] in self.repos else "RepoNotFound")
         values = {"_id": "0", "id": found[1], "modelId": found[1], "sha": commit.sha, "private": False, "tags": []}
         values |= {"downloads": 0, "likes": 0, "createdAt": DATE, "lastModified": DATE}
+        values["cardData"] = card_data(commit.files.get("README.md", b"").decode())
         values["siblings"] = [{"rfilename": path} for path in commit.files]
         return Answer(body=values, headers={"X-Repo-Commit": commit.sha})
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from optimum_rmtkd.hub import Run, model_card, write_results
+from optimum_rmtkd.hub import Run, model_card, write_card, write_results
+from optimum_rmtkd.hub.card import is_ours
 
 from .server import card_errors
 from .test_push_pull import CLIENT, last_line
@@ -113,6 +114,37 @@ def test_a_rejected_value_never_becomes_a_result(tmp_path):
     write_results(tmp_path, metric={"name": "accuracy", "before": 0.9, "after": float("nan")})
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert "model-index" not in metadata(model_card(Run.read(tmp_path)))
+
+
+def test_metadata_is_remembered_when_the_card_is_written_again(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    write_card(tmp_path, "user/small", license="mit", language="en", tags=["mine"])
+    assert is_ours(tmp_path)
+    found = metadata(ModelCard(write_card(tmp_path, language="de").read_text(encoding="utf8")))
+    assert (found["license"], found["language"]) == ("mit", "de") and "mine" in found["tags"]
+    (tmp_path / "README.md").write_text("# mine")
+    assert not is_ours(tmp_path)
+
+
+def test_distilled_and_repeatable():
+    training = {"epochs": 2.0, "batch_size": 16, "gradient_accumulation_steps": 4, "learning_rate": 1e-4, "bf16": True}
+    dataset = {"name": "dev", "split": "validation", "rows": 1200}
+    cut = model_card(run(results={"dataset": dataset}))
+    assert "knowledge-distillation" not in metadata(cut)["tags"] and "--no-train" in cut.text
+    card = model_card(
+        run(results={"dataset": dataset, "training": training, "log_history": [{"step": 1, "loss": 1.0}]})
+    )
+    assert "knowledge-distillation" in metadata(card)["tags"]
+    assert "--epochs 2 --batch-size 16 --gradient-accumulation-steps 4 --learning-rate 0.0001 --bf16" in card.text
+    assert "Data: dev, validation (1,200 rows)." in card.text
+
+
+def test_license_of_the_base_and_no_network(hub, as_user, workplace):
+    """A Hub out of reach must not cost a finished training."""
+    there = last_line(as_user(hub, CLIENT, "licenses", workplace))
+    assert there == {"user/licensed": "mit", "user/absent": None}
+    dead = type("Dead", (), {"url": "http://127.0.0.1:9"})
+    assert last_line(as_user(dead, CLIENT, "offline", workplace)) == {"user/licensed": None}
 
 
 def pushed_card(hub, repository: str) -> tuple[dict, str]:
