@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 PREFIX = "RMTKD"
 VERSION = 1
 CONFIG_HOOKS = []  # called with a generated config class when it is first instantiated
+METHODS = {}  # of generated model classes; the package lends a push_to_hub that brings a card
 
 
 class SpecMismatchError(ValueError):
@@ -625,7 +626,8 @@ def _make_model(name):
             "config_class": config_class,
             "__module__": __name__,
             "__doc__": f"{base.__name__}, narrowed as its config's `rmtkd` spec says.",
-        },
+        }
+        | METHODS,
     )
     return model_class
 

@@ -82,6 +82,7 @@ def _register_configs() -> None:
     from . import modeling_rmtkd
 
     lend_errors()
+    modeling_rmtkd.METHODS["push_to_hub"] = _push_to_hub
     if _register_models not in modeling_rmtkd.CONFIG_HOOKS:
         modeling_rmtkd.CONFIG_HOOKS.append(_register_models)
     CONFIG_MAPPING._extra_content = _AnyReduced(CONFIG_MAPPING._extra_content)
@@ -97,6 +98,12 @@ def lend_errors() -> None:
     from .errors import SpecMismatchError
 
     modeling_rmtkd.SpecMismatchError = SpecMismatchError
+
+
+def _push_to_hub(self, repo_id: str, *args, **kwargs):
+    from .hub.pushing import push_to_hub
+
+    return push_to_hub(self, repo_id, *args, **kwargs)
 
 
 def _register_ternary() -> None:

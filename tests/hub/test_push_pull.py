@@ -11,6 +11,8 @@ import pytest
 
 import optimum_rmtkd
 
+from .server import card_data, card_errors
+
 
 REMOTE = "modeling_rmtkd.py"
 CLIENT = "client.py"
@@ -49,6 +51,20 @@ def test_a_push_brings_weights_config_and_one_file_of_code(pushed):
     assert (
         config["auto_map"]["AutoModelForSequenceClassification"] == "modeling_rmtkd.RMTKDBertForSequenceClassification"
     )
+
+
+def test_a_push_brings_a_card_of_the_model(pushed):
+    text = pushed.files("user/reduced")["README.md"].decode()
+    assert card_errors(text) == [] and pushed.errors == []
+    assert {"rmtkd", "optimum", "from-the-test"} <= set(card_data(text)["tags"])
+    assert card_data(text)["pipeline_tag"] == "text-classification"
+    assert text.count('AutoModelForSequenceClassification.from_pretrained("user/reduced"') == 2
+    assert "| parameters |" in text and '"target_reduction": 0.5' in text
+    assert "## Stages" not in text and "--no-train" not in text and "not known to it" in text
+
+
+def test_a_card_that_is_there_stays(pushed, pulled):
+    assert pushed.files("user/again")["README.md"] == b"---\ntags:\n- mine\n---\n\n# Mine\n"
 
 
 def test_a_push_in_shards(pushed):
