@@ -163,6 +163,9 @@ def _compress(
     dtype = stored_dtype(name) if save_dtype == "auto" else save_dtype
     model = _rounded_to(model, dtype)
     after = evaluate(task, model, training.eval_batch_size)
+    if not training.train:
+        figures = {"metric_before": before, "metric_cut": after, "metric_after": after}
+        stages = [dataclasses.replace(stage, metric_name=f"eval_{task.metric}", **figures) for stage in stages]
     _save(model, dtype, task, folder)
     recipe.to_json_file(folder / RECIPE_NAME)
     write_journal(folder, stages, recipe, parameters, count_parameters(model))
@@ -198,7 +201,7 @@ def _compress(
 def _cut(
     task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
 ) -> tuple[PreTrainedModel, list[Stage], list[dict]]:
-    """One cut without training: a single stage, without a metric."""
+    """One cut without training: a single stage, not yet measured."""
     from ..hub import write_spectra
     from ..surgery import reduce
     from ..trainer import Stage

@@ -53,7 +53,7 @@ def report_page(run: Run) -> str:
         text = "Bars: parameters left. Line: the validation metric, uncut, then just after each cut (left) and at the end of its stage (right)."
         sections.append(_table("Stages", head, stage_rows(run), figures=[_picture(figure, "stages", text)]))
     if widths := plots.widths_of(run):
-        figure = plots.new_figure(height=1.2 + 0.2 * len(widths))
+        figure = plots.new_figure(height=1.0 + 0.2 * len(widths))
         plots.draw_widths(widths, figure.subplots())
         rows = [
             (n, w["width_before"], w["width_after"], w["width_after"] / w["width_before"]) for n, w in widths.items()
@@ -124,7 +124,12 @@ def _table(
     figures: Sequence[Mapping[str, str]] = (),
 ) -> dict[str, Any]:
     cells = [[_cell(value) for value in row] for row in rows]
-    return {"title": title, "head": head, "notes": notes or [""] * len(head), "rows": cells, "figures": figures}
+    numeric = [any(cell["number"] for cell in column) for column in zip(*cells, strict=True)] or [False] * len(head)
+    names = [
+        {"name": name, "note": note, "number": number}
+        for name, note, number in zip(head, notes or [""] * len(head), numeric, strict=True)
+    ]
+    return {"title": title, "head": names, "rows": cells, "figures": figures}
 
 
 def _cell(value: Any) -> dict[str, Any]:
@@ -132,7 +137,7 @@ def _cell(value: Any) -> dict[str, Any]:
     if value is None:
         return {"text": "–", "key": "", "number": True}
     if isinstance(value, (int, float)):
-        text = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+        text = f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
         return {"text": text, "key": value, "number": True}
     found = re.match(r"[+-]?[\d,]*\.?\d+", value)
     return {"text": value, "key": float(found[0].replace(",", "")) if found else value, "number": bool(found)}

@@ -76,6 +76,22 @@ def test_what_others_wrote_is_escaped(page_file):
     assert "<b>fell</b>" not in html and "&lt;b&gt;fell&lt;/b&gt;" in html
 
 
+def test_counts_in_the_record_are_exact(tmp_path):
+    write_results(tmp_path, parameters=(22_713_986, 11_352_706), cost=11_352_706.0, loss=0.123456789)
+    found = json.loads((tmp_path / "rmtkd_results.json").read_text())
+    assert (
+        found["parameters"] == [22_713_986, 11_352_706] and found["cost"] == 11_352_706 and found["loss"] == 0.1234568
+    )
+
+
+def test_letters_of_the_figures_can_be_read_on_a_phone(open_page, page_file):  # noqa: F811
+    page, _ = open_page(page_file, 400)
+    plain = "t => t.checkVisibility() && !t.children.length"  # powers of ten are made of parts
+    size = "t => parseFloat(getComputedStyle(t).fontSize) * Math.hypot(t.getScreenCTM().a, t.getScreenCTM().b)"
+    sizes = page.evaluate(f"[...document.querySelectorAll('figure svg text')].filter({plain}).map({size})")
+    assert len(sizes) > 30 and min(sizes) > 8.5
+
+
 def test_names_of_sites_cannot_leave_their_attribute(spectra):
     report = spectra.to_dict()
     report["sites"] = [report["sites"][0] | {"name": '"><script>alert(1)</script>'}]
