@@ -51,9 +51,13 @@ class AnalyzeCommand(Command):
         recipe: RMTKDConfig = recipe_from_options(self.args)
         data = from_options(DataArguments, self.args)
         check_files(data)
+        from ..hub.plots import check_installed
+
         for path in (self.args.json, self.args.html, self.args.plot):
             if path:
                 check_target(path)
+        if self.args.html or self.args.plot:
+            check_installed()
 
         from ..surgery import analyze
         from .task import load_task

@@ -124,6 +124,8 @@ class CompressCommand(Command):
         training = from_options(TrainingOptions, self.args)
         check_files(data)
         _check_single_process()
+        if self.args.push_to_hub is not None:
+            _check_can_push(self.args.push_to_hub)
         from ..hub import write_card
 
         with writing_beside(self.args.output, self.args.overwrite) as folder:
@@ -139,6 +141,23 @@ def _check_single_process() -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world > 1:
         raise RMTKDError(f"compress runs in one process, this is one of {world}: use examples/text_classification.py.")
+
+
+def _check_can_push(repo: str) -> None:
+    """Hours of training should not end at a missing login."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        if repo:
+            validate_repo_id(repo)
+        HfApi().whoami()
+    except (HTTPError, OSError, ValueError) as error:
+        raise RMTKDError(
+            f"--push-to-hub {repo}: {error}. Log in with 'hf auth login', or leave the option out and upload OUT later with "
+            "'hf upload'."
+        ) from error
 
 
 def _compress(

@@ -64,11 +64,16 @@ def _check_free(target: Path, overwrite: bool) -> None:
 
 
 def _swap(beside: Path, target: Path) -> None:
-    # mkdtemp makes folders that only their owner may enter; a model folder should be as open as any other new folder.
+    # mkdtemp makes folders that only their owner may enter, safetensors files that only their owner may read; a model
+    # should be as open as any other new folder.
     umask_probe = beside / ".mode"
     umask_probe.mkdir()
-    beside.chmod(umask_probe.stat().st_mode)
+    mode = umask_probe.stat().st_mode
+    beside.chmod(mode)
     umask_probe.rmdir()
+    for path in beside.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | mode & 0o666)
     if not target.exists():
         beside.rename(target)
         return

@@ -72,7 +72,8 @@ def load_processor(name: str | Path) -> Any | None:
 
     kinds = {"preprocessor_config.json": AutoImageProcessor, "tokenizer_config.json": AutoTokenizer}
     for file, auto in kinds.items():
-        if cached_file(name, file, _raise_exceptions_for_missing_entries=False) is None:
+        lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+        if cached_file(name, file, **lenient) is None:
             continue
         try:
             return auto.from_pretrained(name)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PALETTE",
     "bulk_law",
+    "check_installed",
     "draw_budget",
     "draw_curves",
     "draw_spectrum",
@@ -41,11 +42,21 @@ GRID_COLUMNS = 4
 MOST_IN_GRID = 24  # sites of one picture; the page shows all
 
 
-def _figure(width: float, height: float) -> Figure:
+def check_installed() -> None:
+    """
+    Raises:
+        RMTKDError: matplotlib (the extra `report`) is not installed.
+    """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise RMTKDError('Figures need matplotlib: pip install "optimum-rmtkd[report]".') from error
+
+
+def _figure(width: float, height: float) -> Figure:
+    check_installed()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 

@@ -149,8 +149,11 @@ class SpectralReport:
         """A PNG (or what the suffix of `path` says): per site its eigenvalues, the edge and the planned width.
 
         Raises:
-            ImportError: matplotlib (the extra `report`) is not installed.
+            RMTKDError: matplotlib (the extra `report`) is not installed.
         """
+        from ..hub.plots import check_installed  # upwards, on demand, as above
+
+        check_installed()
         import matplotlib
 
         matplotlib.use("Agg")

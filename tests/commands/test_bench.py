@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
+import types
 
 import pytest
 
@@ -87,6 +89,39 @@ def test_energy_meter_gives_joules_of_one_pass(monkeypatch):
     runs = []
     assert measuring._rapl_meter()(lambda: runs.append(1)) == pytest.approx(100 / len(runs))
     assert len(runs) == 4  # 3 seconds each, ten seconds asked for
+
+
+def test_energy_of_a_gpu_is_that_of_the_right_one(monkeypatch):
+    """Counters of two GPUs in millijoules, in place of NVML's; torch sees the second one as its first."""
+    import torch
+
+    counters = {"GPU-first": iter([0, 0, 0]), "GPU-second": iter([5_000, 10_000, 30_000])}
+    nvml = types.SimpleNamespace(
+        NVMLError=RuntimeError,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda name: name,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counters[handle]),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="second"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    clock = iter(range(0, 1000, 3))
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(clock))
+    assert measuring.energy_meter("cuda")(lambda: None) == pytest.approx(20 / 4)  # 20 J in 4 runs of 3 seconds
+
+
+def test_a_gpu_without_a_counter_is_not_measurable(monkeypatch):
+    def none(name):
+        raise RuntimeError("Not Supported")
+
+    import torch
+
+    nvml = types.SimpleNamespace(NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=none)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: types.SimpleNamespace(uuid="x"))
+    assert measuring.energy_meter("cuda") is None
 
 
 def test_command_writes_json_and_the_card(cli, bert, table, validation_table, tmp_path):

@@ -35,6 +35,16 @@ def test_folder_has_the_mode_of_any_new_folder(tmp_path):
     assert stat.S_IMODE(os.stat(tmp_path / "out").st_mode) == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
 
 
+def test_files_can_be_read_by_whoever_may_enter_the_folder(tmp_path):
+    (tmp_path / "plain").write_text("")
+    with writing_beside(tmp_path / "out") as folder:
+        (folder / "deep").mkdir()
+        (folder / "deep" / "weights").write_text("1")
+        (folder / "deep" / "weights").chmod(0o600)
+    found = os.stat(tmp_path / "out" / "deep" / "weights").st_mode
+    assert stat.S_IMODE(found) == stat.S_IMODE(os.stat(tmp_path / "plain").st_mode)
+
+
 def filled(folder):
     folder.mkdir()
     (folder / "old").write_text("old")

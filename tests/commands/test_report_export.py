@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -72,6 +73,25 @@ def test_export_native_says_what_padding_costs(cli, whole_stream, tmp_path):
     assert "BertForSequenceClassification" in out and "filled up" in out
     names = {path.name for path in (tmp_path / "plain").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= names and "modeling_rmtkd.py" not in names
+
+
+@pytest.mark.parametrize("option", ["--html", "--plot"])
+def test_without_matplotlib_the_extra_is_named_before_any_work(cli, bert, table, tmp_path, monkeypatch, option):
+    from optimum_rmtkd.commands import task
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(task, "load_task", lambda *_: pytest.fail("work was started"))
+    code, _, err = cli("analyze", "--model", bert, "--train-file", table, option, tmp_path / "x")
+    assert code == 2 and "optimum-rmtkd[report]" in err
+
+
+def test_extras_that_are_missing_are_named(cli, small, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, _, err = cli("report", small)
+    assert code == 2 and "optimum-rmtkd[report]" in err and not (small / "report.html").exists()
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    code, _, err = cli("export", small, "--format", "onnx", "-o", tmp_path / "onnx")
+    assert code == 2 and "optimum-rmtkd[onnx]" in err and not (tmp_path / "onnx").exists()
 
 
 def test_export_of_a_folder_that_is_none(cli, tmp_path):
