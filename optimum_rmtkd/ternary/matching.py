@@ -3,11 +3,12 @@
 The CK of a wide network sees a hidden activation only through g1^2, g2^2 and g4^2 at its own t, and through tau^2 in the last
 layer, where it is a multiple of the identity (`kernels.py`). A step function that has the first three exactly therefore
 keeps the kernel up to  delta I,  delta = tau~_L^2 - tau_L^2. Parseval bounds tau2 >= g1^2 t^2 + g2^2 t^4 / 2, and few levels cost
-more: `min_shift` takes, among those that match, the step function with the smallest tau2.
+more: `min_shift` takes, among those that match, the step function with the smallest tau2 that is not below tau_L^2. For ReLU ten
+levels reach it, and then nothing is shifted.
 
 Ways to match a layer, by name in `MATCHERS`:
 
-    min_shift   K levels, g1, g2, g4 exact, tau2 minimal. K = 2 is infeasible for ReLU, K = 3 is not.
+    min_shift   K levels, g1, g2, g4 exact, tau2 minimal, but not below the activation's own. K = 2 is infeasible for ReLU, K = 3 is not.
     two_level   a(1[x < s1] + 1[x > s2]), the paper's hidden activation: g1, g2, |g4| exact, tau2 as it comes
     paper       two_level, but in the last layer the paper's least-squares fit of five steps to tau2 as well. For ReLU that system has
                 no solution: its minimum drops g1, the class means. For reproduction; warns with its residual.
@@ -272,7 +273,10 @@ class _Problem:
 
 @matcher("min_shift")
 def _min_shift(target: Functionals, t: float, levels: int, last: bool) -> StepFunction:
-    """SLSQP from seeded random starts, in units where t = 1 and Parseval's bound on tau2 is 1."""
+    """SLSQP from seeded random starts, in units where t = 1 and Parseval's bound on tau2 is 1.
+
+    Many levels can have less tau2 than the activation itself, a negative shift: then it is made an equation as well.
+    """
     if levels < 2:
         raise RMTKDError(f"levels={levels}: a step function has at least 2.")
     import numpy as np
@@ -302,9 +306,36 @@ def _min_shift(target: Functionals, t: float, levels: int, last: bool) -> StepFu
         if miss <= ACCEPTED / 2 and (best is None or found.fun < best[0]):
             best = (found.fun, found.x)
     if nearest is None:
-        raise MatchingError(f"No step function of {levels} levels was found at t={t:.4g}: use more levels.")
+        raise MatchingError(
+            f"No step function of {levels} levels that are all of use was found at t={t:.4g}: try other levels, or weights_only."
+        )
+    if best is not None and best[0] < target.tau2 / unit**2 - ACCEPTED:
+        best = (best[0], _raised(problem, best[1], target.tau2 / unit**2))
     z, jumps = _steps_of((best or nearest)[1], levels)
     return StepFunction((z * t).tolist(), (np.cumsum([0.0, *jumps]) * unit).tolist())
+
+
+def _raised(problem: _Problem, start, tau2: float):
+    """Free parameters near `start` that keep the constraints and have this larger tau2; `start` where none are found.
+
+    At a minimum of tau2 its slope depends on those of the constraints, so the search starts a little aside.
+    """
+    import numpy as np
+
+    random = np.random.default_rng(SEED)
+    for _ in range(RESTARTS):
+        with np.errstate(all="ignore"):
+            found = _optimize().least_squares(
+                lambda u: np.append(problem.misses(u), problem.tau2(u)[0] - tau2),
+                start + 0.1 * random.normal(size=len(start)),
+                jac=lambda u: np.vstack([problem.misses_slope(u), problem.tau2(u)[1]]),
+                xtol=1e-15,
+                ftol=1e-15,
+                gtol=1e-15,
+            )
+        if np.abs(found.fun).max() <= ACCEPTED / 2 and _is_proper(found.x, problem.levels):
+            return found.x
+    return start
 
 
 def _is_proper(u, levels: int) -> bool:
