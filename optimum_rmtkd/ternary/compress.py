@@ -18,7 +18,7 @@ from ..modeling_rmtkd import PREFIX, VERSION, TernaryMLP
 from ..surgery.budget import provenance_of, uncut_parameters
 from ..surgery.narrowing import rebuilt
 from .build import as_model, build_network
-from .capture import capture_module
+from .capture import capture_module, find_part
 from .config import TernaryConfig
 from .functionals import get_activation
 from .packing import network_options, serialized_bytes
@@ -91,7 +91,7 @@ def compress_head(
         (the copy, in eval mode; what was done)
 
     Raises:
-        UnsupportedArchitectureError: no such module; the message lists candidates.
+        UnsupportedArchitectureError: no such module (the message lists candidates), or one that shares weights with another.
         CalibrationError: no data; a part that is not called, or does more than map the last dimension.
         MatchingError: no step function matches the activation.
     """
@@ -100,7 +100,8 @@ def compress_head(
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} is no class that transformers exports: the copy could not be reloaded. Pass a stock model."
         )
-    get_activation(config.activation)  # an unknown one is refused before the first forward pass
+    get_activation(config.activation)  # what cannot work is refused before the first forward pass
+    _refuse_tied(model, module_name)
     seen = capture_module(model, module_name, dataloader, config)
     replaced = model.get_submodule(module_name)
     if config.weights == "trained":
@@ -155,6 +156,16 @@ def _number_of_classes(y: torch.Tensor, label_names: Sequence[str] | None) -> in
     if label_names is not None and len(label_names) < found:
         raise CalibrationError(f"The labels go up to {found - 1}, but there are {len(label_names)} label_names.")
     return found if label_names is None else len(label_names)
+
+
+def _refuse_tied(model: PreTrainedModel, name: str) -> None:
+    own = {id(p) for p in find_part(model, name).parameters()}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not path.startswith(name + "."):
+            raise UnsupportedArchitectureError(
+                f"{name!r} shares a weight with {path!r}, which a ternary network in its place could not: untie them first, or replace "
+                "another part."
+            )
 
 
 def _beside(report: TernaryReport, size: int) -> TernaryReport:
