@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from optimum_rmtkd import SpecMismatchError, TernaryConfig, compress_features, pack_model
-from optimum_rmtkd.modeling_rmtkd import StepActivation
+from optimum_rmtkd.modeling_rmtkd import CentredActivation, StepActivation
 from optimum_rmtkd.ternary.configuration_ternary import TernaryMLPConfig
 from optimum_rmtkd.ternary.modeling_ternary import TernaryMLPForClassification, TernaryMLPForRegression
 from optimum_rmtkd.ternary.packing import convert
@@ -280,6 +280,13 @@ def test_latent_weights_train_and_pack(tmp_path):
     again = AutoModel.from_pretrained(tmp_path / "packed")
     assert again.config.network["storage"] == "2bit"
     assert torch.allclose(logits(again), trained, atol=1e-4)
+
+
+def test_centring_by_nothing_is_no_work():
+    x = torch.tensor([-1.0, 2.0])
+    assert CentredActivation("relu")(x).tolist() == [0.0, 2.0] and x.tolist() == [-1.0, 2.0]
+    assert CentredActivation("linear", 0.5)(x).tolist() == [-1.5, 1.5] and x.tolist() == [-1.0, 2.0]  # not in place
+    assert CentredActivation("linear")(x) is x
 
 
 def test_steps_have_the_derivative_they_were_given():

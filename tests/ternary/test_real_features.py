@@ -14,7 +14,7 @@ from ..conftest import ROOT
 from .networks import SEEDS
 
 
-ROWS = 2000  # of training, and of test
+ROWS = 1000  # of training, and of test
 
 
 @pytest.fixture
