@@ -105,7 +105,11 @@ def _refuse_unused(args, config: TernaryConfig) -> None:
     rules = (
         (args.features is not None, {"module", "target_reduction", "targets", *fields[DataArguments]}, "--model"),
         (args.model is not None, {"test_features"}, "--features"),
-        (config.weights == "random", {"scale", *fields[TrainingOptions] - {"batch_size"}}, "--weights trained"),
+        (
+            config.weights == "random",
+            {"scale", *fields[TrainingOptions] - {"batch_size", "eval_batch_size"}},
+            "--weights trained",
+        ),
         (config.weights == "trained", {"hidden", "activation", "targets", "ridge"}, "--weights random"),
         (config.mode != "min_shift", {"levels"}, "--mode min_shift"),
     )
@@ -226,7 +230,7 @@ def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: Te
     recipe = RMTKDConfig(target_reduction=args.target_reduction, seed=config.seed)
     task = load_task(args.model, data, config.seed)
     find_part(task.model, args.module)  # a wrong path is refused before the first forward pass
-    before, body = evaluate(task, task.model), task.model
+    before, body = evaluate(task, task.model, training.eval_batch_size), task.model
     if args.target_reduction is not None:
         body = narrow(body, task.calibration_loader(args.batch_size, config.seed), recipe)
     model, report = compress_head(body, args.module, task.calibration_loader(args.batch_size, config.seed), config)
@@ -236,7 +240,7 @@ def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: Te
         model = pack_model(model, config.storage)
     dtype = stored_dtype(args.model)
     model = _rounded_to(model, dtype)
-    after = evaluate(task, model)
+    after = evaluate(task, model, training.eval_batch_size)
     _save(model, dtype, task, folder)
     rows = [
         (args.module, f"{report.replaced_bytes:,}", f"{report.bytes:,}"),
