@@ -110,7 +110,10 @@ def ag_news_features() -> dict[str, torch.Tensor]:
     from transformers import AutoModel, AutoTokenizer
 
     folder, found = SHARED / "models/all_minilm_l6_v2", {}
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),
+    )
     for part, prefix, rows in (("ag_news_sub_train", "", 10_000), ("ag_news_test", "test_", 7600)):
         data, pooled = read(part, rows), []
         for batch in data.iter(64):
