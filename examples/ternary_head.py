@@ -87,7 +87,7 @@ def main() -> None:
     config = from_options(TernaryConfig, rest[0] if rest else argparse.Namespace())
 
     model, tokenizer = (
-        AutoModel.from_pretrained(arguments.model).eval(),
+        AutoModel.from_pretrained(arguments.model, dtype=torch.float32).eval(),
         AutoTokenizer.from_pretrained(arguments.model),
     )
     (texts, y), (test_texts, test_y) = (read(path, arguments) for path in (arguments.train_file, arguments.test_file))

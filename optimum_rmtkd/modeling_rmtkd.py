@@ -292,6 +292,8 @@ class CentredActivation(nn.Module):
 
     def forward(self, x):
         out = self.function(x)
+        if self.mean == 0:
+            return out
         if out is x or out.requires_grad:
             return out - self.mean
         return out.sub_(self.mean)  # at large batches a second tensor would cost as much as the activation

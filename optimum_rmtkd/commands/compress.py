@@ -8,7 +8,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
@@ -21,7 +21,7 @@ from .output import comparison, format_table, weight_bytes, writing_beside
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..trainer import Stage
+    from ..trainer import RMTKDTrainingArguments, Stage
     from .task import Task
 
 
@@ -244,13 +244,37 @@ def _distil(
     task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
 ) -> tuple[PreTrainedModel, list[Stage], list[dict]]:
     """The whole schedule of cuts and distillation; the spectra of each cut go into `folder`."""
-    import torch
-    from transformers.trainer_utils import get_last_checkpoint
-
     from ..hub.run import SPECTRA
-    from ..trainer import RMTKDTrainer, RMTKDTrainingArguments
+    from ..trainer import RMTKDTrainer
 
-    args = RMTKDTrainingArguments(
+    args = training_arguments(training, recipe.seed, folder, metric_for_best_model=task.metric, greater_is_better=True)
+    trainer = RMTKDTrainer(
+        model=task.model,
+        args=args,
+        rmtkd_config=recipe,
+        train_dataset=task.train,
+        eval_dataset=task.validation,
+        processing_class=task.processor,
+        data_collator=task.collator,
+        compute_metrics=task.compute_metrics,
+    )
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(training))
+    except KeyboardInterrupt:
+        print(f"\n{_how_to_continue(training)}", file=sys.stderr)
+        raise
+    if (spectra := Path(args.output_dir) / SPECTRA).is_file():
+        shutil.copyfile(spectra, folder / SPECTRA)
+    return trainer.accelerator.unwrap_model(trainer.model), list(trainer.stages), list(trainer.state.log_history)
+
+
+def training_arguments(training: TrainingOptions, seed: int, folder: Path, **others: Any) -> RMTKDTrainingArguments:
+    """Arguments of the trainer; without checkpoints it writes into `folder`/trainer, which `_save` removes."""
+    import torch
+
+    from ..trainer import RMTKDTrainingArguments
+
+    return RMTKDTrainingArguments(
         output_dir=training.checkpoints or str(folder / "trainer"),
         num_train_epochs=training.epochs,
         max_steps=training.max_steps,
@@ -265,41 +289,27 @@ def _distil(
         save_strategy="steps" if training.checkpoints else "no",
         save_steps=training.save_steps,
         save_total_limit=2,
-        seed=recipe.seed,
+        seed=seed,
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=torch.accelerator.is_available(),
-        metric_for_best_model=task.metric,
-        greater_is_better=True,
+        **others,
     )
-    trainer = RMTKDTrainer(
-        model=task.model,
-        args=args,
-        rmtkd_config=recipe,
-        train_dataset=task.train,
-        eval_dataset=task.validation,
-        processing_class=task.processor,
-        data_collator=task.collator,
-        compute_metrics=task.compute_metrics,
-    )
+
+
+def last_checkpoint(training: TrainingOptions) -> str | None:
+    """Where an interrupted run continues; None: from the start."""
+    from transformers.trainer_utils import get_last_checkpoint
+
     there = training.checkpoints is not None and Path(training.checkpoints).is_dir()
-    try:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(training.checkpoints) if there else None)
-    except KeyboardInterrupt:
-        print(f"\n{_how_to_continue(training)}", file=sys.stderr)
-        raise
-    if (spectra := Path(args.output_dir) / SPECTRA).is_file():
-        shutil.copyfile(spectra, folder / SPECTRA)
-    return trainer.accelerator.unwrap_model(trainer.model), list(trainer.stages), list(trainer.state.log_history)
+    return get_last_checkpoint(training.checkpoints) if there else None
 
 
 def _how_to_continue(training: TrainingOptions) -> str:
-    from transformers.trainer_utils import get_last_checkpoint
-
     folder = training.checkpoints
     if folder is None:
         return "Nothing is kept of this training: with --checkpoints DIR it could be continued."
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    last = last_checkpoint(training)
     if last is None:
         return f"No checkpoint yet in {folder}: one is written every {training.save_steps} steps (--save-steps)."
     return f"The same command continues from {last}."

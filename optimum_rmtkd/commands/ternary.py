@@ -87,6 +87,7 @@ class TernaryCommand(Command):
             raise RMTKDError("Expected either --model (with --module) or --features.")
         if args.model is not None and args.module is None:
             raise RMTKDError("--model needs --module, the part to replace, for example --module classifier.")
+        _refuse_unused(args, config)
         with writing_beside(args.output, args.overwrite) as folder:
             if args.features is not None:
                 table = _from_features(args.features, args.test_features, config, folder)
@@ -98,6 +99,26 @@ class TernaryCommand(Command):
         print(f"saved to {args.output}")
 
 
+def _refuse_unused(args, config: TernaryConfig) -> None:
+    """An option without effect is a mistake of whoever gave it."""
+    fields = {kind: {item.name for item in dataclasses.fields(kind)} for kind in (DataArguments, TrainingOptions)}
+    rules = (
+        (args.features is not None, {"module", "target_reduction", "targets", *fields[DataArguments]}, "--model"),
+        (args.model is not None, {"test_features"}, "--features"),
+        (
+            config.weights == "random",
+            {"scale", *fields[TrainingOptions] - {"batch_size", "eval_batch_size"}},
+            "--weights trained",
+        ),
+        (config.weights == "trained", {"hidden", "activation", "targets", "ridge"}, "--weights random"),
+        (config.mode != "min_shift", {"levels"}, "--mode min_shift"),
+    )
+    for applies, names, needed in rules:
+        given = sorted(name for name in names if getattr(args, name, None) is not None)
+        if applies and given:
+            raise RMTKDError(f"--{given[0].replace('_', '-')} has no effect here: it belongs to {needed}.")
+
+
 # -- features --------------------------------------------------------------------------------------------------------------
 
 
@@ -105,7 +126,7 @@ def _from_features(file: str, test_file: str | None, config: TernaryConfig, fold
     from ..ternary import compress_features
 
     x, y = _arrays(file)
-    test = _arrays(test_file) if test_file else None
+    test = _like(_arrays(test_file), test_file, x, y) if test_file else None
     model, report = compress_features(x, y, config)
     model.save_pretrained(folder)
     if test is None:
@@ -124,6 +145,8 @@ def _from_features(file: str, test_file: str | None, config: TernaryConfig, fold
 
 def _arrays(file: str) -> tuple[Tensor, Tensor]:
     """x and y of a file."""
+    from zipfile import BadZipFile
+
     import numpy as np
     import torch
     from safetensors import SafetensorError
@@ -137,7 +160,7 @@ def _arrays(file: str) -> tuple[Tensor, Tensor]:
         else:
             with np.load(file, allow_pickle=False) as arrays:
                 found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, EOFError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, BadZipFile, SafetensorError) as error:
         raise RMTKDError(
             f"{file} cannot be read ({error}); expected .npz or .safetensors with arrays x and y."
         ) from error
@@ -146,6 +169,27 @@ def _arrays(file: str) -> tuple[Tensor, Tensor]:
             f"{file} holds {', '.join(sorted(found)) or 'nothing'}; expected arrays x (rows, features) and y."
         )
     return found["x"], found["y"]
+
+
+def _like(test: tuple[Tensor, Tensor], file: str, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """The arrays to measure on.
+
+    Raises:
+        CalibrationError: they do not go with those to fit to.
+    """
+    fits = (
+        test[0].dim() == x.dim() == 2
+        and len(test[0]) == len(test[1]) > 0
+        and test[0].shape[1:] == x.shape[1:]
+        and test[1].shape[1:] == y.shape[1:]
+        and test[1].is_floating_point() == y.is_floating_point()
+    )
+    if not fits:
+        raise CalibrationError(
+            f"{file} holds x {tuple(test[0].shape)} and y {tuple(test[1].shape)}, {test[1].dtype}; expected as many rows of both, with "
+            f"x (rows, {x.shape[-1]}) and y ({', '.join(map(str, ('rows', *y.shape[1:])))}), {y.dtype}, as in the features to fit to."
+        )
+    return test
 
 
 def _linear(x: Tensor, y: Tensor):
@@ -167,8 +211,6 @@ def _score(model, x: Tensor, y: Tensor) -> float:
     with torch.no_grad():
         out = model(x.float())
     logits = getattr(out, "logits", out)
-    if logits.shape[0] != len(y) or x.shape[0] == 0:
-        raise CalibrationError(f"{len(x)} rows of features and {len(y)} of y: expected as many.")
     if y.is_floating_point():
         return float((logits - y.reshape(len(y), -1)).square().mean())
     return float((logits.argmax(1) == y).float().mean())
@@ -188,7 +230,7 @@ def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: Te
     recipe = RMTKDConfig(target_reduction=args.target_reduction, seed=config.seed)
     task = load_task(args.model, data, config.seed)
     find_part(task.model, args.module)  # a wrong path is refused before the first forward pass
-    before, body = evaluate(task, task.model), task.model
+    before, body = evaluate(task, task.model, training.eval_batch_size), task.model
     if args.target_reduction is not None:
         body = narrow(body, task.calibration_loader(args.batch_size, config.seed), recipe)
     model, report = compress_head(body, args.module, task.calibration_loader(args.batch_size, config.seed), config)
@@ -198,7 +240,7 @@ def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: Te
         model = pack_model(model, config.storage)
     dtype = stored_dtype(args.model)
     model = _rounded_to(model, dtype)
-    after = evaluate(task, model)
+    after = evaluate(task, model, training.eval_batch_size)
     _save(model, dtype, task, folder)
     rows = [
         (args.module, f"{report.replaced_bytes:,}", f"{report.bytes:,}"),
@@ -211,30 +253,16 @@ def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: Te
 def _train(model: PreTrainedModel, task: Task, training: TrainingOptions, seed: int, folder: Path) -> None:
     """Straight-through training with the model as it was as teacher; in place."""
     from ..config import RMTKDConfig
-    from ..trainer import RMTKDTrainer, RMTKDTrainingArguments
+    from ..trainer import RMTKDTrainer
+    from .compress import last_checkpoint, training_arguments
 
     RMTKDTrainer(
         model=model,
-        args=RMTKDTrainingArguments(
-            output_dir=str(folder / "trainer"),
-            num_train_epochs=training.epochs,
-            max_steps=training.max_steps,
-            per_device_train_batch_size=training.batch_size,
-            gradient_accumulation_steps=training.gradient_accumulation_steps,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            warmup_steps=training.warmup_steps,
-            bf16=training.bf16,
-            logging_steps=training.logging_steps,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            seed=seed,
-        ),
+        args=training_arguments(training, seed, folder),
         rmtkd_config=RMTKDConfig(schedule="none", hidden_weight=0.0, seed=seed),
         teacher_model=task.model,
         train_dataset=task.train,
         processing_class=task.processor,
         data_collator=task.collator,
-    ).train()
+    ).train(resume_from_checkpoint=last_checkpoint(training))
     model.to("cpu").eval()

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
 
 from ..errors import CalibrationError
-from ..modeling_rmtkd import CentredActivation, StepActivation, TernaryLinear, TernaryMLP
+from ..modeling_rmtkd import ACTIVATIONS, CentredActivation, StepActivation, TernaryLinear, TernaryMLP
 from .config import TernaryConfig
 from .configuration_ternary import TernaryMLPConfig
 from .diagnostics import FeatureDiagnostics, diagnose, standardizer
@@ -44,7 +45,13 @@ def build_network(
         x: (n, p) raw features.
         targets: (n, outputs) fp64.
         labels: (n,) class indices where the targets are their one-hots: the readout's scores are then scaled to logits.
+
+    Raises:
+        CalibrationError: constant targets, features that nothing can be fitted to, or an activation that cannot be rebuilt.
+        MatchingError: no step function matches the activation.
     """
+    if not bool((targets != targets[:1]).any()):
+        raise CalibrationError(f"The targets are the same for all {len(targets)} samples: there is nothing to fit.")
     mean, factor = standardizer(x, config.standardize)
     factor = factor * math.sqrt(x.shape[1])  # the layers carry 1 / sqrt(fan-in): inputs have variance 1, not norm 1
     h = ((x.double() - mean) * factor).float()
@@ -107,6 +114,11 @@ def _activation(
     """(module, (its options, mean before centring, residual), functionals at t)."""
     activation = get_activation(config.activation)
     if config.mode == "weights_only":
+        if config.activation not in {*ACTIVATIONS, *ACT2FN}:
+            raise CalibrationError(
+                f"A saved network is rebuilt from the name of its activation, and transformers has no {config.activation!r}: register "
+                "it under a name in transformers.activations.ACT2FN, or use mode='min_shift', which keeps the steps alone."
+            )
         mean = float(activation(u).double().mean())
         options = {"name": config.activation, "mean": mean}
         return CentredActivation(**options), (options, mean, 0.0), activation.functionals(t)

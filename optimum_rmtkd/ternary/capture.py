@@ -80,8 +80,9 @@ def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: Te
             model(**model_inputs(tensors))
             if not calls:
                 raise CalibrationError(f"The forward pass does not call {name!r}: nothing can be learned about it.")
-            rows += [_rows_of(name, part, *call, tensors, config.targets == "labels") for call in calls]
-            count += len(rows[-1][0])
+            found = [_rows_of(name, part, *call, tensors, config.targets == "labels") for call in calls]
+            count += sum(len(inputs) for inputs, _, _ in found)
+            rows += found
             if count >= config.calibration_samples:
                 break
     finally:

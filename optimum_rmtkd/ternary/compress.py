@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
@@ -17,8 +18,9 @@ from ..modeling_rmtkd import PREFIX, VERSION, TernaryMLP
 from ..surgery.budget import provenance_of, uncut_parameters
 from ..surgery.narrowing import rebuilt
 from .build import as_model, build_network
-from .capture import capture_module
+from .capture import capture_module, find_part
 from .config import TernaryConfig
+from .functionals import get_activation
 from .packing import network_options, serialized_bytes
 from .readout import one_hot
 from .report import TernaryReport
@@ -55,10 +57,17 @@ def compress_features(
             "weights='trained' rounds the weights of a trained network, and features alone have none: pass the network to "
             "optimum_rmtkd.ternary.ternarize."
         )
-    x, y = _rows(x, y, config)
-    labels = None if y.is_floating_point() else y
-    targets = y.reshape(len(y), -1) if labels is None else one_hot(y, _number_of_classes(y, label_names))
+    get_activation(config.activation)
+    x, y = _checked(x, y)
+    classes, given = None if y.is_floating_point() else _number_of_classes(y, label_names), len(x)
+    x, y = _some_rows(x, y, config)
+    labels = None if classes is None else y
+    targets = y.reshape(len(y), -1) if classes is None else one_hot(y, classes)
     mlp, report = build_network(x, targets, config, labels)
+    if len(x) < given:
+        report = _warned(
+            report, f"Fitted to {len(x):,} of {given:,} rows, drawn at random: raise calibration_samples to use more."
+        )
     _warn(report)
     return as_model(mlp, config, label_names, report, regression=labels is None), report
 
@@ -82,7 +91,7 @@ def compress_head(
         (the copy, in eval mode; what was done)
 
     Raises:
-        UnsupportedArchitectureError: no such module; the message lists candidates.
+        UnsupportedArchitectureError: no such module (the message lists candidates), or one that shares weights with another.
         CalibrationError: no data; a part that is not called, or does more than map the last dimension.
         MatchingError: no step function matches the activation.
     """
@@ -91,6 +100,8 @@ def compress_head(
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} is no class that transformers exports: the copy could not be reloaded. Pass a stock model."
         )
+    get_activation(config.activation)  # what cannot work is refused before the first forward pass
+    _refuse_tied(model, module_name)
     seen = capture_module(model, module_name, dataloader, config)
     replaced = model.get_submodule(module_name)
     if config.weights == "trained":
@@ -103,12 +114,22 @@ def compress_head(
     return _with_part(model, module_name, mlp, config, report), report
 
 
-def _rows(x: Any, y: Any, config: TernaryConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and labels that belong together, at most `calibration_samples` of them, evenly spaced."""
-    x, y = torch.as_tensor(x), torch.as_tensor(y)
-    if x.dim() != 2 or len(y) != len(x):
+def _tensor(values: Any, what: str) -> torch.Tensor:
+    """A CPU tensor of an array-like: tensors, arrays, lists, columns of a data frame."""
+    try:
+        return torch.as_tensor(values if isinstance(values, torch.Tensor) else np.asarray(values)).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
         raise CalibrationError(
-            f"Features of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}: expected (n, p) and one label a row."
+            f"The {what} are no numbers ({error}): expected a tensor or an array of them."
+        ) from error
+
+
+def _checked(x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features fp32 and labels int64 (or numbers, floating point) that belong together."""
+    x, y = _tensor(x, "features"), _tensor(y, "labels (class indices, or numbers)")
+    if x.dim() != 2 or y.dim() == 0 or len(y) != len(x) or len(x) == 0:
+        raise CalibrationError(
+            f"Features of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}: expected (n, p), n > 0, and one label a row."
         )
     if y.is_floating_point() and not bool(torch.isfinite(y).all()):
         raise CalibrationError("Targets are not all finite numbers.")
@@ -116,10 +137,16 @@ def _rows(x: Any, y: Any, config: TernaryConfig) -> tuple[torch.Tensor, torch.Te
         raise CalibrationError(
             f"Labels of shape {tuple(y.shape)}, smallest {y.min().item()}: expected one class index of at least 0 a row."
         )
-    if len(x) > config.calibration_samples:
-        at = torch.linspace(0, len(x) - 1, config.calibration_samples).round().long()
-        x, y = x[at], y[at]
     return x.float(), y if y.is_floating_point() else y.long()
+
+
+def _some_rows(x: torch.Tensor, y: torch.Tensor, config: TernaryConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """At most `calibration_samples` of them, in the order given."""
+    if len(x) <= config.calibration_samples:
+        return x, y
+    generator = torch.Generator().manual_seed(config.seed)
+    at = torch.randperm(len(x), generator=generator)[: config.calibration_samples].sort().values
+    return x[at], y[at]
 
 
 def _number_of_classes(y: torch.Tensor, label_names: Sequence[str] | None) -> int:
@@ -131,15 +158,29 @@ def _number_of_classes(y: torch.Tensor, label_names: Sequence[str] | None) -> in
     return found if label_names is None else len(label_names)
 
 
+def _refuse_tied(model: PreTrainedModel, name: str) -> None:
+    own = {id(p) for p in find_part(model, name).parameters()}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in own and not path.startswith(name + "."):
+            raise UnsupportedArchitectureError(
+                f"{name!r} shares a weight with {path!r}, which a ternary network in its place could not: untie them first, or replace "
+                "another part."
+            )
+
+
 def _beside(report: TernaryReport, size: int) -> TernaryReport:
     """The report with the size of the part that is replaced, and a warning where that one was smaller."""
-    warnings = report.warnings
     if report.bytes >= size:
-        warnings += (
+        report = _warned(
+            report,
             f"The ternary part takes {report.bytes:,} bytes, the part it replaces {size:,}: nothing is saved. Replace a larger "
             "part, or use smaller hidden widths.",
         )
-    return dataclasses.replace(report, replaced_bytes=size, warnings=warnings)
+    return dataclasses.replace(report, replaced_bytes=size)
+
+
+def _warned(report: TernaryReport, sentence: str) -> TernaryReport:
+    return dataclasses.replace(report, warnings=(*report.warnings, sentence))
 
 
 def _warn(report: TernaryReport) -> None:

@@ -13,6 +13,7 @@ from ..errors import CalibrationError
 __all__ = ["FeatureDiagnostics", "diagnose", "standardizer"]
 
 PAIRS = 2000  # samples among which cosines are taken; all pairs of more would not fit in memory
+UNCENTRED = 0.05  # share of the mean squared norm above which a mean is no sampling noise
 FLAT = 1e-8  # variance over the mean square below which a feature is constant
 
 
@@ -26,6 +27,7 @@ class FeatureDiagnostics:
         mean_coherence, max_coherence: of |cos(x_i, x_j)| over pairs of samples; O(p^-1/2) in theory.
         effective_rank: (sum of variances)^2 / sum of squared variances of the principal components.
         constant_features: number of features that do not vary.
+        mean_share: ||mean of x||^2 over the mean of ||x||^2; 0 in theory, and after `standardizer`.
     """
 
     samples: int
@@ -35,6 +37,7 @@ class FeatureDiagnostics:
     max_coherence: float
     effective_rank: float
     constant_features: int
+    mean_share: float
 
     @property
     def ratio(self) -> float:
@@ -48,6 +51,11 @@ class FeatureDiagnostics:
     def warnings(self) -> list[str]:
         """One sentence, with its number, for each assumption that is clearly violated."""
         found = []
+        if self.mean_share > UNCENTRED:
+            found.append(
+                f"The features are not centred: their mean holds {self.mean_share:.0%} of the mean squared norm and adds a common mode "
+                "to the kernel (see standardizer)."
+            )
         if self.features < 100:
             found.append(
                 f"p={self.features} features are few: the kernels agree up to about p^-1/2 = {self.features**-0.5:.2f}."
@@ -130,7 +138,8 @@ def diagnose(x: torch.Tensor) -> FeatureDiagnostics:
     some = some / some.norm(dim=1, keepdim=True).clamp_min(torch.finfo(some.dtype).tiny)
     cosines = (some @ some.T).abs()
     cosines.fill_diagonal_(0)
-    centred = wide - wide.mean(0)
+    mean = wide.mean(0)
+    centred = wide - mean
     moments = centred.T @ centred if p <= n else centred @ centred.T
     variance = centred.square().mean(0)
     return FeatureDiagnostics(
@@ -141,4 +150,5 @@ def diagnose(x: torch.Tensor) -> FeatureDiagnostics:
         max_coherence=float(cosines.max()),
         effective_rank=float(moments.diagonal().sum() ** 2 / moments.square().sum()),
         constant_features=int((variance <= FLAT * variance.mean()).sum()),
+        mean_share=float(mean.square().sum() / squares.mean()),
     )

@@ -153,6 +153,14 @@ def nodes(knots: tuple[float, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
     return z, w
 
 
+def _narrow_panels(t: float) -> tuple[float, ...]:
+    """Panel ends (units of t) around 0 for a large t: an activation bends where its input is of order 1, which is then narrow."""
+    if t * PANEL <= 4:
+        return ()
+    ends = [2.0**k / t for k in range(-1, math.ceil(math.log2(t)))]
+    return (0.0, *ends, *(-end for end in ends))
+
+
 def quadrature(function: Callable[[torch.Tensor], torch.Tensor], t: float, knots: Sequence[float] = ()) -> Functionals:
     """Functionals of any element-wise function by piecewise Gauss-Legendre quadrature.
 
@@ -164,7 +172,7 @@ def quadrature(function: Callable[[torch.Tensor], torch.Tensor], t: float, knots
     Raises:
         RMTKDError: values that are not finite.
     """
-    z, w = nodes(tuple(k / t for k in knots))
+    z, w = nodes((*(k / t for k in knots), *_narrow_panels(t)))
     x = (z * t).requires_grad_()
     y = function(x)
     slope = torch.autograd.grad(y.sum(), x)[0] if y.requires_grad else torch.zeros_like(x)

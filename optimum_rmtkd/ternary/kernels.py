@@ -13,6 +13,7 @@ Source: arXiv 2403.00258, sections 2 and 3; recursions as in the authors' code.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,10 @@ __all__ = [
     "without_shift",
 ]
 
+logger = logging.getLogger(__name__)
+
 SERIES = 40  # Hermite terms; correlations of distinct samples are small, their powers soon vanish
+CUT_OFF = 1e-6  # what the terms left out may hold, relative to the kernel's diagonal, before a warning says so
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,8 @@ def exact_kernels(x: torch.Tensor, layers: Sequence[RandomLayer]) -> tuple[torch
     """(CK, NTK) of the infinitely wide network on these very samples, without Monte-Carlo noise.
 
     ReLU and leaky ReLU by their closed form (Cho & Saul 2009); every other activation by its Hermite series over the
-    correlation of two samples (Mehler), 40 terms, coefficients at each sample's own norm; diagonals are exact.
+    correlation of two samples (Mehler), 40 terms, coefficients at each sample's own norm; diagonals are exact. Samples that
+    are almost the same need more terms: a warning says how much may be missing.
 
     Args:
         x: (n, p) fp64, the inputs as the first layer sees them.
@@ -196,7 +201,7 @@ def _layer_kernels(kernel: torch.Tensor, layer: RandomLayer) -> tuple[torch.Tens
         return _piecewise_linear(norm, rho, known, layer.mean), slope
     coefficients, square = _hermite(layer.activation, norm)
     coefficients[0] -= layer.mean
-    value = _mehler(coefficients, rho)
+    value = _mehler(coefficients, rho, square - (coefficients[0] + layer.mean).square() + coefficients[0].square())
     value.fill_diagonal_(0)
     # E (sigma - m)^2 = E sigma^2 - 2 m E sigma + m^2
     diagonal = square - 2 * layer.mean * (coefficients[0] + layer.mean) + layer.mean**2
@@ -218,7 +223,7 @@ def _piecewise_linear(norm: torch.Tensor, rho: torch.Tensor, slope: float, mean:
 def _slope_kernel(norm: torch.Tensor, rho: torch.Tensor, layer: RandomLayer) -> torch.Tensor:
     if layer.surrogate is not None:
         coefficients, square = _hermite(layer.surrogate, norm)
-        kernel = _mehler(coefficients, rho)
+        kernel = _mehler(coefficients, rho, square)
         kernel.fill_diagonal_(0)
         return kernel + torch.diag(square)
     activation = layer.activation
@@ -230,9 +235,10 @@ def _slope_kernel(norm: torch.Tensor, rho: torch.Tensor, layer: RandomLayer) -> 
         return b * b + c * c * 2 / math.pi * torch.asin(rho)
     coefficients, _ = _hermite(activation, norm)
     order = torch.arange(1, len(coefficients), dtype=rho.dtype)
-    kernel = _mehler(coefficients[1:] * order.sqrt()[:, None] / norm, rho)
+    square = _square_of_slope(activation, norm)
+    kernel = _mehler(coefficients[1:] * order.sqrt()[:, None] / norm, rho, square)
     kernel.fill_diagonal_(0)
-    return kernel + torch.diag(_square_of_slope(activation, norm))
+    return kernel + torch.diag(square)
 
 
 def _square_of_slope(activation: Activation, norm: torch.Tensor) -> torch.Tensor:
@@ -277,11 +283,20 @@ def _hermite_of_steps(step: StepFunction, norm: torch.Tensor) -> tuple[torch.Ten
     return torch.cat((first[None], higher / order.sqrt()[:, None])), square
 
 
-def _mehler(coefficients: torch.Tensor, rho: torch.Tensor) -> torch.Tensor:
-    """sum_m c_m(i) c_m(j) rho_ij^m: (n, n), valid off the diagonal."""
+def _mehler(coefficients: torch.Tensor, rho: torch.Tensor, square: torch.Tensor) -> torch.Tensor:
+    """sum_m c_m(i) c_m(j) rho_ij^m: (n, n), valid off the diagonal. `square` (n,) is what all c_m(i)^2 add up to."""
     power = torch.ones_like(rho)
     total = torch.outer(coefficients[0], coefficients[0])
     apart = rho - torch.diag(rho.diagonal())
+    closest = float(apart.abs().max())
+    missing = closest ** len(coefficients) * float((1 - coefficients.square().sum(0) / square).max())
+    if missing > CUT_OFF:
+        logger.warning(
+            "Two samples have a correlation of %.4f: the %d terms of the series may leave out %.1e of the kernel there.",
+            closest,
+            len(coefficients),
+            missing,
+        )
     for c in coefficients[1:]:
         power = power * apart
         total = total + torch.outer(c, c) * power

@@ -3,11 +3,12 @@
 The CK of a wide network sees a hidden activation only through g1^2, g2^2 and g4^2 at its own t, and through tau^2 in the last
 layer, where it is a multiple of the identity (`kernels.py`). A step function that has the first three exactly therefore
 keeps the kernel up to  delta I,  delta = tau~_L^2 - tau_L^2. Parseval bounds tau2 >= g1^2 t^2 + g2^2 t^4 / 2, and few levels cost
-more: `min_shift` takes, among those that match, the step function with the smallest tau2.
+more: `min_shift` takes, among those that match, the step function with the smallest tau2 that is not below tau_L^2. For ReLU ten
+levels reach it, and then nothing is shifted.
 
 Ways to match a layer, by name in `MATCHERS`:
 
-    min_shift   K levels, g1, g2, g4 exact, tau2 minimal. K = 2 is infeasible for ReLU, K = 3 is not.
+    min_shift   K levels, g1, g2, g4 exact, tau2 minimal, but not below the activation's own. K = 2 is infeasible for ReLU, K = 3 is not.
     two_level   a(1[x < s1] + 1[x > s2]), the paper's hidden activation: g1, g2, |g4| exact, tau2 as it comes
     paper       two_level, but in the last layer the paper's least-squares fit of five steps to tau2 as well. For ReLU that system has
                 no solution: its minimum drops g1, the class means. For reproduction; warns with its residual.
@@ -20,20 +21,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 from ..errors import MatchingError, RMTKDError
 from .functionals import ROOT_2_PI, Activation, Functionals, StepFunction
 from .kernels import KernelCoefficients, dense_chain, kernel_coefficients
+from .search import ACCEPTED, RESTARTS, SEED, optimizers, smallest_tau2, steps_and_slopes
 
 
 __all__ = ["MATCHERS", "LayerMatch", "NetworkMatch", "match_layer", "match_network", "surrogate_derivative"]
 
 logger = logging.getLogger(__name__)
-
-ACCEPTED = 1e-6  # largest scaled residual of g1, g2, g4
-RESTARTS = 12
-SEED = 0
 
 
 @dataclass(frozen=True)
@@ -181,139 +178,25 @@ def _numbers(f: Functionals) -> str:
     return f"{abs(f.g1):.6g}, {abs(f.g2):.6g}, {abs(f.g4):.6g}"
 
 
-def _optimize() -> Any:
-    try:
-        from scipy import optimize
-    except ImportError as error:
-        raise RMTKDError('Matching activations needs scipy: pip install "optimum-rmtkd[ternary]".') from error
-    return optimize
-
-
 # -- min_shift -------------------------------------------------------------------------------------------------------------
-
-
-def _steps_of(u, levels: int) -> tuple:
-    """Free parameters (fp64 array) -> (thresholds in units of t, jumps): first threshold, log gaps, jumps."""
-    import numpy as np
-
-    return u[0] + np.concatenate([[0.0], np.cumsum(np.exp(u[1 : levels - 1]))]), u[levels - 1 :]
-
-
-def steps_and_slopes(z, jumps) -> tuple:
-    """tau2, g1, g2, g4 of a step function at t = 1 that starts at level 0, with their derivatives.
-
-    The same numbers as `functionals.step_functionals`, fifty times as fast: an optimizer asks for them thousands of times.
-    Written with tails Q = Phi(-z) and q = v_{k+1}^2 - v_k^2: tau2 = sum q Q - m^2, g4 = sum q z phi / 2 - m g2, m = sum J Q.
-
-    Args:
-        z, jumps: (K - 1,) fp64 arrays.
-
-    Returns:
-        values (4,); slopes (4, 2, K - 1), by thresholds and by jumps.
-    """
-    import numpy as np
-
-    density = np.exp(-z * z / 2) / ROOT_2_PI
-    tail = np.array([0.5 * math.erfc(x / math.sqrt(2)) for x in z])
-    after = np.cumsum(jumps)
-    q = after**2 - (after - jumps) ** 2
-    mean, g1, g2 = jumps @ tail, jumps @ density, jumps @ (z * density)
-    values = np.array([q @ tail - mean**2, g1, g2, q @ (z * density) / 2 - mean * g2])
-
-    def by_jump(weight):  # derivative of sum q weight / 2: own square, and every later one moves along
-        later = np.cumsum((jumps * weight)[::-1])[::-1] - jumps * weight
-        return after * weight + later
-
-    bend = (1 - z * z) * density
-    slopes = np.array(
-        [
-            [-q * density + 2 * mean * jumps * density, 2 * by_jump(tail) - 2 * mean * tail],
-            [-jumps * z * density, density],
-            [jumps * bend, z * density],
-            [
-                q * bend / 2 + jumps * density * g2 - mean * jumps * bend,
-                by_jump(z * density) - tail * g2 - mean * z * density,
-            ],
-        ]
-    )
-    return values, slopes
-
-
-class _Problem:
-    """tau2 and the constraints as functions of the free parameters, with their derivatives, each computed once a point."""
-
-    def __init__(self, goal, levels: int):
-        self.goal, self.levels, self._point = goal, levels, None
-
-    def _at(self, u) -> None:
-        import numpy as np
-
-        if self._point is not None and (u == self._point).all():
-            return
-        self._point = u.copy()
-        z, jumps = _steps_of(u, self.levels)
-        self._values, by = steps_and_slopes(z, jumps)
-        gaps = np.cumsum(by[:, 0, ::-1], axis=1)[:, ::-1]  # moving a threshold moves those behind it
-        gaps[:, 1:] *= np.exp(u[1 : self.levels - 1])
-        self._slopes = np.concatenate([gaps, by[:, 1]], axis=1)
-
-    def tau2(self, u) -> tuple[float, Any]:
-        self._at(u)
-        return self._values[0], self._slopes[0]
-
-    def misses(self, u):
-        self._at(u)
-        return self._values[1:] - self.goal
-
-    def misses_slope(self, u):
-        self._at(u)
-        return self._slopes[1:]
 
 
 @matcher("min_shift")
 def _min_shift(target: Functionals, t: float, levels: int, last: bool) -> StepFunction:
-    """SLSQP from seeded random starts, in units where t = 1 and Parseval's bound on tau2 is 1."""
+    """In units where t = 1 and Parseval's bound on tau2 is 1."""
     if levels < 2:
         raise RMTKDError(f"levels={levels}: a step function has at least 2.")
     import numpy as np
 
-    optimize, random = _optimize(), np.random.default_rng(SEED)
     unit = _unit(target, t)
     goal = np.array([target.g1 * t / unit, target.g2 * t**2 / unit, target.g4 * t**2 / unit**2])
-    problem = _Problem(goal, levels)
-    best, nearest = None, None
-    for _ in range(RESTARTS):
-        z = np.sort(random.normal(size=levels - 1))
-        start = np.concatenate([z[:1], np.log(np.diff(z) + 0.1), np.abs(random.normal(size=levels - 1))])
-        with np.errstate(all="ignore"):
-            found = optimize.minimize(
-                problem.tau2,
-                start,
-                jac=True,
-                method="SLSQP",
-                constraints={"type": "eq", "fun": problem.misses, "jac": problem.misses_slope},
-                options={"maxiter": 300, "ftol": 1e-12},
-            )
-        if not np.isfinite(found.x).all() or not _is_proper(found.x, levels):
-            continue
-        miss = float(np.abs(problem.misses(found.x)).max())
-        if nearest is None or miss < nearest[0]:
-            nearest = (miss, found.x)
-        if miss <= ACCEPTED / 2 and (best is None or found.fun < best[0]):
-            best = (found.fun, found.x)
-    if nearest is None:
-        raise MatchingError(f"No step function of {levels} levels was found at t={t:.4g}: use more levels.")
-    z, jumps = _steps_of((best or nearest)[1], levels)
+    found = smallest_tau2(goal, target.tau2 / unit**2, levels)
+    if found is None:
+        raise MatchingError(
+            f"No step function of {levels} levels that are all of use was found at t={t:.4g}: try other levels, or weights_only."
+        )
+    z, jumps = found
     return StepFunction((z * t).tolist(), (np.cumsum([0.0, *jumps]) * unit).tolist())
-
-
-def _is_proper(u, levels: int) -> bool:
-    """Thresholds apart and inside the bulk: a step nobody reaches, or of no width, is one level less."""
-    import numpy as np
-
-    with np.errstate(all="ignore"):
-        z, _ = _steps_of(u, levels)
-        return bool((z[1:] - z[:-1] > 1e-6).all()) and abs(z).max() < 8
 
 
 # -- the paper's activations -------------------------------------------------------------------------------------------
@@ -352,7 +235,7 @@ def _two_level_solutions(ratio: float, tilt: float) -> list[tuple[float, float]]
     """(z1, z2) with D2 = ratio D1 and 1 - 2 P = +-tilt D1, from a grid of starts."""
     import numpy as np
 
-    optimize, found = _optimize(), {}
+    optimize, found = optimizers(), {}
 
     def equations(u, sign):
         low, high = u[0], u[0] + math.exp(min(u[1], 4.0))
@@ -381,7 +264,7 @@ def _paper(target: Functionals, t: float, levels: int, last: bool) -> StepFuncti
         raise MatchingError(f"mode='paper' divides by g2={target.g2:.3g}: use mode='min_shift' for an odd activation.")
     import numpy as np
 
-    optimize, random = _optimize(), np.random.default_rng(SEED)
+    optimize, random = optimizers(), np.random.default_rng(SEED)
     b = math.sqrt((2 * target.g4 / target.g2) ** 2 + 4 * target.tau2)
 
     def thresholds(u):

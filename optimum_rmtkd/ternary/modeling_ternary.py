@@ -17,6 +17,9 @@ from optimum_rmtkd.modeling_rmtkd import TernaryMLP, load_checked
 from .configuration_ternary import TernaryMLPConfig
 
 
+UPLOAD_OPTIONS = ("repo_id", "commit_message", "private", "create_pr")  # of `push_to_hub`
+
+
 def _lay_beside(folder):
     """Let the saved file import the layers from beside it, and put their file there.
 
@@ -46,9 +49,13 @@ class _TernaryMLPModel(PreTrainedModel):
     def from_pretrained(cls, *args, **kwargs):
         return load_checked(cls, super().from_pretrained, *args, body="mlp.layers.", **kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
+        upload = {name: kwargs.pop(name) for name in UPLOAD_OPTIONS if name in kwargs}
         super().save_pretrained(save_directory, *args, **kwargs)
         _lay_beside(save_directory)
+        if push_to_hub:  # not left to transformers, which would upload before the files are laid beside each other
+            shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
+            self.push_to_hub(**{"repo_id": Path(save_directory).absolute().name, **upload, **shared})
 
     def loss_of(self, logits, labels):
         raise NotImplementedError

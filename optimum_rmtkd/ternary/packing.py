@@ -29,6 +29,7 @@ from ..modeling_rmtkd import (
     pack_trits,
     packed_length,
     random_trits,
+    resolve_path,
     unpack_trits,
 )
 from ..registration import lend_errors
@@ -145,23 +146,34 @@ def _convert_layer(old: TernaryLinear, new: TernaryLinear) -> None:
     new.store(trits)
 
 
-def pack_model(model: nn.Module, storage: str = "base3") -> nn.Module:
-    """Keep all ternary weights of a model as `storage`, in place; the config follows, so the model reloads. Returns it.
+def pack_model(model: nn.Module, storage: str | None = None) -> nn.Module:
+    """Keep the ternary weights of a model as `storage`, in place; the config follows, so the model reloads. Returns it.
 
     Call it after training weights ("latent"): their rounded values are what is packed, and outputs do not change.
 
+    Args:
+        storage: of all ternary networks in the model. None: "base3" for trained ("latent") weights, others stay as they are.
+
     Raises:
-        RMTKDError: no ternary network in it; see `convert`.
+        RMTKDError: no ternary network in it; see `convert`. The model is then unchanged.
     """
     found = ternary_modules(model)
     if not found:
         raise RMTKDError(f"{type(model).__name__} has no ternary network to pack.")
-    for path, mlp in found.items():
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, convert(mlp, storage))
+    wanted = {path: storage or _packed(mlp.layers[0].storage) for path, mlp in found.items()}
+    twins = {path: convert(mlp, wanted[path]) for path, mlp in found.items()}
     config = getattr(model, "config", None)
     if hasattr(config, "network"):
-        config.network = {**config.network, "storage": storage}
-    for options in (getattr(config, "rmtkd", None) or {}).get("spec", {}).get("ternary", {}).values():
-        options["storage"] = storage
+        config.network = {**config.network, "storage": wanted["mlp"]}
+    spec = (getattr(config, "rmtkd", None) or {}).get("spec", {}).get("ternary", {})
+    for raw, options in spec.items():
+        if (path := resolve_path(model, raw)) in wanted:
+            options["storage"] = wanted[path]
+    for path, twin in twins.items():
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, twin)
     return model
+
+
+def _packed(storage: str) -> str:
+    return storage if storage in (*PACKINGS, "seed") else "base3"

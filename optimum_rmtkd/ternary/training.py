@@ -56,8 +56,9 @@ def ternarize(
 
     Raises:
         UnsupportedArchitectureError: no such network.
+        RMTKDError: a mode or storage that is for random weights only.
     """
-    config = (config or TernaryConfig()).replace(weights="trained", mode="weights_only")
+    config = (config or TernaryConfig()).replace(weights="trained")
     mlp, report = ternarize_module(network, torch.as_tensor(x).float(), config)
     return as_model(mlp, config, label_names, report, regression), report
 
@@ -165,8 +166,8 @@ def read_network(module: nn.Module, x: torch.Tensor) -> tuple[list[nn.Linear], l
         module.train(training)
     if len(calls) < 2 or len({id(call[0]) for call in calls}) < len(calls):
         raise UnsupportedArchitectureError(
-            f"{type(module).__name__} calls {len(calls)} linear layers; weights='trained' needs two or more, each once: hidden ones "
-            "and a readout. Use weights='random', which replaces anything."
+            f"{type(module).__name__}: its forward pass calls linear layers {len(calls)} time(s); weights='trained' needs two or more "
+            "of them, each called once: hidden ones and a readout. Use weights='random', which replaces anything."
         )
     if not (_close(calls[0][1], probe) and _close(calls[-1][2], output)):
         raise UnsupportedArchitectureError(
@@ -177,15 +178,21 @@ def read_network(module: nn.Module, x: torch.Tensor) -> tuple[list[nn.Linear], l
     return [call[0] for call in calls], names
 
 
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Largest difference over the largest value of `b`; infinite where the shapes differ."""
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-6)) if a.shape == b.shape else float("inf")
+
+
 def _close(a: torch.Tensor, b: torch.Tensor) -> bool:
-    same = a.shape == b.shape
-    return same and float((a - b).abs().max()) <= TOLERANCE * float(b.abs().max().clamp_min(1e-6))
+    return _distance(a, b) <= TOLERANCE
 
 
 def _activation_between(before: torch.Tensor, after: torch.Tensor, number: int) -> str:
-    for name in activation_names():
-        if before.shape == after.shape and _close(get_activation(name)(before), after):
-            return name
+    # the nearest, not the first: on large inputs, gelu and gelu_new are both within the tolerance
+    misses = {name: _distance(get_activation(name)(before), after) for name in activation_names()}
+    nearest = min(misses, key=misses.get)
+    if misses[nearest] <= TOLERANCE:
+        return nearest
     raise UnsupportedArchitectureError(
         f"What stands between linear layers {number} and {number + 1} is none of {', '.join(activation_names())}: use "
         "weights='random', or register_activation."

@@ -82,7 +82,7 @@ def test_part_of_a_model(cli, bert, table, validation_table, tmp_path, extra):
         code, _, err = cli(
             "ternary", "--model", bert, "--module", part, "--train-file", table, "-o", tmp_path / "out", *extra
         )
-        assert code == 2 and "calls 1 linear layers" in err and not (tmp_path / "out").exists()
+        assert code == 2 and "calls linear layers 1 time" in err and not (tmp_path / "out").exists()
         return
     data = ("--train-file", table, "--validation-file", validation_table)
     code, out, err = cli(
@@ -109,8 +109,10 @@ def test_trained_part_of_a_model(cli, table, validation_table, tmp_path):
     BertTokenizer(vocab=str(tmp_path / "vocab.txt"), model_max_length=32).save_pretrained(tmp_path / "model")
     data = ("--train-file", table, "--validation-file", validation_table)
     part = ("--module", "distilbert.transformer.layer.1.ffn", "--weights", "trained", "--max-steps", 3)
-    code, out, err = cli("ternary", "--model", tmp_path / "model", *part, *data, "-o", tmp_path / "out")
+    kept = ("--checkpoints", tmp_path / "kept", "--save-steps", 2)
+    code, out, err = cli("ternary", "--model", tmp_path / "model", *part, *data, *kept, "-o", tmp_path / "out")
     assert code == 0, err
+    assert (tmp_path / "kept" / "checkpoint-2" / "model.safetensors").is_file()
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.distilbert.transformer.layer[1].ffn.layers[0].storage == "base3"
     assert not (tmp_path / "out" / "trainer").exists()
@@ -128,12 +130,30 @@ def test_trained_part_of_a_model(cli, table, validation_table, tmp_path):
         (("--features", "train.npz", "--activation", "swoosh", "-o", "out"), "Unknown activation 'swoosh'"),
         (("--features", "train.npz", "--mode", "min_shift", "--levels", 2, "-o", "out"), "largest residual"),
         (("--features", "train.npz", "--sparsity", 1.5, "-o", "out"), "expected a share of weights"),
+        (("--features", "bare.npy", "-o", "out"), "bare.npy cannot be read"),
+        (("--features", "words.npz", "-o", "out"), "words.npz cannot be read"),
+        (("--features", "cut.npz", "-o", "out"), "cut.npz cannot be read"),
+        (("--features", "empty.npz", "-o", "out"), "n > 0"),
+        (("--features", "train.npz", "--test-features", "narrow.npz", "-o", "out"), "expected as many rows of both"),
+        (("--features", "train.npz", "--test-features", "numbers.npz", "-o", "out"), "torch.float64; expected"),
+        (("--features", "train.npz", "--module", "m", "-o", "out"), "--module has no effect here"),
+        (("--features", "train.npz", "--train-file", "t", "-o", "out"), "--train-file has no effect here"),
+        (("--features", "train.npz", "--epochs", 2, "-o", "out"), "belongs to --weights trained"),
+        (("--features", "train.npz", "--levels", 4, "-o", "out"), "belongs to --mode min_shift"),
+        (("--model", "m", "--module", "c", "--test-features", "t", "-o", "out"), "belongs to --features"),
     ],
 )
 def test_errors_are_one_line(cli, files, monkeypatch, args, match):
     monkeypatch.chdir(files)
     (files / "bad.npz").write_bytes(b"nothing of the kind")
     np.savez(files / "other.npz", a=np.zeros(3))
+    good = arrays()
+    np.save(files / "bare.npy", good["x"])
+    np.savez(files / "words.npz", x=good["x"], y=good["y"].astype(str))
+    (files / "cut.npz").write_bytes((files / "train.npz").read_bytes()[:900])
+    np.savez(files / "empty.npz", x=good["x"][:0], y=good["y"][:0])
+    np.savez(files / "narrow.npz", x=good["x"][:, 1:], y=good["y"])
+    np.savez(files / "numbers.npz", x=good["x"], y=good["y"] / 2)
     code, out, err = cli("ternary", *args)
     assert code == 2 and out == "" and not (files / "out").exists()
     line = err.strip().splitlines()[-1]

@@ -53,6 +53,28 @@ def test_steps_agree_with_quadrature(t):
         assert getattr(numeric, name) == pytest.approx(getattr(closed, name), abs=1e-8)
 
 
+@pytest.mark.parametrize("t", [10.0, 300.0])
+@pytest.mark.parametrize("name", ["tanh", "sigmoid", "gelu"])
+def test_quadrature_of_what_bends_in_a_narrow_place(name, t):
+    """At a large t, against the trapezoidal rule with 4 million points."""
+    activation = get_activation(name)
+    found = activation.functionals(t)
+    z = torch.linspace(-12, 12, 4_000_001, dtype=torch.float64)
+    weight = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    y = activation(t * z)
+    mean = float((weight * y).sum())
+    second = z.square() - 1
+    oracle = {
+        "mean": mean,
+        "tau2": float((weight * (y - mean).square()).sum()),
+        "g1": float((weight * z * (y - mean)).sum()) / t,
+        "g2": float((weight * second * (y - mean)).sum()) / t**2,
+        "g4": float((weight * second * (y - mean).square()).sum()) / (2 * t**2),
+    }
+    for item, expected in oracle.items():
+        assert getattr(found, item) == pytest.approx(expected, rel=1e-8, abs=1e-12), item
+
+
 def test_sign_is_a_step():
     step, sign = StepFunction((0.0,), (-1, 1)).functionals(0.8), get_activation("sign").functionals(0.8)
     assert [step.tau2, step.g1, step.g2, step.g4] == pytest.approx([sign.tau2, sign.g1, sign.g2, sign.g4])
@@ -170,6 +192,18 @@ def test_ntk_of_steps_needs_a_surrogate():
     assert not bool(torch.isnan(exact_kernels(x, [RandomLayer(STEPS, surrogate=surrogate)])[1]).any())
 
 
+def test_samples_that_are_almost_the_same_are_named(caplog):
+    x = points()
+    x[1] = 0.999 * x[0] + 0.03 * x[1]
+    exact_kernels(x, [RandomLayer(get_activation("relu"))])
+    assert not caplog.records  # a closed form
+    exact_kernels(x, [RandomLayer(STEPS)])
+    assert "correlation of 0.99" in caplog.text and "the 40 terms of the series may leave out" in caplog.text
+    caplog.clear()
+    exact_kernels(points(), [RandomLayer(STEPS, 0.3), RandomLayer(get_activation("tanh"))])
+    assert not caplog.records
+
+
 def test_without_shift_leaves_the_rest():
     k = points() @ points().T
     eye = torch.eye(len(k), dtype=k.dtype)
@@ -232,6 +266,14 @@ def test_diagnostics_of_theory_and_of_a_cone():
     bad = diagnose(0.05 * x + torch.randn(600, 1, generator=torch.Generator().manual_seed(0)) * direction)
     assert bad.effective_rank < 2 and bad.mean_coherence > 0.9 and bad.norm_dispersion > 1
     assert len(bad.warnings()) == 3 and "effective rank is 1." in bad.warnings()[-1]
+
+
+def test_features_that_are_not_centred_are_named():
+    x, _, tau0 = samples(400, 600, 0)
+    assert diagnose(x).mean_share < 1e-10
+    found = diagnose(x + 1 / 20)  # a shift of norm 1
+    assert found.mean_share == pytest.approx(1 / (1 + tau0**2))
+    assert "not centred: their mean holds" in found.warnings()[0]
 
 
 def test_few_and_constant_features_are_named():

@@ -86,6 +86,15 @@ def test_more_levels_shift_less():
     assert shifts == pytest.approx([0.4109, 0.0362, 0.0149, 0.0083], abs=2e-4)
 
 
+@pytest.mark.parametrize(("name", "levels"), [("relu", 10), ("relu", 16), ("sign", 4)])
+def test_enough_levels_shift_nothing(name, levels):
+    """The smallest tau2 would be below the activation's own (ReLU: -6 % at 16 levels): then tau2 is matched, too."""
+    match = match_network(get_activation(name), DEPTH, 1.0, "min_shift", levels)
+    assert match.residual < 1e-6 and match.delta_ck == pytest.approx(0, abs=1e-7)
+    for layer in match.layers:
+        assert layer.found.tau2 == pytest.approx(layer.target.tau2, abs=1e-6)
+
+
 def test_deterministic_and_remembered():
     first = match_layer(RELU, 0.83, 0.91, "min_shift", 4)
     assert match_layer(RELU, 0.83, 0.91, "min_shift", 4) is first
@@ -219,8 +228,14 @@ def test_two_level_error_falls_with_the_dimension(seed):
     assert two_level_figures(512, 960, seed)[0]["ck_rest"] < 0.9 * two_level_figures(256, 480, seed)[0]["ck_rest"]
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("p", "n"), [(128, 240), (256, 480)])
+@pytest.mark.parametrize(
+    ("p", "n"),
+    [(128, 240), (256, 480), pytest.param(512, 960, marks=SLOW), pytest.param(800, 1500, marks=SLOW)],
+)
 def test_unmatched_activations_do_not_keep_it(p, n, seed):
     x, _, tau0 = samples(p, n, seed)
     ck = dense_kernels(x, tau0)[0]

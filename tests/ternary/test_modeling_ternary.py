@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from optimum_rmtkd import SpecMismatchError, TernaryConfig, compress_features, pack_model
-from optimum_rmtkd.modeling_rmtkd import StepActivation
+from optimum_rmtkd.modeling_rmtkd import CentredActivation, StepActivation
 from optimum_rmtkd.ternary.configuration_ternary import TernaryMLPConfig
 from optimum_rmtkd.ternary.modeling_ternary import TernaryMLPForClassification, TernaryMLPForRegression
 from optimum_rmtkd.ternary.packing import convert
@@ -102,6 +103,30 @@ def test_saved_files_import_no_package(saved):
     for file in saved.glob("*.py"):
         lines = file.read_text(encoding="utf8").splitlines()
         assert not [line for line in lines if line.startswith(("from optimum_rmtkd", "import optimum_rmtkd"))]
+
+
+def test_what_is_uploaded_is_complete(model, tmp_path, monkeypatch):
+    """save_pretrained(push_to_hub=True): the files that leave are those that run without this package."""
+    from types import SimpleNamespace
+
+    from transformers.utils import hub
+
+    sent = {}
+
+    def upload(self, working_dir, repo_id, *args, **kwargs):
+        sent["repo"], sent["message"] = repo_id, kwargs["commit_message"]
+        sent["files"] = {f.name: f.read_bytes() for f in Path(working_dir).iterdir()}
+
+    card = SimpleNamespace(save=lambda path: None)
+    api = SimpleNamespace(create_repo=lambda repo_id, **_: SimpleNamespace(repo_id=f"me/{repo_id}"))
+    monkeypatch.setattr(hub, "hf_api", lambda: api)
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *args, **kwargs: card)
+    monkeypatch.setattr(hub.PushToHubMixin, "_upload_modified_files", upload)
+    model.save_pretrained(tmp_path / "head", push_to_hub=True, commit_message="first")
+    assert sent["repo"] == "me/head" and sent["message"] == "first"
+    for file in (tmp_path / "head").iterdir():
+        assert sent["files"][file.name] == file.read_bytes(), file.name
+    assert b"from .modeling_rmtkd import" in sent["files"]["modeling_ternary.py"]
 
 
 def test_saving_twice_gives_the_same_folder(saved, tmp_path):
@@ -255,6 +280,13 @@ def test_latent_weights_train_and_pack(tmp_path):
     again = AutoModel.from_pretrained(tmp_path / "packed")
     assert again.config.network["storage"] == "2bit"
     assert torch.allclose(logits(again), trained, atol=1e-4)
+
+
+def test_centring_by_nothing_is_no_work():
+    x = torch.tensor([-1.0, 2.0])
+    assert CentredActivation("relu")(x).tolist() == [0.0, 2.0] and x.tolist() == [-1.0, 2.0]
+    assert CentredActivation("linear", 0.5)(x).tolist() == [-1.5, 1.5] and x.tolist() == [-1.0, 2.0]  # not in place
+    assert CentredActivation("linear")(x) is x
 
 
 def test_steps_have_the_derivative_they_were_given():
