@@ -332,9 +332,7 @@ def _save(model: PreTrainedModel, dtype: str, task: Task, folder: Path) -> None:
 
 def _push(folder: Path, repo: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        HTTPError,
-    )  # of the library below: answers, and connections that never came about
+    from huggingface_hub.errors import HTTPError  # failed connections, too
 
     from ..hub import write_card
 

@@ -152,9 +152,7 @@ def card_data(run: Run, name: str, **metadata: Any) -> Any:
 def license_of(repository: str | None) -> str | None:
     """What the card of the uncut model says; None where there is no such card, or no network."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import (
-        HTTPError,
-    )  # of the library below: answers, and connections that never came about
+    from huggingface_hub.errors import HTTPError  # failed connections, too
 
     if repository is None:
         return None
