@@ -37,7 +37,8 @@ def fit_readout(h: torch.Tensor, y: torch.Tensor, ridge: float | None = None) ->
     """Least squares with a bias and a ridge on the weights.
 
     With the centred features H = U S V^T: weight = Y^T U S / (S^2 + lambda) V^T, and the leave-one-out residual of sample i is
-    r_i / (1 - 1/n - sum_j U_ij^2 S_j^2 / (S_j^2 + lambda)) (Allen 1974, PRESS).
+    r_i / (1 - 1/n - sum_j U_ij^2 S_j^2 / (S_j^2 + lambda)) (Allen 1974, PRESS). Where the features interpolate (d >= n) both are as
+    small as lambda, so they are summed from lambda / (S_j^2 + lambda) and not as differences to 1.
 
     Args:
         h: (n, d) features.
@@ -64,10 +65,13 @@ def fit_readout(h: torch.Tensor, y: torch.Tensor, ridge: float | None = None) ->
     right = centred.T @ basis / singular if dual else basis  # shape: (d, rank)
     unit, projected, leverages = float(squares.sum()) / d, left.T @ wanted, left.square()
 
+    beyond = wanted - left @ projected  # what no readout reaches
+    free = (1 - 1 / n - leverages.sum(1)).clamp_min(0)
+
     def predict_left_out(strength: float) -> torch.Tensor:
-        share = squares / (squares + strength * unit)
-        residual = wanted - left @ (share[:, None] * projected)
-        return targets - residual / (1 - 1 / n - leverages @ share).clamp_min(1e-6)[:, None]
+        shrunk = strength * unit / (squares + strength * unit)
+        residual = beyond + left @ (shrunk[:, None] * projected)
+        return targets - residual / (free + leverages @ shrunk)[:, None]
 
     strengths = GRID.tolist() if ridge is None else [ridge]
     errors = [float((predict_left_out(s) - targets).square().mean()) for s in strengths]

@@ -32,12 +32,13 @@ def test_solution(n, d):
     assert torch.allclose(fit.weight, weight) and torch.allclose(fit.bias, bias)
 
 
+@pytest.mark.parametrize("ridge", [0.3, 1e-8])
 @pytest.mark.parametrize(("n", "d"), [(25, 8), (15, 30)])
-def test_left_out_is_the_fit_without_the_sample(n, d):
+def test_left_out_is_the_fit_without_the_sample(n, d, ridge):
     """The oracle refits n times, at the same absolute ridge. Its bias is fitted again; the closed form accounts for that."""
     h, y = data(n, d)
-    fit = fit_readout(h, y, ridge=0.3)
-    strength = 0.3 * (h - h.mean(0)).square().sum(0).mean()
+    fit = fit_readout(h, y, ridge=ridge)
+    strength = ridge * (h - h.mean(0)).square().sum(0).mean()
     for i in range(n):
         rest = torch.arange(n) != i
         unit = (h[rest] - h[rest].mean(0)).square().sum(0).mean()
@@ -45,8 +46,9 @@ def test_left_out_is_the_fit_without_the_sample(n, d):
         assert torch.allclose(fit.left_out[i], h[i] @ weight.T + bias)
 
 
-def test_choice_of_the_ridge():
-    h, y = data(40, 30)
+@pytest.mark.parametrize("n", [40, 25])
+def test_choice_of_the_ridge(n):
+    h, y = data(n, 30)
     fit = fit_readout(h, y)
     errors = {r: fit_readout(h, y, r).error for r in (1e-8, 1e-4, 1e-2, 1.0, 100.0)}
     assert fit.error <= min(errors.values()) and errors[1e-8] > 1.5 * fit.error
