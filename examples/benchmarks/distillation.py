@@ -1,7 +1,8 @@
 """Do the objectives help? RMT-KD at -80 % with each of them, learning rate swept for each arm.
 
-    python examples/benchmarks/distillation.py sweep --task sst2          # every arm, every learning rate, one seed
+    python examples/benchmarks/distillation.py sweep --task sst2          # one seed: each compared arm at every rate around its best
     python examples/benchmarks/distillation.py seeds --task sst2          # each arm's best rate, and the common one, 3 seeds
+    python examples/benchmarks/distillation.py once --task sst2           # every other arm at the common rate, one seed
     python examples/benchmarks/distillation.py table --task sst2          # what has been measured so far
     python examples/benchmarks/distillation.py run --task rte --arm opdf_3 --learning_rate 1e-4 --seed 1    # one run
 
@@ -32,8 +33,8 @@ from optimum_rmtkd.surgery import count_parameters
 
 
 LOGITS = {"task": {"weight": 0.3}, "kl": {"weight": 0.7}}
-RATES = (1e-4, 3e-4, 1e-3)
-LOW_RATES = (1e-5, 3e-5, 1e-4, 3e-4)  # reparameterized arms: their steps are longer, see opdf.py
+RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+START, LOW_START = 3e-4, 1e-4  # of the sweep; reparameterized arms take longer steps at the same rate, see opdf.py
 SEEDS = (0, 1, 2)
 # steps, training rows, file of the teacher (None: fine-tuned once, by the ordinary script)
 TASKS = {"sst2": (512, 16384, "models/minilm_l6_sst2"), "rte": (468, None, None)}
@@ -72,15 +73,16 @@ ARMS: dict[str, tuple] = {
     "powerpropagation": (LOGITS, "powerpropagation", None),
     "mixup": (LOGITS, None, "embedding_mixup"),
 }  # fmt: skip
+COMPARED = [arm for arm in ARMS if arm in ("logits", "hidden") or arm.startswith(("rdimkd", "opdf"))]
 
 
 @dataclass
 class Arguments:
-    action: str = field(metadata={"help": "sweep, seeds, run or table."})
+    action: str = field(metadata={"help": "sweep, seeds, once, run or table."})
     task: str = field(default="sst2", metadata={"help": "sst2 or rte."})
     arm: str = field(default="logits", metadata={"help": "For run: " + ", ".join(ARMS) + "."})
     arms: list[str] = field(
-        default_factory=lambda: list(ARMS), metadata={"help": "For sweep and seeds: these arms only."}
+        default_factory=lambda: list(COMPARED), metadata={"help": "For sweep and seeds: these arms only."}
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "For run."})
     seed: int = field(default=0, metadata={"help": "For run."})
@@ -240,6 +242,25 @@ def best_rates(rows: list[dict]) -> dict[str, float]:
     return {arm: row["learning_rate"] for arm, row in found.items()}
 
 
+def climb(arguments: Arguments, arm: str) -> None:
+    """From the usual rate uphill, until the best rate of the arm has both its neighbours measured."""
+    place = RATES.index(LOW_START if ARMS[arm][1] else START)
+    while True:
+        for rate in RATES[max(place - 1, 0) : place + 2]:
+            measure(arguments, arm, rate, SEEDS[0])
+        best = RATES.index(best_rates(rows_of(arguments))[arm])
+        if best == place:
+            return
+        place = best
+
+
+def once(arguments: Arguments) -> None:
+    """The arms that are not compared in depth, at the best rate of `logits`."""
+    rate = best_rates(rows_of(arguments))["logits"]
+    for arm in (arm for arm in ARMS if arm not in COMPARED):
+        measure(arguments, arm, rate, SEEDS[0])
+
+
 def seeds(arguments: Arguments) -> None:
     """The three seeds at each arm's best rate, and at the best rate of `logits`."""
     best = best_rates(rows_of(arguments))
@@ -296,16 +317,18 @@ def main() -> None:
     elif arguments.action == "sweep":
         teacher_of(arguments.task, output)
         for arm in arguments.arms:
-            for rate in LOW_RATES if ARMS[arm][1] else RATES:
-                measure(arguments, arm, rate, SEEDS[0])
+            climb(arguments, arm)
         table(arguments)
     elif arguments.action == "seeds":
         seeds(arguments)
         table(arguments)
+    elif arguments.action == "once":
+        once(arguments)
+        table(arguments)
     elif arguments.action == "table":
         table(arguments)
     else:
-        raise SystemExit(f"action {arguments.action!r}: expected sweep, seeds, run or table.")
+        raise SystemExit(f"action {arguments.action!r}: expected sweep, seeds, once, run or table.")
 
 
 if __name__ == "__main__":
