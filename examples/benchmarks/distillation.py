@@ -1,6 +1,6 @@
 """Do the objectives help? RMT-KD at -80 % with each of them, learning rate swept for each arm.
 
-    python examples/benchmarks/distillation.py sweep --task sst2          # one seed: each compared arm at every rate around its best
+    python examples/benchmarks/distillation.py sweep --task sst2          # one seed, the learning rates around the best of each family of arms
     python examples/benchmarks/distillation.py seeds --task sst2          # each arm's best rate, and the common one, 3 seeds
     python examples/benchmarks/distillation.py once --task sst2           # every other arm at the common rate, one seed
     python examples/benchmarks/distillation.py table --task sst2          # what has been measured so far
@@ -34,7 +34,7 @@ from optimum_rmtkd.surgery import count_parameters
 
 LOGITS = {"task": {"weight": 0.3}, "kl": {"weight": 0.7}}
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
-START, LOW_START = 3e-4, 1e-4  # of the sweep; reparameterized arms take longer steps at the same rate, see opdf.py
+START, LOW_START = 3e-5, 1e-5  # of the sweep; reparameterized arms take longer steps at the same rate, see opdf.py
 SEEDS = (0, 1, 2)
 # steps, training rows, file of the teacher (None: fine-tuned once, by the ordinary script)
 TASKS = {"sst2": (512, 16384, "models/minilm_l6_sst2"), "rte": (468, None, None)}
@@ -73,7 +73,21 @@ ARMS: dict[str, tuple] = {
     "powerpropagation": (LOGITS, "powerpropagation", None),
     "mixup": (LOGITS, None, "embedding_mixup"),
 }  # fmt: skip
-COMPARED = [arm for arm in ARMS if arm in ("logits", "hidden") or arm.startswith(("rdimkd", "opdf"))]
+# One cut, so that all arms of a seed train the same student from the first step on.
+RECIPE = {"rounds": 1, "calibration_samples": 512}
+# Arm -> the arm whose best learning rate it takes: variants of one loss, normalised alike, or of one parameterization.
+COMPARED = {
+    "logits": "logits",
+    "hidden": "hidden",
+    "rdimkd_rmt": "rdimkd_rmt",
+    "rdimkd_random": "rdimkd_rmt",
+    "rdimkd_pca": "rdimkd_rmt",
+    "rdimkd_autoencoder": "rdimkd_rmt",
+    "opdf_3": "opdf_3",
+    "opdf_3_aligned": "opdf_3",
+    "opdf_5": "opdf_3",
+    "opdf_5_aligned": "opdf_3",
+}
 
 
 @dataclass
@@ -82,7 +96,11 @@ class Arguments:
     task: str = field(default="sst2", metadata={"help": "sst2 or rte."})
     arm: str = field(default="logits", metadata={"help": "For run: " + ", ".join(ARMS) + "."})
     arms: list[str] = field(
-        default_factory=lambda: list(COMPARED), metadata={"help": "For sweep and seeds: these arms only."}
+        default_factory=list,
+        metadata={
+            "help": "For sweep and seeds: these arms only. A sweep of an arm that would take its rate from another gives it "
+            "its own."
+        },
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "For run."})
     seed: int = field(default=0, metadata={"help": "For run."})
@@ -169,7 +187,7 @@ def run(arguments: Arguments, arm: str, rate: float, seed: int) -> dict:
     trainer = RMTKDTrainer(
         model=task.model,
         args=training_arguments(output / "runs" / f"{arguments.task}-{arm}-{rate:g}-{seed}", rate, seed, steps),
-        rmtkd_config=RMTKDConfig(target_reduction=arguments.target, seed=seed),
+        rmtkd_config=RMTKDConfig(target_reduction=arguments.target, seed=seed, **RECIPE),
         objectives=objectives,
         reparameterization=reparameterization,
         transforms=transforms,
@@ -234,12 +252,14 @@ def measure(arguments: Arguments, arm: str, rate: float, seed: int) -> None:
 
 
 def best_rates(rows: list[dict]) -> dict[str, float]:
-    """Arm -> the rate of its highest accuracy on the seed of the sweep."""
-    found: dict[str, dict] = {}
+    """Arm -> the rate of its highest accuracy on the seed of the sweep; of its leader's, where only that was swept."""
+    tried: dict[str, dict[float, float]] = {}
     for row in rows:
-        if row["seed"] == SEEDS[0] and row["accuracy"] > found.get(row["arm"], {"accuracy": -1})["accuracy"]:
-            found[row["arm"]] = row
-    return {arm: row["learning_rate"] for arm, row in found.items()}
+        if row["seed"] == SEEDS[0]:
+            tried.setdefault(row["arm"], {})[row["learning_rate"]] = row["accuracy"]
+    own = {arm: max(rates, key=rates.get) for arm, rates in tried.items()}
+    swept = {arm for arm, rates in tried.items() if len(rates) >= 3}
+    return own | {arm: own[led] for arm, led in COMPARED.items() if arm not in swept and led in own}
 
 
 def climb(arguments: Arguments, arm: str) -> None:
@@ -265,7 +285,7 @@ def seeds(arguments: Arguments) -> None:
     """The three seeds at each arm's best rate, and at the best rate of `logits`."""
     best = best_rates(rows_of(arguments))
     for seed in SEEDS:
-        for arm in (arm for arm in arguments.arms if arm in best):
+        for arm in (arm for arm in arguments.arms or COMPARED if arm in best):
             for rate in dict.fromkeys((best[arm], best["logits"])):
                 measure(arguments, arm, rate, seed)
 
@@ -316,7 +336,7 @@ def main() -> None:
         print(json.dumps(row))
     elif arguments.action == "sweep":
         teacher_of(arguments.task, output)
-        for arm in arguments.arms:
+        for arm in arguments.arms or dict.fromkeys(COMPARED.values()):
             climb(arguments, arm)
         table(arguments)
     elif arguments.action == "seeds":
