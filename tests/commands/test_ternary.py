@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import optimum_rmtkd  # noqa: F401
@@ -116,6 +117,19 @@ def test_trained_part_of_a_model(cli, table, validation_table, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     assert model.distilbert.transformer.layer[1].ffn.layers[0].storage == "base3"
     assert not (tmp_path / "out" / "trainer").exists()
+
+    halfway = tmp_path / "kept" / "checkpoint-2" / "model.safetensors"
+    written = halfway.stat().st_mtime_ns
+    for folder in (tmp_path / "kept").glob("checkpoint-*"):
+        if folder.name != "checkpoint-2":
+            shutil.rmtree(folder)
+    code, out, err = cli("ternary", "--model", tmp_path / "model", *part, *data, *kept, "-o", tmp_path / "again")
+    assert code == 0, err
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "again"))
+    assert set(first) == set(again) and all(torch.equal(first[name], again[name]) for name in first)
+    assert (
+        halfway.stat().st_mtime_ns == written
+    )  # it went on from there; a run from the start would have written it again
 
 
 @pytest.mark.parametrize(
