@@ -114,10 +114,11 @@ class RMTKDConfig:
         ("loss", "edge", "uniform"),
     )
 
-    speed_weight: float = _option(
-        4.0,
+    speed_weight: float | None = _option(
+        None,
         "What a share of the FLOPs is worth beside the same share of the parameters when allocation='loss' picks what to "
-        "cut. 0: size alone; a table of words then costs as much as layers that are slow.",
+        "cut. 0: size alone; a table of words then costs as much as layers that are slow. None: 4, and 1 where more than 85 % "
+        "are to go, because thin layers cannot pay for speed as well.",
     )
 
     # Surgery
@@ -236,7 +237,7 @@ class RMTKDConfig:
             if not getattr(self, name) > 0:
                 raise RMTKDError(f"{name}={getattr(self, name)}: expected a number above 0.")
         for name in ("task_weight", "kl_weight", "hidden_weight", "speed_weight"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise RMTKDError(f"{name}={getattr(self, name)}: expected a number of at least 0.")
         for name in (
             "min_rank",

@@ -24,9 +24,15 @@ __all__ = [
     "parameters_of",
     "provenance_of",
     "site_widths",
+    "speed_weight_of",
     "uncut_parameters",
 ]
 
+SPEED_WEIGHT, DEEP_SPEED_WEIGHT, DEEP = (
+    4.0,
+    1.0,
+    0.85,
+)  # docs/surgery.md, section 3: by latency, by accuracy, beyond that
 TOLERANCE = 0.005  # overshoot of a share that a step may leave while another step fits better
 
 
@@ -175,6 +181,13 @@ def flops_of(
         return total
 
     return count
+
+
+def speed_weight_of(config: RMTKDConfig) -> float:
+    """The recipe's, or the default for its target_reduction."""
+    if config.speed_weight is not None:
+        return config.speed_weight
+    return DEEP_SPEED_WEIGHT if (config.target_reduction or 0.0) > DEEP else SPEED_WEIGHT
 
 
 def _move_price(couple: Couple, old: int, new: int, config: RMTKDConfig) -> float:

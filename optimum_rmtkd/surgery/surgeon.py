@@ -27,6 +27,7 @@ from .budget import (
     parameters_of,
     provenance_of,
     site_widths,
+    speed_weight_of,
     uncut_parameters,
 )
 from .calibration import (
@@ -230,7 +231,7 @@ class Surgeon:
             units = self._units_of(couple)
             size = parameters_of(self.teacher, self.anatomy, units)
             work = flops_of(self.teacher, self.anatomy, positions, units)
-            weight = self.config.speed_weight / max(flops, 1.0)
+            weight = speed_weight_of(self.config) / max(flops, 1.0)
             return lambda widths: size(widths) / parameters + weight * work(widths)
 
         return worth

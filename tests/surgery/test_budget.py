@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from optimum_rmtkd import RMTKDConfig, count_parameters, narrow
 from optimum_rmtkd.surgery import narrow_to, reduce
-from optimum_rmtkd.surgery.budget import couple_grid, flops_of, parameters_of
+from optimum_rmtkd.surgery.budget import couple_grid, flops_of, parameters_of, speed_weight_of
 from optimum_rmtkd.surgery.reduction import anatomy_of
 from optimum_rmtkd.surgery.sites import Site
 
@@ -170,6 +170,20 @@ def test_target_flops_is_met(realistic, target):
     model, data = realistic
     small = narrow(model, data, REALISTIC.replace(target_flops=target), progress=False)
     assert abs(1 - flops(small, data) / flops(model, data) - target) < 0.01
+
+
+@pytest.mark.parametrize(("target", "weight", "other"), [(0.8, 4.0, 0.0), (0.9, 1.0, 100.0)])
+def test_speed_counts_less_where_little_is_left(realistic, target, weight, other):
+    model, data = realistic
+
+    def cut(speed_weight):
+        config = REALISTIC.replace(target_reduction=target, speed_weight=speed_weight, round_to=8)
+        small = narrow(model, data, config, progress=False)
+        return small.config.rmtkd["spec"], flops(small, data)
+
+    default, given, different = cut(None), cut(weight), cut(other)
+    assert default == given and speed_weight_of(REALISTIC.replace(target_reduction=target)) == weight
+    assert default[0] != different[0] and (default[1] > different[1]) == (weight < other)
 
 
 @pytest.mark.parametrize("allocation", ["edge", "uniform", "loss"])
