@@ -252,12 +252,12 @@ def measure(arguments: Arguments, arm: str, rate: float, seed: int) -> None:
 
 
 def best_rates(rows: list[dict]) -> dict[str, float]:
-    """Arm -> the rate of its highest accuracy on the seed of the sweep; of its leader's, where only that was swept."""
+    """Arm -> the rate (the larger of equals) of its highest accuracy on the first seed; its leader's, where only that was swept."""
     tried: dict[str, dict[float, float]] = {}
     for row in rows:
         if row["seed"] == SEEDS[0]:
             tried.setdefault(row["arm"], {})[row["learning_rate"]] = row["accuracy"]
-    own = {arm: max(rates, key=rates.get) for arm, rates in tried.items()}
+    own = {arm: max(rates, key=lambda rate: (rates[rate], rate)) for arm, rates in tried.items()}
     swept = {arm for arm, rates in tried.items() if len(rates) >= 3}
     return own | {arm: own[led] for arm, led in COMPARED.items() if arm not in swept and led in own}
 
