@@ -23,7 +23,8 @@ class SignedPower(nn.Module):
 
     def forward(self, theta: torch.Tensor) -> torch.Tensor:
         with torch.autocast(theta.device.type, enabled=False):
-            return (theta * theta.abs().pow(self.exponent - 1)).to(self.dtype)
+            # Not theta |theta|^(a-1): below a = 2 its gradient at 0 is 0 * inf, NaN.
+            return (theta.sign() * theta.abs().pow(self.exponent)).to(self.dtype)
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         wide = weight.double()

@@ -26,10 +26,11 @@ def test_function_is_unchanged_and_the_gradient_scaled(exponent):
     assert torch.allclose(theta.grad, exponent * theta.abs() ** (exponent - 1) * direction, rtol=1e-4, atol=1e-6)
 
 
-def test_zero_stays_zero_without_nan():
+@pytest.mark.parametrize("exponent", [1.5, 2.0, 3.0])
+def test_zero_stays_zero_without_nan(exponent):
     model = nn.Sequential(nn.Linear(3, 3))
     nn.init.zeros_(model[0].weight)
-    Powerpropagation(target_modules=["0"]).apply(model)
+    Powerpropagation(exponent, target_modules=["0"]).apply(model)
     model(torch.ones(1, 3)).sum().backward()
     assert torch.equal(model[0].parametrizations.weight.original.grad, torch.zeros(3, 3))
 
