@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 
-__all__ = ["IGNORED", "UNITS", "count_units", "token_labels", "total_units"]
+__all__ = ["IGNORED", "UNITS", "answered", "count_units", "token_labels", "total_units"]
 
 IGNORED = -100
 UNITS = ("samples", "tokens", "labels")
@@ -26,16 +26,31 @@ def token_labels(inputs: Mapping[str, Any], shifted: bool) -> torch.Tensor | Non
     return (labels[:, 1:] if shifted else labels) != IGNORED
 
 
-def count_units(inputs: Mapping[str, Any], shifted: bool = False) -> torch.Tensor:
-    """(3,) int64 on the CPU: samples, unmasked tokens and counted labels of one batch, in the order of `UNITS`.
+def answered(mask: torch.Tensor, shifted: bool) -> torch.Tensor:
+    """Bool (batch, tokens), True where an unlabelled answer counts: at real tokens, for causal models those that a real
+    token follows (one position shorter).
 
-    Without an attention mask every token id counts; without tokens (images) or labels of tokens these counts are 0.
+    Args:
+        mask: bool (batch, tokens), True at real tokens.
+    """
+    return mask[:, 1:] & mask[:, :-1] if shifted else mask
+
+
+def count_units(inputs: Mapping[str, Any], shifted: bool = False) -> torch.Tensor:
+    """(3,) int64 on the CPU: samples, unmasked tokens and labels of one batch, in the order of `UNITS`.
+
+    Labels are those of tokens that are not -100; where there is no label a token, the tokens whose answer counts
+    (`answered`). Without an attention mask every token id counts; without tokens (images) these counts are 0.
     """
     tensors = [value for value in inputs.values() if torch.is_tensor(value) and value.dim()]
     samples = len(tensors[0]) if tensors else 0
     mask, ids, counted = inputs.get("attention_mask"), inputs.get("input_ids"), token_labels(inputs, shifted)
-    tokens = int(mask.bool().sum()) if torch.is_tensor(mask) else ids.numel() if torch.is_tensor(ids) else 0
-    return torch.tensor([samples, tokens, 0 if counted is None else int(counted.sum())])
+    if not torch.is_tensor(mask):
+        mask = torch.ones_like(ids) if torch.is_tensor(ids) else torch.zeros(0, 0)
+    mask = mask.bool()
+    if counted is None:
+        counted = answered(mask, shifted) if mask.dim() == 2 else mask
+    return torch.tensor([samples, int(mask.sum()), int(counted.sum())])
 
 
 def total_units(batches: Iterable[Mapping[str, Any]], shifted: bool = False) -> torch.Tensor:

@@ -25,7 +25,7 @@ class DistillationStep:
         student_features, teacher_features: outputs of the requested modules by module path.
         mask: bool, (batch, tokens), True at real tokens; None where the inputs carry no token mask. For multiple choice the
             choices are rows: (batch * choices, tokens).
-        totals: (3,) samples, tokens and labels (`counts.UNITS`) of the whole accumulated batch over all processes; None:
+        totals: (3,) samples, tokens and labels (`counts.count_units`) of the whole accumulated batch over all processes; None:
             this batch stands for itself.
         parts: number of micro-batches (accumulation steps times processes) over which the trainer averages the losses.
         shifted: labels belong to the position before them (causal models).

@@ -112,6 +112,60 @@ def test_masked_tokens_contribute_nothing_not_even_nan(objective):
     assert torch.equal(clean, spoilt) and torch.isfinite(ours.grad).all()
 
 
+@pytest.mark.parametrize(
+    "objective", [KLDivergence(1.0), KLDivergence(1.0, reverse=True), SkewKLDivergence(1.0), JensenShannonDivergence(1.0)]
+)
+def test_a_class_ruled_out_by_both_contributes_nothing(objective):
+    ours, theirs = torch.randn(4, 5), torch.randn(4, 5)
+    expected = value(objective, ours, theirs)
+    lost = torch.full((4, 1), -math.inf)
+    ours, theirs = torch.cat((ours, lost), 1).requires_grad_(), torch.cat((theirs, lost), 1)
+    found = value(objective, ours, theirs)
+    found.backward()
+    assert torch.allclose(found, expected) and torch.isfinite(ours.grad).all()
+
+
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_padding_of_spans_at_low_temperature(temperature):
+    mask = torch.tensor([[True, True, True, False]])
+    sides = [{n: torch.randn(1, 4) for n in ("start_logits", "end_logits")} for _ in range(2)]
+    objective = KLDivergence(1.0, temperature=temperature)
+    objective.setup(Head(), None, {})
+    found = objective(DistillationStep({}, *sides, mask=mask))
+    short = [{n: x[:, :3] for n, x in side.items()} for side in sides]
+    assert torch.allclose(found, objective(DistillationStep({}, *short)), rtol=1e-4)
+
+
+def test_fractional_labels_mean_several_labels_where_the_config_says_nothing():
+    """transformers sets `problem_type` at the first forward pass with labels: too late for `setup`."""
+    ours, theirs, inputs = torch.randn(6, 4), torch.randn(6, 4), {"labels": torch.rand(6, 4).round()}
+    named = {"problem_type": "multi_label_classification"}
+    for objective in (KLDivergence(1.0), CorrelationDistance(dim="batch")):
+        assert torch.equal(value(objective, ours, theirs, inputs), value(objective, ours, theirs, **named))
+        assert not torch.allclose(value(objective, ours, theirs), value(objective, ours, theirs, **named))
+
+
+def test_one_output_a_token_is_regression():
+    ours, theirs = torch.randn(2, 3, 1), torch.randn(2, 3, 1)
+    found = value(KLDivergence(1.0), ours, theirs, {"labels": torch.tensor([[1, 1, -100], [1, -100, -100]])})
+    gaps = (ours - theirs)[[0, 0, 1], [0, 1, 0]]
+    assert torch.allclose(found, gaps.square().mean())
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_unlabelled_causal_answers_never_come_from_padding(padding):
+    mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
+    mask = mask.flip(1) if padding == "left" else mask
+    ours, theirs = torch.randn(2, 4, 5), torch.randn(2, 4, 5)
+    clean = [torch.nan_to_num(x.masked_fill(~mask[..., None], 0)) for x in (ours, theirs)]
+    spoilt = [x.masked_fill(~mask[..., None], math.nan) for x in (ours, theirs)]
+    objective, found = KLDivergence(1.0), []
+    objective.setup(Head("ForCausalLM"), None, {})
+    for a, b in (clean, spoilt):
+        found.append(objective(DistillationStep({}, {"logits": a}, {"logits": b}, mask=mask)))
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("objective", [SkewKLDivergence(1.0), JensenShannonDivergence(1.0, beta=0.3)])
 def test_regression_and_several_labels(objective):
     ours, theirs = torch.randn(6, 1), torch.randn(6, 1)
@@ -174,6 +228,10 @@ def test_vocabularies_are_cut_to_the_teachers_largest_and_tiny_batches_left_out(
     places = theirs.topk(4).indices
     expected = value(CorrelationDistance(top_k=4), ours.gather(1, places), theirs.gather(1, places))
     assert torch.allclose(value(CorrelationDistance(top_k=4), ours, theirs), expected)
+    # Over the batch a column is one class, not whatever is k-th in each row.
+    theirs[:, [7, 9, 30]] += 9
+    expected = value(CorrelationDistance(dim="batch"), ours[:, [7, 9, 30]], theirs[:, [7, 9, 30]])
+    assert torch.allclose(value(CorrelationDistance(dim="batch", top_k=3), ours, theirs), expected, atol=1e-6)
     few = CorrelationDistance(dim="batch")
     assert value(few, ours[:2], theirs[:2]) == 0 and "at least 3 are needed" in caplog.text
 

@@ -37,7 +37,7 @@ def student_and_teacher(kind):
     return [tiny_bert(seed, num_labels=3) for seed in (0, 1)]
 
 
-def run(make_trainer, weights, kind, objective, batch, accumulation):
+def run(make_trainer, weights, kind, objective, batch, accumulation, data=None):
     student, teacher = student_and_teacher(kind)
     for model in (student, teacher):
         for module in model.modules():
@@ -54,7 +54,7 @@ def run(make_trainer, weights, kind, objective, batch, accumulation):
         max_steps=2,
         optim="sgd",
         learning_rate=0.05,
-        trainer_kwargs={"train_dataset": ragged(kind=kind), "eval_dataset": None},
+        trainer_kwargs={"train_dataset": data or ragged(kind=kind), "eval_dataset": None},
     )
     trainer.train()
     history = [(e["loss"], e["grad_norm"], e[f"loss/{objective}"]) for e in trainer.state.log_history if "loss" in e]
@@ -76,6 +76,13 @@ def test_eight_rows_at_once_are_four_times_two(make_trainer, weights, kind, obje
     assert torch.allclose(whole, parts, rtol=2e-4, atol=1e-6), (whole, parts)
     for name, tensor in ours.items():
         assert torch.allclose(tensor, theirs[name], atol=2e-6), name
+
+
+@pytest.mark.parametrize("kind", ["token", "causal"])
+def test_unlabelled_rows_too(make_trainer, weights, kind):
+    data = [{k: v for k, v in row.items() if k != "labels"} for row in ragged(kind=kind)]
+    (whole, _), (parts, _) = (run(make_trainer, weights, kind, "kl", *split, data) for split in ((8, 1), (2, 4)))
+    assert whole[0, 0] > 0 and torch.allclose(whole, parts, rtol=2e-4), (whole, parts)
 
 
 def test_hidden_states_too_once_the_student_was_cut(make_trainer, weights):
@@ -105,7 +112,10 @@ def test_units():
     batch = {"input_ids": torch.ones(2, 4), "attention_mask": mask, "labels": labels}
     assert count_units(batch).tolist() == [2, 4, 3]
     assert count_units(batch, shifted=True).tolist() == [2, 4, 2]
-    assert count_units({"input_ids": torch.ones(2, 4), "labels": torch.ones(2)}).tolist() == [2, 8, 0]
+    assert count_units({"input_ids": torch.ones(2, 4), "labels": torch.ones(2)}).tolist() == [2, 8, 8]
+    del batch["labels"]  # the answers at real tokens, of causal models those that another follows
+    assert count_units(batch).tolist() == [2, 4, 4] and count_units(batch, shifted=True).tolist() == [2, 4, 2]
+    batch["labels"] = labels
     assert count_units({"pixel_values": torch.ones(3, 1, 2, 2), "labels": torch.ones(3, 5)}).tolist() == [3, 0, 0]
     assert total_units([batch, batch]).tolist() == [4, 8, 6]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import RMTKDError
-from ..counts import token_labels
+from ..counts import answered, token_labels
 from ..step import DistillationStep
 
 
@@ -20,6 +21,7 @@ __all__ = ["Answers", "Divergence", "shifts_labels"]
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SPANS = ("start_logits", "end_logits")
+LOWEST = -1e30  # stands for log 0: finite, because 0 * -inf is NaN, in the loss or in its gradient
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -39,13 +41,17 @@ class Answers:
     """Reads the logits of a pair of models as the student's config says they are meant.
 
     - classification and multiple choice, logits (batch, classes): mean over the batch;
-    - several labels at once (`problem_type="multi_label_classification"`): sum over the labels, each a distribution over
-      yes and no;
-    - one label (`num_labels=1`: regression): mean squared error to the teacher's output, temperature unused;
+    - several labels at once (`problem_type="multi_label_classification"`, or no problem type and one fractional label a
+      class, from which transformers infers it too): sum over the labels, each a distribution over yes and no;
+    - one label (`num_labels=1`: regression), of samples or tokens: mean squared error to the teacher's output, temperature
+      unused;
     - token tasks and language models, logits (batch, tokens, classes): mean over the positions whose label is not -100
-      (labels shifted by one for causal models), or over the unmasked tokens where there are no labels. Other positions are
-      dropped before anything is computed: their value, NaN included, cannot enter;
+      (labels shifted by one for causal models), or over the unmasked tokens where there are no labels (of causal models:
+      those that another follows). Other positions are dropped before anything is computed: their value, NaN included,
+      cannot enter;
     - question answering, start_logits and end_logits (batch, tokens): mean of both over unmasked positions.
+
+    A class with a logit of -inf has probability 0 and contributes nothing.
     """
 
     problem: str | None = None
@@ -54,6 +60,14 @@ class Answers:
     @classmethod
     def of(cls, student: nn.Module) -> Answers:
         return cls(getattr(student.config, "problem_type", None), shifts_labels(student))
+
+    def resolved(self, step: DistillationStep) -> Answers:
+        """Itself, with the problem that fractional labels (batch, classes) imply where the config names none."""
+        labels = step.inputs.get("labels")
+        several = torch.is_tensor(labels) and labels.is_floating_point() and labels.dim() == 2 and labels.shape[1] > 1
+        if self.problem is None and several:
+            return dataclasses.replace(self, problem="multi_label_classification")
+        return self
 
     def compare(self, step: DistillationStep, divergence: Divergence, temperature: float, who: str) -> torch.Tensor:
         """T^2 times the mean divergence of the softened answers, as this micro-batch's part of the accumulated batch.
@@ -66,7 +80,7 @@ class Answers:
         """
 
         def softened(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-            log_p, log_q = (F.log_softmax(z.float() / temperature, dim=-1) for z in (theirs, ours))
+            log_p, log_q = (F.log_softmax(z.float() / temperature, -1).clamp_min(LOWEST) for z in (theirs, ours))
             return divergence(log_p, log_q) * temperature**2
 
         student, teacher = step.student_outputs, step.teacher_outputs
@@ -76,12 +90,16 @@ class Answers:
         ours, theirs = self.logits(step, who)
         if ours.dim() == 3:
             ours, theirs, unit = self.counted(ours, theirs, step)
-            values = softened(ours, theirs)
+            if self.is_regression(ours):
+                values = (ours.float() - theirs.float()).square().mean(-1)
+            else:
+                values = softened(ours, theirs)
             # No position at all in this micro-batch: zero, still attached to the graph.
             return values.sum() / max(values.numel(), 1) * step.share(unit)
+        problem = self.resolved(step).problem
         if self.is_regression(ours):
             return F.mse_loss(ours.float(), theirs.float()) * step.share("samples")
-        if self.problem == "multi_label_classification":
+        if problem == "multi_label_classification":
             # A Bernoulli with logit z is a softmax over (z, 0).
             ours, theirs = (torch.stack((z.float(), torch.zeros_like(z.float())), dim=-1) for z in (ours, theirs))
             return softened(ours, theirs).sum(-1).mean() * step.share("samples")
@@ -117,11 +135,11 @@ class Answers:
         mask, labels = step.mask, token_labels(step.inputs, self.shifted)
         if self.shifted:
             ours, theirs = ours[:, :-1], theirs[:, :-1]
-            mask = None if mask is None else mask[:, 1:]
-        for unit, chosen in (("labels", labels), ("tokens", mask)):
+        mask = None if mask is None else answered(mask, self.shifted)
+        for chosen in (labels, mask):
             if chosen is not None and chosen.shape == ours.shape[:2]:
-                return ours[chosen], theirs[chosen], unit
-        return ours.flatten(0, 1), theirs.flatten(0, 1), "tokens"
+                return ours[chosen], theirs[chosen], "labels"
+        return ours.flatten(0, 1), theirs.flatten(0, 1), "labels" if "input_ids" in step.inputs else "samples"
 
     def _masked_span(
         self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None
@@ -130,6 +148,5 @@ class Answers:
         ours, theirs = ours.float(), theirs.float()
         if mask is None:
             return ours, theirs
-        # Finite, because 0 * -inf is NaN; the same on both sides, so padding contributes exactly 0.
-        low = torch.finfo(torch.float32).min / 4
-        return ours.masked_fill(~mask, low), theirs.masked_fill(~mask, low)
+        # The same on both sides, so padding contributes exactly 0.
+        return ours.masked_fill(~mask, LOWEST), theirs.masked_fill(~mask, LOWEST)

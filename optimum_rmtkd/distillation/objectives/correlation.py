@@ -48,7 +48,8 @@ class CorrelationDistance(DistillationObjective):
         kind: "pearson" (values) or "spearman" (soft ranks of the standardised predictions).
         temperature: of the softmax.
         rank_width: softness of the ranks, in standard deviations.
-        top_k: with more classes than this (vocabularies), only the teacher's k largest are correlated.
+        top_k: with more classes than this (vocabularies), only k are correlated: the teacher's largest of each sample; over
+            the batch, where a class has to be the same in all samples, those of the largest mean probability.
 
     References: R2KD, arXiv 2311.13934 (over classes, Pearson and Spearman); Huang et al., "DIST", arXiv 2205.10536 (over the
     batch).
@@ -85,17 +86,18 @@ class CorrelationDistance(DistillationObjective):
     def forward(self, step: DistillationStep) -> torch.Tensor:
         if "logits" not in step.student_outputs and "start_logits" in step.student_outputs:
             raise RMTKDError("CorrelationDistance does not know spans (question answering); use KLDivergence there.")
-        ours, theirs = self._answers.logits(step, "CorrelationDistance")
+        answers = self._answers.resolved(step)
+        ours, theirs = answers.logits(step, "CorrelationDistance")
         unit = "samples"
         if ours.dim() == 3:
-            ours, theirs, unit = self._answers.counted(ours, theirs, step)
+            ours, theirs, unit = answers.counted(ours, theirs, step)
         classes = ours.shape[-1]
         if self.dim == "class" and classes < 3:
             raise RMTKDError(
                 f"CorrelationDistance(dim='class') over {classes} class(es): two numbers always correlate perfectly, so its "
                 "gradient is zero. Use dim='batch' (each class over the samples), or KLDivergence."
             )
-        ours, theirs = self._predictions(ours.float(), theirs.float())
+        ours, theirs = self._predictions(answers, ours.float(), theirs.float())
         if self.dim == "batch":
             ours, theirs = ours.T, theirs.T  # (classes, samples)
             if ours.shape[1] < 3:
@@ -107,14 +109,17 @@ class CorrelationDistance(DistillationObjective):
             ours, theirs = (soft_ranks(_standardised(x), self.rank_width) for x in (ours, theirs))
         return (1 - pearson(ours, theirs)).mean() * step.share(unit)
 
-    def _predictions(self, ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _predictions(
+        self, answers: Answers, ours: torch.Tensor, theirs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits (n, classes) each -> what is correlated, (n, classes or top_k)."""
-        if self._answers.is_regression(ours):
+        if answers.is_regression(ours):
             return ours, theirs
         if ours.shape[-1] > self.top_k:
-            places = theirs.topk(self.top_k, dim=-1).indices
+            largest = theirs if self.dim == "class" else F.softmax(theirs, -1).mean(0).expand_as(theirs)
+            places = largest.topk(self.top_k, dim=-1).indices
             ours, theirs = ours.gather(-1, places), theirs.gather(-1, places)
-        if self._answers.problem == "multi_label_classification":
+        if answers.problem == "multi_label_classification":
             return torch.sigmoid(ours / self.temperature), torch.sigmoid(theirs / self.temperature)
         return F.softmax(ours / self.temperature, -1), F.softmax(theirs / self.temperature, -1)
 

@@ -27,7 +27,7 @@ __all__ = [
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of log-probabilities (..., classes) -> (...). Where p is exactly 0 the class contributes 0."""
+    """KL(p || q) of finite log-probabilities (..., classes) -> (...). Where exp(log_p) is 0 the class contributes 0."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
