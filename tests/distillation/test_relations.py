@@ -55,6 +55,17 @@ def test_a_cut_head_keeps_the_scale_of_its_model(batch):
     assert loss(step).item() == pytest.approx(terms[mask].mean().item(), rel=1e-4)
 
 
+def test_a_teacher_of_other_heads_is_cut_anew_and_scaled_by_the_new_width(batch):
+    student, teacher = models()
+    other = tiny_bert(1, num_attention_heads=2, attn_implementation="eager").eval()
+    values = []
+    for them in (teacher, other):  # the same weights: relation heads are the student's in both
+        loss = AttentionRelationLoss("qk")
+        loss.setup(student, them, {})
+        values.append(loss(ask(loss, student, teacher, *batch)[0]))
+    assert torch.equal(*values)
+
+
 @pytest.mark.parametrize("relations", [("vv",), ("qq", "kk", "vv"), ("qk", "vv")])
 def test_widths_may_differ_and_padding_does_not_matter(batch, relations):
     student, teacher = models(hidden_size=16)
@@ -63,10 +74,16 @@ def test_widths_may_differ_and_padding_does_not_matter(batch, relations):
     step, _, _ = ask(loss, student, teacher, *batch)
     value = loss(step)
     assert value > 0
-    for features in (step.student_features, step.teacher_features):
-        for tensor in features.values():
-            tensor[~step.mask] = 1e3
-    assert torch.allclose(loss(step), value, atol=1e-6)
+    for tensor in step.teacher_features.values():
+        tensor[~step.mask] = float("inf")
+    for name, tensor in step.student_features.items():
+        spoilt = tensor.masked_fill(~step.mask[..., None], float("nan"))
+        step.student_features[name] = spoilt.requires_grad_()
+    found = loss(step)
+    found.backward()
+    assert torch.allclose(found, value, atol=1e-6)
+    for tensor in step.student_features.values():
+        assert torch.isfinite(tensor.grad).all() and (tensor.grad[~step.mask] == 0).all()
     same = AttentionRelationLoss(relations)
     same.setup(teacher, teacher, {})
     step, _, _ = ask(same, teacher, teacher, *batch)

@@ -178,7 +178,7 @@ class ProjectedFeatureLoss(DistillationObjective):
         student, teacher = step.student_features[ours], step.teacher_features[theirs].detach()
         teacher = _resized(teacher, student, ours, theirs)
         mask = step.mask
-        values = positions(self._normalised(student.float(), student.dim() == 4), mask)
+        values = self._normalised(positions(student.float(), mask), maps=False)
         target = positions(self._aimed(teacher.float(), theirs, maps=teacher.dim() == 4), mask)
         basis, variance = getattr(self, f"basis_{index}"), getattr(self, f"variance_{index}")
         adapter = self.adapters[str(index)] if str(index) in self.adapters else None

@@ -74,13 +74,13 @@ class AttentionRelationLoss(DistillationObjective):
             (_projections_in(student, ours, letters), _projections_in(teacher, theirs, letters))
             for ours, theirs in blocks
         ]
+        self._heads = self.heads or getattr(student.config, "num_attention_heads", None)
         self._scaling = {
             (side, path): getattr(model.get_submodule(path.rpartition(".")[0]), "scaling", None)
             for model, side in ((student, 0), (teacher, 1))
             for path in (pair[side].get("q") for pair in self._pairs)
-            if path is not None
+            if path is not None and getattr(model.config, "num_attention_heads", None) == self._heads
         }
-        self._heads = self.heads or getattr(student.config, "num_attention_heads", None)
         if not isinstance(self._heads, int):
             raise RMTKDError(
                 f"AttentionRelationLoss: {type(student).__name__} does not say how many attention heads it has; give heads=."
@@ -124,11 +124,13 @@ class AttentionRelationLoss(DistillationObjective):
                 "expected (batch, tokens, width) of one width, a multiple of heads. Choose heads=, or relations of one "
                 "projection ('vv') where keys are shared between heads."
             )
+        mask = self._mask(step, a[..., 0])
+        if mask is not None:  # before the product: 0 * NaN would enter the gradients of real tokens
+            a, b = (x.masked_fill(~mask[..., None], 0.0) for x in (a, b))
         a, b = (x.float().unflatten(-1, (self._heads, -1)).transpose(1, 2) for x in (a, b))
         with torch.autocast(a.device.type, enabled=False):
             scores = a @ b.transpose(-1, -2) * self._scale(side, paths, pair, a.shape[-1])
         low = torch.finfo(scores.dtype).min / 4  # finite: -inf - -inf is NaN
-        mask = self._mask(step, scores)
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], low)
         if step.shifted:
@@ -137,12 +139,12 @@ class AttentionRelationLoss(DistillationObjective):
         return F.log_softmax(scores, -1)
 
     def _scale(self, side: int, paths: dict[str, str], pair: str, width: int) -> float:
-        """1 / sqrt(d_r); for attention itself what the model scales by: a head that was cut keeps its former scale."""
-        own = self._scaling.get((side, paths[pair[0]])) if pair == "qk" and self.heads is None else None
+        """1 / sqrt(d_r); for attention itself, in the model's own heads, what it scales by: a cut head keeps its scale."""
+        own = self._scaling.get((side, paths[pair[0]])) if pair == "qk" else None
         return own or width**-0.5
 
     def _mask(self, step: DistillationStep, values: torch.Tensor) -> torch.Tensor | None:
-        fits = step.mask is not None and step.mask.shape == (values.shape[0], values.shape[-1])
+        fits = step.mask is not None and step.mask.shape == (len(values), values.shape[-1])
         return step.mask if fits else None
 
 
