@@ -24,7 +24,7 @@ def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
 
 
 def _parsed(name: str, value: Any) -> Any:
-    """A mapping from JSON text; a single word stays what it is, a name."""
+    """A mapping or list from JSON text; a single word stays what it is, a name."""
     if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         try:
             value = json.loads(value)
@@ -32,9 +32,10 @@ def _parsed(name: str, value: Any) -> Any:
             raise RMTKDError(
                 f"{name}={value!r} is not JSON ({error}); expected a name or an object in quotes."
             ) from error
-    if value is not None and not isinstance(value, (str, dict)):
+    several = isinstance(value, (list, tuple)) and name != "reparameterization"
+    if value is not None and not all(isinstance(item, (str, dict)) for item in (value if several else [value])):
         raise RMTKDError(f"{name}={value!r}: expected a name, or a mapping of names to arguments.")
-    return value
+    return list(value) if several else value
 
 
 @dataclass(frozen=True)
@@ -175,20 +176,21 @@ class RMTKDConfig:
     kl_weight: float = _option(0.7, "Weight of the KL divergence between the teacher's and the student's logits.")
     hidden_weight: float = _option(1.0, "Weight of the hidden states against the projected teacher.")
     temperature: float = _option(1.0, "Temperature of the KL divergence, > 0.")
-    objectives: dict | str | None = _option(
+    objectives: dict | list | str | None = _option(
         None,
         'Terms of the loss in place of the three weights above: JSON {name: arguments}, for example \'{"task": {"weight": '
-        '0.5}, "skew_kl": {"alpha": 0.1}}\', or the name of one. An unknown name is answered with the known ones.',
+        '0.5}, "skew_kl": {"alpha": 0.1}}\', the name of one, or a list of names. An unknown name is answered with the known '
+        "ones.",
     )
     reparameterization: dict | str | None = _option(
         None,
         "Train more parameters than are saved: mpo (OPDF) or powerpropagation, or JSON with arguments, for example "
         '\'{"name": "mpo", "num_tensors": 3}\'. Weights are folded back before saving.',
     )
-    transforms: dict | str | None = _option(
+    transforms: dict | list | str | None = _option(
         None,
         "Batch transform: embedding_mixup, on_policy or adaptive_off_policy, or JSON with arguments, for example "
-        '\'{"name": "embedding_mixup", "alpha": 0.4}\'.',
+        '\'{"name": "embedding_mixup", "alpha": 0.4}\'; a list for several.',
     )
     disable_dropout: bool = _option(
         True, "Train the narrowed student without dropout: it is small and fits a dense target."

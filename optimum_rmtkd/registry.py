@@ -58,7 +58,8 @@ class Registry(Generic[T]):
         """An instance from a name, or from {"name": ..., arguments}.
 
         Raises:
-            RMTKDError: no or an unknown name, arguments it does not take, or something else than a name or a mapping.
+            RMTKDError: no or an unknown name, arguments it does not take or of a wrong type, or something else than a name or a
+                mapping.
         """
         if isinstance(given, str):
             given = {"name": given}
@@ -70,4 +71,12 @@ class Registry(Generic[T]):
         unknown = sorted(set(arguments) - set(known))
         if unknown:
             raise RMTKDError(f"{cls.name} takes no {', '.join(unknown)}; expected among {', '.join(known)}.")
-        return cls(**arguments)
+        try:
+            return cls(**arguments)
+        except RMTKDError:
+            raise
+        except (TypeError, ValueError) as error:  # "2" for 2, a list for a number: JSON holds anything
+            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+            raise RMTKDError(
+                f"{cls.name} cannot take {given}: {error}. Expected values as in {cls.__name__}."
+            ) from error

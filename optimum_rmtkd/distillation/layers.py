@@ -10,7 +10,7 @@ from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..reparameterization.targets import block_list
 
 
-__all__ = ["blocks_of", "layer_pairs", "uniform_map"]
+__all__ = ["blocks_of", "check_layers", "layer_pairs", "uniform_map"]
 
 
 def blocks_of(model: nn.Module) -> tuple[str, ...]:
@@ -28,6 +28,17 @@ def uniform_map(student: int, teacher: int) -> list[int]:
     return [max(0, (layer + 1) * teacher // student - 1) for layer in range(student)]
 
 
+def check_layers(layers: str | Mapping) -> str | Mapping:
+    """The same, if `layer_pairs` can read it.
+
+    Raises:
+        RMTKDError: neither a known word nor a mapping with anything in it.
+    """
+    if layers in ("last", "uniform") or isinstance(layers, Mapping) and layers:
+        return layers
+    raise RMTKDError(f"layers={layers!r}: expected 'last', 'uniform' or a mapping of student to teacher modules.")
+
+
 def layer_pairs(student: nn.Module, teacher: nn.Module, layers: str | Mapping) -> tuple[tuple[str, str], ...]:
     """(student path, teacher path) of the layers to compare.
 
@@ -38,11 +49,10 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, layers: str | Mapping) -
     Raises:
         RMTKDError: no such module or block, or no blocks can be found.
     """
+    check_layers(layers)
     ours, theirs = blocks_of(student), blocks_of(teacher)
     if isinstance(layers, Mapping):
         return tuple((_path(student, ours, a), _path(teacher, theirs, b)) for a, b in layers.items())
-    if layers not in ("last", "uniform"):
-        raise RMTKDError(f"layers={layers!r}: expected 'last', 'uniform' or a mapping of student to teacher modules.")
     for model, blocks in ((student, ours), (teacher, theirs)):
         if not blocks:
             raise RMTKDError(

@@ -11,7 +11,7 @@ import torch
 
 from ..errors import RMTKDError
 from ..registry import Registry
-from ..spectra import SecondMoments, signal_subspace, spectrum_of
+from ..spectra import EDGE_ESTIMATORS, SecondMoments, signal_subspace, spectrum_of
 
 
 __all__ = [
@@ -68,6 +68,12 @@ def build_projection(given: Any) -> SubspaceProjection | None:
     return PROJECTIONS.build(given)
 
 
+def _whole(dim: Any, who: str) -> int | None:
+    if dim is None or isinstance(dim, int) and not isinstance(dim, bool) and dim >= 1:
+        return dim
+    raise RMTKDError(f"{who}(dim={dim!r}): expected a whole number of at least 1, or None.")
+
+
 def _dimension(wanted: int | None, features: int, default: int, who: str) -> int:
     dim = default if wanted is None else wanted
     if not 1 <= dim <= features:
@@ -92,7 +98,7 @@ class RandomProjection(SubspaceProjection):
     name = "random"
 
     def __init__(self, dim: int | None = None, seed: int = 0):
-        self.dim, self.seed = dim, int(seed)
+        self.dim, self.seed = _whole(dim, "RandomProjection"), int(seed)
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
         dim = _dimension(self.dim, moments.dim, max(1, moments.dim // 2), "RandomProjection")
@@ -113,7 +119,7 @@ class PCAProjection(SubspaceProjection):
     def __init__(self, dim: int | None = None, energy: float = 0.95):
         if not 0 < energy <= 1:
             raise RMTKDError(f"PCAProjection(energy={energy}): expected a share in (0, 1].")
-        self.dim, self.energy = dim, float(energy)
+        self.dim, self.energy = _whole(dim, "PCAProjection"), float(energy)
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
         spectrum = spectrum_of(moments)
@@ -152,7 +158,7 @@ class AutoencoderProjection(SubspaceProjection):
                 f"AutoencoderProjection(hidden={hidden}, steps={steps}, batch={batch}, learning_rate={learning_rate}): expected "
                 "hidden of at least 0 and the others positive."
             )
-        self.dim, self.hidden, self.steps = dim, int(hidden), int(steps)
+        self.dim, self.hidden, self.steps = _whole(dim, "AutoencoderProjection"), int(hidden), int(steps)
         self.learning_rate, self.batch, self.seed = float(learning_rate), int(batch), int(seed)
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
@@ -212,8 +218,12 @@ class MarchenkoPasturProjection(SubspaceProjection):
         n_effective: str | int = "auto",
         options: Mapping[str, Any] | None = None,
     ):
-        self.estimator, self.dim, self.wiener, self.n_effective = estimator, dim, bool(wiener), n_effective
-        self.options = dict(options or {})
+        if estimator not in tuple(EDGE_ESTIMATORS):
+            raise RMTKDError(
+                f"MarchenkoPasturProjection(estimator={estimator!r}): expected one of {', '.join(sorted(EDGE_ESTIMATORS))}."
+            )
+        self.estimator, self.dim = estimator, _whole(dim, "MarchenkoPasturProjection")
+        self.wiener, self.n_effective, self.options = bool(wiener), n_effective, dict(options or {})
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
         found = signal_subspace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,8 @@ def build_transforms(given: Any) -> list[BatchTransform]:
         return []
     if isinstance(given, (str, Mapping, BatchTransform)):
         given = [given]
+    if not isinstance(given, Iterable):
+        raise RMTKDError(f"transforms is a {type(given).__name__}; expected transforms, their names or dicts.")
     return [item if isinstance(item, BatchTransform) else TRANSFORMS.build(item) for item in given]
 
 

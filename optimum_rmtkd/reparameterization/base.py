@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,6 +48,11 @@ class Reparameterization:
         if not lr_scale > 0:
             raise RMTKDError(f"{type(self).__name__}(lr_scale={lr_scale}): expected a number above 0.")
         words = target_modules is None or isinstance(target_modules, str)
+        if isinstance(target_modules, str):
+            try:
+                re.compile(target_modules)
+            except re.error as error:
+                raise RMTKDError(f"target_modules={target_modules!r} is no regular expression: {error}.") from error
         self.target_modules = target_modules if words else list(target_modules)
         self.lr_scale = float(lr_scale)
 

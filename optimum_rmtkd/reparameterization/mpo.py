@@ -47,6 +47,18 @@ def balanced_modes(size: int, number: int) -> tuple[int, ...]:
     return tuple(sorted(modes, reverse=True))
 
 
+def check_modes(size: int, number: int, given: Sequence[int]) -> tuple[int, ...]:
+    """Modes given by the user.
+
+    Raises:
+        RMTKDError: not `number` whole numbers above 0 whose product is `size`.
+    """
+    fit = isinstance(given, Sequence) and all(isinstance(mode, int) and mode > 0 for mode in given)
+    if not fit or math.prod(given) != size or len(given) != number:
+        raise RMTKDError(f"modes {given!r} for a side of {size}: expected {number} factors whose product is {size}.")
+    return tuple(given)
+
+
 def choose_modes(size: int, number: int, kind: str | Mapping = "unit") -> tuple[int, ...]:
     """Modes of one side of a matrix.
 
@@ -61,11 +73,7 @@ def choose_modes(size: int, number: int, kind: str | Mapping = "unit") -> tuple[
         given = kind.get(size, kind.get(str(size)))  # JSON knows no integer keys
         if given is None:
             return choose_modes(size, number)
-        if math.prod(given) != size or len(given) != number:
-            raise RMTKDError(
-                f"modes {list(given)} for a side of {size}: expected {number} factors whose product is {size}."
-            )
-        return tuple(int(mode) for mode in given)
+        return check_modes(size, number, given)
     if kind == "balanced":
         return balanced_modes(size, number)
     large, small = divisors_near_root(size)
@@ -186,6 +194,9 @@ class MatrixProductOperator(Reparameterization):
             raise RMTKDError(
                 f"MatrixProductOperator(modes={modes!r}): expected 'unit', 'balanced' or a mapping of sizes to modes."
             )
+        if isinstance(modes, Mapping):
+            for size, given in modes.items():
+                check_modes(int(size), num_tensors, given)
         super().__init__(target_modules, 1 / (num_tensors - 1) if lr_scale is None else lr_scale)
         self.num_tensors, self.modes = num_tensors, modes
 

@@ -26,6 +26,7 @@ __all__ = [
     "TENSORS",
     "flatten",
     "read_state",
+    "same_parts_or_raise",
     "same_recipe_or_raise",
     "same_weights_or_raise",
     "subset",
@@ -95,6 +96,18 @@ def same_recipe_or_raise(expected: Mapping[str, Any], found: Mapping[str, Any], 
             f"The run in {folder} follows a recipe with {was}; this one has {now}. The cuts made there cannot be taken back: "
             "resume with the same recipe, or start a new run in another folder."
         )
+
+
+def same_parts_or_raise(expected: Mapping[str, list], found: Mapping[str, list], folder: str | Path) -> None:
+    """Raises:
+    RMTKDError: other objectives or transforms than those of the checkpoint's run, which would start unfitted.
+    """
+    for kind, was in expected.items():
+        if was != found[kind]:
+            raise RMTKDError(
+                f"The run in {folder} had the {kind} {', '.join(was) or 'none'}; this one has "
+                f"{', '.join(found[kind]) or 'none'}. Resume with the same, or start a new run."
+            )
 
 
 def flatten(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

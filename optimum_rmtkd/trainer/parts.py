@@ -17,13 +17,19 @@ from ..errors import RMTKDError
 from ..reparameterization import Reparameterization, build_reparameterization
 
 
-__all__ = ["Parts", "parts_of"]
+__all__ = ["Parts", "names_of", "parts_of"]
 
 
 class Parts(NamedTuple):
     objectives: list[DistillationObjective]
     reparameterization: Reparameterization | None
     transforms: list[BatchTransform]
+
+
+def names_of(objectives: list[DistillationObjective], transforms: list[BatchTransform]) -> dict[str, list[str]]:
+    """What a checkpoint remembers of them."""
+    named = [o.name if o.label == o.name else f"{o.label} ({o.name})" for o in objectives]
+    return {"objectives": named, "transforms": [transform.name for transform in transforms]}
 
 
 def parts_of(

@@ -16,6 +16,7 @@ from ..hub.run import write_spectra
 from . import checkpoint
 from .data import isolated_rng
 from .fitting import fitted_state, make_ready
+from .parts import names_of
 from .stages import (
     PlannedCut,
     Stage,
@@ -322,6 +323,7 @@ class Staging:
         values = {
             "fingerprint": self.initial_fingerprint,
             "recipe": self.config.to_dict(),
+            "parts": names_of(self.trainer.objectives, self.trainer.transforms),
             "plan": [dataclasses.asdict(cut) for cut in self.plan],
             "stages": [stage.to_dict() for stage in self.stages],
             "baseline": self.baseline,
@@ -351,6 +353,8 @@ class Staging:
         values, tensors = found
         checkpoint.same_weights_or_raise(values["fingerprint"], self.initial_fingerprint, folder)
         checkpoint.same_recipe_or_raise(values["recipe"], self.config.to_dict(), folder)
+        parts = names_of(self.trainer.objectives, self.trainer.transforms)
+        checkpoint.same_parts_or_raise(values.get("parts", {}), parts, folder)
         self.plan = tuple(
             PlannedCut(**cut | {"sites": None if cut["sites"] is None else tuple(cut["sites"])})
             for cut in values["plan"]

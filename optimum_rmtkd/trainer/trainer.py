@@ -15,6 +15,7 @@ from ..distillation import (
     BatchTransform,
     CachedTeacher,
     DistillationObjective,
+    EMATeacher,
     FrozenTeacher,
     HiddenStateLoss,
     Teacher,
@@ -136,6 +137,13 @@ class RMTKDTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self._refuse_unsupported()
         self.optimizer_was_given = self.optimizer is not None
+        if self.optimizer_was_given and self.reparameterization is not None:
+            logger.warning(
+                "An optimizer was given: the tensors of %s join the groups of the weights they stand for. lr_scale=%.3g and "
+                "the freedom from weight decay are not applied; set the rate accordingly.",
+                self.reparameterization.name,
+                self.reparameterization.lr_scale,
+            )
         self.reports: list[Any] = []
         self.distiller = Distiller(self)
         self.extras = Extras(self)
@@ -418,9 +426,20 @@ class RMTKDTrainer(Trainer):
 
     def _accept_teacher(self, teacher: Any) -> None:
         given = as_teacher(teacher)
+        if any(isinstance(member, EMATeacher) for member in getattr(given, "members", [given])):
+            raise RMTKDError(
+                "teacher_model is an EMATeacher: an average has to be made anew at every cut and lies in the checkpoints. Leave "
+                "teacher_model out and set RMTKDConfig(teacher='ema', ema_decay=...)."
+            )
         for model in given.models:
             check_compatible(self.model, model)
-        if teacher is self.model or type(given) is FrozenTeacher and fingerprint(teacher) == fingerprint(self.model):
+        alone = type(given) is FrozenTeacher
+        if not alone and any(model is self.model for model in given.models):
+            raise RMTKDError(
+                "The model that is trained is one of its own teachers: they would change with it. Pass a copy, "
+                "SnapshotTeacher(model)."
+            )
+        if alone and (given.model is self.model or fingerprint(given.model) == fingerprint(self.model)):
             logger.info("teacher_model is the model that is cut: taken as teacher='initial'.")
             self.rmtkd_config = self.rmtkd_config.replace(teacher="initial")
             self.staging = Staging(self)

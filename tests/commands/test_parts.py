@@ -31,6 +31,9 @@ def test_from_the_command_line_and_back_through_json(tmp_path):
     assert [o.label for o in parts.objectives] == ["task", "skew_kl", "back"] and parts.objectives[0].weight == 0.5
     assert parts.reparameterization.num_tensors == 3 and parts.transforms[0].name == "embedding_mixup"
     other = parts_of(again, objectives=["kl"], reparameterization={"name": "mpo", "num_tensors": 5})
+    several = parse("--objectives", '["task", {"name": "kl", "reverse": true}]', "--transforms", '["embedding_mixup"]')
+    assert [o.label for o in parts_of(several).objectives] == ["task", "kl"] and len(parts_of(several).transforms) == 1
+    assert type(several).from_dict(several.to_dict()) == several
     assert [o.label for o in other.objectives] == ["kl"] and other.reparameterization.num_tensors == 5
 
 
@@ -44,6 +47,8 @@ def test_nothing_given_is_the_three_terms_of_the_recipe():
     ("field", "value", "message"),
     [
         ("objectives", '{"klx": {}}', "No objective 'klx'; expected one of attention_relation, correlation, hidden"),
+        ("objectives", '{"kl": {"temperature": "2"}}', "kl cannot take temperature='2': "),
+        ("reparameterization", '["mpo"]', "expected a name, or a mapping"),
         ("objectives", '{"kl": {"temp": 2}}', "kl takes no temp; expected among weight, temperature, reverse"),
         ("reparameterization", "mpoo", "No reparameterization 'mpoo'; expected one of mpo, powerpropagation"),
         ("reparameterization", '{"name": "mpo", "n": 3}', "mpo takes no n; expected among num_tensors"),

@@ -113,7 +113,8 @@ def test_masked_tokens_contribute_nothing_not_even_nan(objective):
 
 
 @pytest.mark.parametrize(
-    "objective", [KLDivergence(1.0), KLDivergence(1.0, reverse=True), SkewKLDivergence(1.0), JensenShannonDivergence(1.0)]
+    "objective",
+    [KLDivergence(1.0), KLDivergence(1.0, reverse=True), SkewKLDivergence(1.0), JensenShannonDivergence(1.0)],
 )
 def test_a_class_ruled_out_by_both_contributes_nothing(objective):
     ours, theirs = torch.randn(4, 5), torch.randn(4, 5)
@@ -257,6 +258,8 @@ def test_schedules_of_weights():
         {"start": 1},
         {"start": 1, "end": -1},
         {"start": 1, "end": 0, "over": [1, 0]},
+        {"start": 1, "end": 0, "over": 0.5},
+        {"start": 1, "end": 0, "schedule": ["linear"]},
     ):
         with pytest.raises(RMTKDError, match="weight"):
             TaskLoss(bad)

@@ -104,6 +104,15 @@ def test_registry_and_refusals():
         RMTKDError, match="No projection 'svd'; expected one of autoencoder, marchenko_pastur, pca, random"
     ):
         ProjectedFeatureLoss("svd")
+    for bad in (
+        {"name": "random", "dim": 2.0},
+        {"name": "pca", "dim": 0},
+        {"name": "marchenko_pastur", "estimator": "median"},
+    ):
+        with pytest.raises(RMTKDError, match="expected"):
+            build_projection(bad)
+    with pytest.raises(RMTKDError, match="layers='first'"):
+        ProjectedFeatureLoss(layers="first")
     with pytest.raises(RMTKDError, match="dim=99"):
         RandomProjection(99).fit(moments_of(torch.randn(2, 3, 4)))
 

@@ -164,7 +164,16 @@ def test_registry():
     assert build_reparameterization("powerpropagation").exponent == 2.0 and build_reparameterization(None) is None
     with pytest.raises(RMTKDError, match="mpo takes no tensors"):
         build_reparameterization({"name": "mpo", "tensors": 5})
-    for bad in ({"num_tensors": 1}, {"num_tensors": 2.5}, {"modes": "square"}, {"lr_scale": 0}):
+    for bad in (
+        {"num_tensors": 1},
+        {"num_tensors": 2.5},
+        {"modes": "square"},
+        {"modes": {12: 12}},
+        {"modes": {12: [-2, 3, -2]}},
+        {"modes": {"12": [4, 3]}},
+        {"lr_scale": 0},
+        {"target_modules": "("},
+    ):
         with pytest.raises(RMTKDError):
             MatrixProductOperator(**bad)
 

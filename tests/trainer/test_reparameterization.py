@@ -164,6 +164,43 @@ def test_resuming_with_another_setting_is_refused(make_trainer):
         make_trainer(recipe=NONE, out="third", trainer_kwargs=other, **SAVING).train(resume_from_checkpoint=checkpoint)
 
 
+def test_resuming_with_other_objectives_or_transforms_is_refused(make_trainer):
+    """They would start unfitted, or silently without what the run had learned."""
+    first = make_trainer(recipe=NONE, objectives=["task", "kl"], **SAVING | {"max_steps": 1})
+    first.train()
+    checkpoint = str(Path(first.args.output_dir) / "checkpoint-1")
+    for objectives, transforms, reason in (
+        (
+            ["task", "kl", "projected_feature"],
+            None,
+            "had the objectives task, kl; this one has task, kl, projected_feature",
+        ),
+        ([{"name": "kl", "label": "task"}, "kl"], None, r"had the objectives task, kl; this one has task \(kl\), kl"),
+        (["task", "kl"], "embedding_mixup", "had the transforms none; this one has embedding_mixup"),
+    ):
+        other = make_trainer(
+            recipe=NONE, out="other", objectives=objectives, trainer_kwargs={"transforms": transforms}, **SAVING
+        )
+        with pytest.raises(RMTKDError, match=reason):
+            other.train(resume_from_checkpoint=checkpoint)
+
+
+def test_a_given_optimizer_is_said_to_miss_the_rate(make_trainer, caplog):
+    student = tiny_bert()
+    optimizer = torch.optim.SGD(student.parameters(), lr=1.0)
+    trainer = make_trainer(
+        student,
+        recipe=NONE,
+        objectives=["task"],
+        max_steps=1,
+        trainer_kwargs={"reparameterization": "mpo", "optimizers": (optimizer, None)},
+    )
+    assert "lr_scale=0.5 and" in caplog.text
+    before = student.bert.encoder.layer[0].output.dense.weight.detach().clone()
+    trainer.train()
+    assert (student.bert.encoder.layer[0].output.dense.weight - before).norm() > 1e-4 * before.norm()
+
+
 def test_the_best_checkpoint_comes_back_plain(make_trainer):
     trainer = make_trainer(
         recipe=NONE,

@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import BertForTokenClassification
 
-from optimum_rmtkd.distillation import CachedTeacher, OnlineTeacher, WeightedTeachers, cache_answers
+from optimum_rmtkd.distillation import (
+    CachedTeacher,
+    EMATeacher,
+    FrozenTeacher,
+    OnlineTeacher,
+    SnapshotTeacher,
+    WeightedTeachers,
+    cache_answers,
+)
 from optimum_rmtkd.errors import RMTKDError
 
 from .conftest import ragged, tiny_bert
@@ -52,6 +60,27 @@ def test_a_list_of_teachers_in_the_trainer(make_trainer):
         make_trainer(teacher_model=[tiny_bert(1), tiny_bert(2, vocab_size=61)])
     with pytest.raises(RMTKDError, match="teacher_model is a str"):
         make_trainer(teacher_model="bert")
+
+
+def test_frozen_teachers_may_be_given_as_such(make_trainer):
+    student = tiny_bert()
+    for given, kind in ((FrozenTeacher(tiny_bert(3)), FrozenTeacher), (SnapshotTeacher(student), SnapshotTeacher)):
+        trainer = make_trainer(
+            student, recipe=NONE, out=kind.__name__, teacher_model=given, objectives=["kl"], max_steps=1
+        )
+        trainer.train()
+        assert trainer.staging.teacher is given and len(history(trainer, "loss/kl")) == 1
+    itself = make_trainer(student, teacher_model=FrozenTeacher(student))
+    assert itself.staging.given_teacher is None and itself.rmtkd_config.teacher == "initial"
+
+
+def test_teachers_that_would_move_with_the_student_are_refused(make_trainer):
+    student = tiny_bert()
+    with pytest.raises(RMTKDError, match="one of its own teachers"):
+        make_trainer(student, teacher_model=[student, tiny_bert(3)])
+    for given in (EMATeacher(student), WeightedTeachers([EMATeacher(student)])):
+        with pytest.raises(RMTKDError, match=r"RMTKDConfig\(teacher='ema'"):
+            make_trainer(student, teacher_model=given)
 
 
 # -- online ------------------------------------------------------------------------------------------------------------

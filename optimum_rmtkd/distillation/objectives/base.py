@@ -153,6 +153,10 @@ def build_objectives(given: Mapping[str, Mapping[str, Any] | None] | Iterable) -
         given = [given]
     if isinstance(given, Mapping):
         given = [_labelled(label, arguments) for label, arguments in given.items()]
+    if not isinstance(given, Iterable):
+        raise RMTKDError(
+            f"objectives is a {type(given).__name__}; expected a list of objectives, names or dicts, or {{name: arguments}}."
+        )
     built = [_build(item) for item in given]
     labels = [item.label for item in built]
     if not built or len(set(labels)) < len(labels):

@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import RMTKDError
 from ...spectra import SecondMoments, sample_tokens
-from ..layers import layer_pairs
+from ..layers import check_layers, layer_pairs
 from ..projections import projection_for
 from ..step import DistillationStep
 from ..subspaces import build_projection
@@ -64,7 +64,7 @@ class ProjectedFeatureLoss(DistillationObjective):
             raise RMTKDError(f"ProjectedFeatureLoss(normalize={normalize!r}): expected None or 'layernorm'.")
         if tokens_per_sequence < 1:
             raise RMTKDError(f"ProjectedFeatureLoss(tokens_per_sequence={tokens_per_sequence}): expected at least 1.")
-        self.projection, self.layers, self.normalize = build_projection(projection), layers, normalize
+        self.projection, self.layers, self.normalize = build_projection(projection), check_layers(layers), normalize
         self.tokens_per_sequence, self.seed = int(tokens_per_sequence), int(seed)
         self._pairs: tuple[tuple[str, str], ...] = ()
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import RMTKDError
-from ..layers import layer_pairs
+from ..layers import check_layers, layer_pairs
 from ..step import DistillationStep
 from .base import DistillationObjective, FeatureRequest, register_objective
 from .divergences import kl_divergence
@@ -60,7 +60,7 @@ class AttentionRelationLoss(DistillationObjective):
             )
         if heads is not None and heads < 1:
             raise RMTKDError(f"AttentionRelationLoss(heads={heads}): expected at least one.")
-        self.relations, self.layers, self.heads = relations, layers, heads
+        self.relations, self.layers, self.heads = relations, check_layers(layers), heads
         self._pairs: list[tuple[dict[str, str], dict[str, str]]] = []
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:

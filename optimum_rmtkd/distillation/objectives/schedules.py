@@ -32,12 +32,17 @@ def check_weight(weight: Any, owner: str) -> float | dict[str, Any]:
     """
     if isinstance(weight, Mapping):
         rule = {"schedule": "linear", "over": (0.0, 1.0), **weight}
-        if set(rule) != KEYS or rule["schedule"] not in SCHEDULES:
+        if set(rule) != KEYS or rule["schedule"] not in tuple(
+            SCHEDULES
+        ):  # a tuple: what cannot be hashed is refused too
             raise RMTKDError(
                 f"{owner}(weight={dict(weight)}): expected start, end, and perhaps over=[from, to] and schedule, one of "
                 f"{', '.join(SCHEDULES)}."
             )
-        begin, stop = (float(x) for x in rule["over"])
+        try:
+            begin, stop = (float(x) for x in rule["over"])
+        except (TypeError, ValueError) as error:
+            raise RMTKDError(f"{owner}(weight over={rule['over']!r}): expected two shares, [from, to].") from error
         values = [_number(rule[key], owner) for key in ("start", "end")]
         if not 0 <= begin < stop <= 1:
             raise RMTKDError(f"{owner}(weight over={list(rule['over'])}): expected shares 0 <= from < to <= 1.")
