@@ -60,6 +60,9 @@ def main() -> None:
     with training.main_process_first(desc="reading and tokenizing"):
         task = load_task(arguments.teacher, data, training.seed)
     if arguments.first_layers:
+        depth = len(block_list(task.model))
+        if not 0 < arguments.first_layers <= depth:
+            parser.error(f"--first_layers {arguments.first_layers}: the teacher has {depth} blocks")
         student = truncated(task.model, arguments.first_layers)
     else:
         names = ("num_labels", "id2label", "label2id", "problem_type")

@@ -59,6 +59,11 @@ class OnlineTeacher(Teacher):
             )
         model = copy.deepcopy(model).requires_grad_(False)
         targets = target_modules or [path for path, module in model.named_modules() if _inside(path, module)]
+        if not targets:
+            raise RMTKDError(
+                f"OnlineTeacher found no linear layer inside {type(model).__name__}; name modules that LoRA can take: "
+                "target_modules=[...]."
+            )
         config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -95,4 +100,6 @@ class OnlineTeacher(Teacher):
 
 def _inside(path: str, module: nn.Module) -> bool:
     """A linear layer of the backbone: heads lie at the top of a transformers model."""
-    return isinstance(module, nn.Linear) and path.count(".") > 1
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
+
+    return isinstance(module, (nn.Linear, Conv1D)) and path.count(".") > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,8 @@ from .transforms import BatchTransform, register_transform
 
 
 __all__ = ["AdaptiveOffPolicy", "OnPolicy"]
+
+logger = logging.getLogger(__name__)
 
 
 @register_transform
@@ -67,8 +70,9 @@ class AdaptiveOffPolicy(OnPolicy):
     """DistiLLM's adaptive off-policy approach: student samples become more frequent when validation stops improving.
 
     Each batch draws r uniformly. With probability phi (1 - t/T) (phi while the replay buffer is not full) the student
-    generates, and the samples go into the buffer; else if r < phi a batch of the buffer is used; else the data. After an
-    evaluation whose loss exceeds the best reference by `tolerance`, phi grows by `increase` and the reference moves on.
+    generates, and the samples go into the buffer; else if r < phi a batch of the buffer is used; else the data. Phi starts at
+    0. After an evaluation whose loss exceeds the reference (the first one's) by `tolerance` or more, phi grows by `increase`
+    and that loss becomes the reference. Without evaluations while training nothing happens: it warns.
 
     Args:
         capacity: batches in the replay buffer.
@@ -86,8 +90,12 @@ class AdaptiveOffPolicy(OnPolicy):
         self.capacity, self.increase, self.tolerance = int(capacity), float(increase), float(tolerance)
         self.threshold, self.reference = 0.0, float("inf")
         self.buffer: list[dict[str, torch.Tensor]] = []
+        self._warned = False
 
     def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        strategy = getattr(getattr(trainer, "args", None), "eval_strategy", None)
+        if getattr(strategy, "value", strategy) == "no":
+            self._warn("there are no evaluations while training (eval_strategy='no')")
         draw = float(torch.rand(()))
         full = len(self.buffer) >= self.capacity
         progress = trainer.state.global_step / max(1, trainer.state.max_steps)
@@ -104,11 +112,21 @@ class AdaptiveOffPolicy(OnPolicy):
     def on_evaluate(self, metrics: Mapping[str, float], progress: float) -> None:
         loss = metrics.get("eval_loss")
         if loss is None:
+            self._warn(f"the evaluation gave {', '.join(metrics) or 'nothing'}, no eval_loss")
             return
         if self.reference == float("inf"):
             self.reference = loss
         elif loss >= self.reference + self.tolerance:
             self.threshold, self.reference = min(1.0, self.threshold + self.increase), loss
+
+    def _warn(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "AdaptiveOffPolicy: %s, so its threshold stays at %g. Set eval_strategy and one eval_dataset.",
+                why,
+                self.threshold,
+            )
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         values = torch.tensor([self.threshold, self.reference], dtype=torch.float64)

@@ -90,7 +90,9 @@ class Reparameterization:
             module = model.get_submodule(path)
             trained = module.weight.requires_grad
             parametrize.register_parametrization(module, "weight", self.parametrization(module.weight), unsafe=True)
-            for parameter in module.parametrizations["weight"].parameters():
+            chain = module.parametrizations["weight"]
+            chain.folds = True
+            for parameter in chain.parameters():
                 parameter.requires_grad_(trained)
         if tensors is not None:
             self._load(model, tensors)
@@ -132,36 +134,44 @@ def build_reparameterization(given: Any) -> Reparameterization | None:
     return REPARAMETERIZATIONS.build(given)
 
 
+def _taken(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(path, module) that `apply` took. Parametrizations of the architecture itself (weight norm) are none of ours."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if parametrize.is_parametrized(module)
+        and any(getattr(chain, "folds", False) for chain in module.parametrizations.values())
+    ]
+
+
 def is_reparameterized(model: nn.Module) -> bool:
-    """Does any module carry a parametrization?"""
-    return any(parametrize.is_parametrized(module) for module in model.modules())
+    """Does any module carry a `Reparameterization`?"""
+    return bool(_taken(model))
 
 
 def core_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters behind parametrised weights, by name."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".parametrizations." in name}
+    """The parameters behind reparameterised weights, by name."""
+    heads = tuple(f"{path}.parametrizations." for path, _ in _taken(model))
+    return {name: p for name, p in model.named_parameters() if heads and name.startswith(heads)}
 
 
 def plain_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> parameter as `fold` would leave them; parametrised weights are computed now."""
+    """Name -> parameter as `fold` would leave them; reparameterised weights are computed now."""
     cores = core_parameters(model)
     plain = {name: parameter for name, parameter in model.named_parameters() if name not in cores}
-    for path, module in model.named_modules():
-        if parametrize.is_parametrized(module):
-            plain |= {f"{path}.{name}": getattr(module, name) for name in module.parametrizations}
+    for path, module in _taken(model):
+        plain |= {f"{path}.{name}": getattr(module, name) for name in module.parametrizations}
     return plain
 
 
 @torch.no_grad()
 def fold(model: nn.Module, finish: Reparameterization | None = None) -> nn.Module:
-    """Turn every parametrised weight back into a plain parameter, in place; outputs do not change. Returns the model.
+    """Turn every reparameterised weight back into a plain parameter, in place; outputs do not change. Returns the model.
 
     Args:
         finish: apply its last step (pruning) to what was folded.
     """
-    for module in list(model.modules()):
-        if not parametrize.is_parametrized(module):
-            continue
+    for _, module in _taken(model):
         chains = module.parametrizations
         plain = {name: (getattr(module, name).detach().clone(), chains[name]) for name in chains}
         # Not `remove_parametrizations`: it takes the property from the class, which deep copies share.

@@ -36,7 +36,7 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: t
         kinds: module types that can be taken.
 
     Raises:
-        RMTKDError: nothing matches.
+        RMTKDError: nothing matches, or only weights that are tied to others.
     """
     weights: dict[int, int] = {}
     for module in model.modules():
@@ -44,13 +44,12 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: t
             if parameter is not None:
                 weights[id(parameter)] = weights.get(id(parameter), 0) + 1
     blocks = block_list(model)
-    found = []
+    found, tied = [], []
     for path, module in model.named_modules():
         if not isinstance(module, kinds) or parametrize.is_parametrized(module):
             continue
         weight = module._parameters.get("weight")
-        # A weight that two modules share would be parametrised in one of them only, and the tie lost.
-        if weight is None or weights[id(weight)] > 1:
+        if weight is None:
             continue
         if targets is None:
             chosen = any(path.startswith(block + ".") for block in blocks)
@@ -59,7 +58,13 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: t
         else:
             chosen = any(path == word or path.endswith("." + word) for word in targets)
         if chosen:
-            found.append(path)
+            # A weight that two modules share would be parametrised in one of them only, and the tie lost.
+            (found if weights[id(weight)] == 1 else tied).append(path)
+    if not found and tied:
+        raise RMTKDError(
+            f"target_modules={targets!r} matches only tied weights in {type(model).__name__} ({', '.join(tied)}), which stay as "
+            "they are: the tie would be lost. Choose others, or set tie_word_embeddings=False."
+        )
     if not found:
         names = sorted(
             {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, kinds)}

@@ -12,6 +12,7 @@ from optimum_rmtkd.reparameterization import (
     MatrixProductOperator,
     block_list,
     build_reparameterization,
+    core_parameters,
     fold,
     folded_copy,
     is_reparameterized,
@@ -126,6 +127,25 @@ def test_targets_as_in_peft():
     tied = blocks()
     tied["layers"][1]["up"].weight = tied["layers"][0]["up"].weight
     assert MatrixProductOperator(target_modules=["up", "head"]).apply(tied) == ["head"]
+
+
+def test_only_tied_weights_is_said():
+    tied = blocks()
+    tied["layers"][1]["up"].weight = tied["layers"][0]["up"].weight
+    with pytest.raises(RMTKDError, match=r"only tied weights in ModuleDict \(layers.0.up, layers.1.up\)"):
+        MatrixProductOperator(target_modules=["up"]).apply(tied)
+
+
+def test_parametrizations_of_the_architecture_itself_are_left_alone():
+    model, x = blocks(), torch.randn(5, 8)
+    nn.utils.parametrizations.weight_norm(model["head"])
+    names, before = set(dict(model.named_parameters())), run(model, x)
+    assert not is_reparameterized(model) and not core_parameters(model)
+    MatrixProductOperator().apply(model)
+    assert len(core_parameters(model)) == 4 * 3 and set(plain_parameters(model)) == names
+    fold(model)
+    assert set(dict(model.named_parameters())) == names and not is_reparameterized(model)
+    assert torch.allclose(run(model, x), before, atol=1e-5)
 
 
 def test_blocks_are_the_longest_list_of_one_type():

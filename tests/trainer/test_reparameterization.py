@@ -269,6 +269,8 @@ def test_alignment_has_a_gradient_and_is_small_for_near_weights():
 def test_alignment_refuses_what_it_would_have_to_crop():
     with pytest.raises(RMTKDError, match=r"weight \(32, 32\), the teacher a weight \(48, 48\).*equal shapes"):
         aligned(tiny_bert(), tiny_bert(hidden_size=48))
+    with pytest.raises(RMTKDError, match="cached answers have none"):
+        aligned(tiny_bert(), None)
     with pytest.raises(RMTKDError, match="the student has none"):
         TensorAlignment().setup(tiny_bert(), tiny_bert(), {})
     fewer = aligned(tiny_bert(num_hidden_layers=1), tiny_bert(num_hidden_layers=2))
@@ -284,6 +286,16 @@ def test_alignment_of_a_student_just_cut_is_an_anchor(make_trainer):
     trainer.train()
     values = [e["loss/tensor_alignment"] for e in trainer.state.log_history if "loss/tensor_alignment" in e]
     assert values[0] < 1e-9 < values[-1]
+
+
+def test_a_student_that_came_narrowed_is_anchored_with_a_warning(make_trainer, caplog):
+    trainer = make_trainer(max_steps=1, objectives=["kl"])
+    trainer.train()
+    objective = aligned(trainer.model, tiny_bert())
+    assert "no weight of the teacher fits" in caplog.text
+    from optimum_rmtkd.distillation import DistillationStep
+
+    assert objective(DistillationStep({})) < 1e-9
 
 
 def test_an_average_follows_the_plain_weights():

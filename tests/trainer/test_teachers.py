@@ -107,6 +107,18 @@ def test_online_teacher_moves_towards_the_student_and_its_backbone_stays(make_tr
     assert history(trainer) == pytest.approx(total, rel=1e-5)
 
 
+def test_online_teacher_takes_the_linear_layers_of_gpt2_and_names_a_model_without():
+    pytest.importorskip("peft")
+    from .test_accumulation import tiny_gpt2
+
+    names = {
+        n.split(".lora_")[0] for n, _ in OnlineTeacher(tiny_gpt2(), rank=2).model.named_parameters() if "lora_" in n
+    }
+    assert {"transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"} <= names and "lm_head" not in names
+    with pytest.raises(RMTKDError, match="no linear layer inside Sequential"):
+        OnlineTeacher(torch.nn.Sequential(torch.nn.ReLU()))
+
+
 def test_the_student_is_not_trained_through_the_teacher():
     """Each side sees the other's answers without a gradient, so one backward pass serves both losses."""
     pytest.importorskip("peft")

@@ -168,6 +168,18 @@ def test_adaptive_policy_follows_the_validation_loss():
     assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(again.buffer, policy.buffer, strict=True))
 
 
+def test_a_policy_that_sees_no_validation_loss_says_so(caplog):
+    policy = AdaptiveOffPolicy()
+    policy.on_evaluate({"eval_first_loss": 1.0}, 0.0)
+    policy.on_evaluate({"eval_first_loss": 1.0}, 0.0)
+    assert caplog.text.count("no eval_loss, so its threshold stays at 0") == 1
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(eval_strategy="no"), state=SimpleNamespace(global_step=0, max_steps=1)
+    )
+    AdaptiveOffPolicy()(trainer, {})
+    assert "eval_strategy='no'" in caplog.text
+
+
 def test_policies_resume_to_the_same_bits(make_trainer, weights):
     def make(out):
         policy = AdaptiveOffPolicy(max_new_tokens=3, increase=1.0, tolerance=-9.0)

@@ -53,7 +53,8 @@ class TensorAlignment(DistillationObjective):
 
     The reference is the teacher's weight where both have the same shape. For a student that was narrowed from its teacher it
     is the student's own weight right after the cut, the projected and refitted teacher: the loss then starts at 0 and is
-    an anchor (L2-SP). Any other shapes are refused; nothing is cropped.
+    an anchor (L2-SP). So it is, from the start of the run on and with a warning, for a student that came narrowed and a teacher
+    of other shapes. Any other shapes are refused; nothing is cropped.
 
     Args:
         tensors: "auxiliary" (all but the central one, index (n-1)//2; OPDF's choice), "outer", or "all". With unit modes the
@@ -77,6 +78,7 @@ class TensorAlignment(DistillationObjective):
         for name in list(self._buffers):
             del self._buffers[name]
         counterpart = _counterparts(student, teacher)
+        self._anchored: list[str] = []
         cut = str(getattr(student.config, "model_type", "")).startswith("rmtkd_")
         for path, module in student.named_modules():
             if not parametrize.is_parametrized(module, "weight"):
@@ -85,23 +87,40 @@ class TensorAlignment(DistillationObjective):
             if not isinstance(chain[0], MPOWeight):
                 continue
             own = [getattr(chain, f"original{k}") for k in range(len(chain[0].modes[0]))]
-            reference = self._reference(path, module.weight, counterpart(path), cut and bool(projections), cut)
+            found = counterpart(path)
+            reference = self._reference(
+                path, module.weight, found, cut and bool(projections), cut, teacher is not None
+            )
             fixed = fix_gauge(mpo_decompose(reference, chain[0].modes), own)
             number = len(self._aligned)
             self._aligned[path] = (chain[0], chain)
             for k in self._chosen(len(own)):
                 self.register_buffer(f"reference_{number}_{k}", fixed[k].to(self._device))
+        if self._anchored and not projections:
+            logger.warning(
+                "TensorAlignment: no weight of the teacher fits %d of %d weights of the narrowed student (%s, ...); they are "
+                "anchored to what they are now.",
+                len(self._anchored),
+                len(self._aligned),
+                self._anchored[0],
+            )
         if not self._aligned:
             raise RMTKDError(
                 "TensorAlignment compares the tensors of a matrix product operator, and the student has none. Pass "
                 "reparameterization=MatrixProductOperator(...), or leave TensorAlignment out."
             )
 
-    def _reference(self, path, weight, theirs, projected: bool, cut: bool) -> torch.Tensor:
+    def _reference(self, path, weight, theirs, projected: bool, cut: bool, teacher: bool) -> torch.Tensor:
         if theirs is not None and theirs.shape == weight.shape and not projected:
             return theirs.detach().to(weight.device)
         if cut:
+            self._anchored.append(path)
             return weight.detach()
+        if not teacher:
+            raise RMTKDError(
+                "TensorAlignment needs a teacher whose weights can be read; cached answers have none. Pass the model itself, or "
+                "leave TensorAlignment out."
+            )
         shape = "no such module" if theirs is None else f"a weight {tuple(theirs.shape)}"
         raise RMTKDError(
             f"TensorAlignment: the student's {path!r} has a weight {tuple(weight.shape)}, the teacher {shape} there. Expected equal "
