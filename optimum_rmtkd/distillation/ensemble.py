@@ -49,8 +49,9 @@ class WeightedTeachers(Teacher):
 
     def __init__(self, teachers: Sequence[nn.Module | Teacher], weights: Sequence[float] | None = None):
         members = [t if isinstance(t, Teacher) else FrozenTeacher(t) for t in teachers]
-        weights = [1.0] * len(members) if weights is None else [float(w) for w in weights]
-        if not members or len(weights) != len(members) or not all(w > 0 for w in weights):
+        weights = [1.0] * len(members) if weights is None else list(weights)
+        positive = all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in weights)
+        if not members or len(weights) != len(members) or not positive:
             raise RMTKDError(
                 f"WeightedTeachers: {len(members)} teachers, weights {weights}; expected one positive weight each."
             )

@@ -140,11 +140,13 @@ class Distiller:
         """Features of both sides on one batch, the student in evaluation mode."""
         step = self.teacher_step(inputs, objectives)
         model, paths = self.trainer.model, dict.fromkeys(p for o in objectives for p in o.features().student)
+        # An encoder-decoder derives its decoder inputs from the labels.
+        dropped = () if getattr(model.config, "is_encoder_decoder", False) else self.trainer.label_names
         training = model.training
         model.eval()
         try:
             with capture(model, paths) as features, self.trainer.accelerator.autocast():
-                model(**{k: v for k, v in step.inputs.items() if k not in self.trainer.label_names})
+                model(**{k: v for k, v in step.inputs.items() if k not in dropped})
         finally:
             model.train(training)
         return dataclasses.replace(step, student_features=features)

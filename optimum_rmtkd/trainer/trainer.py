@@ -299,21 +299,26 @@ class RMTKDTrainer(Trainer):
     def measure(self) -> float | None:
         """The validation metric now, or None without an eval_dataset.
 
-        Not `evaluate`: its callbacks would count for early stopping, and its sampler would advance the random numbers.
+        Not `evaluate`: its callbacks would count for early stopping, and its sampler would advance the random numbers. As in
+        training, also after it: outside, `bf16_full_eval` would cast the model that is about to be saved.
         """
         if self.eval_dataset is None:
             return None
         several = isinstance(self.eval_dataset, dict)
         metrics: dict[str, float] = {}
-        with isolated_rng(self.rmtkd_config.seed):
-            for name in self.eval_dataset if several else (None,):
-                output = self.evaluation_loop(
-                    self.get_eval_dataloader(name),
-                    description="Stage",
-                    prediction_loss_only=True if self.compute_metrics is None else None,
-                    metric_key_prefix=f"eval_{name}" if several else "eval",
-                )
-                metrics.update(output.metrics)
+        training, self.is_in_train = self.is_in_train, True
+        try:
+            with isolated_rng(self.rmtkd_config.seed):
+                for name in self.eval_dataset if several else (None,):
+                    output = self.evaluation_loop(
+                        self.get_eval_dataloader(name),
+                        description="Stage",
+                        prediction_loss_only=True if self.compute_metrics is None else None,
+                        metric_key_prefix=f"eval_{name}" if several else "eval",
+                    )
+                    metrics.update(output.metrics)
+        finally:
+            self.is_in_train = training
         if self.metric_name not in metrics:
             raise RMTKDError(
                 f"The evaluation gave {', '.join(sorted(metrics))}; the stages are judged by {self.metric_name!r}. Set "

@@ -215,6 +215,18 @@ def test_correlation_distance_is_zero_for_equal_answers_and_has_a_gradient(kind,
     assert 0 < found < 2 and ours.grad.abs().sum() > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["pearson", "spearman"])
+@pytest.mark.parametrize("dim", ["class", "batch"])
+def test_constant_predictions_have_no_direction_and_no_gradient(kind, dim):
+    ours = torch.zeros(8, 5, requires_grad=True)
+    found = value(CorrelationDistance(kind, dim), ours, torch.randn(8, 5))
+    found.backward()
+    assert found.item() == pytest.approx(1.0) and (ours.grad == 0).all()
+    # Small is not constant: rare classes count, and nothing underflows.
+    x, y = torch.rand(5, 6), torch.rand(5, 6)
+    assert torch.allclose(pearson(x, y), pearson(1e-25 * x, 1e-25 * y), atol=1e-5)
+
+
 def test_two_classes_are_vacuous_over_classes_and_refused():
     x = torch.randn(6, 2, requires_grad=True)
     pearson(x.softmax(-1), torch.rand(6, 2)).sum().backward()

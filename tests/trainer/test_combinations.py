@@ -178,6 +178,29 @@ def test_students_of_another_width_and_depth(make_trainer, kind, objective):
         assert all(trainer.extras.optimizer.state[p]["step"] == 4 for p in extra)
 
 
+def test_features_of_encoder_decoders(make_trainer):
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    def t5(seed):
+        torch.manual_seed(seed)
+        sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
+
+    data = [dict(row, labels=row["input_ids"][:7]) for row in ragged(16)]
+    layers = {"encoder.block.1": "encoder.block.1", "decoder.block.1": "decoder.block.1"}
+    trainer = make_trainer(
+        t5(0),
+        recipe=NONE,
+        teacher_model=t5(1),
+        objectives=["kl", {"name": "projected_feature", "layers": layers, "projection": "random"}],
+        max_steps=2,
+        trainer_kwargs={"train_dataset": data, "eval_dataset": None, "reparameterization": "mpo"},
+    )
+    trainer.train()
+    terms = [e["loss/projected_feature"] for e in trainer.state.log_history if "loss" in e]
+    assert len(terms) == 2 and all(v > 0 for v in terms)
+
+
 def test_hidden_states_drop_out_where_no_blocks_are_declared(make_trainer, caplog):
     trainer = make_trainer(
         tiny_gpt2(),

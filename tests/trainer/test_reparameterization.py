@@ -185,6 +185,16 @@ def test_resuming_with_other_objectives_or_transforms_is_refused(make_trainer):
             other.train(resume_from_checkpoint=checkpoint)
 
 
+def test_full_eval_in_bf16_leaves_the_trained_model_alone(make_trainer):
+    """The last stage is judged after the training, where transformers would cast the model for good."""
+    for how in ("mpo", None):
+        trainer = make_trainer(
+            out=str(how), max_steps=2, bf16_full_eval=True, trainer_kwargs={"reparameterization": how}
+        )
+        trainer.train()
+        assert trainer.stages[-1].metric_after is not None and trainer.model.dtype == torch.float32
+
+
 def test_a_given_optimizer_is_said_to_miss_the_rate(make_trainer, caplog):
     student = tiny_bert()
     optimizer = torch.optim.SGD(student.parameters(), lr=1.0)

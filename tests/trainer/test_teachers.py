@@ -45,7 +45,7 @@ def test_several_teachers_are_their_weighted_mean():
     assert torch.allclose(outputs["logits"], 0.75 * answers[0] + 0.25 * answers[1])
     alone, first = WeightedTeachers(models[:1])(inputs, ["bert.encoder.layer.1"], drop=("labels",))
     assert torch.equal(first["bert.encoder.layer.1"], features["bert.encoder.layer.1"])
-    for weights in ([1], [1, 0]):
+    for weights in ([1], [1, 0], [1, "a"], [1, float("inf")]):
         with pytest.raises(RMTKDError, match="one positive weight each"):
             WeightedTeachers(models, weights)
 

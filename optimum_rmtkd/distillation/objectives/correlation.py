@@ -22,11 +22,21 @@ logger = logging.getLogger(__name__)
 
 
 def pearson(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """Correlation along the last dimension: (..., n) each -> (...). A constant side gives 0."""
-    x, y = x - x.mean(-1, keepdim=True), y - y.mean(-1, keepdim=True)
-    tiny = torch.finfo(x.dtype).tiny ** 0.5
-    scale = (x.square().sum(-1) * y.square().sum(-1)).clamp_min(tiny).sqrt()
-    return (x * y).sum(-1) / scale
+    """Correlation along the last dimension: (..., n) each -> (...). A constant side gives 0, without a gradient."""
+    return (direction(x) * direction(y)).sum(-1)
+
+
+def direction(x: torch.Tensor) -> torch.Tensor:
+    """Zero mean and length 1 along the last dimension; 0, without a gradient, where x is constant up to rounding.
+
+    A constant has no direction, and near one the gradient grows beyond all bounds (a head that starts at 0).
+    """
+    info = torch.finfo(x.dtype)
+    x = x / x.detach().abs().amax(-1, keepdim=True).clamp_min(info.tiny)  # squares of tiny numbers would underflow
+    x = x - x.mean(-1, keepdim=True)
+    square = x.square().sum(-1, keepdim=True)
+    flat = square <= x.shape[-1] * (4 * info.eps) ** 2
+    return x.masked_fill(flat, 0.0) * square.masked_fill(flat, 1.0).rsqrt()
 
 
 def soft_ranks(x: torch.Tensor, width: float) -> torch.Tensor:
@@ -37,6 +47,8 @@ def soft_ranks(x: torch.Tensor, width: float) -> torch.Tensor:
 @register_objective
 class CorrelationDistance(DistillationObjective):
     """1 - correlation of the softened predictions of student and teacher.
+
+    Constant predictions (a head of zeros) have distance 1 and no gradient: keep another term beside it.
 
     - `dim="class"`: over the classes of each sample (token), averaged. Unmoved by any affine change of a sample's
       predictions. Vacuous below three classes: two numbers correlate with 1 or -1 whatever they are, so that is refused.
@@ -106,7 +118,9 @@ class CorrelationDistance(DistillationObjective):
         if not ours.numel():
             return ours.sum() * 0.0
         if self.kind == "spearman":
-            ours, theirs = (soft_ranks(_standardised(x), self.rank_width) for x in (ours, theirs))
+            # Standardised: unit deviation, so that one rank width fits all.
+            spread = ours.shape[-1] ** 0.5
+            ours, theirs = (soft_ranks(spread * direction(x), self.rank_width) for x in (ours, theirs))
         return (1 - pearson(ours, theirs)).mean() * step.share(unit)
 
     def _predictions(
@@ -131,9 +145,3 @@ class CorrelationDistance(DistillationObjective):
                 "Raise per_device_train_batch_size.",
                 samples,
             )
-
-
-def _standardised(x: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit deviation along the last dimension, so that one rank width fits all."""
-    x = x - x.mean(-1, keepdim=True)
-    return x / x.square().mean(-1, keepdim=True).clamp_min(1e-24).sqrt()
