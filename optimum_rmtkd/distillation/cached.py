@@ -111,7 +111,7 @@ def cache_answers(
         class gets) and teacher_classes.
 
     Raises:
-        RMTKDError: not a `datasets.Dataset`, a model without logits, k below 1.
+        RMTKDError: not a `datasets.Dataset`, a model without logits or with logits at other positions than its tokens, k below 1.
     """
     import datasets
     from tqdm.auto import tqdm
@@ -146,6 +146,11 @@ def _input_names(model: nn.Module) -> list[str]:
 
 def _keep(columns: dict[str, list], logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> None:
     classes = logits.shape[-1]
+    if logits.dim() == 3 and mask is not None and mask.shape != logits.shape[:2]:
+        raise RMTKDError(
+            f"cache_answers: logits {tuple(logits.shape)} for an attention_mask {tuple(mask.shape)}; expected an answer a token. "
+            "Encoder-decoders answer at other positions: keep their teacher in memory (teacher_model=model)."
+        )
     kept = min(k, classes)
     values, indices = logits.topk(kept, dim=-1)
     rest = torch.zeros(logits.shape[:-1], device=logits.device)

@@ -34,7 +34,7 @@ class OnPolicy(BatchTransform):
     Args:
         fraction: share of the batches, in [0, 1].
         max_new_tokens: tokens generated per row.
-        source: "student" (on-policy distillation, GKD), or "teacher" (sequence-level distillation).
+        source: "student" (on-policy distillation, GKD), or "teacher" (sequence-level distillation; the first of several).
 
     Reference: Agarwal et al., arXiv 2306.13649 (GKD); Kim & Rush, arXiv 1606.07947 (sequence-level).
     """

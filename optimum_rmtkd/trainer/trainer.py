@@ -23,7 +23,7 @@ from ..distillation import (
     check_compatible,
     fingerprint,
 )
-from ..distillation.cached import COLUMNS, AnswerCollator
+from ..distillation.cached import CLASSES, COLUMNS, AnswerCollator
 from ..distillation.teachers import clean_copy
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..hub import write_card, write_results
@@ -453,6 +453,7 @@ class RMTKDTrainer(Trainer):
             self._move_model_to_device(model, self.args.device)
         self.staging.given_teacher = given
         if isinstance(given, CachedTeacher):
+            self._check_cached()
             self.data_collator = AnswerCollator(self.data_collator)
         kept = [objective for objective in self.objectives if not isinstance(objective, HiddenStateLoss)]
         if len(kept) < len(self.objectives):
@@ -465,6 +466,20 @@ class RMTKDTrainer(Trainer):
             self.objectives = kept
         if not kept:
             raise RMTKDError("No objective is left after HiddenStateLoss; add TaskLoss or KLDivergence.")
+
+    def _check_cached(self) -> None:
+        """Cached answers carry no config; how many classes they are over is all that can be compared."""
+        if not is_hf_dataset(self.train_dataset) or CLASSES not in (
+            getattr(self.train_dataset, "column_names", None) or ()
+        ):
+            return
+        text, classes = self.model.config.get_text_config(), int(next(iter(self.train_dataset))[CLASSES])
+        known = {n: v for n in ("num_labels", "vocab_size") if (v := getattr(text, n, None)) is not None}
+        if known and classes not in known.values():
+            raise RMTKDError(
+                f"The cached answers are over {classes} classes, the student has {known}; expected its number of labels or its "
+                "vocabulary. Run cache_answers with a teacher of the student's labels and tokenizer."
+            )
 
 
 def _unsharded(what: str) -> RMTKDError:

@@ -230,5 +230,10 @@ def test_what_cached_answers_cannot_do_is_said(make_trainer):
             make_trainer(
                 recipe=NONE, teacher_model=CachedTeacher(), objectives=[objective], trainer_kwargs=options
             ).train()
+    cached = cache_answers(tiny_bert(num_labels=3), data, collate, progress=False)
+    with pytest.raises(RMTKDError, match="over 3 classes, the student has {'num_labels': 2, 'vocab_size': 60}"):
+        make_trainer(
+            teacher_model=CachedTeacher(), objectives=["kl"], trainer_kwargs=options | {"train_dataset": cached}
+        )
     with pytest.raises(RMTKDError, match="got a list; expected a datasets.Dataset"):
         cache_answers(tiny_bert(), [], collate)

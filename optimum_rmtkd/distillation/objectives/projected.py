@@ -32,6 +32,8 @@ class ProjectedFeatureLoss(DistillationObjective):
     features), K (p, d) the basis of `projection`, fitted once on the frozen teacher over the calibration data, the variance
     tr(K^T C K) / d. So weight 1 means the same for every projection: 1 is the loss of a student that knows only the mean.
 
+    Of an encoder-decoder compare encoder blocks: the mask is that of `attention_mask`, so padding of the decoder counts.
+
     Widths that differ: a student that was narrowed by a known basis P is compared with F_t P, in whose space K is fitted,
     without any adapter. Otherwise one linear map A without bias is trained, F_s A against F_t K; it is optimised beside the
     student and not saved with it. (An adapter to p features followed by K would be the same maps with more parameters.)
