@@ -15,15 +15,9 @@ from ..distillation import (
     BatchTransform,
     CachedTeacher,
     DistillationObjective,
-    EMATeacher,
-    FrozenTeacher,
-    HiddenStateLoss,
     Teacher,
-    as_teacher,
-    check_compatible,
-    fingerprint,
 )
-from ..distillation.cached import CLASSES, COLUMNS, AnswerCollator
+from ..distillation.cached import COLUMNS
 from ..distillation.teachers import clean_copy
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..hub import write_card, write_results
@@ -38,6 +32,7 @@ from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
 from .swap import load_weights, separate_cores
+from .teaching import accept_teacher
 
 
 __all__ = ["RMTKDTrainer"]
@@ -150,7 +145,7 @@ class RMTKDTrainer(Trainer):
         self.cores = Cores(self)
         self.staging = Staging(self)
         if teacher_model is not None:
-            self._accept_teacher(teacher_model)
+            accept_teacher(self, teacher_model)
         self.add_callback(_StageCallback(self))
 
     # -- what the user reads -------------------------------------------------------------------------------------------
@@ -428,58 +423,6 @@ class RMTKDTrainer(Trainer):
             )
         if self.rmtkd_config.schedule != "none":
             surgery.anatomy_of(self.model, self.rmtkd_config)
-
-    def _accept_teacher(self, teacher: Any) -> None:
-        given = as_teacher(teacher)
-        if any(isinstance(member, EMATeacher) for member in getattr(given, "members", [given])):
-            raise RMTKDError(
-                "teacher_model is an EMATeacher: an average has to be made anew at every cut and lies in the checkpoints. Leave "
-                "teacher_model out and set RMTKDConfig(teacher='ema', ema_decay=...)."
-            )
-        for model in given.models:
-            check_compatible(self.model, model)
-        alone = type(given) is FrozenTeacher
-        if not alone and any(model is self.model for model in given.models):
-            raise RMTKDError(
-                "The model that is trained is one of its own teachers: they would change with it. Pass a copy, "
-                "SnapshotTeacher(model)."
-            )
-        if alone and (given.model is self.model or fingerprint(given.model) == fingerprint(self.model)):
-            logger.info("teacher_model is the model that is cut: taken as teacher='initial'.")
-            self.rmtkd_config = self.rmtkd_config.replace(teacher="initial")
-            self.staging = Staging(self)
-            return
-        for model in given.models:
-            self._move_model_to_device(model, self.args.device)
-        self.staging.given_teacher = given
-        if isinstance(given, CachedTeacher):
-            self._check_cached()
-            self.data_collator = AnswerCollator(self.data_collator)
-        kept = [objective for objective in self.objectives if not isinstance(objective, HiddenStateLoss)]
-        if len(kept) < len(self.objectives):
-            logger.warning(
-                "HiddenStateLoss is dropped: the student's residual stream is a projection of its own uncut model's, and no "
-                "projection to the stream of the given teacher_model (%s) is known. The other objectives stay; "
-                "ProjectedFeatureLoss compares hidden states of any two models.",
-                type(teacher).__name__,
-            )
-            self.objectives = kept
-        if not kept:
-            raise RMTKDError("No objective is left after HiddenStateLoss; add TaskLoss or KLDivergence.")
-
-    def _check_cached(self) -> None:
-        """Cached answers carry no config; how many classes they are over is all that can be compared."""
-        if not is_hf_dataset(self.train_dataset) or CLASSES not in (
-            getattr(self.train_dataset, "column_names", None) or ()
-        ):
-            return
-        text, classes = self.model.config.get_text_config(), int(next(iter(self.train_dataset))[CLASSES])
-        known = {n: v for n in ("num_labels", "vocab_size") if (v := getattr(text, n, None)) is not None}
-        if known and classes not in known.values():
-            raise RMTKDError(
-                f"The cached answers are over {classes} classes, the student has {known}; expected its number of labels or its "
-                "vocabulary. Run cache_answers with a teacher of the student's labels and tokenizer."
-            )
 
 
 def _unsharded(what: str) -> RMTKDError:
