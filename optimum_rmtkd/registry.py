@@ -9,9 +9,20 @@ from typing import Any, Generic, TypeVar
 from .errors import RMTKDError
 
 
-__all__ = ["Registry"]
+__all__ = ["Registry", "check_flag"]
 
 T = TypeVar("T")
+
+
+def check_flag(value: Any, owner: str, name: str) -> bool:
+    """A truth value as it is: the text "false" is none, and would count as true.
+
+    Raises:
+        RMTKDError: something else than True or False.
+    """
+    if isinstance(value, bool):
+        return value
+    raise RMTKDError(f"{owner}({name}={value!r}): expected true or false.")
 
 
 class Registry(Generic[T]):

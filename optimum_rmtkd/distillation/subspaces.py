@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import RMTKDError
-from ..registry import Registry
+from ..registry import Registry, check_flag
 from ..spectra import EDGE_ESTIMATORS, SecondMoments, signal_subspace, spectrum_of
 
 
@@ -223,7 +223,8 @@ class MarchenkoPasturProjection(SubspaceProjection):
                 f"MarchenkoPasturProjection(estimator={estimator!r}): expected one of {', '.join(sorted(EDGE_ESTIMATORS))}."
             )
         self.estimator, self.dim = estimator, _whole(dim, "MarchenkoPasturProjection")
-        self.wiener, self.n_effective, self.options = bool(wiener), n_effective, dict(options or {})
+        self.wiener = check_flag(wiener, "MarchenkoPasturProjection", "wiener")
+        self.n_effective, self.options = n_effective, dict(options or {})
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
         found = signal_subspace(

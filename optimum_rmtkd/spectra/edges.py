@@ -151,13 +151,19 @@ def estimate_edge(spectrum: Spectrum, estimator: str = "screenot", **options: An
     """Run one registered estimator.
 
     Raises:
-        RMTKDError: unknown estimator or option, or the estimator cannot be applied to this spectrum.
+        RMTKDError: unknown estimator or option, one that is missing, or the estimator cannot be applied to this spectrum.
     """
     known = estimator_options(estimator)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise RMTKDError(
             f"Unknown option(s) {', '.join(unknown)} of edge estimator {estimator!r}. It takes: {', '.join(known) or 'none'}."
+        )
+    parameters = inspect.signature(find_estimator(estimator)).parameters
+    missing = [name for name in known if name not in options and parameters[name].default is inspect.Parameter.empty]
+    if missing:
+        raise RMTKDError(
+            f"Edge estimator {estimator!r} needs the option(s) {', '.join(missing)}; got none. Pass them."
         )
     return find_estimator(estimator)(spectrum, **options)
 

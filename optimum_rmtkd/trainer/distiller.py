@@ -95,7 +95,7 @@ class Distiller:
             inputs = teacher.strip(inputs)
             with capture(self.trainer.model, paths) as features:
                 if any(isinstance(objective, TaskLoss) for objective in objectives):
-                    task_loss, outputs = task_loss_of(model, inputs, return_outputs=True)
+                    task_loss, outputs = self._task_loss(model, inputs, task_loss_of)
                 else:  # the data may be unlabelled
                     task_loss, outputs = None, model(**inputs)
             if missing := [path for path in paths if path not in features]:
@@ -118,6 +118,18 @@ class Distiller:
             progress=self.progress,
         )
         return self._weigh(step, objectives), outputs
+
+    def _task_loss(self, model, inputs, task_loss_of: Callable) -> tuple[torch.Tensor, Any]:
+        labelled = any(name in inputs for name in self.trainer.label_names)  # smoothing takes them out
+        try:
+            return task_loss_of(model, inputs, return_outputs=True)
+        except ValueError as error:
+            if labelled:
+                raise
+            raise RMTKDError(
+                f"The task loss of a batch without {' or '.join(self.trainer.label_names)}: {error} Give labels, or leave TaskLoss "
+                "out of the objectives to distil on unlabelled data."
+            ) from error
 
     def teacher_step(
         self, inputs: Mapping[str, Any], objectives: list[DistillationObjective], prepared: bool = False

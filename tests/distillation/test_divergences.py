@@ -181,6 +181,8 @@ def test_ranges():
         lambda: SkewKLDivergence(alpha=1.0),
         lambda: JensenShannonDivergence(beta=1.5),
         lambda: KLDivergence(temperature=0),
+        lambda: KLDivergence(reverse="false"),
+        lambda: JensenShannonDivergence(rescale=1),
         lambda: CorrelationDistance(kind="kendall"),
         lambda: CorrelationDistance(dim="token"),
         lambda: CorrelationDistance(top_k=2),

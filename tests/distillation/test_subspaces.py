@@ -93,6 +93,11 @@ def test_wiener_weights_shrink_the_columns():
     hard, soft = (MarchenkoPasturProjection(wiener=w).fit(moments) for w in (False, True))
     norms = soft.norm(dim=0)
     assert torch.allclose(soft / norms, hard) and (norms < 1).all() and norms.min() > 0.8
+    with pytest.raises(RMTKDError, match="expected true or false"):
+        MarchenkoPasturProjection(wiener="no")
+    with pytest.raises(RMTKDError, match="'fixed' needs the option.* rank"):
+        MarchenkoPasturProjection("fixed").fit(moments)
+    assert MarchenkoPasturProjection("fixed", options={"rank": 3}).fit(moments).shape[1] == 3
     with pytest.raises(RMTKDError, match="no noise variance"):
         MarchenkoPasturProjection("energy", wiener=True).fit(moments)
 

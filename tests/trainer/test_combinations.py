@@ -178,6 +178,15 @@ def test_students_of_another_width_and_depth(make_trainer, kind, objective):
         assert all(trainer.extras.optimizer.state[p]["step"] == 4 for p in extra)
 
 
+def test_unlabelled_rows_have_no_task_loss(make_trainer):
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ragged(16)]
+    trainer = make_trainer(
+        recipe=NONE, objectives=["task"], trainer_kwargs={"train_dataset": rows, "eval_dataset": None}
+    )
+    with pytest.raises(RMTKDError, match="leave TaskLoss out of the objectives"):
+        trainer.train()
+
+
 def test_features_of_encoder_decoders(make_trainer):
     from transformers import T5Config, T5ForConditionalGeneration
 

@@ -52,8 +52,9 @@ class DistillationObjective(nn.Module):
 
     Constructor arguments are stored under their own names: that is all `to_dict` needs. Life of an objective:
     `setup` after every cut; then, if `observes`, `observe` once per calibration batch (no gradient, no student outputs),
-    `finish`, and `prepare` with one batch of both; then `forward` at every step. What it learns there and a resumed run needs goes into buffers: they are part of
-    the training checkpoint. Parameters it registers in `setup` are trained beside the student and never saved with it.
+    `finish`, and `prepare` with one batch of both; then `forward` at every step. What it learns there and a resumed run
+    needs goes into buffers: they are part of the training checkpoint. Parameters it registers by then are trained beside the
+    student and never saved with it.
 
     Args:
         weight: a number of at least 0, or a schedule ({"start": 1, "end": 0, "over": [0, 0.5]}, see `schedules`).

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import RMTKDError
+from ...registry import check_flag
 from ..step import DistillationStep
 from .answers import Answers
 from .base import DistillationObjective, register_objective
@@ -86,7 +87,7 @@ class KLDivergence(_AnswerDivergence):
 
     def __init__(self, weight: float = 0.5, temperature: float = 1.0, reverse: bool = False):
         super().__init__(weight, temperature)
-        self.reverse = bool(reverse)
+        self.reverse = check_flag(reverse, "KLDivergence", "reverse")
 
     def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return kl_divergence(log_q, log_p) if self.reverse else kl_divergence(log_p, log_q)
@@ -108,7 +109,7 @@ class JensenShannonDivergence(_AnswerDivergence):
         super().__init__(weight, temperature)
         if not 0 <= beta <= 1:
             raise RMTKDError(f"JensenShannonDivergence(beta={beta}): expected a number in [0, 1].")
-        self.beta, self.rescale = float(beta), bool(rescale)
+        self.beta, self.rescale = float(beta), check_flag(rescale, "JensenShannonDivergence", "rescale")
 
     def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         value = jensen_shannon(log_p, log_q, self.beta)
@@ -133,7 +134,7 @@ class SkewKLDivergence(_AnswerDivergence):
             raise RMTKDError(
                 f"SkewKLDivergence(alpha={alpha}): expected a number in (0, 1); alpha=0 is KLDivergence, alpha=1 always 0."
             )
-        self.alpha, self.reverse = float(alpha), bool(reverse)
+        self.alpha, self.reverse = float(alpha), check_flag(reverse, "SkewKLDivergence", "reverse")
 
     def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return skew_kl(log_q, log_p, self.alpha) if self.reverse else skew_kl(log_p, log_q, self.alpha)
