@@ -49,7 +49,7 @@ class TensorAlignment(DistillationObjective):
 
     Needs `reparameterization=MatrixProductOperator(...)`. The reference weight is decomposed with the student's modes, its
     gauge fixed once to the student's tensors (`fix_gauge`), and frozen. With the gauge fixed the loss of two weights at
-    relative distance e is about e^2; without, it is of order 1 for any two.
+    relative distance e is at most about e^2; without, it is of order 1 for any two.
 
     The reference is the teacher's weight where both have the same shape. For a student that was narrowed from its teacher it
     is the student's own weight right after the cut, the projected and refitted teacher: the loss then starts at 0 and is
