@@ -36,8 +36,23 @@ LOGITS = {"task": {"weight": 0.3}, "kl": {"weight": 0.7}}
 RATES = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 START, LOW_START = 3e-5, 1e-5  # of the sweep; reparameterized arms take longer steps at the same rate, see opdf.py
 SEEDS = (0, 1, 2)
-# steps, training rows, file of the teacher (None: fine-tuned once, by the ordinary script)
-TASKS = {"sst2": (512, 16384, "models/minilm_l6_sst2"), "rte": (468, None, None)}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a task is trained with."""
+
+    steps: int
+    rows: int | None = None  # of the training set; None: all
+    teacher: str | None = None  # stored checkpoint; None: fine-tuned once, by the ordinary script
+    attention: str = "sdpa"  # on long rows in bf16, CPUs take 5 to 10 times as long for the backward of the fused one
+
+
+TASKS = {
+    "sst2": Setting(512, 16384, "models/minilm_l6_sst2"),
+    "rte": Setting(234, attention="eager"),
+}
+TEACHER_STEPS = 390  # five epochs of RTE
 
 
 def feature(projection, **options) -> dict:
@@ -137,7 +152,7 @@ def training_arguments(folder: Path, rate: float, seed: int, steps: int) -> RMTK
 
 def teacher_of(task: str, output: Path) -> Path:
     """The fine-tuned model to narrow; for a task without one, all-MiniLM-L6-v2 is fine-tuned by the ordinary script."""
-    stored = TASKS[task][2]
+    stored = TASKS[task].teacher
     if stored:
         return SHARED / stored
     folder = output / f"teacher_{task}"
@@ -153,7 +168,8 @@ def teacher_of(task: str, output: Path) -> Path:
     )
     AutoTokenizer.from_pretrained(source).save_pretrained(start)
     loaded = load_task(str(start), data_of(task))
-    args = training_arguments(folder / "run", 5e-5, 0, 780)
+    loaded.model.set_attn_implementation(TASKS[task].attention)
+    args = training_arguments(folder / "run", 5e-5, 0, TEACHER_STEPS)
     trainer = Trainer(
         loaded.model,
         args,
@@ -170,7 +186,8 @@ def teacher_of(task: str, output: Path) -> Path:
 
 def load(task: str, output: Path) -> Task:
     loaded = load_task(str(teacher_of(task, output)), data_of(task))
-    rows = TASKS[task][1]
+    loaded.model.set_attn_implementation(TASKS[task].attention)
+    rows = TASKS[task].rows
     if rows is None:
         return loaded
     return dataclasses.replace(loaded, train=loaded.train.shuffle(seed=0).select(range(rows)))
@@ -182,7 +199,7 @@ def run(arguments: Arguments, arm: str, rate: float, seed: int) -> dict:
     set_seed(seed)
     task = load(arguments.task, output)
     objectives, reparameterization, transforms = ARMS[arm]
-    steps = arguments.steps or TASKS[arguments.task][0]
+    steps = arguments.steps or TASKS[arguments.task].steps
     before = count_parameters(task.model)
     trainer = RMTKDTrainer(
         model=task.model,
@@ -234,7 +251,7 @@ def maximum_resident() -> int:
 def rows_of(arguments: Arguments) -> list[dict]:
     file = Path(arguments.output) / "distillation.jsonl"
     lines = file.read_text(encoding="utf8").splitlines() if file.is_file() else []
-    steps = arguments.steps or TASKS[arguments.task][0]
+    steps = arguments.steps or TASKS[arguments.task].steps
     rows = [json.loads(line) for line in lines]
     wanted = (arguments.task, steps, arguments.target)
     return [row for row in rows if (row["task"], row["steps"], row["target"]) == wanted]
