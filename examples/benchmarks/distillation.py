@@ -167,8 +167,7 @@ def teacher_of(task: str, output: Path) -> Path:
         start
     )
     AutoTokenizer.from_pretrained(source).save_pretrained(start)
-    loaded = load_task(str(start), data_of(task))
-    loaded.model.set_attn_implementation(TASKS[task].attention)
+    loaded = load_task(str(start), data_of(task), attn_implementation=TASKS[task].attention)
     args = training_arguments(folder / "run", 5e-5, 0, TEACHER_STEPS)
     trainer = Trainer(
         loaded.model,
@@ -185,8 +184,7 @@ def teacher_of(task: str, output: Path) -> Path:
 
 
 def load(task: str, output: Path) -> Task:
-    loaded = load_task(str(teacher_of(task, output)), data_of(task))
-    loaded.model.set_attn_implementation(TASKS[task].attention)
+    loaded = load_task(str(teacher_of(task, output)), data_of(task), attn_implementation=TASKS[task].attention)
     rows = TASKS[task].rows
     if rows is None:
         return loaded

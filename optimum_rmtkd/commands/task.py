@@ -62,11 +62,12 @@ class Task:
         return DataLoader(self.train, batch_size, shuffle=True, generator=generator, collate_fn=self.collator)
 
 
-def load_task(model: str, data: DataArguments, seed: int = 0) -> Task:
+def load_task(model: str, data: DataArguments, seed: int = 0, attn_implementation: str | None = None) -> Task:
     """Load the model and its data and check that they belong together.
 
     Args:
         model: Hub name or local folder of a model fine-tuned for sequence or image classification, or regression.
+        attn_implementation: the attention kernel, as in `from_pretrained`; None: what transformers chooses.
 
     Raises:
         RMTKDError: anything missing, unreadable or not matching; nothing has been computed yet.
@@ -89,7 +90,7 @@ def load_task(model: str, data: DataArguments, seed: int = 0) -> Task:
     else:
         processor, collator, encode = _image_tools(model, config, inputs[0])
     return Task(
-        model=_load_model(model, kind),
+        model=_load_model(model, kind, attn_implementation),
         processor=processor,
         train=encode(train, labels[0]),
         validation=encode(validation, labels[1]),
@@ -128,16 +129,22 @@ def stored_dtype(model: str) -> str:
     return name if name in ("float16", "bfloat16") else "float32"
 
 
-def _load_model(model: str, kind: str) -> PreTrainedModel:
+def _load_model(model: str, kind: str, attn_implementation: str | None) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if kind == "text" else AutoModelForImageClassification
     try:
         # Checkpoints stored in half precision would otherwise be calibrated and trained in it.
-        return auto.from_pretrained(model, dtype=torch.float32)
+        loaded = auto.from_pretrained(model, dtype=torch.float32)
     except OSError as error:
         raise RMTKDError(f"Cannot load the weights of '{model}': {error}") from error
+    if attn_implementation is not None:
+        try:
+            loaded.set_attn_implementation(attn_implementation)
+        except (ValueError, ImportError) as error:
+            raise RMTKDError(f"attn_implementation '{attn_implementation}': {error}") from error
+    return loaded
 
 
 def _check_head(config: PreTrainedConfig, kind: str, model: str) -> None:

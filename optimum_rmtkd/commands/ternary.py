@@ -228,7 +228,7 @@ def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: Te
     from .task import evaluate, load_task, stored_dtype, weights_folder
 
     recipe = RMTKDConfig(target_reduction=args.target_reduction, seed=config.seed)
-    task = load_task(args.model, data, config.seed)
+    task = load_task(args.model, data, config.seed, training.attn_implementation)
     find_part(task.model, args.module)  # a wrong path is refused before the first forward pass
     before, body = evaluate(task, task.model, training.eval_batch_size), task.model
     if args.target_reduction is not None:

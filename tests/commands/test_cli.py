@@ -133,6 +133,23 @@ def test_cut_and_distil(compress, tmp_path, bert):
     assert "saved to" in out
 
 
+def test_attention_kernel_is_used_and_not_stored(compress, tmp_path, monkeypatch):
+    from optimum_rmtkd.commands import task
+
+    kernels, load_task = [], task.load_task
+
+    def watched(*args):
+        loaded = load_task(*args)
+        kernels.append(loaded.model.config._attn_implementation)
+        return loaded
+
+    monkeypatch.setattr(task, "load_task", watched)
+    code, _, err = compress("--no-train", "--attn-implementation", "eager")
+    assert code == 0, err
+    assert kernels == ["eager"]
+    assert "attn_implementation" not in (tmp_path / "work" / "out" / "config.json").read_text()
+
+
 def test_a_reduced_model_can_be_reduced_again(compress, tmp_path):
     assert compress("--no-train", "--target-reduction", 0.3)[0] == 0
     code, out, err = compress("--no-train", "--model", tmp_path / "work" / "out", "-o", tmp_path / "twice")

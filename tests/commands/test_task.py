@@ -29,6 +29,20 @@ def test_text_task(bert, table, validation_table):
     assert 0 < batch["labels"].sum() < 32
 
 
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+def test_attention_kernel_is_the_one_asked_for(bert, table, validation_table, kernel):
+    task = load_task(str(bert), text_data(table, validation_table), attn_implementation=kernel)
+    assert task.model.config._attn_implementation == kernel
+    assert {module.config._attn_implementation for module in task.model.modules() if hasattr(module, "config")} == {
+        kernel
+    }
+
+
+def test_attention_kernel_that_the_model_has_not(bert, table, validation_table):
+    with pytest.raises(RMTKDError, match="attn_implementation 'nonsense': .* not supported"):
+        load_task(str(bert), text_data(table, validation_table), attn_implementation="nonsense")
+
+
 def test_evaluate_counts_right_answers(bert, table, validation_table):
     import torch
 
