@@ -10,7 +10,7 @@ from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..reparameterization.targets import block_list
 
 
-__all__ = ["blocks_of", "check_layers", "layer_pairs", "uniform_map"]
+__all__ = ["blocks_of", "check_layers", "in_decoder", "layer_pairs", "uniform_map"]
 
 
 def blocks_of(model: nn.Module) -> tuple[str, ...]:
@@ -62,6 +62,13 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, layers: str | Mapping) -
     if layers == "last":
         return ((ours[-1], theirs[-1]),)
     return tuple((ours[i], theirs[j]) for i, j in enumerate(uniform_map(len(ours), len(theirs))))
+
+
+def in_decoder(model: nn.Module, path: str) -> bool:
+    """Is the module at `path` part of an encoder-decoder's decoder, whose positions are those of the labels?"""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return any(module is model.get_submodule(path) for module in model.get_decoder().modules())
 
 
 def _path(model: nn.Module, blocks: tuple[str, ...], given: str | int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .counts import UNITS, count_units
+from .counts import UNITS, count_units, token_labels
 
 
 __all__ = ["DistillationStep", "token_mask"]
@@ -45,6 +45,11 @@ class DistillationStep:
     shifted: bool = False
     task_loss: torch.Tensor | None = None
     progress: float = 0.0
+
+    def mask_of(self, decoder: bool) -> torch.Tensor | None:
+        """Bool (batch, tokens), True at the positions of a feature that count: real tokens; in the decoder of an
+        encoder-decoder those that answer for a label. None where neither is known."""
+        return token_labels(self.inputs, shifted=False) if decoder else self.mask
 
     def share(self, unit: str) -> float:
         """Factor that turns a mean over this micro-batch into its part of the mean over the accumulated batch.

@@ -81,22 +81,34 @@ class Reparameterization:
             paths of the modules taken.
 
         Raises:
-            RMTKDError: no module matches, it is on already, or tensors of another model or another setting.
+            RMTKDError: no module matches, it is on already, or tensors of another model or another setting. The model is then
+                what it was.
         """
         if is_reparameterized(model):
             raise RMTKDError(f"{type(model).__name__} is reparameterised already; fold(model) first.")
         paths = target_paths(model, self.target_modules, self.kinds())
-        for path in paths:
-            module = model.get_submodule(path)
-            trained = module.weight.requires_grad
-            parametrize.register_parametrization(module, "weight", self.parametrization(module.weight), unsafe=True)
-            chain = module.parametrizations["weight"]
-            chain.folds = True
-            for parameter in chain.parameters():
-                parameter.requires_grad_(trained)
-        if tensors is not None:
-            self._load(model, tensors)
+        weights = {path: model.get_submodule(path).weight for path in paths}
+        values = {path: weight.detach() for path, weight in weights.items()}
+        try:
+            for path in paths:
+                self._put_on(model.get_submodule(path))
+            if tensors is not None:
+                self._load(model, tensors)
+        except Exception:
+            fold(model)
+            for path, weight in weights.items():
+                weight.data = values[path]  # parametrize writes into the parameter where the shape stays
+                model.get_submodule(path).weight = weight
+            raise
         return paths
+
+    def _put_on(self, module: nn.Module) -> None:
+        trained = module.weight.requires_grad
+        parametrize.register_parametrization(module, "weight", self.parametrization(module.weight), unsafe=True)
+        chain = module.parametrizations["weight"]
+        chain.folds = True
+        for parameter in chain.parameters():
+            parameter.requires_grad_(trained)
 
     def _load(self, model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
         own = core_parameters(model)

@@ -1,4 +1,5 @@
-"""What a resumed run needs besides transformers' own checkpoint: `rmtkd_state.json` and `rmtkd_state.safetensors`.
+"""What a resumed run needs besides transformers' own checkpoint: `rmtkd_state.json` and `rmtkd_state.safetensors`, and
+`rmtkd_process_<rank>.safetensors` for what each process has of its own.
 
 The checkpoint's `config.json` already describes the architecture. Here lie the stages done, the projections between the
 teacher's stream and the student's, what the objectives learned from the calibration data, and those teachers that exist
@@ -9,6 +10,7 @@ fingerprint says whether it is the same one.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,28 +27,57 @@ __all__ = [
     "STATE",
     "TENSORS",
     "flatten",
+    "read_process_state",
     "read_state",
     "same_parts_or_raise",
     "same_recipe_or_raise",
     "same_weights_or_raise",
     "subset",
+    "write_process_state",
     "write_state",
 ]
 
+logger = logging.getLogger(__name__)
+
 STATE = "rmtkd_state.json"
 TENSORS = "rmtkd_state.safetensors"
+PROCESS = "rmtkd_process_{rank}.safetensors"
 VERSION = 1
 
 
 def write_state(folder: str | Path, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
     """Write both files into a checkpoint folder, tensors first: the JSON file stands for a whole pair."""
+    _write_tensors(Path(folder) / TENSORS, tensors)
+    write_json(Path(folder) / STATE, {"version": VERSION, **values})
+
+
+def write_process_state(folder: str | Path, rank: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Called by every process; without tensors there is no file."""
+    if tensors:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        _write_tensors(Path(folder) / PROCESS.format(rank=rank), tensors)
+
+
+def read_process_state(folder: str | Path, rank: int) -> dict[str, torch.Tensor]:
+    """Inverse of `write_process_state`. In a run of more processes than the checkpoint's the states are dealt out again."""
+    from safetensors.torch import load_file
+
+    count = len(list(Path(folder).glob(PROCESS.format(rank="*"))))
+    if not count:
+        return {}
+    if rank >= count:
+        logger.warning(
+            "%s has the state of %d processes; process %d takes that of %d.", folder, count, rank, rank % count
+        )
+    return load_file(Path(folder) / PROCESS.format(rank=rank % count))
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
-    folder = Path(folder)
-    beside = folder / (TENSORS + ".tmp")
+    beside = file.with_name(file.name + ".tmp")
     save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, beside)
-    os.replace(beside, folder / TENSORS)
-    write_json(folder / STATE, {"version": VERSION, **values})
+    os.replace(beside, file)
 
 
 def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .trainer import RMTKDTrainer
 
 
-__all__ = ["fitted_state", "make_ready"]
+__all__ = ["fitted_state", "make_ready", "transforms_state"]
 
 
 def make_ready(
@@ -26,7 +26,7 @@ def make_ready(
 
     Args:
         projections: see `DistillationObjective.setup`.
-        restored: `fitted_state` of an earlier run, which takes the place of fitting.
+        restored: `fitted_state` and `transforms_state` of an earlier run, which take the place of fitting.
 
     Raises:
         RMTKDError: models that an objective or a transform cannot work with, or nothing left to compare.
@@ -53,10 +53,16 @@ def make_ready(
 
 
 def fitted_state(trainer: RMTKDTrainer) -> dict[str, torch.Tensor]:
-    """What objectives, transforms and the parts trained beside the student need in a resumed run."""
+    """What objectives and the parts trained beside the student need in a resumed run: the same on all processes."""
     tensors = checkpoint.flatten("extra", trainer.extras.state_dict())
     for objective in trainer.objectives:
         tensors |= checkpoint.flatten(f"objective/{objective.label}", objective.state_dict())
+    return tensors
+
+
+def transforms_state(trainer: RMTKDTrainer) -> dict[str, torch.Tensor]:
+    """What this process's transforms need: each process transforms its own batches."""
+    tensors: dict[str, torch.Tensor] = {}
     for number, transform in enumerate(trainer.transforms):
         tensors |= checkpoint.flatten(f"transform/{number}", transform.state_dict())
     return tensors

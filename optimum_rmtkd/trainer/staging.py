@@ -369,7 +369,8 @@ class Staging:
         elif values["before"] is not None:
             self.before = skeleton(self.initial, values["before"])
             checkpoint.load_into(self.before, checkpoint.subset("before", tensors))
-        self.teacher, self._restored = None, tensors
+        own = checkpoint.read_process_state(folder, self.trainer.args.process_index)
+        self.teacher, self._restored = None, tensors | own
         self.adopt(folder, prepare=False)
 
     def restore_cores(self) -> None:

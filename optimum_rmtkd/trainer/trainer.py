@@ -24,10 +24,12 @@ from ..hub import write_card, write_results
 from ..hub.run import first, public_name
 from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
+from .checkpoint import write_process_state
 from .cores import Cores
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from .distiller import Distiller, LateBatches
 from .extras import Extras
+from .fitting import transforms_state
 from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
@@ -386,6 +388,7 @@ class RMTKDTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
+        write_process_state(output_dir, self.args.process_index, transforms_state(self))
         if self.args.should_save:
             self.staging.save(output_dir)
 

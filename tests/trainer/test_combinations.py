@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForTokenClassification,
@@ -14,8 +16,10 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from optimum_rmtkd.distillation import DistillationObjective
+from optimum_rmtkd.distillation import DistillationObjective, DistillationStep, build_objectives, capture
+from optimum_rmtkd.distillation.counts import total_units
 from optimum_rmtkd.distillation.objectives import objective_names
+from optimum_rmtkd.distillation.step import token_mask
 from optimum_rmtkd.errors import RMTKDError
 
 from .conftest import ragged, tiny_bert
@@ -187,27 +191,68 @@ def test_unlabelled_rows_have_no_task_loss(make_trainer):
         trainer.train()
 
 
+def tiny_bart(seed):
+    torch.manual_seed(seed)
+    kinds = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
+    sizes = {f"{side}_{kind}": size for side in ("encoder", "decoder") for kind, size in kinds.items()}
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = BartConfig(vocab_size=60, d_model=32, max_position_embeddings=32, **sizes, **ends)
+    return BartForConditionalGeneration(config)
+
+
 def test_features_of_encoder_decoders(make_trainer):
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    def t5(seed):
-        torch.manual_seed(seed)
-        sizes = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
-        return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0))
-
     data = [dict(row, labels=row["input_ids"][:7]) for row in ragged(16)]
-    layers = {"encoder.block.1": "encoder.block.1", "decoder.block.1": "decoder.block.1"}
+    layers = {path: path for path in ("model.encoder.layers.1", "model.decoder.layers.1")}
+    relations = {"name": "attention_relation", "layers": layers}
     trainer = make_trainer(
-        t5(0),
+        tiny_bart(0),
         recipe=NONE,
-        teacher_model=t5(1),
-        objectives=["kl", {"name": "projected_feature", "layers": layers, "projection": "random"}],
+        teacher_model=tiny_bart(1),
+        objectives=["kl", {"name": "projected_feature", "layers": layers, "projection": "random"}, relations],
         max_steps=2,
         trainer_kwargs={"train_dataset": data, "eval_dataset": None, "reparameterization": "mpo"},
     )
     trainer.train()
-    terms = [e["loss/projected_feature"] for e in trainer.state.log_history if "loss" in e]
-    assert len(terms) == 2 and all(v > 0 for v in terms)
+    for name in ("projected_feature", "attention_relation"):
+        terms = [e[f"loss/{name}"] for e in trainer.state.log_history if "loss" in e]
+        assert len(terms) == 2 and all(v > 0 for v in terms)
+
+
+@pytest.mark.parametrize("name", ["projected_feature", "attention_relation"])
+def test_padding_of_a_decoder_does_not_count(name):
+    """Encoder and decoder are of one length here, so the encoder's mask would fit, too."""
+    student, teacher = (tiny_bart(seed) for seed in (0, 1))
+    objective = build_objectives([{"name": name, "layers": {"model.decoder.layers.1": "model.decoder.layers.1"}}])[0]
+    objective.setup(student, teacher, {})
+    ids = torch.randint(3, 60, (4, 5), generator=torch.Generator().manual_seed(0))
+    labels = ids.flip(1).masked_fill(torch.tensor([[0, 0, 0, 1, 1]] * 2 + [[0] * 5] * 2).bool(), -100)
+
+    def step_of(padding):
+        inputs = {
+            "input_ids": torch.nn.functional.pad(ids, (0, padding)),
+            "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), (0, padding)),
+            "labels": torch.nn.functional.pad(labels, (0, padding), value=-100),
+        }
+        features = []
+        for model, paths in ((student, objective.features().student), (teacher, objective.features().teacher)):
+            with capture(model.eval(), paths) as found, torch.no_grad():
+                model(**inputs)
+            features.append(found)
+        mask, totals = token_mask(inputs), total_units([inputs])
+        return DistillationStep(
+            inputs, student_features=features[0], teacher_features=features[1], mask=mask, totals=totals
+        )
+
+    plain, padded, broken = step_of(0), step_of(3), step_of(0)
+    for features in (broken.student_features, broken.teacher_features):
+        for path, feature in features.items():
+            features[path] = feature.masked_fill((labels == -100)[..., None], float("nan"))
+    if objective.observes:
+        objective.observe(plain)
+        objective.finish()
+    assert objective(plain) > 0
+    torch.testing.assert_close(objective(padded), objective(plain))
+    torch.testing.assert_close(objective(broken), objective(plain))
 
 
 def test_hidden_states_drop_out_where_no_blocks_are_declared(make_trainer, caplog):

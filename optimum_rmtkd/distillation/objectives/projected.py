@@ -11,7 +11,7 @@ from torch import nn
 
 from ...errors import RMTKDError
 from ...spectra import SecondMoments, sample_tokens
-from ..layers import check_layers, layer_pairs
+from ..layers import check_layers, in_decoder, layer_pairs
 from ..projections import projection_for
 from ..step import DistillationStep
 from ..subspaces import build_projection
@@ -31,8 +31,6 @@ class ProjectedFeatureLoss(DistillationObjective):
     F are the outputs of the compared modules at the N unmasked positions (tokens, pixels of a feature map with the channels as
     features), K (p, d) the basis of `projection`, fitted once on the frozen teacher over the calibration data, the variance
     tr(K^T C K) / d. So weight 1 means the same for every projection: 1 is the loss of a student that knows only the mean.
-
-    Of an encoder-decoder compare encoder blocks: the mask is that of `attention_mask`, so padding of the decoder counts.
 
     Widths that differ: a student that was narrowed by a known basis P is compared with F_t P, in whose space K is fitted,
     without any adapter. Otherwise one linear map A without bias is trained, F_s A against F_t K; it is optimised beside the
@@ -84,6 +82,7 @@ class ProjectedFeatureLoss(DistillationObjective):
             )
         self._device = next(student.parameters()).device
         self._pairs = layer_pairs(student, teacher, self.layers)
+        self._decoding = [in_decoder(student, path) for path, _ in self._pairs]
         blocks = set(layer_pairs(student, teacher, "uniform")) if projections else set()
         # The known basis is that of the residual stream: of blocks' outputs at equal depth, and of nothing else.
         self._known = {
@@ -104,7 +103,8 @@ class ProjectedFeatureLoss(DistillationObjective):
 
     def observe(self, step: DistillationStep) -> None:
         for index, (_, path) in enumerate(self._pairs):
-            target, mask = self._laid_out(step.teacher_features[path], step.mask)
+            mask = step.mask_of(self._decoding[index])
+            target, mask = self._laid_out(step.teacher_features[path], mask)
             target = self._aimed(target, path)
             samples, mask = sample_tokens(target, mask, "spaced", self.tokens_per_sequence)
             if index not in self._moments:
@@ -179,7 +179,7 @@ class ProjectedFeatureLoss(DistillationObjective):
     def _term(self, index: int, step: DistillationStep, ours: str, theirs: str) -> torch.Tensor:
         student, teacher = step.student_features[ours], step.teacher_features[theirs].detach()
         teacher = _resized(teacher, student, ours, theirs)
-        mask = step.mask
+        mask = step.mask_of(self._decoding[index])
         values = self._normalised(positions(student.float(), mask), maps=False)
         target = positions(self._aimed(teacher.float(), theirs, maps=teacher.dim() == 4), mask)
         basis, variance = getattr(self, f"basis_{index}"), getattr(self, f"variance_{index}")
@@ -194,7 +194,7 @@ class ProjectedFeatureLoss(DistillationObjective):
                     f"{ours!r} is {values.shape[-1]} wide, {theirs!r} {basis.shape[0]}, and no adapter was made for them."
                 )
         mean = gap.square().sum() / max(gap.numel(), 1)
-        return mean / variance * step.share(unit_of(student, mask))
+        return mean / variance * step.share(unit_of(student, mask, self._decoding[index]))
 
     def _laid_out(self, feature: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, positions, features) and its mask, if it has one."""

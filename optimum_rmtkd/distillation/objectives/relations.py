@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import RMTKDError
-from ..layers import check_layers, layer_pairs
+from ..layers import check_layers, in_decoder, layer_pairs
 from ..step import DistillationStep
 from .base import DistillationObjective, FeatureRequest, register_objective
 from .divergences import kl_divergence
@@ -74,6 +74,7 @@ class AttentionRelationLoss(DistillationObjective):
             (_projections_in(student, ours, letters), _projections_in(teacher, theirs, letters))
             for ours, theirs in blocks
         ]
+        self._decoding = [in_decoder(student, path) for path, _ in blocks]
         self._heads = self.heads or getattr(student.config, "num_attention_heads", None)
         self._scaling = {
             (side, path): getattr(model.get_submodule(path.rpartition(".")[0]), "scaling", None)
@@ -92,29 +93,37 @@ class AttentionRelationLoss(DistillationObjective):
         )
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
-        terms = []
-        for ours, theirs in self._pairs:
-            for a, b in self.relations:
-                log_q = self._relation(step, 0, ours, a + b)
-                log_p = self._relation(step, 1, theirs, a + b).detach()
-                if log_p.shape != log_q.shape:
-                    raise RMTKDError(
-                        f"Relations {tuple(log_q.shape)} of the student's {ours[a]!r}, {tuple(log_p.shape)} of the teacher's "
-                        f"{theirs[a]!r}: expected the same tokens."
-                    )
-                terms.append(kl_divergence(log_p, log_q))  # (batch, heads, tokens)
-        divergence = torch.stack(terms).mean((0, 2))
-        counted = self._mask(step, divergence)
+        pairs = zip(self._pairs, self._decoding, strict=True)
+        return torch.stack([self._term(step, *pair, decoding) for pair, decoding in pairs]).mean()
+
+    def _term(
+        self, step: DistillationStep, ours: dict[str, str], theirs: dict[str, str], decoding: bool
+    ) -> torch.Tensor:
+        divergences = []
+        for a, b in self.relations:
+            log_q = self._relation(step, 0, ours, a + b, decoding)
+            log_p = self._relation(step, 1, theirs, a + b, decoding).detach()
+            if log_p.shape != log_q.shape:
+                raise RMTKDError(
+                    f"Relations {tuple(log_q.shape)} of the student's {ours[a]!r}, {tuple(log_p.shape)} of the teacher's "
+                    f"{theirs[a]!r}: expected the same tokens."
+                )
+            divergences.append(kl_divergence(log_p, log_q))  # (batch, heads, tokens)
+        divergence = torch.stack(divergences).mean((0, 2))
+        counted = self._mask(step, divergence, decoding)
         if counted is None:
             return divergence.mean() * step.share("samples")
         kept = divergence[counted]
-        return kept.sum() / max(kept.numel(), 1) * step.share("tokens")
+        return kept.sum() / max(kept.numel(), 1) * step.share("labels" if decoding else "tokens")
 
-    def _relation(self, step: DistillationStep, side: int, paths: dict[str, str], pair: str) -> torch.Tensor:
+    def _relation(
+        self, step: DistillationStep, side: int, paths: dict[str, str], pair: str, decoding: bool
+    ) -> torch.Tensor:
         """Log-probabilities (batch, heads, tokens, tokens), fp32, of one block's projections (batch, tokens, width).
 
         Args:
             side: 0 student, 1 teacher.
+            decoding: the block is an encoder-decoder's decoder's.
         """
         features = step.teacher_features if side else step.student_features
         a, b = (features[paths[letter]] for letter in pair)
@@ -124,7 +133,7 @@ class AttentionRelationLoss(DistillationObjective):
                 "expected (batch, tokens, width) of one width, a multiple of heads. Choose heads=, or relations of one "
                 "projection ('vv') where keys are shared between heads."
             )
-        mask = self._mask(step, a[..., 0])
+        mask = self._mask(step, a[..., 0], decoding)
         if mask is not None:  # before the product: 0 * NaN would enter the gradients of real tokens
             a, b = (x.masked_fill(~mask[..., None], 0.0) for x in (a, b))
         a, b = (x.float().unflatten(-1, (self._heads, -1)).transpose(1, 2) for x in (a, b))
@@ -133,7 +142,7 @@ class AttentionRelationLoss(DistillationObjective):
         low = torch.finfo(scores.dtype).min / 4  # finite: -inf - -inf is NaN
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], low)
-        if step.shifted:
+        if step.shifted or decoding:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, low)
         return F.log_softmax(scores, -1)
@@ -143,9 +152,10 @@ class AttentionRelationLoss(DistillationObjective):
         own = self._scaling.get((side, paths[pair[0]])) if pair == "qk" else None
         return own or width**-0.5
 
-    def _mask(self, step: DistillationStep, values: torch.Tensor) -> torch.Tensor | None:
-        fits = step.mask is not None and step.mask.shape == (len(values), values.shape[-1])
-        return step.mask if fits else None
+    def _mask(self, step: DistillationStep, values: torch.Tensor, decoding: bool) -> torch.Tensor | None:
+        mask = step.mask_of(decoding)
+        fits = mask is not None and mask.shape == (len(values), values.shape[-1])
+        return mask if fits else None
 
 
 def _projections_in(model: nn.Module, block: str, letters: list[str]) -> dict[str, str]:
