@@ -111,3 +111,15 @@ def test_distillation_of_ragged_batches_is_that_of_one_process(tmp_path):
         for name, tensor in ranks[0].items():
             assert torch.equal(tensor, ranks[1][name]), name
             assert torch.allclose(tensor, weights[name], atol=5e-3), name
+
+
+def test_each_process_resumes_with_its_own_samples_and_all_with_one_adapter(tmp_path):
+    script = "tests.distributed.policy_script"
+    whole, weights = launch(tmp_path / "whole", 2, module=script)
+    assert whole[0]["buffer"] and whole[0]["buffer"] != whole[1]["buffer"]
+    assert len(whole[0]["adapters"]) == 1 and whole[0]["adapters"] == whole[1]["adapters"]
+    checkpoint = tmp_path / "whole" / "run" / "checkpoint-4"
+    resumed, again = launch(tmp_path / "resumed", 2, "--resume", str(checkpoint), module=script)
+    assert resumed == whole
+    for rank in range(2):
+        assert all(torch.equal(tensor, weights[0][name]) for name, tensor in again[rank].items())

@@ -10,6 +10,7 @@ from optimum_rmtkd.distillation.objectives import fix_gauge
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.reparameterization import (
     MatrixProductOperator,
+    Powerpropagation,
     block_list,
     build_reparameterization,
     core_parameters,
@@ -160,6 +161,30 @@ def test_frozen_weights_stay_frozen():
     assert not any(p.requires_grad for p in model["layers"][0].parameters())
     fold(model)
     assert not model["layers"][0]["up"].weight.requires_grad and model["layers"][1]["up"].weight.requires_grad
+
+
+@pytest.mark.parametrize("failing", ["a later module", "the checkpoint"])
+@pytest.mark.parametrize("how", [MatrixProductOperator, Powerpropagation])
+def test_what_fails_leaves_the_model_as_it_was(monkeypatch, how, failing):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+    before = {name: (parameter, parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    reparameterization, plain = how(target_modules=["0", "1", "2"]), how.parametrization
+    if failing == "a later module":
+
+        def parametrization(self, weight):
+            if weight is before["1.weight"][0]:
+                raise RuntimeError("no decomposition")
+            return plain(self, weight)
+
+        monkeypatch.setattr(how, "parametrization", parametrization)
+    with pytest.raises(RuntimeError if failing == "a later module" else RMTKDError):
+        reparameterization.apply(model, None if failing == "a later module" else {"of another": torch.zeros(1)})
+    assert not is_reparameterized(model)
+    after = dict(model.named_parameters())
+    assert all(
+        after[name] is parameter and torch.equal(after[name], value) for name, (parameter, value) in before.items()
+    )
 
 
 def test_state_both_ways_and_refusals():

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.surgery import count_parameters
-from optimum_rmtkd.trainer.checkpoint import STATE, TENSORS
+from optimum_rmtkd.trainer.checkpoint import STATE, TENSORS, read_process_state, write_process_state
 from optimum_rmtkd.trainer.stages import JOURNAL
 
 from ..surgery import zoo
@@ -148,3 +148,12 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(make_trainer):
     again = make_trainer(recipe=ROUNDS, out="again", **SAVING)
     with pytest.raises(RMTKDError, match="classifier.weight"):
         again.train(resume_from_checkpoint=str(folder(whole, 4)))
+
+
+def test_states_of_processes_are_dealt_out_again(tmp_path, caplog):
+    for rank in range(2):
+        write_process_state(tmp_path, rank, {"transform/0/values": torch.full((1,), float(rank))})
+    assert [float(read_process_state(tmp_path, rank)["transform/0/values"]) for rank in range(3)] == [0.0, 1.0, 0.0]
+    assert "the state of 2 processes; process 2 takes that of 0" in caplog.text
+    write_process_state(tmp_path / "none", 0, {})
+    assert read_process_state(tmp_path / "none", 0) == {} and not (tmp_path / "none").exists()
