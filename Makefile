@@ -60,6 +60,9 @@ benchmark: $(VENV)/.installed-dev
 	$(BIN)/python examples/benchmarks/text.py latency --task sst2 -o results
 	$(BIN)/python examples/benchmarks/text.py teacher --task ag_news -o results
 	$(BIN)/python examples/benchmarks/text.py all --task ag_news -o results
+	for task in sst2 rte; do for action in sweep seeds once; do \
+		$(BIN)/python examples/benchmarks/distillation.py $$action --task $$task --output results || exit 1; \
+	done; done
 	$(BIN)/python examples/benchmarks/ternary.py all -o results
 	$(BIN)/python examples/benchmarks/ternary.py latency -o results
 
