@@ -323,8 +323,8 @@ def table(arguments: Arguments) -> None:
     plain = [row["seconds_per_step"] for row in rows if row["arm"] == "logits"]
     print("| arm | best rate | at its best rate | at the common rate | time a step / logits | peak memory, GB |")
     print("|---|---|---|---|---|---|")
-    for arm in (arm for arm in ARMS if arm in best):
-        own = [row for row in rows if row["arm"] == arm]
+    measured = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}
+    for arm, own in ((arm, own) for arm, own in measured.items() if own):
         speed = statistics.median(row["seconds_per_step"] for row in own) / statistics.median(plain)
         memory = statistics.median(row["peak_memory_gb"] for row in own)
         cells = [
