@@ -37,27 +37,26 @@ class Cuts:
 
 
 def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
-    """A copy of a pre-norm model whose stream can be rotated: same outputs of its heads, other weights.
+    """A copy of a pre-norm model whose stream can be rotated: same outputs, other weights.
 
     Scales of layer norms go into the layers that read them, shifts too where those have a bias, and the mean over features
-    is subtracted by whatever writes the stream (Ashkboos et al. 2024, SliceGPT, section 3.2, for layer norm).
-    Post-norm models are copied as they are.
+    is subtracted by whatever writes the stream (Ashkboos et al. 2024, SliceGPT, section 3.2, for layer norm). The last norm of a
+    model without a head keeps its own: what it gives is the model's output. Post-norm models are copied as they are.
     """
     model = copy.deepcopy(model).eval()
     if not anatomy.pre_norm:
         return model
-    norm = None
+    layers = [unit for unit in anatomy.units if is_layer(model, unit.path)]
+    norms = [unit for unit in layers if isinstance(get_module(model, unit.path), nn.LayerNorm)]
+    output = norms[-1:] if model.base_model is model else []
     with torch.no_grad():
-        for unit in anatomy.units:
-            if not is_layer(model, unit.path):
-                continue
+        for unit in layers:
             module = get_module(model, unit.path)
-            if isinstance(module, nn.LayerNorm):
-                norm = module
-                readers = _readers_of(model, anatomy, unit)
-                _fold_scale(norm, readers)
-            elif unit.writes == "hidden":
-                _centre(module)
+            if not isinstance(module, nn.LayerNorm):
+                if unit.writes == "hidden":
+                    _centre(module)
+            elif unit not in output:
+                _fold_scale(module, _readers_of(model, anatomy, unit))
     return model
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DropoutSwitch",
     "become",
+    "enable_checkpointing",
     "install",
     "load_skeleton",
     "load_weights",
@@ -205,6 +206,24 @@ def skeleton(template: PreTrainedModel, config: dict[str, Any]) -> PreTrainedMod
         fresh = cls(built)
     place = next(template.parameters())
     return fresh.to(device=place.device, dtype=place.dtype)
+
+
+def enable_checkpointing(model: PreTrainedModel, args: Any) -> None:
+    """Recompute activations in the backward pass if the training arguments ask for it, as `Trainer.train` does.
+
+    transformers calls it activation checkpointing today and gradient checkpointing until 5.20; both names are honoured.
+    """
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    if not any(getattr(args, name, False) for name in names):
+        return
+    options = dict(next(filter(None, (getattr(args, f"{name}_kwargs", None) for name in names)), {}))
+    if not hasattr(model, "activation_checkpointing_enable"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options or None)
+        return
+    layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
+    model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs=options or None, every_n_layers=layers, offload=offload
+    )
 
 
 def load_skeleton(model: PreTrainedModel, template: PreTrainedModel, folder: str | Path) -> PreTrainedModel | None:

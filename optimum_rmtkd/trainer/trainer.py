@@ -33,7 +33,7 @@ from .fitting import transforms_state
 from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
-from .swap import load_weights, separate_cores
+from .swap import enable_checkpointing, load_weights, separate_cores
 from .teaching import accept_teacher
 
 
@@ -325,14 +325,7 @@ class RMTKDTrainer(Trainer):
 
     def after_swap(self) -> None:
         """Repeat on the new layers what `Trainer.train` did to the old ones before training."""
-        if getattr(self.args, "activation_checkpointing", False) or getattr(
-            self.args, "gradient_checkpointing", False
-        ):
-            options = dict(getattr(self.args, "activation_checkpointing_kwargs", None) or {})
-            layers, offload = options.pop("every_n_layers", 1), options.pop("offload", False)
-            self.model.activation_checkpointing_enable(
-                activation_checkpointing_kwargs=options or None, every_n_layers=layers, offload=offload
-            )
+        enable_checkpointing(self.model, self.args)
         if self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
             from transformers.integrations.neftune import activate_neftune
 
