@@ -12,7 +12,7 @@ Data and checkpoints are looked for in RMTKD_SHARED (default ../shared). Arms:
     paper        mp_quantile edge, its quantile raised until the size fits, layer by layer, shallow to deep, teacher
                  before each cut, no hidden states, no refit
     random_basis as rmtkd at the same target, uniform shares, random subspaces and neurons
-    random_init  the architecture that rmtkd found, initialised at random, distilled alike
+    random_init  the architecture that rmtkd would find in one cut, initialised at random, distilled alike
 """
 
 from __future__ import annotations
@@ -43,10 +43,26 @@ TASKS = {
     "sst2": ("models/minilm_l6_sst2", "data/sst2_train.parquet", "data/sst2_validation.parquet"),
     "ag_news": (None, "data/ag_news_sub_train.parquet", "data/ag_news_test.parquet"),
 }
-EPOCHS = {0.5: 0.0, 0.63: 1.0, 0.8: 3.0, 0.9: 1.0}
-BATCH_SIZES = {0.63: 32, 0.9: 32}  # one epoch of 64 has few steps to recover in
-LEARNING_RATES = {0.63: 1e-4}  # what a small cut left intact, 3e-4 disturbs
 ARMS = ("rmtkd", "narrow", "paper", "random_basis", "random_init")
+CONTROLLED = 0.63
+
+
+@dataclass(frozen=True)
+class Training:
+    """Distillation after the cut."""
+
+    epochs: float
+    batch_size: int
+    learning_rate: float = 3e-4
+
+
+TRAININGS = {
+    0.5: Training(0.0, 64),
+    0.63: Training(1.0, 32, 1e-4),  # one epoch of 64 has few steps to recover in; what is left intact, 3e-4 disturbs
+    0.8: Training(3.0, 64),
+    0.9: Training(1.0, 32),
+}
+OF_TASK = {("ag_news", 0.8): Training(2.0, 32)}
 
 
 @dataclass
@@ -59,13 +75,9 @@ class Arguments:
     target: float = field(default=0.8, metadata={"help": "target_reduction."})
     seed: int = field(default=0, metadata={"help": "Seed of training, calibration and surgery."})
     arm: str = field(default="rmtkd", metadata={"help": ", ".join(ARMS)})
-    epochs: float | None = field(default=None, metadata={"help": "None: 0, 1, 3, 1 for 0.5, 0.63, 0.8, 0.9."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate. None: 1e-4 at 0.63, else 3e-4."}
-    )
-    batch_size: int | None = field(
-        default=None, metadata={"help": "Training batch. None: 32 at 0.63 and 0.9, else 64."}
-    )
+    epochs: float | None = field(default=None, metadata={"help": "None: as TRAININGS says for the target."})
+    learning_rate: float | None = field(default=None, metadata={"help": "Peak learning rate. None: the same."})
+    batch_size: int | None = field(default=None, metadata={"help": "Training batch. None: the same."})
     recipe: str = field(default="{}", metadata={"help": "JSON of RMTKDConfig fields that replace the defaults."})
     name: str = field(default="", metadata={"help": "Suffix of the result file."})
 
@@ -85,14 +97,23 @@ def load(task: str, output: Path, model: str | None = None) -> Task:
     return load_task(model or str(teacher_path(task, output)), data, attn_implementation=kernel)
 
 
-def training_arguments(arguments: Arguments, folder: Path, epochs: float) -> RMTKDTrainingArguments:
+def training_of(arguments: Arguments) -> Training:
+    """What the options say, else what is usual for the task and the target."""
+    usual = OF_TASK.get((arguments.task, arguments.target)) or TRAININGS.get(arguments.target, Training(3.0, 64))
+    if arguments.arm == "random_init":
+        usual = dataclasses.replace(usual, learning_rate=3e-4)  # nothing is there that it could disturb
+    given = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(Training)}
+    return dataclasses.replace(usual, **{name: value for name, value in given.items() if value is not None})
+
+
+def training_arguments(arguments: Arguments, folder: Path, training: Training) -> RMTKDTrainingArguments:
     """One recipe for all arms."""
     return RMTKDTrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=arguments.batch_size or BATCH_SIZES.get(arguments.target, 64),
+        num_train_epochs=max(training.epochs, 1e-3),  # arms without training evaluate only
+        per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=64,
-        learning_rate=arguments.learning_rate or LEARNING_RATES.get(arguments.target, 3e-4),
+        learning_rate=training.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=0.06,
         weight_decay=0.01,
@@ -121,7 +142,7 @@ def make_teacher(arguments: Arguments, output: Path) -> None:
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     task = load(arguments.task, output, str(folder))
-    args = training_arguments(dataclasses.replace(arguments, learning_rate=4e-5), folder / "run", 2.0)
+    args = training_arguments(arguments, folder / "run", Training(2.0, 64, 4e-5))
     trainer = Trainer(
         task.model, args, train_dataset=task.train, data_collator=task.collator, compute_metrics=task.compute_metrics
     )
@@ -168,29 +189,29 @@ def run(arguments: Arguments, output: Path) -> dict:
     start = time.perf_counter()
     set_seed(arguments.seed)
     task = load(arguments.task, output)
-    epochs = EPOCHS.get(arguments.target, 3.0) if arguments.epochs is None else arguments.epochs
+    training = training_of(arguments)
     recipe, folder = (
         recipe_of(arguments),
         output / "runs" / f"{arguments.arm}-{arguments.target}-{arguments.seed}{arguments.name}",
     )
     before = count_parameters(task.model)
-    args = training_arguments(arguments, folder, max(epochs, 1e-3))
+    args = training_arguments(arguments, folder, training)
     common = {"data_collator": task.collator, "compute_metrics": task.compute_metrics, "train_dataset": task.train}
     judge = Trainer(task.model, args, data_collator=task.collator, compute_metrics=task.compute_metrics)
     row = {"task": task.metric and arguments.task, "teacher": accuracy(judge, task)}
     cuts = []
-    if arguments.arm == "narrow" or epochs == 0:
+    if arguments.arm == "narrow" or training.epochs == 0:
         student = narrow(judge.model, task.calibration_loader(64, arguments.seed), recipe)
         trainer = Trainer(student, args, data_collator=task.collator, compute_metrics=task.compute_metrics)
     elif arguments.arm == "random_init":
         student = narrow(judge.model, task.calibration_loader(64, arguments.seed), recipe)
+        student.config.hidden_dropout_prob = student.config.attention_probs_dropout_prob = 0.0  # as after a cut
         student = type(student)(student.config)
         objectives = {"task": {"weight": recipe.task_weight}, "kl": {"weight": recipe.kl_weight}}
-        uncut = recipe.replace(target_reduction=None)
+        uncut = recipe.replace(target_reduction=None, schedule="none")
         trainer = RMTKDTrainer(
             student, args, teacher_model=judge.model, rmtkd_config=uncut, objectives=objectives, **common
         )
-        trainer.staging.plan = ()  # it has its widths already
         trainer.train()
     else:
         if arguments.arm == "paper":
@@ -203,9 +224,7 @@ def run(arguments: Arguments, output: Path) -> dict:
         "arm": arguments.arm,
         "target": arguments.target,
         "seed": arguments.seed,
-        "epochs": epochs,
-        "learning_rate": args.learning_rate,
-        "batch_size": args.per_device_train_batch_size,
+        **dataclasses.asdict(training),
         "accuracy": accuracy(trainer, task),
         "parameters_before": before,
         "parameters_after": count_parameters(trainer.model),
@@ -228,8 +247,9 @@ def write(row: dict, output: Path, suffix: str) -> None:
 
 
 def rows(output: Path) -> list[dict]:
-    """All results there are."""
-    return [json.loads(p.read_text(encoding="utf8")) for p in sorted(output.glob("*.json")) if p.stem != "latency"]
+    """All results there are, of this script."""
+    files = sorted(file for task in TASKS for file in output.glob(f"{task}-*.json"))
+    return [json.loads(file.read_text(encoding="utf8")) for file in files]
 
 
 def table(output: Path) -> None:
@@ -290,11 +310,11 @@ def main() -> None:
     elif arguments.action == "run":
         write(run(arguments, output), output, arguments.name)
     elif arguments.action == "all":
-        for target in EPOCHS:
+        for target in TRAININGS:
             for seed in range(3):
                 write(run(dataclasses.replace(arguments, target=target, seed=seed), output), output, "")
         for arm in ("paper", "random_basis", "random_init"):
-            write(run(dataclasses.replace(arguments, target=0.8, arm=arm), output), output, "")
+            write(run(dataclasses.replace(arguments, target=CONTROLLED, arm=arm), output), output, "")
         table(output)
     elif arguments.action == "latency":
         latency(output, arguments.task)
