@@ -5,8 +5,10 @@
 One teacher (25 epochs), three seeds of calibration and distillation (20 epochs) for each size; no width is given. 599 digits are
 held out, so one digit is 0.17 points. Controls, one seed, at the same data and steps:
 
-    paper         mp_quantile edge, layer by layer, teacher before each cut, no hidden states, no refit
+    paper         mp_quantile edge, its quantile raised until the size fits, layer by layer, teacher before each cut, no
+                  hidden states, no refit
     random basis  the same target, uniform shares, random subspaces and neurons
+    random init   the architecture of one cut, initialised at random
 """
 
 from __future__ import annotations
@@ -18,33 +20,36 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from controls import PAPER, RANDOM_BASIS, distil_untrained, quantile_for
 from torch.utils.data import DataLoader
-from transformers import default_data_collator, set_seed
+from transformers import PreTrainedModel, default_data_collator, set_seed
 from transformers.utils import logging
 
 from optimum_rmtkd import RMTKDConfig, count_parameters, narrow
-from optimum_rmtkd.commands.demo import DemoOptions, accuracy, build_vit, distil_narrow, read_digits, train_dense
+from optimum_rmtkd.commands.demo import (
+    DemoOptions,
+    accuracy,
+    build_vit,
+    distil_narrow,
+    distillation_arguments,
+    read_digits,
+    train_dense,
+)
 from optimum_rmtkd.commands.timing import compare_latency
 
 
-PAPER = {
-    "edge_estimator": "mp_quantile",
-    "importance": "variance",
-    "schedule": "layerwise",
-    "teacher": "previous",
-    "hidden_weight": 0.0,
-    "sample_unit": "token",
-    "refit": False,
-}
-CONTROLS = {"paper": PAPER, "random basis": {"basis": "random", "allocation": "uniform"}}
+CONTROLS = {"paper": PAPER, "random basis": RANDOM_BASIS, "random init": {}}
 SEEDS = (0, 1, 2)
+SIZES = ((0.5, 0), (0.63, 20), (0.8, 20), (0.9, 20))  # share removed, epochs
 
 
 def main() -> None:
     """Train the teacher, run all arms, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-o", "--output", type=Path, default=None, help="Also write the rows as JSON.")
-    output = parser.parse_args().output
+    parser.add_argument("--controls", action="store_true", help="The controls only: about 4 minutes.")
+    arguments = parser.parse_args()
+    output, sizes = arguments.output, () if arguments.controls else SIZES
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options = DemoOptions()
@@ -60,14 +65,23 @@ def main() -> None:
             f"{'arm':14} {'target':>6} {'removed':>8} {'epochs':>6} {'seeds':>5} {'lost, points':>22} {'batch 256':>9}"
         )
 
+        def student_of(name: str, recipe: RMTKDConfig, epochs: int) -> PreTrainedModel:
+            chosen = dataclasses.replace(options, seed=recipe.seed, distil_epochs=epochs)
+            if name == "paper":
+                recipe = recipe.replace(tau=quantile_for(dense, loader, recipe))
+            if name != "random init":
+                return distil_narrow(dense, digits, recipe, chosen, Path(folder))
+            student = narrow(dense, loader, recipe, progress=False)
+            args = distillation_arguments(chosen, Path(folder))
+            return distil_untrained(student, dense, args, recipe, train_dataset=digits.train_rows()).model.eval()
+
         def measure(name: str, target: float, epochs: int, seeds: tuple[int, ...], **changes) -> dict:
             lost, removed, ratio = [], [], 0.0
             for seed in seeds:
                 set_seed(seed)
                 recipe = RMTKDConfig(target_reduction=target, seed=seed, **changes)
                 if epochs:
-                    chosen = dataclasses.replace(options, seed=seed, distil_epochs=epochs)
-                    student = distil_narrow(dense, digits, recipe, chosen, Path(folder))
+                    student = student_of(name, recipe, epochs)
                 else:
                     student = narrow(dense, loader, recipe, progress=False)
                 lost.append(100 * (teacher - accuracy(student, digits)))
@@ -87,9 +101,7 @@ def main() -> None:
                 "latency": ratio,
             }
 
-        rows = [
-            measure("rmtkd", target, epochs, SEEDS) for target, epochs in ((0.5, 0), (0.63, 20), (0.8, 20), (0.9, 20))
-        ]
+        rows = [measure("rmtkd", target, epochs, SEEDS) for target, epochs in sizes]
         rows += [measure(name, 0.8, 20, SEEDS[:1], **changes) for name, changes in CONTROLS.items()]
     if output is not None:
         output.write_text(

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from controls import PAPER, RANDOM_BASIS, distil_untrained, quantile_for
 from transformers import HfArgumentParser, Trainer, set_seed
 from transformers.utils import logging
 
@@ -34,8 +35,6 @@ from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments, cou
 from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import Task, load_task
 from optimum_rmtkd.commands.timing import compare_latency
-from optimum_rmtkd.surgery.budget import parameters_of
-from optimum_rmtkd.surgery.surgeon import Surgeon
 
 
 SHARED = Path(os.environ.get("RMTKD_SHARED", "../shared"))
@@ -151,32 +150,11 @@ def make_teacher(arguments: Arguments, output: Path) -> None:
     trainer.model.half().save_pretrained(folder)
 
 
-def quantile_for(task: Task, recipe: RMTKDConfig) -> float:
-    """The smallest tau whose edges, all sites at once, reach the target: the paper's rule at the size of the other arms."""
-    surgeon = Surgeon(task.model, task.calibration_loader(64, recipe.seed), recipe, progress=False)
-    size = parameters_of(surgeon.teacher, surgeon.anatomy)
-    for tau in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
-        surgeon.config = recipe.replace(tau=tau, target_reduction=None)
-        surgeon.subspaces.clear()
-        if size(surgeon.plan()[0]) <= (1 - recipe.target_reduction) * count_parameters(task.model):
-            return tau
-    raise SystemExit(f"No quantile reaches a reduction of {recipe.target_reduction}.")
-
-
 def recipe_of(arguments: Arguments) -> RMTKDConfig:
     """The recipe of an arm."""
     common = {"target_reduction": arguments.target, "seed": arguments.seed} | json.loads(arguments.recipe)
-    if arguments.arm == "paper":
-        common |= {
-            "edge_estimator": "mp_quantile",
-            "importance": "variance",
-            "schedule": "layerwise",
-            "teacher": "previous",
-        }
-        common |= {"hidden_weight": 0.0, "sample_unit": "token", "refit": False}
-    if arguments.arm == "random_basis":
-        common |= {"basis": "random", "allocation": "uniform"}
-    return RMTKDConfig(**common)
+    changes = {"paper": PAPER, "random_basis": RANDOM_BASIS}.get(arguments.arm, {})
+    return RMTKDConfig(**common | changes)
 
 
 def accuracy(trainer: Trainer, task: Task) -> float:
@@ -205,17 +183,11 @@ def run(arguments: Arguments, output: Path) -> dict:
         trainer = Trainer(student, args, data_collator=task.collator, compute_metrics=task.compute_metrics)
     elif arguments.arm == "random_init":
         student = narrow(judge.model, task.calibration_loader(64, arguments.seed), recipe)
-        student.config.hidden_dropout_prob = student.config.attention_probs_dropout_prob = 0.0  # as after a cut
-        student = type(student)(student.config)
-        objectives = {"task": {"weight": recipe.task_weight}, "kl": {"weight": recipe.kl_weight}}
-        uncut = recipe.replace(target_reduction=None, schedule="none")
-        trainer = RMTKDTrainer(
-            student, args, teacher_model=judge.model, rmtkd_config=uncut, objectives=objectives, **common
-        )
-        trainer.train()
+        trainer = distil_untrained(student, judge.model, args, recipe, **common)
     else:
         if arguments.arm == "paper":
-            recipe = recipe.replace(tau=quantile_for(task, recipe))
+            tau = quantile_for(task.model, task.calibration_loader(64, recipe.seed), recipe)
+            recipe = recipe.replace(tau=tau)
         trainer = RMTKDTrainer(task.model, args, rmtkd_config=recipe, eval_dataset=task.validation, **common)
         metrics = trainer.train().metrics
         cuts = [stage.to_dict() for stage in trainer.stages]

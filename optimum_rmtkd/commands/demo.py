@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ..trainer import RMTKDTrainingArguments
+
 
 __all__ = [
     "DemoCommand",
@@ -28,6 +30,7 @@ __all__ = [
     "accuracy",
     "build_vit",
     "distil_narrow",
+    "distillation_arguments",
     "read_digits",
     "train_dense",
 ]
@@ -227,15 +230,22 @@ def train_dense(model: PreTrainedModel, digits: Digits, options: DemoOptions, fo
     model.eval()
 
 
+def distillation_arguments(options: DemoOptions, folder: Path) -> RMTKDTrainingArguments:
+    """Of the training after the cut."""
+    from ..trainer import RMTKDTrainingArguments
+
+    return RMTKDTrainingArguments(**_arguments(folder, options.distil_epochs, 1e-3, options))
+
+
 def distil_narrow(
     dense: PreTrainedModel, digits: Digits, recipe: RMTKDConfig, options: DemoOptions, folder: Path
 ) -> PreTrainedModel:
     """A narrowed and distilled copy; `dense` stays as it is."""
     import copy
 
-    from ..trainer import RMTKDTrainer, RMTKDTrainingArguments
+    from ..trainer import RMTKDTrainer
 
-    args = RMTKDTrainingArguments(**_arguments(folder, options.distil_epochs, 1e-3, options))
+    args = distillation_arguments(options, folder)
     trainer = RMTKDTrainer(
         model=copy.deepcopy(dense), args=args, rmtkd_config=recipe, train_dataset=digits.train_rows()
     )

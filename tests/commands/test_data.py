@@ -201,3 +201,38 @@ def test_image_folder(tmp_path):
     assert has_images(train) and train.num_rows == 6
     assert find_columns(train, data) == (["image"], "label")
     assert label_values(train, "label", Config(("dog", "cat"))) == [1, 1, 1, 0, 0, 0]
+
+
+def dataset_folder(tmp_path, **splits):
+    for name, rows in splits.items():
+        write_csv(tmp_path / f"{name}.csv", rows)
+    return DataArguments(dataset=str(tmp_path))
+
+
+def test_splits_of_a_dataset(tmp_path):
+    train, held_out, unlabelled = sentence_rows(12), sentence_rows(4, seed=1), sentence_rows(5, seed=2)
+    unlabelled = [row | {"label": -1} for row in unlabelled]
+    found = load_rows(dataset_folder(tmp_path, train=train, validation=held_out, test=unlabelled))
+    assert [rows.to_list() for rows in found] == [train, held_out]
+
+
+def test_a_dataset_without_a_validation_split(tmp_path, capsys):
+    for name in ("tested", "alone"):
+        (tmp_path / name).mkdir()
+    train, test = sentence_rows(20), sentence_rows(4, seed=1)
+    assert load_rows(dataset_folder(tmp_path / "tested", train=train, test=test))[1].to_list() == test
+    kept, held_out = load_rows(dataset_folder(tmp_path / "alone", train=train))
+    assert (len(kept), len(held_out)) == (18, 2) and "2 of the training rows are held out" in capsys.readouterr().out
+
+
+def test_datasets_that_cannot_be_used(tmp_path):
+    for name in ("untrained", "unlabelled"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(RMTKDError, match="no split 'train'; it has test"):
+        load_rows(dataset_folder(tmp_path / "untrained", test=sentence_rows(4)))
+    hidden = [row | {"label": -1} for row in sentence_rows(4)]
+    train, test = load_rows(dataset_folder(tmp_path / "unlabelled", train=sentence_rows(12), test=hidden))
+    with pytest.raises(RMTKDError, match="-1 marks rows without a label"):
+        label_values(test, "label", Config())
+    with pytest.raises(RMTKDError, match="Cannot read dataset nowhere/at-all"):
+        load_rows(DataArguments(dataset="nowhere/at-all"))
