@@ -2,12 +2,14 @@
 
     python examples/benchmarks/surgery.py          needs RMTKD_SHARED (default ../shared); prints three tables
     python examples/benchmarks/surgery.py speed    what speed_weight and round_to buy, needs a quiet machine
+    python examples/benchmarks/surgery.py depth    what a basis for each depth would save over one for the whole stream
 
 Times are ratios against the dense model in the same process.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import statistics
@@ -23,6 +25,7 @@ from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import Task, evaluate, load_task
 from optimum_rmtkd.commands.timing import compare_latency
 from optimum_rmtkd.surgery.calibration import Calibration, calibrate, collect_batches
+from optimum_rmtkd.surgery.directions import site_directions
 from optimum_rmtkd.surgery.likelihood import model_inputs
 from optimum_rmtkd.surgery.surgeon import Surgeon, anatomy_of
 
@@ -96,10 +99,37 @@ def speed(task: Task) -> None:
         )
 
 
+def depth(task: Task) -> None:
+    """Predicted loss of the stream's cut with one basis for all places, and with the best basis of each place."""
+    surgeon = Surgeon(task.model.eval(), task.calibration_loader(64, 0), RMTKDConfig(), ("hidden",), progress=False)
+    site = surgeon.anatomy.sites["hidden"]
+    widths = (256, 192, 128, 96)
+
+    def damage(points: tuple) -> list[float]:
+        found = site_directions(
+            surgeon.teacher,
+            dataclasses.replace(site, points=points),
+            surgeon.anatomy,
+            surgeon.calibration,
+            "signal",
+        )
+        return [float(found.damage[width]) for width in widths]
+
+    common = damage(site.points)
+    own = [statistics.mean(place) for place in zip(*(damage((point,)) for point in site.points), strict=True)]
+    print(f"{'width':>6} {'one basis, nats':>16} {'one a place':>12} {'matrices on the skip path':>26}")
+    for width, ours, theirs in zip(widths, common, own, strict=True):
+        extra = (len(site.points) - 1) * width**2
+        print(f"{width:6} {ours:16.4f} {theirs:12.4f} {f'{extra:,} parameters':>26}")
+
+
 def main() -> None:
     """Print the tables."""
     logging.set_verbosity_error()
     task = load()
+    if sys.argv[1:] == ["depth"]:
+        depth(task)
+        return
     if sys.argv[1:] == ["speed"]:
         speed(task)
         return
