@@ -7,9 +7,9 @@
     ... --first_layers 3                      # the student is made of the teacher's first 3 blocks
     ... --first_layers 3 --alignment 1e-3     # and its tensors stay near the teacher's (equal widths only)
 
-Nothing is cut, and what is saved is a plain checkpoint of the student's own size. Tune the learning rate of a plain student
-(--num_tensors 0) as well before you believe a difference. Lines that a plain Trainer script does not have are marked with
-(+), lines that it has otherwise with (~).
+Nothing is cut, and what is saved is a plain checkpoint of the student's own size. Tune the learning rate of a plain
+student (--num_tensors 0) as well before you believe a difference. Lines that a plain Trainer script does not have are
+marked with (+), lines that it has otherwise with (~).
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@
 
     ... --projection pca --layers uniform          # pca, random, autoencoder, marchenko_pastur; last or uniform
 
-Nothing is cut. The student is any sequence classifier that reads the teacher's tokens and has its labels; its width and
-depth may differ. Where widths differ one linear map is trained beside it, and left behind when it is saved. Lines that a plain
-Trainer script does not have are marked with (+), lines that it has otherwise with (~).
+Nothing is cut. The student is any sequence classifier that reads the teacher's tokens and has its labels; its width
+and depth may differ. Where widths differ one linear map is trained beside it, and left behind when it is saved. Lines
+that a plain Trainer script does not have are marked with (+), lines that it has otherwise with (~).
 """
 
 from __future__ import annotations

@@ -4,13 +4,14 @@
         --pairs_file stsb_validation.parquet --target-reduction 0.5 --output_dir out --num_train_epochs 2 \\
         --learning_rate 5e-4 --per_device_train_batch_size 64
 
-Training texts come from every string column of `--train_files` (csv, json or parquet), each text once. `--pairs_file` holds
-two text columns and a score; it is used for Spearman's correlation before and after, in per cent, and for nothing else.
-The embedding is the mean over tokens, as sentence-transformers takes it. It gets narrower with the model: the cosines
-are what is kept. `--sites intermediate attention_qk attention_vo embedding` keeps its width.
+Training texts come from every string column of `--train_files` (csv, json or parquet), each text once. `--pairs_file`
+holds two text columns and a score; it is used for Spearman's correlation before and after, in per cent, and for
+nothing else. The embedding is the mean over tokens, as sentence-transformers takes it. It gets narrower with the
+model: the cosines are what is kept. `--sites intermediate attention_qk attention_vo embedding` keeps its width.
 
-Every option of `transformers.TrainingArguments` is an option here, and so is every field of `RMTKDConfig` (with hyphens).
-With sentence-transformers installed, `OUT/sentence-transformers` is a folder that `SentenceTransformer(...)` loads.
+Every option of `transformers.TrainingArguments` is an option here, and so is every field of `RMTKDConfig` (with
+hyphens). With sentence-transformers installed, `OUT/sentence-transformers` is a folder that `SentenceTransformer(...)`
+loads.
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ def pair_columns(pairs: Dataset) -> tuple[str, str, str]:
     scores = [name for name in ("label", "score", "similarity") if name in pairs.column_names]
     if len(texts) < 2 or not scores:
         raise RMTKDError(
-            f"--pairs_file has the columns {', '.join(pairs.column_names)}: expected two of strings, and a number called label, score "
-            "or similarity."
+            f"--pairs_file has the columns {', '.join(pairs.column_names)}: expected two of strings, and a number "
+            "called label, score or similarity."
         )
     return texts[0], texts[1], scores[0]
 

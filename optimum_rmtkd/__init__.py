@@ -1,7 +1,7 @@
 """Makes a Hugging Face model small and fast: widths from random matrix theory, accuracy from self-distillation.
 
-Public names are imported when first used; importing the package loads neither torch nor transformers, and makes narrowed
-checkpoints known to transformers' Auto classes.
+Public names are imported when first used; importing the package loads neither torch nor transformers, and makes
+narrowed checkpoints known to transformers' Auto classes.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class RMTKDConfig:
     """What to narrow, how the widths are found, and how the student is distilled afterwards.
 
     Every field has a default that needs no width from the user; `metadata["help"]` of each field is its documentation
-    and the text of the command line. With neither `target_reduction` nor `target_flops`, the spectral edge of each site
-    decides its width.
+    and the text of the command line. With neither `target_reduction` nor `target_flops`, the spectral edge of each
+    site decides its width.
 
     Raises:
         RMTKDError: a value outside its range, or contradictory values; the message says what was got and expected.
@@ -53,13 +53,13 @@ class RMTKDConfig:
     # How small
     target_reduction: float | None = _option(
         None,
-        "Share of all parameters to remove, embeddings included, in (0, 1); of a model that was narrowed before, of its "
-        "parameters before the first cut. None: the spectral edge decides.",
+        "Share of all parameters to remove, embeddings included, in (0, 1); of a model that was narrowed before, of "
+        "its parameters before the first cut. None: the spectral edge decides.",
     )
     target_flops: float | None = _option(
         None,
-        "Share of the FLOPs (linear layers, convolutions, attention products) to remove, in (0, 1), of the model at hand. "
-        "Not together with target_reduction.",
+        "Share of the FLOPs (linear layers, convolutions, attention products) to remove, in (0, 1), of the model at "
+        "hand. Not together with target_reduction.",
     )
 
     # Where
@@ -110,23 +110,24 @@ class RMTKDConfig:
     round_to: int = _option(16, "Widths are multiples of this: odd widths cost the speed they should bring.")
     allocation: str = _option(
         "loss",
-        "How a budget is spread over the sites. loss: directions are ranked by the predicted loss of removing them, per "
-        "parameter saved. edge: by eigenvalue over the noise edge of their own site. uniform: the same share of every site.",
+        "How a budget is spread over the sites. loss: directions are ranked by the predicted loss of removing them, "
+        "per parameter saved. edge: by eigenvalue over the noise edge of their own site. uniform: the same share of "
+        "every site.",
         ("loss", "edge", "uniform"),
     )
 
     speed_weight: float | None = _option(
         None,
-        "What a share of the FLOPs is worth beside the same share of the parameters when allocation='loss' picks what to "
-        "cut. 0: size alone; a table of words then costs as much as layers that are slow. None: 4, and 1 where more than 85 % "
-        "are to go, because thin layers cannot pay for speed as well.",
+        "What a share of the FLOPs is worth beside the same share of the parameters when allocation='loss' picks what "
+        "to cut. 0: size alone; a table of words then costs as much as layers that are slow. None: 4, and 1 where "
+        "more than 85 % are to go, because thin layers cannot pay for speed as well.",
     )
 
     # Surgery
     importance: str = _option(
         "auto",
-        "What a direction is worth. fisher: variance times squared loss gradient. variance. auto: fisher where the model "
-        "gives logits.",
+        "What a direction is worth. fisher: variance times squared loss gradient. variance. auto: fisher where the "
+        "model gives logits.",
         ("auto", "fisher", "variance"),
     )
     basis: str = _option(
@@ -143,8 +144,8 @@ class RMTKDConfig:
     # Stages
     schedule: str = _option(
         "rounds",
-        "rounds: all sites at once, the reduction spread geometrically over a few rounds. layerwise: the paper, one layer "
-        "after the other, shallow to deep. none: no cut, the model is only distilled.",
+        "rounds: all sites at once, the reduction spread geometrically over a few rounds. layerwise: the paper, one "
+        "layer after the other, shallow to deep. none: no cut, the model is only distilled.",
         ("rounds", "layerwise", "none"),
     )
     rounds: int | None = _option(None, "Number of rounds. None: one up to 65 % of reduction, two above.")
@@ -153,15 +154,16 @@ class RMTKDConfig:
     )
     stage_threshold: float | None = _option(
         None,
-        "A stage waits until the validation metric has reached this share of its value before the first cut (paper: 0.9).",
+        "A stage waits until the validation metric has reached this share of its value before the first cut (paper: "
+        "0.9).",
     )
     min_rank_ratio: float = _option(
         0.0, "Stop when a site would keep less than this share of its width (the paper's rho_min)."
     )
     max_metric_drop: float | None = _option(
         None,
-        "Reject and roll back a stage whose validation metric, at its end, lies more than this below the uncut model's "
-        "(the paper's epsilon). None: never.",
+        "Reject and roll back a stage whose validation metric, at its end, lies more than this below the uncut "
+        "model's (the paper's epsilon). None: never.",
     )
 
     # Distillation
@@ -178,9 +180,9 @@ class RMTKDConfig:
     temperature: float = _option(1.0, "Temperature of the KL divergence, > 0.")
     objectives: dict | list | str | None = _option(
         None,
-        'Terms of the loss in place of the three weights above: JSON {name: arguments}, for example \'{"task": {"weight": '
-        '0.5}, "skew_kl": {"alpha": 0.1}}\', the name of one, or a list of names. An unknown name is answered with the known '
-        "ones.",
+        "Terms of the loss in place of the three weights above: JSON {name: arguments}, for example "
+        '\'{"task": {"weight": 0.5}, "skew_kl": {"alpha": 0.1}}\', the name of one, or a list of names. An unknown name '
+        "is answered with the known ones.",
     )
     reparameterization: dict | str | None = _option(
         None,
@@ -211,13 +213,13 @@ class RMTKDConfig:
                 raise RMTKDError(f"{item.name}={getattr(self, item.name)!r}: expected one of {', '.join(choices)}.")
         if self.target_reduction is not None and self.target_flops is not None:
             raise RMTKDError(
-                f"Both target_reduction={self.target_reduction} and target_flops={self.target_flops} were given: a budget "
-                "has one target, drop one of them."
+                f"Both target_reduction={self.target_reduction} and target_flops={self.target_flops} were given: a "
+                "budget has one target, drop one of them."
             )
         if self.target_flops is not None and self.schedule == "layerwise":
             raise RMTKDError(
-                f"target_flops={self.target_flops} with schedule='layerwise': the edges decide there and only a target_reduction "
-                "stops them; use schedule='rounds'."
+                f"target_flops={self.target_flops} with schedule='layerwise': the edges decide there and only a "
+                "target_reduction stops them; use schedule='rounds'."
             )
         if self.schedule == "none" and (self.target_reduction is not None or self.target_flops is not None):
             raise RMTKDError(

@@ -3,15 +3,15 @@
 This one file is what a reduced checkpoint needs: the plugin imports it, and the same file is copied into every saved
 repository, where `trust_remote_code=True` runs it. It therefore imports torch and transformers alone.
 
-`config.rmtkd` of a reduced model holds `version`, `spec`, `recipe` and `provenance`. `spec` describes the architecture as
-deltas against the dense one, in paths that start with "@." where they are relative to the backbone, so that one
+`config.rmtkd` of a reduced model holds `version`, `spec`, `recipe` and `provenance`. `spec` describes the architecture
+as deltas against the dense one, in paths that start with "@." where they are relative to the backbone, so that one
 checkpoint serves `AutoModel`, other task heads and another `num_labels` alike:
 
     base        fields of the config that the dense skeleton is built from, for example {"hidden_size": 384}
     modules     {path: {"in", "out", "rank", "dim", "eps"}}: widths of linear, convolution, norm and embedding layers
     parameters  {path: {"dim"}}: last dimension of bare parameters, for example a class token
     attrs       {path: {name: value}}: head sizes and scales that modules keep as plain attributes
-    ternary     {path: options of TernaryMLP, and "replaces": class name}: heads and feed-forward parts with ternary weights
+    ternary     {path: options of TernaryMLP, and "replaces": class name}: parts with ternary weights
 """
 
 import contextlib
@@ -38,7 +38,8 @@ class SpecMismatchError(ValueError):
 
 
 class LowRankLinear(nn.Module):
-    """A linear layer of rank `rank` as two real `nn.Linear` children, which PEFT, torchao and FSDP see as what they are.
+    """A linear layer of rank `rank` as two real `nn.Linear` children, which PEFT, torchao and FSDP see as what they
+    are.
 
     Shapes: (..., in_features) -> (..., out_features).
     """
@@ -62,7 +63,8 @@ class LowRankLinear(nn.Module):
 
 
 class LowRankConv2d(nn.Module):
-    """A 1x1 convolution of rank `rank`: (batch, in, h, w) -> (batch, out, h', w'). The stride stays with the first factor."""
+    """A 1x1 convolution of rank `rank`: (batch, in, h, w) -> (batch, out, h', w'). The stride stays with the first
+    factor."""
 
     def __init__(self, in_channels, out_channels, rank, stride=1, bias=True):
         super().__init__()
@@ -84,7 +86,8 @@ class LowRankConv2d(nn.Module):
 
 
 class LowRankEmbedding(nn.Embedding):
-    """A table (num_embeddings, rank) followed by a projection (rank -> embedding_dim); ids (...) -> (..., embedding_dim).
+    """A table (num_embeddings, rank) followed by a projection (rank -> embedding_dim); ids (...) -> (...,
+    embedding_dim).
 
     It stays an `nn.Embedding`, whose rows `resize_token_embeddings` can add and drop.
     """
@@ -98,7 +101,7 @@ class LowRankEmbedding(nn.Embedding):
         return self.up(super().forward(input_ids))
 
 
-# -- ternary layers --------------------------------------------------------------------------------------------------------
+# -- ternary layers ---------------------------------------------------------------------------------------------------
 
 PACKINGS = {"base3": (5, 3), "2bit": (4, 4)}  # storage -> (trits a byte, base); a digit is the trit + 1
 STORAGES = (*PACKINGS, "seed", "latent", "dense")
@@ -117,13 +120,15 @@ def _mix(x):
 
 
 def counter_bits(seed, stream, count):
-    """(count,) int64: 64 pseudo-random bits for each counter. A function of its arguments alone, on every version of torch."""
+    """(count,) int64: 64 pseudo-random bits for each counter. A function of its arguments alone, on every version of
+    torch."""
     start = _mix(torch.tensor([_wrapped(seed)]) + _wrapped(stream * 0xD1342543DE82EF95))
     return _mix(start + torch.arange(1, count + 1) * _wrapped(0x9E3779B97F4A7C15))
 
 
 def random_trits(shape, sparsity, seed, stream):
-    """int8 tensor of `shape`: round((1 - sparsity) N / 2) entries 1, as many -1, the rest 0, in uniformly random places."""
+    """int8 tensor of `shape`: round((1 - sparsity) N / 2) entries 1, as many -1, the rest 0, in uniformly random
+    places."""
     count = math.prod(shape)
     each = round((1 - sparsity) * count / 2)
     order = counter_bits(seed, stream, count).argsort(stable=True)
@@ -139,7 +144,8 @@ def packed_length(count, storage):
 
 
 def pack_trits(trits, storage):
-    """Trits, int8 of any shape -> bytes, uint8 (packed_length,): digits in little-endian order, padded with zero weights."""
+    """Trits, int8 of any shape -> bytes, uint8 (packed_length,): digits in little-endian order, padded with zero
+    weights."""
     per_byte, base = PACKINGS[storage]
     digits = trits.reshape(-1) + 1
     padding = digits.new_ones(-len(digits) % per_byte)
@@ -168,8 +174,8 @@ def unpack_trits(packed, shape, storage):
     if not bool(valid[index].all()):
         at = int((~valid[index]).nonzero()[0])
         raise SpecMismatchError(
-            f"Byte {at} of the packed weights is {int(packed[at])}, which encodes no {storage} trits: the file is damaged, or was "
-            "packed otherwise than its config says."
+            f"Byte {at} of the packed weights is {int(packed[at])}, which encodes no {storage} trits: the file is "
+            "damaged, or was packed otherwise than its config says."
         )
     return (digits - 1).to(torch.int8)[index].reshape(-1)[:count].reshape(shape)
 
@@ -177,10 +183,10 @@ def unpack_trits(packed, shape, storage):
 class TernaryLinear(nn.Module):
     """A linear layer whose weights are -1, 0 or 1 times one scale. (..., in_features) -> (..., out_features).
 
-    `storage` says what is kept, in memory and on disk: "base3" (5 trits a byte) and "2bit" (4) the packed trits; "seed"
-    nothing but a checksum, the trits are drawn again; "latent" the real weights that training rounds, straight-through;
-    "dense" real weights that nothing rounds, for comparison and as teacher. The first three compute with a dense matrix that
-    is made at the first call and never saved.
+    `storage` says what is kept, in memory and on disk: "base3" (5 trits a byte) and "2bit" (4) the packed trits;
+    "seed" nothing but a checksum, the trits are drawn again; "latent" the real weights that training rounds,
+    straight-through; "dense" real weights that nothing rounds, for comparison and as teacher. The first three compute
+    with a dense matrix that is made at the first call and never saved.
     """
 
     def __init__(self, in_features, out_features, storage, sparsity, seed, stream, bias=False):
@@ -322,7 +328,8 @@ class StepActivation(nn.Module):
         return value + (smooth - smooth.detach())
 
     def _steps(self, x):
-        # comparisons that write floats: two vectorised passes a step, where torch.where and bucketize take many times as long
+        # comparisons that write floats: two vectorised passes a step, where torch.where and bucketize take many times
+        # as long
         value = jump = None
         for threshold, below, above in zip(self.thresholds, self.levels, self.levels[1:]):
             if value is None:
@@ -341,13 +348,14 @@ class StepActivation(nn.Module):
 
 
 class TernaryMLP(nn.Module):
-    """A fully-connected network with ternary hidden weights and a dense readout: (..., in_features) -> (..., out_features).
+    """A fully-connected network with ternary hidden weights and a dense readout: (..., in_features) -> (...,
+    out_features).
 
-    h_0 = (x - input_mean) * input_factor, h_l = activation_l(W_l h_{l-1}), output = readout(h_L). The scales of W_l hold the
-    1 / sqrt(width) of the theory.
+    h_0 = (x - input_mean) * input_factor, h_l = activation_l(W_l h_{l-1}), output = readout(h_L). The scales of W_l
+    hold the 1 / sqrt(width) of the theory.
 
-    `activations` has one dict a layer: {"name", "mean"} of `CentredActivation` or {"thresholds", "levels", "slopes"} of
-    `StepActivation`.
+    `activations` has one dict a layer: {"name", "mean"} of `CentredActivation` or {"thresholds", "levels", "slopes"}
+    of `StepActivation`.
     """
 
     def __init__(self, in_features, out_features, hidden, activations, storage, sparsity=0.5, seed=0, bias=False):
@@ -395,7 +403,7 @@ def check_ternary(model):
             module.weight  # noqa: B018
 
 
-# -- rebuilding ----------------------------------------------------------------------------------------------------------
+# -- rebuilding -------------------------------------------------------------------------------------------------------
 
 
 def _rebuild_linear(old, delta):
@@ -529,7 +537,8 @@ def _retie(model):
 
 @contextlib.contextmanager
 def _dense(config, spec):
-    """The config with the widths of the dense skeleton; the identity of `config` is kept, modules hold references to it."""
+    """The config with the widths of the dense skeleton; the identity of `config` is kept, modules hold references to
+    it."""
     base = spec.get("base", {})
     kept = {name: getattr(config, name) for name in base}
     try:
@@ -552,8 +561,9 @@ def _check_loaded(cls, model, info, ignore_mismatched, body=None):
     for key, found, expected in sorted(info["mismatched_keys"]):
         if key.startswith(prefix) or not ignore_mismatched:
             raise SpecMismatchError(
-                f"{cls.__name__}: the checkpoint's tensor {key} has shape {tuple(found)}, its spec (config.json, rmtkd) expects "
-                f"{tuple(expected)}. {advice} (A new head, as for another num_labels, needs ignore_mismatched_sizes=True.)"
+                f"{cls.__name__}: the checkpoint's tensor {key} has shape {tuple(found)}, its spec (config.json, "
+                f"rmtkd) expects {tuple(expected)}. {advice} (A new head, as for another num_labels, needs "
+                "ignore_mismatched_sizes=True.)"
             )
 
     def needed(key):  # whether a model has a pooler depends on its task
@@ -562,7 +572,8 @@ def _check_loaded(cls, model, info, ignore_mismatched, body=None):
     missing = sorted(key for key in info["missing_keys"] if needed(key))
     if missing:
         raise SpecMismatchError(
-            f"{cls.__name__}: the checkpoint lacks {len(missing)} tensor(s) that its spec expects, the first is {missing[0]}. {advice}"
+            f"{cls.__name__}: the checkpoint lacks {len(missing)} tensor(s) that its spec expects, the first is "
+            f"{missing[0]}. {advice}"
         )
 
 
@@ -577,8 +588,8 @@ def load_checked(cls, load, *args, body=None, **kwargs):
 
 
 def _share_key_renames(name, base_name):
-    """Weights of older checkpoints are renamed while loading, and back while saving, by class name; transformers withholds
-    this from classes it does not know, which would leave backbone and heads with different names on disk."""
+    """Weights of older checkpoints are renamed while loading, and back while saving, by class name; transformers
+    withholds this from classes it does not know, which would leave backbone and heads with different names on disk."""
     renames = conversion_mapping.get_checkpoint_conversion_mapping(base_name)
     if renames is not None:
         conversion_mapping.register_checkpoint_conversion_mapping(name, renames, overwrite=True)
@@ -638,7 +649,8 @@ def _make_model(name):
 
 
 def reduced_class(cls):
-    """The generated class that narrows the stock class `cls` (model or config); a generated class is returned as it is."""
+    """The generated class that narrows the stock class `cls` (model or config); a generated class is returned as it
+    is."""
     if cls.__name__.startswith(PREFIX):
         return cls
     return getattr(sys.modules[__name__], PREFIX + cls.__name__)

@@ -28,8 +28,8 @@ CONFIGS = {
 def install() -> None:
     """Register now if transformers' Auto classes are loaded, else as soon as they are.
 
-    transformers calls no entry points, so whoever wants its Auto classes to know more must import something; waiting for
-    the Auto classes themselves keeps `import optimum_rmtkd` free of torch.
+    transformers calls no entry points, so whoever wants its Auto classes to know more must import something; waiting
+    for the Auto classes themselves keeps `import optimum_rmtkd` free of torch.
     """
     if _ready():
         _register_configs()
@@ -40,8 +40,8 @@ def install() -> None:
 def _ready(but: str = "") -> bool:
     """Whether the Auto configs are loaded and no module of transformers but `but` is half-way.
 
-    Any model's config module may be the first to import the Auto classes; as long as it is half-way, its own config class
-    cannot be imported from within.
+    Any model's config module may be the first to import the Auto classes; as long as it is half-way, its own config
+    class cannot be imported from within.
     """
     halfway = (
         name
@@ -126,8 +126,8 @@ def _register_ternary_models() -> None:
 
 
 class _AnyReduced(dict):
-    """{model_type: config class} of narrowed models, made when first asked for: any architecture of transformers may have
-    been narrowed in factored form, and making all classes at once would import them all."""
+    """{model_type: config class} of narrowed models, made when first asked for: any architecture of transformers may
+    have been narrowed in factored form, and making all classes at once would import them all."""
 
     def __contains__(self, model_type) -> bool:
         return super().__contains__(model_type) or self._make(model_type)

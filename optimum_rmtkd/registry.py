@@ -69,8 +69,8 @@ class Registry(Generic[T]):
         """An instance from a name, or from {"name": ..., arguments}.
 
         Raises:
-            RMTKDError: no or an unknown name, arguments it does not take or of a wrong type, or something else than a name or a
-                mapping.
+            RMTKDError: no or an unknown name, arguments it does not take or of a wrong type, or something else than a
+                name or a mapping.
         """
         if isinstance(given, str):
             given = {"name": given}

@@ -1,4 +1,5 @@
-"""Reduced checkpoints behave like any other: every way of loading, other heads, resizing, pickling, and loud refusals."""
+"""Reduced checkpoints behave like any other: every way of loading, other heads, resizing, pickling, and loud
+refusals."""
 
 from __future__ import annotations
 
@@ -67,7 +68,8 @@ def assert_same_weights(model, other, prefix=""):
 
 
 def outputs(model, batch):
-    """Weights read from a file lie at odd addresses, where the same sum may be taken in another order: copies do not."""
+    """Weights read from a file lie at odd addresses, where the same sum may be taken in another order: copies do
+    not."""
     return zoo.outputs(copy.deepcopy(model), batch)
 
 

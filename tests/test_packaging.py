@@ -57,7 +57,7 @@ def test_optimum_cli_finds_the_commands_of_an_unpacked_wheel(tmp_path):
             (site / entry.name).symlink_to(entry)
     build(tmp_path / "dist", "standard").extractall(site)
 
-    code = "import optimum_rmtkd, sys; print(optimum_rmtkd.__file__); from optimum.commands.optimum_cli import main; main()"
+    code = "import optimum_rmtkd; print(optimum_rmtkd.__file__); from optimum.commands.optimum_cli import main; main()"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, "rmtkd", "--help"],
         capture_output=True,

@@ -1,4 +1,5 @@
-"""What the method is compared with, at the same size, data and steps: the paper's recipe, random subspaces, random weights."""
+"""What the method is compared with, at the same size, data and steps: the paper's recipe, random subspaces, random
+weights."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ RANDOM_BASIS = {"basis": "random", "allocation": "uniform"}
 
 
 def quantile_for(model: PreTrainedModel, dataloader: Iterable, recipe: RMTKDConfig) -> float:
-    """The smallest tau whose edges, all sites at once, reach the target: the paper's rule at the size of the other arms."""
+    """The smallest tau whose edges, all sites at once, reach the target: the paper's rule at the size of the other
+    arms."""
     surgeon = Surgeon(model, dataloader, recipe, progress=False)
     size = parameters_of(surgeon.teacher, surgeon.anatomy)
     for tau in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):
@@ -39,8 +41,8 @@ def quantile_for(model: PreTrainedModel, dataloader: Iterable, recipe: RMTKDConf
 def distil_untrained(
     student: PreTrainedModel, teacher: PreTrainedModel, args: TrainingArguments, recipe: RMTKDConfig, **data: Any
 ) -> RMTKDTrainer:
-    """The architecture of `student` from random weights, distilled from `teacher` on its answers; without dropout, as after a
-    cut. Returns the trainer, done."""
+    """The architecture of `student` from random weights, distilled from `teacher` on its answers; without dropout, as
+    after a cut. Returns the trainer, done."""
     student.config.hidden_dropout_prob = student.config.attention_probs_dropout_prob = 0.0
     trainer = RMTKDTrainer(
         type(student)(student.config),

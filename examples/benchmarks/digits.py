@@ -2,11 +2,11 @@
 
     python examples/benchmarks/digits.py [-o digits.json]      minutes on one core; needs no network and no other data
 
-One teacher (25 epochs), three seeds of calibration and distillation (20 epochs) for each size; no width is given. 599 digits are
-held out, so one digit is 0.17 points. Controls, one seed, at the same data and steps:
+One teacher (25 epochs), three seeds of calibration and distillation (20 epochs) for each size; no width is given. 599
+digits are held out, so one digit is 0.17 points. Controls, one seed, at the same data and steps:
 
-    paper         mp_quantile edge, its quantile raised until the size fits, layer by layer, teacher before each cut, no
-                  hidden states, no refit
+    paper         mp_quantile edge, its quantile raised until the size fits, layer by layer, teacher before each cut,
+                  no hidden states, no refit
     random basis  the same target, uniform shares, random subspaces and neurons
     random init   the architecture of one cut, initialised at random
 """
@@ -89,7 +89,8 @@ def main() -> None:
                 ratio = compare_latency(dense, student, {"pixel_values": digits.test_pixels[:256]}, repeats=5).ratio
             spread = f"{statistics.mean(lost):.2f} ({min(lost):.2f} .. {max(lost):.2f})"
             print(
-                f"{name:14} {target:6} {statistics.mean(removed):8.1%} {epochs:6} {len(seeds):5} {spread:>22} {ratio:8.1f}x",
+                f"{name:14} {target:6} {statistics.mean(removed):8.1%} {epochs:6} {len(seeds):5} {spread:>22} "
+                f"{ratio:8.1f}x",
                 flush=True,
             )
             return {

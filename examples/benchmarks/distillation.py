@@ -1,13 +1,16 @@
 """Do the objectives help? RMT-KD at -80 % with each of them, learning rate swept for each arm.
 
-    python examples/benchmarks/distillation.py sweep --task sst2          # one seed, the learning rates around the best of each family of arms
-    python examples/benchmarks/distillation.py seeds --task sst2          # each arm's best rate, and the common one, 3 seeds
-    python examples/benchmarks/distillation.py once --task sst2           # every other arm at the common rate, one seed
-    python examples/benchmarks/distillation.py table --task sst2          # what has been measured so far
-    python examples/benchmarks/distillation.py run --task rte --arm opdf_3 --learning_rate 1e-4 --seed 1    # one run
+    python examples/benchmarks/distillation.py ACTION --task sst2 -o results      or --task rte
 
-Equal steps for all arms: SST-2 on 16,384 of its sentences, RTE on all. One JSON line a run in --output/distillation.jsonl; runs
-that are there already are not repeated, so an interrupted sweep goes on. Needs RMTKD_SHARED, the folder of data and checkpoints.
+    sweep   one seed, the learning rates around the best of each family of arms
+    seeds   each arm's best rate, and the common one, 3 seeds
+    once    every other arm at the common rate, one seed
+    table   what has been measured so far
+    run     one run: --arm opdf_3 --learning_rate 1e-4 --seed 1
+
+Equal steps for all arms: SST-2 on 16,384 of its sentences, RTE on all. One JSON line a run in
+--output/distillation.jsonl; runs that are there already are not repeated, so an interrupted sweep goes on. Needs
+RMTKD_SHARED, the folder of data and checkpoints.
 """
 
 from __future__ import annotations
@@ -113,15 +116,15 @@ class Arguments:
     arms: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "For sweep and seeds: these arms only. A sweep of an arm that would take its rate from another gives it "
-            "its own."
+            "help": "For sweep and seeds: these arms only. A sweep of an arm that would take its rate from another "
+            "gives it its own."
         },
     )
     learning_rate: float = field(default=3e-4, metadata={"help": "For run."})
     seed: int = field(default=0, metadata={"help": "For run."})
     steps: int = field(default=0, metadata={"help": "Training steps; 0: as the task says. For trying the script out."})
     target: float = field(default=0.8, metadata={"help": "Share of the parameters removed."})
-    output: str = field(default="distillation_results", metadata={"help": "Folder of results."})
+    output: str = field(default="distillation_results", metadata={"aliases": ["-o"], "help": "Folder of results."})
 
 
 def data_of(task: str) -> DataArguments:
@@ -151,7 +154,8 @@ def training_arguments(folder: Path, rate: float, seed: int, steps: int) -> RMTK
 
 
 def teacher_of(task: str, output: Path) -> Path:
-    """The fine-tuned model to narrow; for a task without one, all-MiniLM-L6-v2 is fine-tuned by the ordinary script."""
+    """The fine-tuned model to narrow; for a task without one, all-MiniLM-L6-v2 is fine-tuned by the ordinary
+    script."""
     stored = TASKS[task].teacher
     if stored:
         return SHARED / stored
@@ -267,7 +271,8 @@ def measure(arguments: Arguments, arm: str, rate: float, seed: int) -> None:
 
 
 def best_rates(rows: list[dict]) -> dict[str, float]:
-    """Arm -> the rate (the larger of equals) of its highest accuracy on the first seed; its leader's, where only that was swept."""
+    """Arm -> the rate (the larger of equals) of its highest accuracy on the first seed; its leader's, where only that
+    was swept."""
     tried: dict[str, dict[float, float]] = {}
     for row in rows:
         if row["seed"] == SEEDS[0]:
@@ -306,7 +311,8 @@ def seeds(arguments: Arguments) -> None:
 
 
 def table(arguments: Arguments) -> None:
-    """Best against best, and at the rate that is best for logits alone. Arms of one seed start from the same student."""
+    """Best against best, and at the rate that is best for logits alone. Arms of one seed start from the same
+    student."""
     rows = rows_of(arguments)
     best = best_rates(rows)
     if "logits" not in best:
@@ -329,7 +335,8 @@ def table(arguments: Arguments) -> None:
     print(f"{arguments.task}: accuracy, mean ± standard deviation (number of seeds); common rate {best['logits']:.0e}")
     plain = [row["seconds_per_step"] for row in rows if row["arm"] == "logits"]
     print(
-        "| arm | best rate | at its best rate | gain over logits, seed by seed | at the common rate | time a step / logits | peak memory, GB |"
+        "| arm | best rate | at its best rate | gain over logits, seed by seed | at the common rate | time a step / "
+        "logits | peak memory, GB |"
     )
     print("|---|---|---|---|---|---|---|")
     measured = {arm: [row for row in rows if row["arm"] == arm] for arm in ARMS}

@@ -3,7 +3,8 @@
     python examples/benchmarks/neighbours.py shared       # MPO with one central tensor for all layers (MPOE)
     python examples/benchmarks/neighbours.py dynamics     # is what fine-tuning changes of low rank?
 
-Both on the 6-layer, 384-wide BERT fine-tuned on SST-2 (RMTKD_SHARED), accuracy on its 872 sentences of development, no training.
+Both on the 6-layer, 384-wide BERT fine-tuned on SST-2 (RMTKD_SHARED), accuracy on its 872 sentences of development, no
+training.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def fine_tuned():
 
 
 def shared_centre(weights: list[torch.Tensor], steps: int = 600) -> tuple[list[torch.Tensor], float]:
-    """The best A_l, B_l private and C common with W_l = A_l C B_l as balanced operators of 3 tensors, by Adam on the error.
+    """The best A_l, B_l private and C common with W_l = A_l C B_l as balanced operators of 3 tensors, by Adam on the
+    error.
 
     Returns:
         (approximations, parameters kept over those of the matrices)
@@ -70,7 +72,8 @@ def shared() -> None:
     start = {name: p.detach().clone() for name, p in task.model.named_parameters()}
     print(f"before: {100 * evaluate(task, task.model):.2f} %")
     print(
-        "| matrix, all 6 layers | parameters kept | relative error, shared centre | error, SVD of that size | accuracy, shared | accuracy, SVD |"
+        "| matrix, all 6 layers | parameters kept | relative error, shared centre | error, SVD of that size | "
+        "accuracy, shared | accuracy, SVD |"
     )
     print("|---|---|---|---|---|---|")
     for role in SHARED_ROLES:
@@ -103,7 +106,8 @@ def dynamics() -> None:
     change = {name: end[name] - origin[name.removeprefix("bert.")].detach() for name in names}
     moved = sum(d.square().sum() for d in change.values()) / sum(w.square().sum() for w in end.values())
     print(
-        f"fine-tuned: {100 * evaluate(task, task.model):.2f} %; relative change of the matrices {float(moved.sqrt()):.4f}"
+        f"fine-tuned: {100 * evaluate(task, task.model):.2f} %; relative change of the matrices "
+        f"{float(moved.sqrt()):.4f}"
     )
     print("| rank of the change | share of its energy | of the weights' own energy | accuracy |")
     print("|---|---|---|---|")

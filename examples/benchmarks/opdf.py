@@ -1,10 +1,11 @@
 """What a matrix product operator costs while training, and how much further an Adam step moves the weight.
 
     python examples/benchmarks/opdf.py            # cost and length of a step
-    python examples/benchmarks/opdf.py rates      # the first losses of a student cut by 80 %, plain and n = 3, at two rates
+    python examples/benchmarks/opdf.py rates      # the first losses of a student cut by 80 %, plain and n = 3
 
-A linear layer 384 -> 1536; times are the smallest of interleaved runs, as ratios to the plain layer in the same run. The step is also
-measured on a trained matrix, where RMTKD_SHARED has one: its spectrum is steeper, and the step longer.
+A linear layer 384 -> 1536; times are the smallest of interleaved runs, as ratios to the plain layer in the same run.
+The step is also measured on a trained matrix, where RMTKD_SHARED has one: its spectrum is steeper, and the step
+longer.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def load() -> Task:
 
 
 def calibration_cost(task: Task) -> None:
-    """Calibration without and with gradients against the forward passes alone, over the batches as the loader gives them."""
+    """Calibration without and with gradients against the forward passes alone, over the batches as the loader gives
+    them."""
     config = RMTKDConfig()
     given = list(itertools.islice(task.calibration_loader(64, 0), config.calibration_samples // 64))
     points = sorted({p for s in anatomy_of(task.model, config).sites.values() for p in s.points}, key=str)
@@ -74,7 +75,8 @@ def calibration_cost(task: Task) -> None:
     rounds = [(seconds(forward), seconds(lambda: moments(())), seconds(lambda: moments(hidden))) for _ in range(3)]
     plain, fisher = (statistics.median(r[i] / r[0] for r in rounds) for i in (1, 2))
     print(
-        f"calibration / forward over {config.calibration_samples} sentences: {plain:.2f}x, with loss gradients {fisher:.2f}x"
+        f"calibration / forward over {config.calibration_samples} sentences: {plain:.2f}x, with loss gradients "
+        f"{fisher:.2f}x"
     )
 
 
@@ -82,7 +84,8 @@ def speed(task: Task) -> None:
     """One cut under several worths of FLOPs: predicted loss, accuracy, dense / narrow latency at length 128."""
     surgeon = Surgeon(task.model.eval(), task.calibration_loader(64, 0), RMTKDConfig(), progress=False)
     print(
-        f"{'target':>6} {'speed_weight':>12} {'round_to':>8} {'nats':>7} {'accuracy':>9} {'batch 1':>8} {'batch 32':>8}"
+        f"{'target':>6} {'speed_weight':>12} {'round_to':>8} {'nats':>7} {'accuracy':>9} {'batch 1':>8} "
+        f"{'batch 32':>8}"
     )
     for target, step, weight in itertools.product((0.63, 0.8), (8, 16), (0.0, 2.0, 4.0, 10.0)):
         surgeon.config = RMTKDConfig(target_reduction=target, speed_weight=weight, round_to=step)
@@ -94,7 +97,8 @@ def speed(task: Task) -> None:
             inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             ratios.append(compare_latency(task.model, student, inputs, repeats=12 if batch == 1 else 3).ratio)
         print(
-            f"{target:6} {weight:12} {step:8} {curve[-1].predicted_loss:7.4f} {evaluate(task, student):9.4f} {ratios[0]:8.2f} {ratios[1]:8.2f}",
+            f"{target:6} {weight:12} {step:8} {curve[-1].predicted_loss:7.4f} {evaluate(task, student):9.4f} "
+            f"{ratios[0]:8.2f} {ratios[1]:8.2f}",
             flush=True,
         )
 
@@ -136,7 +140,8 @@ def main() -> None:
     calibration_cost(task)
     teacher = evaluate(task, task.model)
     print(
-        f"teacher {teacher:.4f}, {torch.get_num_threads()} threads\n{'one cut, no training':40} {'target':>6} {'removed':>8} {'accuracy':>9} {'seconds':>8}"
+        f"teacher {teacher:.4f}, {torch.get_num_threads()} threads\n{'one cut, no training':40} {'target':>6} "
+        f"{'removed':>8} {'accuracy':>9} {'seconds':>8}"
     )
     before = count_parameters(task.model)
     for target in (0.5, 0.63, 0.8):

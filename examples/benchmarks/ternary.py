@@ -1,22 +1,25 @@
 """Ternary heads against dense, pruned and int8 ones: accuracy, bytes on disk, latency.
 
     python examples/benchmarks/ternary.py run --task digits --seed 0 -o results      one seed, all arms, one JSON file
-    python examples/benchmarks/ternary.py all -o results                             three tasks, five seeds (hours on 2 cores)
-    python examples/benchmarks/ternary.py latency -o results                         ratios to the dense trained head, one run
+    python examples/benchmarks/ternary.py all -o results                             three tasks, five seeds (hours)
+    python examples/benchmarks/ternary.py latency -o results                         ratios to the dense trained head
     python examples/benchmarks/ternary.py table -o results                           prints what is there
 
-Tasks: digits of scikit-learn (64 pixels); cifar10 (64 features in front of the classifier of a ResNet-56, JPEG images); ag_news (384
-features, the mean token of a MiniLM sentence encoder). Data and checkpoints are looked for in RMTKD_SHARED (default ../shared).
-Heads have three hidden layers of `--width` neurons. Arms:
+Tasks: digits of scikit-learn (64 pixels); cifar10 (64 features in front of the classifier of a ResNet-56, JPEG
+    images); ag_news (384
+features, the mean token of a MiniLM sentence encoder). Data and checkpoints are looked for in RMTKD_SHARED (default
+../shared). Heads have three hidden layers of `--width` neurons. Arms:
 
     linear           ridge regression on the features: what a head has to beat
     dense_trained    AdamW, fp32
     int8             the same, hidden weights rounded to int8 per row (torchao)
-    pruned           the same, smallest weights set to 0 until the file is as small as the ternary one (bitmap + fp16 values)
+    pruned           the same, smallest weights set to 0 until the file (bitmap + fp16 values) is as small as the
+                     ternary one
     naive            the same, hidden weights rounded to three values, scale mean |W|, no training
     rounded_matched  the same with the matched scale
     ..._refit        with a new ridge readout; pruned always has one, which favours it
-    trained_...      naive or rounded_matched, trained straight-through for `--epochs` with the dense one as teacher; _1: one epoch
+    trained_...      naive or rounded_matched, trained straight-through for `--epochs` with the dense one as teacher;
+                     _1: one epoch
     dense_random     Gaussian hidden weights, ridge readout
     <mode>_<eps>     random ternary weights of that sparsity, ridge readout
 """
@@ -75,7 +78,7 @@ class Arguments:
     rows: int = field(default=8000, metadata={"help": "Training rows at most."})
 
 
-# -- data ------------------------------------------------------------------------------------------------------------------
+# -- data -------------------------------------------------------------------------------------------------------------
 
 
 def load(task: str, folder: Path, rows: int, seed: int) -> tuple[torch.Tensor, ...]:
@@ -178,7 +181,7 @@ def cifar10_features() -> dict[str, torch.Tensor]:
 EXTRACTORS = {"cifar10": cifar10_features, "ag_news": ag_news_features}
 
 
-# -- arms ------------------------------------------------------------------------------------------------------------------
+# -- arms -------------------------------------------------------------------------------------------------------------
 
 
 def training_arguments(kind: type, folder: str, arguments: Arguments, **options) -> TrainingArguments:
@@ -378,13 +381,13 @@ def run(arguments: Arguments, folder: Path) -> None:
     target.with_suffix(".partial").rename(target)
 
 
-# -- latency and tables ----------------------------------------------------------------------------------------------------
+# -- latency and tables -----------------------------------------------------------------------------------------------
 
 
 def latency(arguments: Arguments) -> None:
-    """Time of the dense fp32 head (linear layers with biases and ReLU, a transformers model that standardises its inputs, like the
-    others) over the time of each other, batch 1 and 256, interleaved. `bare_layers`: the same layers as an nn.Sequential that is
-    given standardised inputs; what it is faster by is the price of being a model."""
+    """Time of the dense fp32 head (linear layers with biases and ReLU, a transformers model that standardises its
+    inputs, like the others) over the time of each other, batch 1 and 256, interleaved. `bare_layers`: the same layers
+    as an nn.Sequential that is given standardised inputs; what it is faster by is the price of being a model."""
     x = torch.randn(2000, 384, generator=torch.Generator().manual_seed(0))
     y = torch.arange(2000) % 4
     relu, hidden = {"name": "relu", "mean": 0.0}, [arguments.width] * 3
@@ -433,7 +436,8 @@ def table(folder: Path) -> None:
         print(format_table(("head", "accuracy %", "sd", "bytes"), rows))
         apart = [100 * (r["weights_only_0.9"]["accuracy"] - r["dense_random"]["accuracy"]) for r in runs]
         print(
-            f"weights_only_0.9 less dense_random: {statistics.mean(apart):+.2f} points ({min(apart):+.2f} to {max(apart):+.2f})"
+            f"weights_only_0.9 less dense_random: {statistics.mean(apart):+.2f} points ({min(apart):+.2f} to "
+            f"{max(apart):+.2f})"
         )
 
 

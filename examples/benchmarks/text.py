@@ -1,8 +1,8 @@
 """Accuracy of narrowed text classifiers against their teacher, over targets and seeds, with controls.
 
     python examples/benchmarks/text.py run --task sst2 --target 0.8 --seed 0 -o results      one run, one JSON file
-    python examples/benchmarks/text.py all --task sst2 -o results                            the whole table (hours on 2 cores)
-    python examples/benchmarks/text.py latency -o results                                    dense / narrow, CPU, interleaved
+    python examples/benchmarks/text.py all --task sst2 -o results                            the whole table (hours)
+    python examples/benchmarks/text.py latency -o results                                    dense / narrow, CPU
     python examples/benchmarks/text.py table -o results                                      prints what is there
 
 Data and checkpoints are looked for in RMTKD_SHARED (default ../shared). Arms:
@@ -231,7 +231,8 @@ def table(output: Path) -> None:
         key = (row["task"], row["target"], row["arm"], row["epochs"], row["batch_size"], row["learning_rate"])
         groups.setdefault(key, []).append(row)
     print(
-        f"{'task':8} {'target':>6} {'removed':>8} {'arm':13} {'epochs':>6} {'batch':>5} {'lr':>7} {'seeds':>5} {'accuracy':>9} {'lost, points':>20}"
+        f"{'task':8} {'target':>6} {'removed':>8} {'arm':13} {'epochs':>6} {'batch':>5} {'lr':>7} {'seeds':>5} "
+        f"{'accuracy':>9} {'lost, points':>20}"
     )
     for (task, target, arm, epochs, batch, rate), found in sorted(groups.items()):
         lost = [100 * (r["teacher"] - r["accuracy"]) for r in found]
@@ -239,7 +240,8 @@ def table(output: Path) -> None:
         removed = statistics.mean(1 - r["parameters_after"] / r["parameters_before"] for r in found)
         mean = statistics.mean(r["accuracy"] for r in found)
         print(
-            f"{task:8} {target:6} {removed:8.1%} {arm:13} {epochs:6} {batch:5} {rate:7} {len(found):5} {mean:9.4f} {spread:>20}"
+            f"{task:8} {target:6} {removed:8.1%} {arm:13} {epochs:6} {batch:5} {rate:7} {len(found):5} {mean:9.4f} "
+            f"{spread:>20}"
         )
 
 
@@ -264,7 +266,8 @@ def latency(output: Path, task: str) -> None:
                 timing = compare_latency(dense.eval(), narrow_model, inputs, repeats=20 if batch == 1 else 5)
                 found[f"{row['target']}-batch{batch}"] = timing.ratio
                 print(
-                    f"target {row['target']}, batch {batch}: dense / narrow = {timing.ratio:.2f} ({torch.get_num_threads()} threads)"
+                    f"target {row['target']}, batch {batch}: dense / narrow = {timing.ratio:.2f} "
+                    f"({torch.get_num_threads()} threads)"
                 )
     (output / "latency.json").write_text(json.dumps(found, indent=1), encoding="utf8")
 

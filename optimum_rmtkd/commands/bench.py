@@ -27,9 +27,9 @@ __all__ = ["BenchCommand", "BenchOptions", "compare"]
 USAGE = "optimum-cli rmtkd bench OUT --against BASE [options]"
 
 DESCRIPTION = """\
-Compare a reduced model with the one it was made from, in one run on this machine: parameters, bytes on disk, FLOPs, latency
-at batch 1, throughput of larger batches, peak memory, and energy with --energy. Both models are timed in turn, in short
-blocks, after a warm-up; ratios are before / after, with the quartiles over all pairs of blocks in brackets.
+Compare a reduced model with the one it was made from, in one run on this machine: parameters, bytes on disk, FLOPs,
+latency at batch 1, throughput of larger batches, peak memory, and energy with --energy. Both models are timed in turn,
+in short blocks, after a warm-up; ratios are before / after, with the quartiles over all pairs of blocks in brackets.
 """
 
 EPILOG = """\
@@ -38,8 +38,8 @@ examples:
   optimum-cli rmtkd bench ./my-bert-small --against ./my-bert --batch-sizes 1 8 64 --lengths 32 128 --threads 4
   optimum-cli rmtkd bench ./my-bert-small --against ./my-bert --energy
 
-The figures go into OUT/rmtkd_bench.json and into the model card, where OUT has one. What this machine has no counter for is
-"not measurable here".
+The figures go into OUT/rmtkd_bench.json and into the model card, where OUT has one. What this machine has no counter
+for is "not measurable here".
 """
 
 
@@ -103,8 +103,8 @@ def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
     """All figures of both models.
 
     Returns:
-        {"setting": sentence, "rows": [(what, before, after, change)], "values": [{"what", "unit", "before", "after", ...}],
-        "options": of the measurement}.
+        {"setting": sentence, "rows": [(what, before, after, change)], "values": [{"what", "unit", "before", "after",
+        ...}], "options": of the measurement}.
     """
     import torch
     from tqdm.auto import tqdm
@@ -151,15 +151,15 @@ def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
 def _check_comparable(dense: PreTrainedModel, small: PreTrainedModel, before: str, after: str) -> None:
     if dense.main_input_name != small.main_input_name:
         raise RMTKDError(
-            f"'{before}' reads {dense.main_input_name}, '{after}' reads {small.main_input_name}: expected the model that the "
-            "reduced one was made from."
+            f"'{before}' reads {dense.main_input_name}, '{after}' reads {small.main_input_name}: expected the model "
+            "that the reduced one was made from."
         )
     for name in ("vocab_size", "num_channels", "image_size"):
         ours, theirs = (getattr(model.config, name, None) for model in (dense, small))
         if ours != theirs:
             raise RMTKDError(
-                f"{name} is {ours} in '{before}' and {theirs} in '{after}', so the two cannot read the same inputs: expected the "
-                "model that the reduced one was made from."
+                f"{name} is {ours} in '{before}' and {theirs} in '{after}', so the two cannot read the same inputs: "
+                "expected the model that the reduced one was made from."
             )
 
 

@@ -27,7 +27,8 @@ examples:
       the whole way on a small vision transformer, without network, in a few minutes
   optimum-cli rmtkd analyze --model MODEL --train-file train.csv
       what every part of a model could lose; changes nothing
-  optimum-cli rmtkd compress --model MODEL --train-file train.csv --validation-file dev.csv --target-reduction 0.8 -o OUT
+  optimum-cli rmtkd compress --model MODEL --train-file train.csv --validation-file dev.csv \\
+      --target-reduction 0.8 -o OUT
       cut, distil, evaluate, save
   optimum-cli rmtkd ternary --model MODEL --module classifier --train-file train.csv -o OUT
       a part of a model in weights of 1.6 bits

@@ -82,7 +82,8 @@ class TrainingOptions:
     bf16: bool = option(False, "Train in bfloat16 mixed precision.")
     attn_implementation: str | None = option(
         None,
-        "Attention kernel, not stored with the model. None: transformers' choice. On a CPU with --bf16, eager trains quicker.",
+        "Attention kernel, not stored with the model. None: transformers' choice. On a CPU with --bf16, eager trains "
+        "quicker.",
         choices=("eager", "sdpa"),
     )
     logging_steps: int = option(100, "Steps between two lines of the training log.")
@@ -160,8 +161,8 @@ def _check_can_push(repo: str) -> None:
         HfApi().whoami()
     except (HTTPError, OSError, ValueError) as error:
         raise RMTKDError(
-            f"--push-to-hub {repo}: {error}. Log in with 'hf auth login', or leave the option out and upload OUT later with "
-            "'hf upload'."
+            f"--push-to-hub {repo}: {error}. Log in with 'hf auth login', or leave the option out and upload OUT "
+            "later with 'hf upload'."
         ) from error
 
 
@@ -216,8 +217,8 @@ def _compress(
     lost = before - after
     if lost > ALARMING:
         table += (
-            f"\nwarning: {task.metric} fell from {before:.4f} to {after:.4f}. Ask for a smaller reduction or train longer (--epochs, "
-            "--learning-rate) before you use this model."
+            f"\nwarning: {task.metric} fell from {before:.4f} to {after:.4f}. Ask for a smaller reduction or train "
+            "longer (--epochs, --learning-rate) before you use this model."
         )
     return table
 
@@ -348,7 +349,7 @@ def _push(folder: Path, repo: str) -> None:
         url = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Reduced with optimum-rmtkd")
     except (HTTPError, OSError, ValueError) as error:
         raise RMTKDError(
-            f"The model is saved in {folder}, but it could not be uploaded: {error}. Log in with 'hf auth login', then "
-            f"'hf upload {repo or folder.name} {folder}'."
+            f"The model is saved in {folder}, but it could not be uploaded: {error}. Log in with 'hf auth login', "
+            f"then 'hf upload {repo or folder.name} {folder}'."
         ) from error
     print(f"pushed to {url}")

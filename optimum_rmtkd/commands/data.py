@@ -171,7 +171,8 @@ def find_columns(rows: Dataset, data: DataArguments) -> tuple[list[str], str]:
     """Names of the input columns (one image column, or one or two text columns) and of the label column.
 
     Raises:
-        RMTKDError: a column named by the user is missing, or the right ones cannot be told; lists the columns there are.
+        RMTKDError: a column named by the user is missing, or the right ones cannot be told; lists the columns there
+            are.
     """
     there = ", ".join(rows.column_names)
     for name in (*(data.text_column or ()), *([data.label_column] if data.label_column else ())):
@@ -203,7 +204,8 @@ def label_values(rows: Dataset, column: str, config: PreTrainedConfig) -> list[i
     values, feature = rows[column][:], rows.features[column]
     if any(value is None for value in values):
         raise RMTKDError(
-            f"Column '{column}': {values.count(None)} of {len(values)} rows have no label; expected one in each. Remove them."
+            f"Column '{column}': {values.count(None)} of {len(values)} rows have no label; expected one in each. "
+            "Remove them."
         )
     if config.num_labels == 1 or config.problem_type == "regression":
         return _numbers(values, feature, column)
@@ -252,8 +254,9 @@ def _by_name(values: list[str], column: str, config: PreTrainedConfig) -> list[i
     unknown = sorted({value for value in values if value.casefold() not in index_of})
     if unknown:
         raise RMTKDError(
-            f"Column '{column}' holds label(s) {', '.join(map(repr, unknown[:5]))} that the model does not know; it knows "
-            f"{', '.join(list(config.label2id)[:5])}. Write its names, or the class indices 0 to {config.num_labels - 1}."
+            f"Column '{column}' holds label(s) {', '.join(map(repr, unknown[:5]))} that the model does not know; it "
+            f"knows {', '.join(list(config.label2id)[:5])}. Write its names, or the class indices 0 to "
+            f"{config.num_labels - 1}."
         )
     return [index_of[value.casefold()] for value in values]
 
@@ -262,7 +265,8 @@ def _by_index(values: list, column: str, config: PreTrainedConfig) -> list[int]:
     wrong = next((v for v in values if not isinstance(v, (int, float)) or v != int(v)), None)
     if wrong is not None:
         raise RMTKDError(
-            f"Column '{column}' holds {wrong!r}; the model has {config.num_labels} classes: expected class indices or names."
+            f"Column '{column}' holds {wrong!r}; the model has {config.num_labels} classes: expected class indices or "
+            "names."
         )
     low, high = int(min(values)), int(max(values))
     if low < 0 or high >= config.num_labels:

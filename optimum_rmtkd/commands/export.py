@@ -21,9 +21,9 @@ USAGE = "optimum-cli rmtkd export OUT --format native|onnx -o DIR [options]"
 DESCRIPTION = """\
 Write a reduced model in a format that needs nothing of this package.
 
-  native  a plain checkpoint of the base architecture (BertFor..., ViTFor...), where the widths are uniform and its config
-          can express them. --pad fills narrower layers up with zeros: the outputs stay, size and time grow; the cost is
-          printed. Decoders in two factors and ResNets have no plain form.
+  native  a plain checkpoint of the base architecture (BertFor..., ViTFor...), where the widths are uniform and its
+          config can express them. --pad fills narrower layers up with zeros: the outputs stay, size and time grow;
+          the cost is printed. Decoders in two factors and ResNets have no plain form.
   onnx    one ONNX file, batch and length free, in float32, compared with PyTorch by onnxruntime on several shapes.
 
 Either way the outputs are compared before anything is kept.
@@ -34,8 +34,8 @@ examples:
   optimum-cli rmtkd export ./my-bert-small --format onnx -o ./my-bert-onnx
   optimum-cli rmtkd export ./my-bert-small --format native --pad -o ./my-bert-plain
 
-A reduction that comes out plain without padding has equal widths in all layers, a whole table, and heads that divide the
-stream:  compress --allocation uniform --sites hidden intermediate attention_qk attention_vo ...
+A reduction that comes out plain without padding has equal widths in all layers, a whole table, and heads that divide
+the stream:  compress --allocation uniform --sites hidden intermediate attention_qk attention_vo ...
 """
 
 
@@ -70,8 +70,8 @@ def _native(model: PreTrainedModel, folder: Path, pad: bool) -> str:
     lines = [f"{type(found.model).__name__}, outputs differ by {found.difference:.2g} of the largest at most"]
     if found.padded:
         lines.append(
-            f"{len(found.padded)} sites were filled up with zeros or multiplied out: {before:,} -> {after:,} parameters "
-            f"({after / before - 1:+.1%}); the matrices, and the time they take, grow alike"
+            f"{len(found.padded)} sites were filled up with zeros or multiplied out: {before:,} -> {after:,} "
+            f"parameters ({after / before - 1:+.1%}); the matrices, and the time they take, grow alike"
         )
     return "\n".join(lines)
 

@@ -39,8 +39,8 @@ def count_flops(model: PreTrainedModel, inputs: dict[str, Tensor]) -> int:
 def peak_memory(name: str, batch: int, length: int, dtype: str, device: str) -> int | None:
     """Bytes that loading a model and one forward pass add to a process of its own, at their peak.
 
-    On a GPU: the peak of the allocator. Elsewhere: the growth of the resident set above that with all libraries loaded; None
-    where the system does not tell (Windows).
+    On a GPU: the peak of the allocator. Elsewhere: the growth of the resident set above that with all libraries
+    loaded; None where the system does not tell (Windows).
 
     Raises:
         RMTKDError: the process failed.
@@ -98,16 +98,19 @@ def _resident(peak: bool = True) -> int | None:
 
 
 def _forget_peak() -> None:
-    """Let the peak start anew from here, where the system can (Linux): importing takes more memory than it leaves behind."""
+    """Let the peak start anew from here, where the system can (Linux): importing takes more memory than it leaves
+    behind."""
     clear = Path("/proc/self/clear_refs")
     if clear.exists():
         clear.write_text("5")
 
 
 def energy_meter(device: str) -> Callable[[Callable[[], None]], float] | None:
-    """A function that runs another one over and over and returns the joules of one run; None where no counter can be read.
+    """A function that runs another one over and over and returns the joules of one run; None where no counter can be
+    read.
 
-    GPU: NVML's own energy counter. CPU: codecarbon over RAPL; without RAPL codecarbon would multiply a table's wattage by
+    GPU: NVML's own energy counter. CPU: codecarbon over RAPL; without RAPL codecarbon would multiply a table's wattage
+        by
     the time, which says nothing about the model that the time does not.
 
     Raises:

@@ -37,7 +37,8 @@ def writing_beside(target: str | Path, overwrite: bool = False) -> Iterator[Path
     The folder is created on entry, so a parent that cannot be written to is refused before any work is done.
 
     Raises:
-        RMTKDError: `target` holds something and `overwrite` is not set, is no folder, or its parent cannot be written to.
+        RMTKDError: `target` holds something and `overwrite` is not set, is no folder, or its parent cannot be written
+            to.
     """
     target = Path(target).absolute()
     _check_free(target, overwrite)
@@ -46,7 +47,8 @@ def writing_beside(target: str | Path, overwrite: bool = False) -> Iterator[Path
         beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
     except OSError as error:
         raise RMTKDError(
-            f"Cannot write to {target.parent} ({error.strerror}): choose an output folder whose parent can be written to."
+            f"Cannot write to {target.parent} ({error.strerror}): choose an output folder whose parent can be written "
+            "to."
         ) from error
     try:
         yield beside

@@ -15,8 +15,8 @@ USAGE = "optimum-cli rmtkd report OUT [-o FILE]"
 
 DESCRIPTION = """\
 Write one HTML page about a finished reduction: size and quality before and after, the stages, the training curves, the
-width of every part, the budget, and for each site its eigenvalues with the Marchenko-Pastur fit, the edge, and the rank
-under every estimator. The page needs no network and no other file.
+width of every part, the budget, and for each site its eigenvalues with the Marchenko-Pastur fit, the edge, and the
+rank under every estimator. The page needs no network and no other file.
 """
 
 EPILOG = """\

@@ -151,8 +151,9 @@ def _check_head(config: PreTrainedConfig, kind: str, model: str) -> None:
     names = config.architectures or []
     if not any(name.endswith(HEADS[kind]) for name in names):
         raise RMTKDError(
-            f"'{model}' is a {', '.join(names) or 'model of unknown architecture'}, the data is for {kind} classification: "
-            f"expected a fine-tuned ...{HEADS[kind]}. Fine-tune the model on this data first, then compress it."
+            f"'{model}' is a {', '.join(names) or 'model of unknown architecture'}, the data is for {kind} "
+            f"classification: expected a fine-tuned ...{HEADS[kind]}. Fine-tune the model on this data first, then "
+            "compress it."
         )
 
 
@@ -160,8 +161,8 @@ def _check_same_classes(train: Any, validation: Any) -> None:
     ours, theirs = getattr(train, "names", None), getattr(validation, "names", None)
     if ours is not None and theirs is not None and ours != theirs:
         raise RMTKDError(
-            f"Training data has the classes {', '.join(ours[:5])}, validation data {', '.join(theirs[:5])}: expected the "
-            "same classes in the same order."
+            f"Training data has the classes {', '.join(ours[:5])}, validation data {', '.join(theirs[:5])}: expected "
+            "the same classes in the same order."
         )
 
 
@@ -180,8 +181,8 @@ def _text_tools(model: str, config: PreTrainedConfig, columns: list[str], max_le
     if tokenizer.pad_token_id is None:
         raise RMTKDError(
             f"The tokenizer of '{model}', a {type(tokenizer).__name__} of {len(tokenizer)} tokens for a table of "
-            f"{config.vocab_size} rows, has no padding token. If it belongs to another model, put the right one in its place; "
-            "else set its pad_token and config.pad_token_id and save both."
+            f"{config.vocab_size} rows, has no padding token. If it belongs to another model, put the right one in "
+            "its place; else set its pad_token and config.pad_token_id and save both."
         )
     length = min(max_length, tokenizer.model_max_length)
 
@@ -210,8 +211,8 @@ def _check_tokens(input_ids: list[list[int]], vocabulary: int, model: str) -> No
     highest = max((max(row) for row in input_ids if row), default=0)
     if highest >= vocabulary:
         raise RMTKDError(
-            f"The tokenizer of '{model}' gives token {highest}, its embedding table has {vocabulary} rows: this is not the "
-            "tokenizer the model was trained with."
+            f"The tokenizer of '{model}' gives token {highest}, its embedding table has {vocabulary} rows: this is "
+            "not the tokenizer the model was trained with."
         )
 
 

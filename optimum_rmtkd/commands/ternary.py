@@ -28,10 +28,10 @@ USAGE = """optimum-cli rmtkd ternary --model MODEL --module PATH (--train-file F
        optimum-cli rmtkd ternary --features FILE [--test-features FILE] -o OUT [options]"""
 
 DESCRIPTION = """\
-Replace a part of a fine-tuned model (a classifier head, a feed-forward network) by a fully-connected network whose hidden
-weights are -1, 0 or 1, stored in 1.6 bits each; or fit such a network to given features. Random weights: only the readout
-is fitted, nothing is trained. --weights trained: the part's own weights are rounded and trained on, with the model as
-teacher. It makes files smaller, not inference faster.
+Replace a part of a fine-tuned model (a classifier head, a feed-forward network) by a fully-connected network whose
+hidden weights are -1, 0 or 1, stored in 1.6 bits each; or fit such a network to given features. Random weights: only
+the readout is fitted, nothing is trained. --weights trained: the part's own weights are rounded and trained on, with the
+model as teacher. It makes files smaller, not inference faster.
 """
 
 EPILOG = """\
@@ -40,7 +40,8 @@ examples:
     optimum-cli rmtkd ternary --model ./my-distilbert --module distilbert.transformer.layer.0.ffn \\
         --train-file train.csv --validation-file dev.csv --weights trained --epochs 1 -o ./out
   the body narrowed by 40 %, then the head replaced: one run, one checkpoint
-    optimum-cli rmtkd ternary --model ./my-bert --module classifier --train-file train.csv --target-reduction 0.4 -o ./out
+    optimum-cli rmtkd ternary --model ./my-bert --module classifier --train-file train.csv \\
+        --target-reduction 0.4 -o ./out
   features of your own: arrays x (rows, features) and y (class of each row, or numbers) in one file
     optimum-cli rmtkd ternary --features train.npz --test-features test.npz --hidden 2000 2000 1000 -o ./head
   step activations with matched kernels; nothing stored but a seed
@@ -119,7 +120,7 @@ def _refuse_unused(args, config: TernaryConfig) -> None:
             raise RMTKDError(f"--{given[0].replace('_', '-')} has no effect here: it belongs to {needed}.")
 
 
-# -- features --------------------------------------------------------------------------------------------------------------
+# -- features ---------------------------------------------------------------------------------------------------------
 
 
 def _from_features(file: str, test_file: str | None, config: TernaryConfig, folder: Path) -> str:
@@ -186,8 +187,9 @@ def _like(test: tuple[Tensor, Tensor], file: str, x: Tensor, y: Tensor) -> tuple
     )
     if not fits:
         raise CalibrationError(
-            f"{file} holds x {tuple(test[0].shape)} and y {tuple(test[1].shape)}, {test[1].dtype}; expected as many rows of both, with "
-            f"x (rows, {x.shape[-1]}) and y ({', '.join(map(str, ('rows', *y.shape[1:])))}), {y.dtype}, as in the features to fit to."
+            f"{file} holds x {tuple(test[0].shape)} and y {tuple(test[1].shape)}, {test[1].dtype}; expected as many "
+            f"rows of both, with x (rows, {x.shape[-1]}) and y ({', '.join(map(str, ('rows', *y.shape[1:])))}), "
+            f"{y.dtype}, as in the features to fit to."
         )
     return test
 
@@ -216,7 +218,7 @@ def _score(model, x: Tensor, y: Tensor) -> float:
     return float((logits.argmax(1) == y).float().mean())
 
 
-# -- a part of a model -------------------------------------------------------------------------------------------------
+# -- a part of a model ------------------------------------------------------------------------------------------------
 
 
 def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: TernaryConfig, folder: Path) -> str:

@@ -21,8 +21,8 @@ BLOCK = 4  # passes of one model in a row: a served model meets its own weights 
 
 @dataclass(frozen=True)
 class Latency:
-    """Median seconds of one forward pass of each model, and the ratios before / after of neighbouring blocks: their median
-    and their quartiles."""
+    """Median seconds of one forward pass of each model, and the ratios before / after of neighbouring blocks: their
+    median and their quartiles."""
 
     before: float
     after: float

@@ -22,9 +22,9 @@ VALUES, INDICES, REST, CLASSES = COLUMNS = ("teacher_values", "teacher_indices",
 class CachedTeacher(Teacher):
     """Reads the answers that `cache_answers` wrote into the training data.
 
-    The logits of the k largest classes are exact; the others share the rest of the probability evenly. With k at least the
-    number of classes (the default covers any classifier) nothing is lost. Hidden states are not kept: objectives that
-    compare features refuse this teacher.
+    The logits of the k largest classes are exact; the others share the rest of the probability evenly. With k at least
+    the number of classes (the default covers any classifier) nothing is lost. Hidden states are not kept: objectives
+    that compare features refuse this teacher.
     """
 
     def __init__(self):
@@ -38,7 +38,8 @@ class CachedTeacher(Teacher):
         missing = [name for name in COLUMNS if name not in inputs]
         if missing:
             raise RMTKDError(
-                f"The batch has no {', '.join(missing)}: expected training data from cache_answers(teacher, dataset, ...)."
+                f"The batch has no {', '.join(missing)}: expected training data from cache_answers(teacher, dataset, "
+                "...)."
             )
         values, indices, rest = inputs[VALUES], inputs[INDICES].long(), inputs[REST]
         classes = int(inputs[CLASSES].max())
@@ -54,8 +55,9 @@ class CachedTeacher(Teacher):
         held = torch.arange(logits.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
         if logits.shape[1] < int(mask.sum(1).max()):
             raise RMTKDError(
-                f"A sample has {int(mask.sum(1).max())} tokens, its cached answers are for at most {logits.shape[1]}: the data was "
-                "tokenized or truncated otherwise when the answers were computed. Run cache_answers again."
+                f"A sample has {int(mask.sum(1).max())} tokens, its cached answers are for at most {logits.shape[1]}: "
+                "the data was tokenized or truncated otherwise when the answers were computed. Run cache_answers "
+                "again."
             )
         full[mask] = logits[held]
         return {"logits": full}, {}
@@ -97,7 +99,8 @@ def cache_answers(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Any:
-    """The dataset with four more columns: the teacher's k largest logits of each sample (token), and what is left over.
+    """The dataset with four more columns: the teacher's k largest logits of each sample (token), and what is left
+    over.
 
     Use the very tokens the student will train on: tokenize first, and let the collator pad, not truncate.
 
@@ -107,11 +110,12 @@ def cache_answers(
         k: logits kept; all of them where there are fewer classes.
 
     Returns:
-        `datasets.Dataset` with teacher_values (k, or tokens x k), teacher_indices, teacher_rest (the logit that each other
-        class gets) and teacher_classes.
+        `datasets.Dataset` with teacher_values (k, or tokens x k), teacher_indices, teacher_rest (the logit that each
+        other class gets) and teacher_classes.
 
     Raises:
-        RMTKDError: not a `datasets.Dataset`, a model without logits or with logits at other positions than its tokens, k below 1.
+        RMTKDError: not a `datasets.Dataset`, a model without logits or with logits at other positions than its tokens,
+            k below 1.
     """
     import datasets
     from tqdm.auto import tqdm
@@ -148,8 +152,9 @@ def _keep(columns: dict[str, list], logits: torch.Tensor, mask: torch.Tensor | N
     classes = logits.shape[-1]
     if logits.dim() == 3 and mask is not None and mask.shape != logits.shape[:2]:
         raise RMTKDError(
-            f"cache_answers: logits {tuple(logits.shape)} for an attention_mask {tuple(mask.shape)}; expected an answer a token. "
-            "Encoder-decoders answer at other positions: keep their teacher in memory (teacher_model=model)."
+            f"cache_answers: logits {tuple(logits.shape)} for an attention_mask {tuple(mask.shape)}; expected an "
+            "answer a token. Encoder-decoders answer at other positions: keep their teacher in memory "
+            "(teacher_model=model)."
         )
     kept = min(k, classes)
     values, indices = logits.topk(kept, dim=-1)

@@ -27,8 +27,8 @@ def token_labels(inputs: Mapping[str, Any], shifted: bool) -> torch.Tensor | Non
 
 
 def answered(mask: torch.Tensor, shifted: bool) -> torch.Tensor:
-    """Bool (batch, tokens), True where an unlabelled answer counts: at real tokens, for causal models those that a real
-    token follows (one position shorter).
+    """Bool (batch, tokens), True where an unlabelled answer counts: at real tokens, for causal models those that a
+    real token follows (one position shorter).
 
     Args:
         mask: bool (batch, tokens), True at real tokens.

@@ -30,7 +30,8 @@ def as_teacher(given: Any) -> Teacher:
         if all(len(pair) == 2 and isinstance(pair[0], (nn.Module, Teacher)) for pair in pairs):
             return WeightedTeachers([model for model, _ in pairs], [weight for _, weight in pairs])
     raise RMTKDError(
-        f"teacher_model is a {type(given).__name__}; expected a model, a Teacher, or a list of models or (model, weight) pairs."
+        f"teacher_model is a {type(given).__name__}; expected a model, a Teacher, or a list of models or (model, "
+        "weight) pairs."
     )
 
 

@@ -18,8 +18,8 @@ __all__ = ["capture"]
 def capture(model: nn.Module, paths: Iterable[str]) -> Iterator[dict[str, torch.Tensor]]:
     """Collect the outputs of the modules at `paths` while the context is open.
 
-    A module that returns a tuple gives its first element. The hooks are gone when the context closes, so a recomputation
-    by activation checkpointing during the backward pass does not see them.
+    A module that returns a tuple gives its first element. The hooks are gone when the context closes, so a
+    recomputation by activation checkpointing during the backward pass does not see them.
 
     Yields:
         A dictionary filled by the forward pass: path -> output, with its gradient history.

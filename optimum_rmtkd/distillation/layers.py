@@ -14,7 +14,8 @@ __all__ = ["blocks_of", "check_layers", "in_decoder", "layer_pairs", "uniform_ma
 
 
 def blocks_of(model: nn.Module) -> tuple[str, ...]:
-    """Paths of a model's residual blocks: as its family declares them, else the longest list of modules of one type."""
+    """Paths of a model's residual blocks: as its family declares them, else the longest list of modules of one
+    type."""
     from .. import surgery
 
     try:
@@ -24,7 +25,8 @@ def blocks_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def uniform_map(student: int, teacher: int) -> list[int]:
-    """Teacher layer floor((l + 1) T / S) - 1 for each student layer l of S: 2 l + 1 from 12 to 6, the last with the last."""
+    """Teacher layer floor((l + 1) T / S) - 1 for each student layer l of S: 2 l + 1 from 12 to 6, the last with the
+    last."""
     return [max(0, (layer + 1) * teacher // student - 1) for layer in range(student)]
 
 
@@ -43,8 +45,8 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, layers: str | Mapping) -
     """(student path, teacher path) of the layers to compare.
 
     Args:
-        layers: "last"; "uniform": every student block, with `uniform_map`; or {student: teacher} of module paths or block
-            numbers (from 0, negative from the end).
+        layers: "last"; "uniform": every student block, with `uniform_map`; or {student: teacher} of module paths or
+            block numbers (from 0, negative from the end).
 
     Raises:
         RMTKDError: no such module or block, or no blocks can be found.
@@ -56,8 +58,8 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, layers: str | Mapping) -
     for model, blocks in ((student, ours), (teacher, theirs)):
         if not blocks:
             raise RMTKDError(
-                f"layers={layers!r}: no list of equal blocks in {type(model).__name__}. Name the modules: layers={{'path in the "
-                "student': 'path in the teacher'}}."
+                f"layers={layers!r}: no list of equal blocks in {type(model).__name__}. Name the modules: "
+                "layers={'path in the student': 'path in the teacher'}}."
             )
     if layers == "last":
         return ((ours[-1], theirs[-1]),)

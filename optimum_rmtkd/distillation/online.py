@@ -22,10 +22,12 @@ __all__ = ["OnlineTeacher"]
 
 
 class OnlineTeacher(Teacher):
-    """OKD: LoRA modules on a frozen teacher are trained beside the student, which sees their answers without a gradient.
+    """OKD: LoRA modules on a frozen teacher are trained beside the student, which sees their answers without a
+    gradient.
 
     The teacher's own loss is CE(p, y) + pull KL(q || p), p its prediction, q the student's (held fixed); on unlabelled
-    data the second term alone. Costs a backward pass through the teacher. Needs PEFT (`pip install "optimum-rmtkd[peft]"`).
+    data the second term alone. Costs a backward pass through the teacher. Needs PEFT (`pip install
+    "optimum-rmtkd[peft]"`).
 
     Args:
         model: a teacher; copied, the original stays as it is.
@@ -33,7 +35,8 @@ class OnlineTeacher(Teacher):
         pull: weight of the second term.
         learning_rate: of the modules; follows the trainer's schedule.
 
-    Reference: "Online knowledge distillation" (OKD), arXiv 2409.12512. The form of the two losses is this library's reading
+    Reference: "Online knowledge distillation" (OKD), arXiv 2409.12512. The form of the two losses is this library's
+        reading
     of its abstract.
     """
 
@@ -54,8 +57,8 @@ class OnlineTeacher(Teacher):
             ) from error
         if rank < 1 or not pull >= 0 or not learning_rate > 0:
             raise RMTKDError(
-                f"OnlineTeacher(rank={rank}, pull={pull}, learning_rate={learning_rate}): expected a rank of at least 1, pull of "
-                "at least 0 and a learning rate above 0."
+                f"OnlineTeacher(rank={rank}, pull={pull}, learning_rate={learning_rate}): expected a rank of at least "
+                "1, pull of at least 0 and a learning rate above 0."
             )
         model = copy.deepcopy(model).requires_grad_(False)
         targets = target_modules or [path for path, module in model.named_modules() if _inside(path, module)]

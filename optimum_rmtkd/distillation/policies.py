@@ -1,4 +1,5 @@
-"""Distillation of causal language models on text that they generate themselves. Thin: large-scale work belongs to TRL."""
+"""Distillation of causal language models on text that they generate themselves. Thin: large-scale work belongs to
+TRL."""
 
 from __future__ import annotations
 
@@ -26,15 +27,16 @@ class OnPolicy(BatchTransform):
     """With probability `fraction` the completions of a batch are replaced by samples of the student (or the teacher).
 
     A prompt is what precedes the first label that counts; in plain text, where all labels count, the first half of the
-    shortest row. All rows are cut to the shortest prompt, so no row needs padding while generating. Samples are drawn at
-    temperature 1 from the whole distribution; labels cover what was generated, up to the end-of-text token.
+    shortest row. All rows are cut to the shortest prompt, so no row needs padding while generating. Samples are drawn
+    at temperature 1 from the whole distribution; labels cover what was generated, up to the end-of-text token.
 
     For causal models. Generation is transformers' own, one token at a time: for large models use the trainers of TRL.
 
     Args:
         fraction: share of the batches, in [0, 1].
         max_new_tokens: tokens generated per row.
-        source: "student" (on-policy distillation, GKD), or "teacher" (sequence-level distillation; the first of several).
+        source: "student" (on-policy distillation, GKD), or "teacher" (sequence-level distillation; the first of
+            several).
 
     Reference: Agarwal et al., arXiv 2306.13649 (GKD); Kim & Rush, arXiv 1606.07947 (sequence-level).
     """
@@ -44,16 +46,16 @@ class OnPolicy(BatchTransform):
     def __init__(self, fraction: float = 0.5, max_new_tokens: int = 64, source: str = "student"):
         if not 0 <= fraction <= 1 or max_new_tokens < 1 or source not in ("student", "teacher"):
             raise RMTKDError(
-                f"OnPolicy(fraction={fraction}, max_new_tokens={max_new_tokens}, source={source!r}): expected a share in "
-                "[0, 1], at least one token, and 'student' or 'teacher'."
+                f"OnPolicy(fraction={fraction}, max_new_tokens={max_new_tokens}, source={source!r}): expected a share "
+                "in [0, 1], at least one token, and 'student' or 'teacher'."
             )
         self.fraction, self.max_new_tokens, self.source = float(fraction), int(max_new_tokens), source
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
         if not shifts_labels(student):
             raise RMTKDError(
-                f"{type(self).__name__} with {type(student).__name__}: it generates text with a causal language model. Leave "
-                "it out for other models."
+                f"{type(self).__name__} with {type(student).__name__}: it generates text with a causal language "
+                "model. Leave it out for other models."
             )
         if teacher is None:
             raise RMTKDError(f"{type(self).__name__}: cached answers do not fit generated text. Pass a teacher model.")
@@ -70,8 +72,10 @@ class AdaptiveOffPolicy(OnPolicy):
     """DistiLLM's adaptive off-policy approach: student samples become more frequent when validation stops improving.
 
     Each batch draws r uniformly. With probability phi (1 - t/T) (phi while the replay buffer is not full) the student
-    generates, and the samples go into the buffer; else if r < phi a batch of the buffer is used; else the data. Phi starts at
-    0. After an evaluation whose loss exceeds the reference (the first one's) by `tolerance` or more, phi grows by `increase`
+    generates, and the samples go into the buffer; else if r < phi a batch of the buffer is used; else the data. Phi
+    starts at
+    0. After an evaluation whose loss exceeds the reference (the first one's) by `tolerance` or more, phi grows by
+        `increase`
     and that loss becomes the reference. Without evaluations while training nothing happens: it warns.
 
     Args:

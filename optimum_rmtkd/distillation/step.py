@@ -23,10 +23,10 @@ class DistillationStep:
         inputs: the collated batch, labels included.
         student_outputs, teacher_outputs: what the models returned (mappings with `logits`, ...); None where not run.
         student_features, teacher_features: outputs of the requested modules by module path.
-        mask: bool, (batch, tokens), True at real tokens; None where the inputs carry no token mask. For multiple choice the
-            choices are rows: (batch * choices, tokens).
-        totals: (3,) samples, tokens and labels (`counts.count_units`) of the whole accumulated batch over all processes; None:
-            this batch stands for itself.
+        mask: bool, (batch, tokens), True at real tokens; None where the inputs carry no token mask. For multiple
+            choice the choices are rows: (batch * choices, tokens).
+        totals: (3,) samples, tokens and labels (`counts.count_units`) of the whole accumulated batch over all
+            processes; None: this batch stands for itself.
         parts: number of micro-batches (accumulation steps times processes) over which the trainer averages the losses.
         shifted: labels belong to the position before them (causal models).
         task_loss: the Trainer's own task loss (label smoothing and `compute_loss_func` honoured), scalar; None: read
@@ -54,9 +54,9 @@ class DistillationStep:
     def share(self, unit: str) -> float:
         """Factor that turns a mean over this micro-batch into its part of the mean over the accumulated batch.
 
-        The trainer averages the micro-batches' losses, so a mean over `unit` (one of `counts.UNITS`) of micro-batch m has
-        to weigh n_m / N * parts: the sum of all parts divided by their number is then the mean over all N units, however
-        the batch was split. 1 where no totals are known.
+        The trainer averages the micro-batches' losses, so a mean over `unit` (one of `counts.UNITS`) of micro-batch m
+        has to weigh n_m / N * parts: the sum of all parts divided by their number is then the mean over all N units,
+        however the batch was split. 1 where no totals are known.
         """
         if self.totals is None:
             return 1.0

@@ -133,8 +133,8 @@ class PCAProjection(SubspaceProjection):
 class AutoencoderProjection(SubspaceProjection):
     """RdimKD-A: the linear encoder of an autoencoder trained to reconstruct the features, made orthonormal.
 
-    With a linear decoder (`hidden=0`) this is principal component analysis, found slowly; with one hidden layer of `hidden`
-    GELU units the decoder may bend, and the subspace is another one.
+    With a linear decoder (`hidden=0`) this is principal component analysis, found slowly; with one hidden layer of
+    `hidden` GELU units the decoder may bend, and the subspace is another one.
 
     Args:
         dim: d; None: half of the features.
@@ -155,8 +155,8 @@ class AutoencoderProjection(SubspaceProjection):
     ):
         if hidden < 0 or steps < 1 or batch < 1 or not learning_rate > 0:
             raise RMTKDError(
-                f"AutoencoderProjection(hidden={hidden}, steps={steps}, batch={batch}, learning_rate={learning_rate}): expected "
-                "hidden of at least 0 and the others positive."
+                f"AutoencoderProjection(hidden={hidden}, steps={steps}, batch={batch}, "
+                f"learning_rate={learning_rate}): expected hidden of at least 0 and the others positive."
             )
         self.dim, self.hidden, self.steps = _whole(dim, "AutoencoderProjection"), int(hidden), int(steps)
         self.learning_rate, self.batch, self.seed = float(learning_rate), int(batch), int(seed)
@@ -194,14 +194,14 @@ class AutoencoderProjection(SubspaceProjection):
 class MarchenkoPasturProjection(SubspaceProjection):
     """RdimKD-M: the eigenvectors above the noise edge; the dimension is the data's.
 
-    Warns where the law is in doubt: positions that are correlated (fewer effective samples than half of those seen), and
-    whatever `signal_subspace` finds wrong with the spectrum.
+    Warns where the law is in doubt: positions that are correlated (fewer effective samples than half of those seen),
+    and whatever `signal_subspace` finds wrong with the spectrum.
 
     Args:
         estimator: any edge estimator of `optimum_rmtkd.spectra`.
         dim: overrides the estimated dimension.
-        wiener: scale column i by sqrt(1 - sigma^2 / eigenvalue_i), the soft form of the cut; needs an estimator with a noise
-            variance.
+        wiener: scale column i by sqrt(1 - sigma^2 / eigenvalue_i), the soft form of the cut; needs an estimator with a
+            noise variance.
         options: of the estimator, for example {"tau": 0.5}.
 
     Notes:
@@ -220,7 +220,8 @@ class MarchenkoPasturProjection(SubspaceProjection):
     ):
         if estimator not in tuple(EDGE_ESTIMATORS):
             raise RMTKDError(
-                f"MarchenkoPasturProjection(estimator={estimator!r}): expected one of {', '.join(sorted(EDGE_ESTIMATORS))}."
+                f"MarchenkoPasturProjection(estimator={estimator!r}): expected one of "
+                f"{', '.join(sorted(EDGE_ESTIMATORS))}."
             )
         self.estimator, self.dim = estimator, _whole(dim, "MarchenkoPasturProjection")
         self.wiener = check_flag(wiener, "MarchenkoPasturProjection", "wiener")
@@ -232,8 +233,8 @@ class MarchenkoPasturProjection(SubspaceProjection):
         )
         if moments.n_effective < 0.5 * moments.count:
             logger.warning(
-                "MarchenkoPasturProjection: %d positions are worth %.0f independent ones, they are correlated: the edge is a "
-                "heuristic. Take fewer positions a sequence.",
+                "MarchenkoPasturProjection: %d positions are worth %.0f independent ones, they are correlated: the "
+                "edge is a heuristic. Take fewer positions a sequence.",
                 moments.count,
                 moments.n_effective,
             )
@@ -246,8 +247,8 @@ class MarchenkoPasturProjection(SubspaceProjection):
             return basis
         if not found.noise_variance > 0:
             raise RMTKDError(
-                f"MarchenkoPasturProjection(wiener=True, estimator={self.estimator!r}): this estimator has no noise variance; "
-                "choose mp_median, mp_quantile or another with one."
+                f"MarchenkoPasturProjection(wiener=True, estimator={self.estimator!r}): this estimator has no noise "
+                "variance; choose mp_median, mp_quantile or another with one."
             )
         shrunk = 1 - found.noise_variance / found.eigenvalues[:dim].cpu()
         return basis * shrunk.clamp_min(0).sqrt()

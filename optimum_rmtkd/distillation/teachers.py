@@ -97,8 +97,8 @@ class SnapshotTeacher(FrozenTeacher):
 class EMATeacher(SnapshotTeacher):
     """Exponential moving average of the student: t <- decay t + (1 - decay) s after every step, in the weights' dtype.
 
-    It has the student's own shapes, so it is created anew at each cut, from the student just cut: what was lost in the cut
-    has to come back through the other objectives.
+    It has the student's own shapes, so it is created anew at each cut, from the student just cut: what was lost in the
+    cut has to come back through the other objectives.
     """
 
     def __init__(self, student: nn.Module, decay: float = 0.999):
@@ -153,14 +153,14 @@ def check_compatible(student: nn.Module, teacher: nn.Module) -> None:
         if mine is not None and other is not None and mine != other:
             raise RMTKDError(
                 f"teacher_model ({type(teacher).__name__}) has {what}={other}, the student ({type(student).__name__}) "
-                f"{what}={mine}; expected the same. Distillation needs one tokenizer and one label set for both: choose a "
-                "teacher trained with the student's, or leave teacher_model out for self-distillation."
+                f"{what}={mine}; expected the same. Distillation needs one tokenizer and one label set for both: "
+                "choose a teacher trained with the student's, or leave teacher_model out for self-distillation."
             )
     mine, other = _label_names(ours), _label_names(theirs)
     if mine and other and mine != other:
         raise RMTKDError(
-            f"teacher_model calls its labels {other}, the student {mine}; expected the same names at the same indices. "
-            "Reorder the labels of one of the two, or set the same id2label if only the names differ."
+            f"teacher_model calls its labels {other}, the student {mine}; expected the same names at the same "
+            "indices. Reorder the labels of one of the two, or set the same id2label if only the names differ."
         )
 
 

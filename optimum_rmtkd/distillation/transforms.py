@@ -1,4 +1,5 @@
-"""What happens to a training batch before student and teacher see it: mixed samples, or samples of the student's own."""
+"""What happens to a training batch before student and teacher see it: mixed samples, or samples of the student's
+own."""
 
 from __future__ import annotations
 
@@ -21,8 +22,8 @@ __all__ = ["BatchTransform", "EmbeddingMixup", "build_transforms", "register_tra
 class BatchTransform:
     """Changes the batches of a training run; evaluation never sees it.
 
-    Called once for each micro-batch of an accumulated batch, before its tokens are counted: what a transform generates is
-    what the loss is normalised by. Random numbers come from torch's global generator, which checkpoints keep.
+    Called once for each micro-batch of an accumulated batch, before its tokens are counted: what a transform generates
+    is what the loss is normalised by. Random numbers come from torch's global generator, which checkpoints keep.
     """
 
     name: str = ""
@@ -80,12 +81,14 @@ def build_transforms(given: Any) -> list[BatchTransform]:
 
 @register_transform
 class EmbeddingMixup(BatchTransform):
-    """MixKD: each batch is followed by mixtures of its samples, e' = l e(x_i) + (1 - l) e(x_pi(i)), l ~ Beta(alpha, alpha).
+    """MixKD: each batch is followed by mixtures of its samples, e' = l e(x_i) + (1 - l) e(x_pi(i)), l ~ Beta(alpha,
+    alpha).
 
     Student and teacher mix the outputs of their own embedding layers (`get_input_embeddings()`), so their widths may
-    differ; masks are united. All objectives see the mixed rows: the divergences and feature losses compare the two networks
-    there, and the task loss gets label y_i with probability l and y_pi(i) otherwise, whose expectation is the mixed
-    cross-entropy. Labels of regression are mixed themselves. Images are mixed as pixels: a patch embedding is linear.
+    differ; masks are united. All objectives see the mixed rows: the divergences and feature losses compare the two
+    networks there, and the task loss gets label y_i with probability l and y_pi(i) otherwise, whose expectation is the
+    mixed cross-entropy. Labels of regression are mixed themselves. Images are mixed as pixels: a patch embedding is
+    linear.
 
     Doubles the cost of a step. For classification and regression with little data; token labels cannot be mixed.
 
@@ -102,8 +105,8 @@ class EmbeddingMixup(BatchTransform):
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
         if getattr(student.config, "is_encoder_decoder", False) or shifts_labels(student):
             raise RMTKDError(
-                f"EmbeddingMixup with {type(student).__name__}: the labels of a language model belong to positions and cannot "
-                "be mixed. Leave it out; it is for classification and regression of whole samples."
+                f"EmbeddingMixup with {type(student).__name__}: the labels of a language model belong to positions "
+                "and cannot be mixed. Leave it out; it is for classification and regression of whole samples."
             )
         if teacher is None:
             raise RMTKDError("EmbeddingMixup needs a teacher that can answer to mixtures; cached answers cannot.")
@@ -112,8 +115,8 @@ class EmbeddingMixup(BatchTransform):
         labels = inputs.get("labels")
         if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():
             raise RMTKDError(
-                f"EmbeddingMixup got labels of shape {tuple(labels.shape)}: one label a token. Expected one a sample; leave "
-                "it out for token tasks."
+                f"EmbeddingMixup got labels of shape {tuple(labels.shape)}: one label a token. Expected one a sample; "
+                "leave it out for token tasks."
             )
         size = len(next(value for value in inputs.values() if torch.is_tensor(value)))
         share = torch.distributions.Beta(self.alpha, self.alpha).sample()

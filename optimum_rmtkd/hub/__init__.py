@@ -1,4 +1,5 @@
-"""What leaves the house: the model card, the HTML report and its figures, exports, and the record of a run they read."""
+"""What leaves the house: the model card, the HTML report and its figures, exports, and the record of a run they
+read."""
 
 from __future__ import annotations
 

@@ -37,9 +37,10 @@ def write_card(folder: str | Path, repository: str | None = None, **metadata: An
     """Write the card of the run in `folder`, and its figures where matplotlib is installed.
 
     Args:
-        repository: name that the card's code loads, remembered for the next card; default: the one remembered, else the
-            folder's.
-        metadata: further fields of `huggingface_hub.ModelCardData`, for example license, language, tags; remembered as well.
+        repository: name that the card's code loads, remembered for the next card; default: the one remembered, else
+            the folder's.
+        metadata: further fields of `huggingface_hub.ModelCardData`, for example license, language, tags; remembered as
+            well.
 
     Returns:
         Path of the card.

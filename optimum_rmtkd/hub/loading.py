@@ -86,8 +86,8 @@ def example_inputs(model: PreTrainedModel, batch: int, length: int = 16, seed: i
     """Random inputs of a model: token ids with a mask that pads the last row, or pixels.
 
     Returns:
-        `input_ids`, `attention_mask` (and `token_type_ids` where the model has types, `decoder_input_ids` where it has a
-        decoder beside the encoder): (batch, length) int64; or
+        `input_ids`, `attention_mask` (and `token_type_ids` where the model has types, `decoder_input_ids` where it has
+        a decoder beside the encoder): (batch, length) int64; or
         `pixel_values`: (batch, channels, size, size) fp32; or `features`: (batch, d) fp32.
     """
     import torch

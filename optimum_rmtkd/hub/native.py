@@ -54,7 +54,8 @@ def to_native(model: PreTrainedModel, pad: bool = False) -> NativeExport:
     """Build the plain checkpoint of a reduced model.
 
     Args:
-        pad: fill narrower layers up with zeros and multiply factored layers out where that makes the model expressible.
+        pad: fill narrower layers up with zeros and multiply factored layers out where that makes the model
+            expressible.
 
     Raises:
         RMTKDError: not a reduced model; widths that the base's config cannot express; padding needed but not asked for
@@ -70,9 +71,10 @@ def to_native(model: PreTrainedModel, pad: bool = False) -> NativeExport:
     if padded and not pad:
         names = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in list(padded.items())[:4])
         raise RMTKDError(
-            f"The widths are not those of a plain {type(native).__name__}: {names}{', ...' if len(padded) > 4 else ''}. With --pad "
-            f"zeros fill the gap without changing any output, at a cost of {after - before:+,} parameters ({before:,} -> {after:,}, "
-            f"{after / before - 1:+.1%}) and the time they take. Or reduce with uniform widths, or keep the reduced format."
+            f"The widths are not those of a plain {type(native).__name__}: "
+            f"{names}{', ...' if len(padded) > 4 else ''}. With --pad zeros fill the gap without changing any output, "
+            f"at a cost of {after - before:+,} parameters ({before:,} -> {after:,}, {after / before - 1:+.1%}) and "
+            "the time they take. Or reduce with uniform widths, or keep the reduced format."
         )
     _fill(model, native, anatomy, widths, heads)
     return NativeExport(native, before, after, padded, _difference(model, native))
@@ -87,19 +89,19 @@ def _anatomy(model: PreTrainedModel) -> Anatomy:
         raise RMTKDError(f"{type(model).__name__} is not reduced: it already is a plain checkpoint.")
     if rmtkd.get("recipe", {}).get("form") == "factored":
         raise RMTKDError(
-            "The model was reduced with form='factored': multiplied out, it would be as large as before. Keep the reduced "
-            "format, or reduce with form='absorbed'."
+            "The model was reduced with form='factored': multiplied out, it would be as large as before. Keep the "
+            "reduced format, or reduce with form='absorbed'."
         )
     layout = family_of(model).layout
     if not isinstance(layout, EncoderLayout):
         raise RMTKDError(
-            f"The config of {model.config_class.__mro__[1].__name__} has no field for the widths inside a block: a reduced "
-            f"{type(model).__name__} has no plain form. Use the reduced format, or --format onnx."
+            f"The config of {model.config_class.__mro__[1].__name__} has no field for the widths inside a block: a "
+            f"reduced {type(model).__name__} has no plain form. Use the reduced format, or --format onnx."
         )
     if any(isinstance(module, LowRankLinear) for module in model.modules()):
         raise RMTKDError(
-            f"The {type(model).__name__} has a decoder in two factors, which is tied to the word table: its base has no such layer. "
-            "Use the reduced format, or --format onnx."
+            f"The {type(model).__name__} has a decoder in two factors, which is tied to the word table: its base has "
+            "no such layer. Use the reduced format, or --format onnx."
         )
     return layout.anatomy(model)
 
@@ -125,7 +127,8 @@ def _native_widths(model: PreTrainedModel, anatomy: Anatomy) -> tuple[dict[str, 
 
 
 def _takes_head_width(model: PreTrainedModel, anatomy: Anatomy, head: int) -> bool:
-    """Whether the base builds heads of the width that `config.head_dim` states, declared or not (ViT reads it unasked)."""
+    """Whether the base builds heads of the width that `config.head_dim` states, declared or not (ViT reads it
+    unasked)."""
     import torch
 
     from ..surgery.sites import get_module
@@ -155,9 +158,9 @@ def _heads_that_fit(stream: int, head: int, heads: int) -> tuple[int, int]:
         if stream % count == 0:
             return stream // count, count
     raise RMTKDError(
-        f"{heads} heads of width {head} on a stream of {stream}: the base's config wants heads x width = stream and has no field for "
-        "anything else. Use the reduced format or --format onnx, or reduce without the stream (--sites intermediate attention_qk "
-        "attention_vo), which leaves room for any heads."
+        f"{heads} heads of width {head} on a stream of {stream}: the base's config wants heads x width = stream and "
+        "has no field for anything else. Use the reduced format or --format onnx, or reduce without the stream "
+        "(--sites intermediate attention_qk attention_vo), which leaves room for any heads."
     )
 
 
@@ -192,8 +195,9 @@ def _build(model: PreTrainedModel, anatomy: Anatomy, widths: dict[str, int], hea
     native = base(config).to(device=model.device, dtype=model.dtype).eval()
     if name is None and _epsilons(native) != epsilons:
         raise RMTKDError(
-            f"Layer norms have the epsilon {sorted(epsilons)}, {base.__name__} builds them with {sorted(_epsilons(native))} and its "
-            "config has no field for it. Use the reduced format, or keep the stream (sites without 'hidden')."
+            f"Layer norms have the epsilon {sorted(epsilons)}, {base.__name__} builds them with "
+            f"{sorted(_epsilons(native))} and its config has no field for it. Use the reduced format, or keep the "
+            "stream (sites without 'hidden')."
         )
     return native
 
@@ -236,9 +240,9 @@ def _fill(
         if id(parameter) not in filled:
             found = tuple(given[name].shape) if name in given else "missing"
             raise RMTKDError(
-                f"{name} is {found} in the reduced model, {type(native).__name__} builds it as {tuple(parameter.shape)} and its config "
-                "has no field for that. Use the reduced format or --format onnx, or reduce without the stream (--sites "
-                "intermediate attention_qk attention_vo)."
+                f"{name} is {found} in the reduced model, {type(native).__name__} builds it as "
+                f"{tuple(parameter.shape)} and its config has no field for that. Use the reduced format or --format "
+                "onnx, or reduce without the stream (--sites intermediate attention_qk attention_vo)."
             )
 
 
@@ -258,7 +262,8 @@ def _places(anatomy: Anatomy, widths: dict[str, int], heads: int, site: str | No
 
 
 def _scale(model: nn.Module, native: nn.Module, anatomy: Anatomy, site: str | None) -> float:
-    """What queries and keys are each multiplied by, so that the base's softmax scale gives the reduced model's logits."""
+    """What queries and keys are each multiplied by, so that the base's softmax scale gives the reduced model's
+    logits."""
     from ..surgery.sites import get_module
 
     if site is None or anatomy.sites.get(site) is None or anatomy.sites[site].kind != "attention_qk":
@@ -301,7 +306,7 @@ def _difference(model: PreTrainedModel, native: PreTrainedModel) -> float:
     allowed = TOLERANCE if model.dtype == torch.float32 else 10 * torch.finfo(model.dtype).eps
     if not difference <= allowed:
         raise RMTKDError(
-            f"The plain {type(native).__name__} differs from the reduced model by {difference:.2g} of its largest output, more than "
-            f"{allowed:.2g}: nothing was written. Use the reduced format, or --format onnx."
+            f"The plain {type(native).__name__} differs from the reduced model by {difference:.2g} of its largest "
+            f"output, more than {allowed:.2g}: nothing was written. Use the reduced format, or --format onnx."
         )
     return difference

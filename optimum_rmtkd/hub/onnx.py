@@ -23,8 +23,8 @@ SHAPES = ((1, 5), (3, 24), (5, 16))  # (batch, length) of the check; none of the
 def to_onnx(model: PreTrainedModel, folder: str | Path) -> float:
     """Write `model.onnx` (and `model.onnx.data`) into `folder`.
 
-    The inputs are those that `example_inputs` gives, the outputs the tensors that the model returns by default; batch and
-    length are free. Weights are fp32. Decoders are written without a cache of keys and values.
+    The inputs are those that `example_inputs` gives, the outputs the tensors that the model returns by default; batch
+    and length are free. Weights are fp32. Decoders are written without a cache of keys and values.
 
     Returns:
         The largest difference to PyTorch's outputs over several shapes, in units of the output.
@@ -54,8 +54,8 @@ def to_onnx(model: PreTrainedModel, folder: str | Path) -> float:
         for written in (target, target.with_name(FILE + ".data")):
             written.unlink(missing_ok=True)
         raise RMTKDError(
-            f"onnxruntime's outputs differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: the export is not to be "
-            "trusted and nothing is kept. Try other versions of torch, onnxscript and onnxruntime."
+            f"onnxruntime's outputs differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: the export is "
+            "not to be trusted and nothing is kept. Try other versions of torch, onnxscript and onnxruntime."
         )
     return difference
 

@@ -50,7 +50,10 @@ def report_page(run: Run) -> str:
         head = ("stage", "step", "parameters", "removed", "metric before", "just cut", "after", "status")
         figure = plots.new_figure()
         plots.draw_stages(run.stages, figure.subplots())
-        text = "Bars: parameters left. Line: the validation metric, uncut, then just after each cut (left) and at the end of its stage (right)."
+        text = (
+            "Bars: parameters left. Line: the validation metric, uncut, then just after each cut (left) and at the end "
+            "of its stage (right)."
+        )
         sections.append(_table("Stages", head, stage_rows(run), figures=[_picture(figure, "stages", text)]))
     if widths := plots.widths_of(run):
         figure = plots.new_figure(height=1.0 + 0.2 * len(widths))
@@ -162,7 +165,9 @@ def to_svg(figure: Figure, key: str, text: str) -> str:
     svg = re.sub(r'\bid="', f'id="{key}-', svg)
     svg = svg.replace("url(#", f"url(#{key}-").replace('href="#', f'href="#{key}-')
     width, height = figure.get_size_inches()
-    head = f'<svg role="img" aria-label="{html.escape(text)}" viewBox="0 0 {72 * width:g} {72 * height:g}" xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    box = f"0 0 {72 * width:g} {72 * height:g}"
+    head = f'<svg role="img" aria-label="{html.escape(text)}" viewBox="{box}" {spaces}>'
     return head + svg[svg.index(">") + 1 :]
 
 

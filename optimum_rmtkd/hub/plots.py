@@ -171,7 +171,8 @@ def draw_widths(before: Mapping[str, Mapping[str, Any]], axes: Axes) -> None:
 
 
 def draw_stages(stages: Sequence[Mapping[str, Any]], axes: Axes) -> None:
-    """Size after each stage as bars; the metric as a line: of the uncut model, then just after each cut and at its end."""
+    """Size after each stage as bars; the metric as a line: of the uncut model, then just after each cut and at its
+    end."""
     first = stages[0]["parameters_before"]
     sizes = [first] + [stage["parameters_after"] for stage in stages]
     axes.bar(range(len(sizes)), sizes, color=PALETTE["bulk"], width=0.6)

@@ -15,8 +15,8 @@ __all__ = ["push_to_hub"]
 
 
 def push_to_hub(model: PreTrainedModel, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-    """As `PreTrainedModel.push_to_hub`. A repository without a card gets one of the model's config: base model, sizes, recipe,
-    how to load it. A card that is there already stays.
+    """As `PreTrainedModel.push_to_hub`. A repository without a card gets one of the model's config: base model, sizes,
+    recipe, how to load it. A card that is there already stays.
 
     Returns:
         What transformers returns, the `CommitInfo` of the model's files.

@@ -76,8 +76,9 @@ class Run:
         found = {file: _load(folder / file) for file in ("config.json", STAGES, SPECTRA, RESULTS, BENCH)}
         if not any(found[file] for file in (STAGES, SPECTRA)) and not found["config.json"].get("rmtkd"):
             raise RMTKDError(
-                f"{folder} holds no record of a reduction (neither {STAGES}, {SPECTRA} nor a reduced model's config.json): "
-                "expected the output folder of optimum-cli rmtkd compress, or the output_dir of an RMTKDTrainer."
+                f"{folder} holds no record of a reduction (neither {STAGES}, {SPECTRA} nor a reduced model's "
+                "config.json): expected the output folder of optimum-cli rmtkd compress, or the output_dir of an "
+                "RMTKDTrainer."
             )
         spectra = {int(index): report for index, report in found[SPECTRA].get("stages", {}).items()}
         return cls(
@@ -160,8 +161,9 @@ def write_spectra(folder: str | Path, index: int, report: Any) -> None:
 
 
 def write_results(folder: str | Path, **results: Any) -> None:
-    """Add to the results of a run: `base_model`, `parameters` and `bytes` (before, after), `metric` {name, before, after},
-    `dataset` {id, name, config, split, rows, on_hub}, `log_history`, `training`, `recipe`. What is None is left as it was."""
+    """Add to the results of a run: `base_model`, `parameters` and `bytes` (before, after), `metric` {name, before,
+    after}, `dataset` {id, name, config, split, rows, on_hub}, `log_history`, `training`, `recipe`. What is None is
+    left as it was."""
     path = Path(folder) / RESULTS
     given = {key: value for key, value in results.items() if value is not None}
     _write(path, {"version": 1} | _load(path) | given)

@@ -33,12 +33,13 @@ __all__ = [
 class Reparameterization:
     """Writes chosen weights as a function of other parameters, which are trained in their place.
 
-    The modules stay what they are (`torch.nn.utils.parametrize`): hooks, PEFT and the code of transformers see an ordinary
-    `weight`. The function that the model computes does not change when it is put on, nor when it is folded back. To add
-    one, subclass, name it, implement `parametrization`, and register it.
+    The modules stay what they are (`torch.nn.utils.parametrize`): hooks, PEFT and the code of transformers see an
+    ordinary `weight`. The function that the model computes does not change when it is put on, nor when it is folded
+    back. To add one, subclass, name it, implement `parametrization`, and register it.
 
     Args:
-        target_modules: None: all matrices inside the blocks; a regular expression for whole paths, or a list of last words.
+        target_modules: None: all matrices inside the blocks; a regular expression for whole paths, or a list of last
+            words.
         lr_scale: factor on the learning rate of the new parameters; they get no weight decay.
     """
 
@@ -81,8 +82,8 @@ class Reparameterization:
             paths of the modules taken.
 
         Raises:
-            RMTKDError: no module matches, it is on already, or tensors of another model or another setting. The model is then
-                what it was.
+            RMTKDError: no module matches, it is on already, or tensors of another model or another setting. The model
+                is then what it was.
         """
         if is_reparameterized(model):
             raise RMTKDError(f"{type(model).__name__} is reparameterised already; fold(model) first.")
@@ -115,8 +116,8 @@ class Reparameterization:
         wrong = [n for n in {**own, **tensors} if n not in own or n not in tensors or own[n].shape != tensors[n].shape]
         if wrong:
             raise RMTKDError(
-                f"The checkpoint's tensors do not fit this {self.name}: {len(wrong)} differ, the first is {min(wrong)!r}. Resume "
-                "with the reparameterization (same arguments) that the run was started with."
+                f"The checkpoint's tensors do not fit this {self.name}: {len(wrong)} differ, the first is "
+                f"{min(wrong)!r}. Resume with the reparameterization (same arguments) that the run was started with."
             )
         for name, parameter in own.items():
             parameter.copy_(tensors[name])
@@ -178,7 +179,8 @@ def plain_parameters(model: nn.Module) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def fold(model: nn.Module, finish: Reparameterization | None = None) -> nn.Module:
-    """Turn every reparameterised weight back into a plain parameter, in place; outputs do not change. Returns the model.
+    """Turn every reparameterised weight back into a plain parameter, in place; outputs do not change. Returns the
+    model.
 
     Args:
         finish: apply its last step (pruning) to what was folded.

@@ -63,8 +63,8 @@ def choose_modes(size: int, number: int, kind: str | Mapping = "unit") -> tuple[
     """Modes of one side of a matrix.
 
     Args:
-        kind: "unit": two large modes with ones between them (OPDF); "balanced": nearly equal ones; or a mapping of sizes to
-            modes, "unit" for the sizes it does not hold.
+        kind: "unit": two large modes with ones between them (OPDF); "balanced": nearly equal ones; or a mapping of
+            sizes to modes, "unit" for the sizes it does not hold.
 
     Raises:
         RMTKDError: modes whose product is not the size, or of another number.
@@ -99,10 +99,12 @@ def full_bonds(modes: Modes) -> list[int]:
 def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
     """Tensors T_k of shape (d_{k-1}, i_k, j_k, d_k), fp32, whose contraction is the matrix.
 
-    W[(i_1..i_n), (j_1..j_n)] = sum over the bonds of T_1[1, i_1, j_1, a_1] T_2[a_1, i_2, j_2, a_2] ... T_n[.., i_n, j_n, 1].
+    W[(i_1..i_n), (j_1..j_n)] = sum over the bonds of T_1[1, i_1, j_1, a_1] T_2[a_1, i_2, j_2, a_2] ... T_n[.., i_n,
+    j_n, 1].
 
     A sweep of SVDs in fp64 from the left; singular values are split as square roots on both sides of each bond. A bond
-    next to a unit mode is not decomposed again: its tensor is exactly the identity, and null singular values do no harm.
+    next to a unit mode is not decomposed again: its tensor is exactly the identity, and null singular values do no
+    harm.
 
     Args:
         weight: (rows, columns), rows and columns the products of the modes.
@@ -127,8 +129,8 @@ def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
 
 
 def mpo_contract(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The matrix (rows, columns) of `mpo_decompose`'s tensors, from the smaller outer side inwards: square tensors of the
-    middle meet the small one first."""
+    """The matrix (rows, columns) of `mpo_decompose`'s tensors, from the smaller outer side inwards: square tensors of
+    the middle meet the small one first."""
     outs, ins = [t.shape[1] for t in tensors], [t.shape[2] for t in tensors]
     if outs[0] * ins[0] >= outs[-1] * ins[-1]:
         product = tensors[-1].reshape(tensors[-1].shape[0], -1)
@@ -145,7 +147,8 @@ def mpo_contract(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 class MPOWeight(nn.Module):
-    """The parametrization: tensors -> weight. Contracted in fp32 outside autocast (bf16 costs 4e-3), cast afterwards."""
+    """The parametrization: tensors -> weight. Contracted in fp32 outside autocast (bf16 costs 4e-3), cast
+    afterwards."""
 
     def __init__(self, modes: Modes, dtype: torch.dtype):
         super().__init__()
@@ -163,14 +166,16 @@ class MPOWeight(nn.Module):
 class MatrixProductOperator(Reparameterization):
     """OPDF: each weight is trained as a product of `num_tensors` tensors with full bonds, and folded back afterwards.
 
-    With "unit" modes, OPDF's own, that is a deep linear factorisation of the index-permuted weight: two outer tensors and
-    `num_tensors - 2` square ones, which start as identities. The function class does not grow; what changes is the step:
-    at equal learning rate Adam moves the weight 2 to 5 times further (n = 3 to 7), hence `lr_scale`. Training memory and
+    With "unit" modes, OPDF's own, that is a deep linear factorisation of the index-permuted weight: two outer tensors
+    and `num_tensors - 2` square ones, which start as identities. The function class does not grow; what changes is the
+    step: at equal learning rate Adam moves the weight 2 to 5 times further (n = 3 to 7), hence `lr_scale`. Training
+        memory and
     optimizer state grow by `mpo_factor`, time by about d / (tokens per batch); the saved model is the plain one.
 
     Args:
         num_tensors: n, at least 2.
-        modes: "unit", "balanced" (hardly more parameters), or {side: modes}, for example the authors' {768: [32, 1, 1, 1, 24],
+        modes: "unit", "balanced" (hardly more parameters), or {side: modes}, for example the authors' {768: [32, 1, 1,
+            1, 24],
             3072: [64, 1, 1, 1, 48]}, which "unit" chooses by itself.
         lr_scale: None: 1 / (n - 1), which about undoes the larger step.
 

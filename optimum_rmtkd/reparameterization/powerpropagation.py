@@ -33,16 +33,17 @@ class SignedPower(nn.Module):
 
 @register_reparameterization
 class Powerpropagation(Reparameterization):
-    """w = theta |theta|^(a - 1), with theta = sign(w) |w|^(1/a) at the start: the function is unchanged, up to rounding.
+    """w = theta |theta|^(a - 1), with theta = sign(w) |w|^(1/a) at the start: the function is unchanged, up to
+    rounding.
 
-    The gradient of theta is a |theta|^(a-1) times that of w: large weights move more, small ones less, and training ends
-    with weights that can be pruned by magnitude. An exact 0 stays 0. Steps differ from those of a plain network at the same
-    learning rate: tune it.
+    The gradient of theta is a |theta|^(a-1) times that of w: large weights move more, small ones less, and training
+    ends with weights that can be pruned by magnitude. An exact 0 stays 0. Steps differ from those of a plain network
+    at the same learning rate: tune it.
 
     Args:
         exponent: a > 1; the paper uses 2 to 5.
-        sparsity: share of the entries of each weight, the smallest ones, set to 0 when the weights are folded for saving or
-            at the end of the training, in [0, 1). 0: none.
+        sparsity: share of the entries of each weight, the smallest ones, set to 0 when the weights are folded for
+            saving or at the end of the training, in [0, 1). 0: none.
 
     Reference: Schwarz et al., "Powerpropagation", arXiv 2110.00296, section 2.
     """
@@ -59,7 +60,8 @@ class Powerpropagation(Reparameterization):
         super().__init__(target_modules, lr_scale)
         if not exponent > 1 or not 0 <= sparsity < 1:
             raise RMTKDError(
-                f"Powerpropagation(exponent={exponent}, sparsity={sparsity}): expected an exponent above 1 and a share in [0, 1)."
+                f"Powerpropagation(exponent={exponent}, sparsity={sparsity}): expected an exponent above 1 and a "
+                "share in [0, 1)."
             )
         self.exponent, self.sparsity = float(exponent), float(sparsity)
 

@@ -31,8 +31,8 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: t
     """Modules of a model with a weight of their own to be reparameterised, in order.
 
     Args:
-        targets: None: every module of `kinds` inside the blocks (`block_list`). A string: a regular expression that matches
-            the whole path; a list: paths end in one of these words (as PEFT's `target_modules`).
+        targets: None: every module of `kinds` inside the blocks (`block_list`). A string: a regular expression that
+            matches the whole path; a list: paths end in one of these words (as PEFT's `target_modules`).
         kinds: module types that can be taken.
 
     Raises:
@@ -62,15 +62,15 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: t
             (found if weights[id(weight)] == 1 else tied).append(path)
     if not found and tied:
         raise RMTKDError(
-            f"target_modules={targets!r} matches only tied weights in {type(model).__name__} ({', '.join(tied)}), which stay as "
-            "they are: the tie would be lost. Choose others, or set tie_word_embeddings=False."
+            f"target_modules={targets!r} matches only tied weights in {type(model).__name__} ({', '.join(tied)}), "
+            "which stay as they are: the tie would be lost. Choose others, or set tie_word_embeddings=False."
         )
     if not found:
         names = sorted(
             {path.rpartition(".")[2] for path, module in model.named_modules() if isinstance(module, kinds)}
         )
         raise RMTKDError(
-            f"target_modules={targets!r} matches nothing in {type(model).__name__}; expected a regular expression for whole "
-            f"paths or a list of last words, among {', '.join(names) or 'none: the model has no such module'}."
+            f"target_modules={targets!r} matches nothing in {type(model).__name__}; expected a regular expression for "
+            f"whole paths or a list of last words, among {', '.join(names) or 'none: the model has no such module'}."
         )
     return found

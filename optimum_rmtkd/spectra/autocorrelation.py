@@ -1,9 +1,9 @@
 """Autocorrelation of tokens within sequences, from lagged sums over a few fixed projections.
 
-For a projection z of the samples about the pivot and the pairs (t, t + k) of unmasked positions of one sequence, three sums
-per lag k are kept: z_t z_{t+k}, z_t + z_{t+k} and the number of pairs. They are additive over sequences, can be moved to
-another pivot exactly, and give autocovariances about the mean of all samples. A mean per sequence would be wrong here: it
-removes what the tokens of a sequence share, which is the very dependence to be measured.
+For a projection z of the samples about the pivot and the pairs (t, t + k) of unmasked positions of one sequence, three
+sums per lag k are kept: z_t z_{t+k}, z_t + z_{t+k} and the number of pairs. They are additive over sequences, can be
+moved to another pivot exactly, and give autocovariances about the mean of all samples. A mean per sequence would be
+wrong here: it removes what the tokens of a sequence share, which is the very dependence to be measured.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def inflation(sums: dict[str, Tensor], mean: Tensor) -> float:
         mean: (PROJECTIONS,) fp64, the mean of z over all samples.
 
     Notes:
-        m_k is the number of pairs at lag k; for full sequences of length L, m_k / m_0 = 1 - k / L, the exact finite-length
-        weight, so that L identical tokens count as one. The sum stops at the first rho_k <= 0 (Geyer's initial positive
-        sequence, lag by lag) and at MAX_LAG.
+        m_k is the number of pairs at lag k; for full sequences of length L, m_k / m_0 = 1 - k / L, the exact
+        finite-length weight, so that L identical tokens count as one. The sum stops at the first rho_k <= 0 (Geyer's
+        initial positive sequence, lag by lag) and at MAX_LAG.
     """
     pairs = sums["lag_pairs"]
     if not pairs[0] > 0:

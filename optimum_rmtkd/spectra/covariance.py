@@ -27,14 +27,16 @@ class SecondMoments:
 
     Args:
         dim: number of channels d.
-        null_moments: also accumulate the moments of randomly sign-flipped samples, which the `signflip` edge needs. Costs
-            a second matrix product per update.
-        device: where the fp64 sums live. Default: the device of the first batch (the CPU when that device has no fp64).
+        null_moments: also accumulate the moments of randomly sign-flipped samples, which the `signflip` edge needs.
+            Costs a second matrix product per update.
+        device: where the fp64 sums live. Default: the device of the first batch (the CPU when that device has no
+            fp64).
         seed: of the random signs. Under torch.distributed the rank is added, so that ranks draw different signs.
 
     Notes:
-        Precision. fp64 input: products in fp64; any chunking and any order of merges agree to about 1e-13. Other input:
-        the product of one chunk is fp32 (relative error about 1e-7 of sqrt(S_ii S_jj)), sums over chunks are fp64.
+        Precision. fp64 input: products in fp64; any chunking and any order of merges agree to about 1e-13. Other
+        input: the product of one chunk is fp32 (relative error about 1e-7 of sqrt(S_ii S_jj)), sums over chunks are
+            fp64.
 
         Halves. For the split-half diagnostic, sums are kept in two halves. A chunk at least as large as everything
         before it is split, whole sequences alternating; a smaller one goes to the lighter half, which saves one d x d
@@ -62,8 +64,8 @@ class SecondMoments:
         """Add samples.
 
         Args:
-            x: (..., dim), any floating dtype. With three or more axes the first is the sequence, and those between form
-                its positions, whose autocorrelation is tracked for `n_effective`.
+            x: (..., dim), any floating dtype. With three or more axes the first is the sequence, and those between
+                form its positions, whose autocorrelation is tracked for `n_effective`.
             mask: (...,) bool or 0/1, the positions that count. Values elsewhere may be anything, NaN included.
             weight: (...,) non-negative weight per sample.
 
@@ -159,7 +161,8 @@ class SecondMoments:
     def _require(self) -> dict[str, Tensor]:
         if self._pivot is None or not self._sums["scalars"][:, 1].sum() > 0:
             raise CalibrationError(
-                f"No samples for {self.dim} channels: no batch came through, every position was masked, or every weight was 0."
+                f"No samples for {self.dim} channels: no batch came through, every position was masked, or every "
+                "weight was 0."
             )
         return self._sums
 
@@ -214,9 +217,9 @@ class SecondMoments:
 
         Notes:
             Signs are drawn for x - pivot, as the final mean is not yet known: its second moment per channel is
-            var + (mean - pivot)^2. Rows and columns are rescaled so that the diagonal equals the covariance's exactly; off
-            the diagonal the approximation is a random matrix of the same entry variances. The pivot is the mean of the
-            first chunk.
+            var + (mean - pivot)^2. Rows and columns are rescaled so that the diagonal equals the covariance's exactly;
+            off the diagonal the approximation is a random matrix of the same entry variances. The pivot is the mean of
+            the first chunk.
         """
         if not self.null_moments:
             return None
@@ -290,8 +293,8 @@ class SecondMoments:
         """Sum over all processes, in place; every process ends with the same moments. Returns self.
 
         Args:
-            accelerator_or_group: an accelerate.Accelerator, a torch.distributed group, or None (the default group). With
-                one process nothing happens.
+            accelerator_or_group: an accelerate.Accelerator, a torch.distributed group, or None (the default group).
+                With one process nothing happens.
 
         Notes:
             Call it once, on all processes, after the last update: a second call would count every sample again. A
@@ -338,7 +341,8 @@ class SecondMoments:
         dim, null = int(state["dim"]), bool(state["null_moments"])
         if (dim, null) != (self.dim, self.null_moments):
             raise RMTKDError(
-                f"The state holds dim={dim}, null_moments={null}; expected dim={self.dim}, null_moments={self.null_moments}."
+                f"The state holds dim={dim}, null_moments={null}; expected dim={self.dim}, "
+                f"null_moments={self.null_moments}."
             )
         sums = {name.removeprefix("sums."): value for name, value in state.items() if name.startswith("sums.")}
         if self.device is None and sums:

@@ -53,9 +53,12 @@ class Spectrum:
         """Eigenvalues that are not numerically null, descending: the only ones that medians and quantiles may see.
 
         Notes:
-            Dropped: (i) beyond count - 1, exact zeros of a centred sample covariance with few samples; (ii) below ROUNDOFF
-            (1e-10) of the largest: fp64 eigenvalues carry no digits there; (iii) below NULL_SHARE (1e-6) of the median of the
-            rest: an exact null direction (LayerNorm subtracts the mean) is seen at about 1e-8 of the typical variance when
+            Dropped: (i) beyond count - 1, exact zeros of a centred sample covariance with few samples; (ii) below
+                ROUNDOFF
+            (1e-10) of the largest: fp64 eigenvalues carry no digits there; (iii) below NULL_SHARE (1e-6) of the median
+            of the
+            rest: an exact null direction (LayerNorm subtracts the mean) is seen at about 1e-8 of the typical variance
+                when
             the products are fp32, while a real direction a million times weaker than the median cannot matter.
         """
         count = self.n if self.count is None else self.count
@@ -91,8 +94,8 @@ class Edge:
     Attributes:
         value: the edge, in units of the eigenvalues.
         noise_variance: estimated variance of the noise per channel; NaN when the estimator has no noise model.
-        details: JSON-able facts about how it was found. A `rank` entry, where present, is the exact rank (rules that count
-            directions rather than compare with an edge); a `warning` entry is shown to the user.
+        details: JSON-able facts about how it was found. A `rank` entry, where present, is the exact rank (rules that
+            count directions rather than compare with an edge); a `warning` entry is shown to the user.
     """
 
     value: float
@@ -119,8 +122,9 @@ def register_edge_estimator(name: str) -> Callable[[Callable[..., Edge]], Callab
             return Edge(factor * mean, mean)
 
     Use `spectrum.positive`, not `spectrum.eigenvalues`, for anything like a median: it is free of numerically null
-    directions. An option called `tracy_widom_alpha` receives the user's setting of that name. Where something is missing
-    (too few eigenvalues, no null moments) raise RMTKDError saying what to do; comparisons then show it as a reason.
+    directions. An option called `tracy_widom_alpha` receives the user's setting of that name. Where something is
+    missing (too few eigenvalues, no null moments) raise RMTKDError saying what to do; comparisons then show it as a
+    reason.
 
     Raises:
         RMTKDError: the name is taken.
@@ -151,13 +155,15 @@ def estimate_edge(spectrum: Spectrum, estimator: str = "screenot", **options: An
     """Run one registered estimator.
 
     Raises:
-        RMTKDError: unknown estimator or option, one that is missing, or the estimator cannot be applied to this spectrum.
+        RMTKDError: unknown estimator or option, one that is missing, or the estimator cannot be applied to this
+            spectrum.
     """
     known = estimator_options(estimator)
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise RMTKDError(
-            f"Unknown option(s) {', '.join(unknown)} of edge estimator {estimator!r}. It takes: {', '.join(known) or 'none'}."
+            f"Unknown option(s) {', '.join(unknown)} of edge estimator {estimator!r}. It takes: "
+            f"{', '.join(known) or 'none'}."
         )
     parameters = inspect.signature(find_estimator(estimator)).parameters
     missing = [name for name in known if name not in options and parameters[name].default is inspect.Parameter.empty]
@@ -191,8 +197,9 @@ def mp_quantile(
         refine: fit sigma2 by least squares between histogram and Marchenko-Pastur density on [lambda-, lambda+].
 
     Notes:
-        arXiv 2509.15724, section 3. The fit is made in units of sigma2 (in units of the eigenvalues a larger sigma2 always
-        fits better, the integral being proportional to 1 / sigma2) and searches within the Marchenko-Pastur band around the
+        arXiv 2509.15724, section 3. The fit is made in units of sigma2 (in units of the eigenvalues a larger sigma2
+        always fits better, the integral being proportional to 1 / sigma2) and searches within the Marchenko-Pastur
+        band around the
         quantile: with q near 0 the band closes and the rule is the quantile itself.
 
     Raises:
@@ -244,7 +251,8 @@ def signflip(spectrum: Spectrum) -> Edge:
     """
     if spectrum.null_eigenvalues is None:
         raise RMTKDError(
-            "signflip needs the moments of sign-flipped samples: accumulate with SecondMoments(dim, null_moments=True)."
+            "signflip needs the moments of sign-flipped samples: accumulate with SecondMoments(dim, "
+            "null_moments=True)."
         )
     edge = float(spectrum.null_eigenvalues.max())
     return Edge(edge, _noise_below(spectrum, edge))
@@ -255,19 +263,20 @@ def dpa(spectrum: Spectrum, deflate: bool = True, tracy_widom_alpha: float | Non
     """Deterministic parallel analysis: edge of the generalised Marchenko-Pastur law of the channel variances.
 
     Args:
-        deflate: take out the components above the edge and start again until nothing new appears. Strong spikes inflate the
-            channel variances and would otherwise hide weaker ones (shadowing).
+        deflate: take out the components above the edge and start again until nothing new appears. Strong spikes
+            inflate the channel variances and would otherwise hide weaker ones (shadowing).
 
     Notes:
-        Dobriban, Owen, "Deterministic parallel analysis", JRSS-B 81 (2019). The edge is the minimum over w in (0, 1 / max t)
-        of 1/w + q mean(t / (1 - w t)), t the channel variances. Tracy-Widom scale: El Karoui 2007. What is taken out of a
-        component is its signal variance 1 / D(lam), D(lam) = lam m (q m + (1 - q) / lam), m = mean of 1 / (lam - lam_j) over
-        the eigenvalues below the edge (Benaych-Georges, Nadakuditi 2012). Taking out lam itself would remove noise as well,
-        lower the edge, and run away: measured, 400 of 400 directions of white noise with 15 spikes.
+        Dobriban, Owen, "Deterministic parallel analysis", JRSS-B 81 (2019). The edge is the minimum over w in (0, 1 /
+        max t) of 1/w + q mean(t / (1 - w t)), t the channel variances. Tracy-Widom scale: El Karoui 2007. What is
+        taken out of a component is its signal variance 1 / D(lam), D(lam) = lam m (q m + (1 - q) / lam), m = mean of 1
+        / (lam - lam_j) over the eigenvalues below the edge (Benaych-Georges, Nadakuditi 2012). Taking out lam itself
+        would remove noise as well, lower the edge, and run away: measured, 400 of 400 directions of white noise with
+        15 spikes.
 
-        Variance confined to one channel is noise to this rule and to signflip: a single massive channel lifts the edge above
-        everything; and where all channels are correlated, deflation goes on until little is left (`rank_undeflated` in
-        the details is the other end). Prefer screenot on such activations.
+        Variance confined to one channel is noise to this rule and to signflip: a single massive channel lifts the edge
+        above everything; and where all channels are correlated, deflation goes on until little is left
+        (`rank_undeflated` in the details is the other end). Prefer screenot on such activations.
 
     Raises:
         RMTKDError: no diagonal, or no eigenvectors to deflate with.
@@ -276,7 +285,8 @@ def dpa(spectrum: Spectrum, deflate: bool = True, tracy_widom_alpha: float | Non
         raise RMTKDError("dpa needs Spectrum.diagonal, and Spectrum.vectors to deflate; got none.")
     variances, kept, rounds = spectrum.diagonal, 0, 0
     while deflate:
-        # What is taken out must be beyond doubt: one noise direction taken out by mistake lowers the edge onto the next.
+        # What is taken out must be beyond doubt: one noise direction taken out by mistake lowers the edge onto the
+        # next.
         sure = int((spectrum.positive > _generalised_edge(variances, spectrum.n, DEFLATION_ALPHA)).sum())
         if sure <= kept:
             break
@@ -325,14 +335,14 @@ def screenot(spectrum: Spectrum, rank_bound: int | None = None) -> Edge:
     """Optimal hard threshold for low rank plus noise of unknown, possibly correlated, spectrum.
 
     Args:
-        rank_bound: upper bound on the number of signal directions. None: a sweep over d/16, d/8, d/4. The answer is that
-            of the smallest bound which no larger bound contradicts (by finding more than it allows); a warning is attached
-            when the rank moves by more than 20 % of it over the bounds that hold.
+        rank_bound: upper bound on the number of signal directions. None: a sweep over d/16, d/8, d/4. The answer is
+            that of the smallest bound which no larger bound contradicts (by finding more than it allows); a warning is
+            attached when the rank moves by more than 20 % of it over the bounds that hold.
 
     Notes:
-        Donoho, Gavish, Romanov, "ScreeNOT: exact MSE-optimal singular value thresholding in correlated noise", Ann. Statist.
-        51 (2023). The top k singular values are replaced by an imputed edge, and the threshold y solves y D'(y) / D(y) = -4
-        with D(y) = phi (g phi + (1 - g) / y), phi = mean(y / (y^2 - z^2)), g = min(n/d, d/n).
+        Donoho, Gavish, Romanov, "ScreeNOT: exact MSE-optimal singular value thresholding in correlated noise", Ann.
+        Statist. 51 (2023). The top k singular values are replaced by an imputed edge, and the threshold y solves y
+        D'(y) / D(y) = -4 with D(y) = phi (g phi + (1 - g) / y), phi = mean(y / (y^2 - z^2)), g = min(n/d, d/n).
 
     Raises:
         RMTKDError: fewer than 4 non-null eigenvalues, or 2 rank_bound + 1 not below their number.
@@ -342,21 +352,23 @@ def screenot(spectrum: Spectrum, rank_bound: int | None = None) -> Edge:
     limit = (len(values) - 2) // 2
     if limit < 1 or (rank_bound is not None and not 1 <= rank_bound <= limit):
         raise RMTKDError(
-            f"screenot with rank_bound={rank_bound} on {len(values)} non-null eigenvalues: expected 1 <= rank_bound <= {limit}; "
-            "give more samples or another estimator."
+            f"screenot with rank_bound={rank_bound} on {len(values)} non-null eigenvalues: expected 1 <= rank_bound "
+            f"<= {limit}; give more samples or another estimator."
         )
     wanted = [spectrum.dim // 16, spectrum.dim // 8, spectrum.dim // 4] if rank_bound is None else [rank_bound]
     bounds = sorted({max(1, min(k, limit)) for k in wanted})
     edges = [_screenot_threshold(_impute(values, bound), aspect) ** 2 for bound in bounds]
     ranks = [int((spectrum.positive > edge).sum()) for edge in edges]
-    # A bound that a larger bound's answer exceeds was no upper bound; of the others the smallest leaves the most bulk as it is.
+    # A bound that a larger bound's answer exceeds was no upper bound; of the others the smallest leaves the most bulk
+    # as it is.
     chosen = next(i for i in range(len(bounds)) if i == len(bounds) - 1 or max(ranks[i + 1 :]) <= bounds[i])
     valid = ranks[chosen:] if chosen < len(bounds) - 1 else ranks
     moved = (max(valid) - min(valid)) / max(1, ranks[chosen])
     details: dict[str, Any] = {"rank_bounds": bounds, "ranks": ranks, "spread": moved}
     if moved > 0.2:
         details["warning"] = (
-            f"no separated bulk: the rank is a budget, not a finding (screenot answers {ranks} for rank bounds {bounds})"
+            f"no separated bulk: the rank is a budget, not a finding (screenot answers {ranks} for rank bounds "
+            f"{bounds})"
         )
     return Edge(edges[chosen], _noise_below(spectrum, edges[chosen]), details)
 

@@ -61,8 +61,8 @@ def cdf(x: Number, q: float, sigma2: float = 1.0) -> Number:
     """P[eigenvalue <= x], atom at zero included.
 
     Notes:
-        With r = sqrt q and x = sigma2 (1 + q - 2 r cos t) the density becomes (2 / pi) sin^2 t / (1 + q - 2 r cos t) dt,
-        whose integral from 0 to t is
+        With r = sqrt q and x = sigma2 (1 + q - 2 r cos t) the density becomes (2 / pi) sin^2 t / (1 + q - 2 r cos t)
+        dt, whose integral from 0 to t is
         (2 / pi) [sin t / (2 r) + (1 + q) t / (4 q) - |1 - q| / (2 q) atan((1 + r) / |1 - r| tan(t / 2))].
     """
     low, high = edges(q, sigma2)
@@ -103,13 +103,15 @@ def median(q: float, sigma2: float = 1.0) -> float:
 
 
 def spike_threshold(q: float, sigma2: float = 1.0) -> float:
-    """Population bar sigma2 (1 + sqrt q): a spike below it leaves no trace outside the bulk (Baik, Ben Arous, Peche 2005)."""
+    """Population bar sigma2 (1 + sqrt q): a spike below it leaves no trace outside the bulk (Baik, Ben Arous, Peche
+    2005)."""
     _check(q, sigma2)
     return sigma2 * (1 + math.sqrt(q))
 
 
 def spike_to_sample(ell: Number, q: float, sigma2: float = 1.0) -> Number:
-    """Sample eigenvalue ell (1 + q sigma2 / (ell - sigma2)) of a population spike; the bulk edge below the threshold."""
+    """Sample eigenvalue ell (1 + q sigma2 / (ell - sigma2)) of a population spike; the bulk edge below the
+    threshold."""
     spike, bar = _tensor(ell), spike_threshold(q, sigma2)
     safe = spike.clamp_min(bar)
     return _like(ell, safe * (1 + q * sigma2 / (safe - sigma2)))
@@ -133,8 +135,8 @@ def eigenvector_overlap(ell: Number, q: float, sigma2: float = 1.0) -> Number:
     """Squared cosine between the population and the sample eigenvector of a spike, in [0, 1); 0 below the threshold.
 
     Notes:
-        (1 - q s^2 / (ell - s)^2) / (1 + q s / (ell - s)), s = sigma2 (Paul 2007; Benaych-Georges, Nadakuditi 2011). Holds
-        under the spiked model: white noise of variance sigma2 plus few spikes.
+        (1 - q s^2 / (ell - s)^2) / (1 + q s / (ell - s)), s = sigma2 (Paul 2007; Benaych-Georges, Nadakuditi 2011).
+        Holds under the spiked model: white noise of variance sigma2 plus few spikes.
     """
     spike, bar = _tensor(ell), spike_threshold(q, sigma2)
     gap = spike.clamp_min(bar) - sigma2
@@ -149,8 +151,9 @@ def hard_threshold_coefficient(beta: float) -> float:
         beta: aspect ratio of the data matrix, in (0, 1].
 
     Notes:
-        Gavish, Donoho, "The optimal hard threshold for singular values is 4 / sqrt 3", IEEE Trans. Inf. Theory 60 (2014):
-        omega = sqrt(2 (beta + 1) + 8 beta / (beta + 1 + sqrt(beta^2 + 14 beta + 1))) / sqrt(mu_beta), mu_beta exact.
+        Gavish, Donoho, "The optimal hard threshold for singular values is 4 / sqrt 3", IEEE Trans. Inf. Theory 60
+        (2014): omega = sqrt(2 (beta + 1) + 8 beta / (beta + 1 + sqrt(beta^2 + 14 beta + 1))) / sqrt(mu_beta), mu_beta
+        exact.
 
     Raises:
         RMTKDError: beta outside (0, 1].
@@ -161,8 +164,8 @@ def hard_threshold_coefficient(beta: float) -> float:
     return math.sqrt(square / median(beta))
 
 
-# Quantiles of the Tracy-Widom law, beta = 1, computed from F(s) = det(1 - Ai(x + y + s)) on L2(0, inf) (Ferrari, Spohn 2005)
-# with Bornemann's Gauss-Legendre discretisation (Math. Comp. 79, 2010), 80 nodes; the tests recompute them.
+# Quantiles of the Tracy-Widom law, beta = 1, computed from F(s) = det(1 - Ai(x + y + s)) on L2(0, inf) (Ferrari, Spohn
+# 2005) with Bornemann's Gauss-Legendre discretisation (Math. Comp. 79, 2010), 80 nodes; the tests recompute them.
 _TRACY_WIDOM = {
     1e-4: -5.249582,
     1e-3: -4.654198,
@@ -194,8 +197,8 @@ _TRACY_WIDOM = {
 def tracy_widom_quantile(p: float) -> float:
     """Quantile of the Tracy-Widom law of real matrices (beta = 1): 0.979 at p = 0.95, 2.023 at p = 0.99.
 
-    A monotone cubic (Fritsch, Carlson 1980) through the table above, in the normal quantile of p, where the law is nearly a
-    straight line; error below 1e-3 for p in [1e-3, 0.9999], below 3e-3 beyond.
+    A monotone cubic (Fritsch, Carlson 1980) through the table above, in the normal quantile of p, where the law is
+    nearly a straight line; error below 1e-3 for p in [1e-3, 0.9999], below 3e-3 beyond.
 
     Raises:
         RMTKDError: p outside [1e-4, 0.99999], where the table ends.
@@ -211,8 +214,8 @@ def tracy_widom_edge(n: float, d: float, sigma2: float = 1.0, alpha: float = 0.0
     """Value that the largest eigenvalue of pure white noise exceeds with probability `alpha`.
 
     Notes:
-        mu + s t_{1 - alpha}, mu = sigma2 (sqrt n + sqrt d)^2 / n, s = sigma2 (sqrt n + sqrt d) (n^-1/2 + d^-1/2)^(1/3) / n
-        (Johnstone 2001).
+        mu + s t_{1 - alpha}, mu = sigma2 (sqrt n + sqrt d)^2 / n, s = sigma2 (sqrt n + sqrt d) (n^-1/2 + d^-1/2)^(1/3)
+        / n (Johnstone 2001).
     """
     _check(d / n, sigma2)
     root = math.sqrt(n) + math.sqrt(d)

@@ -20,14 +20,15 @@ def sample_tokens(
     """Reduce a batch of sequences to the samples that count.
 
     Args:
-        x: (batch, ..., dim); axes between the first and the last are flattened to positions. (batch, dim) comes back as is.
+        x: (batch, ..., dim); axes between the first and the last are flattened to positions. (batch, dim) comes back
+            as is.
         mask: (batch, ...) the positions that are no padding, or None.
-        unit: "token": all of them. "spaced": up to `tokens_per_sequence` evenly spaced unmasked positions of each sequence
-            (the middles of equal stretches), in order. "sequence_mean": the mean over unmasked positions.
+        unit: "token": all of them. "spaced": up to `tokens_per_sequence` evenly spaced unmasked positions of each
+            sequence (the middles of equal stretches), in order. "sequence_mean": the mean over unmasked positions.
 
     Returns:
-        (samples, mask): (batch, length, dim) and (batch, length) or None for tokens; (batch, dim) and (batch,) or None for
-        means, where False marks a sequence without any unmasked position.
+        (samples, mask): (batch, length, dim) and (batch, length) or None for tokens; (batch, dim) and (batch,) or None
+        for means, where False marks a sequence without any unmasked position.
 
     Raises:
         RMTKDError: unknown unit.
@@ -72,7 +73,8 @@ def checked(x, mask, weight, dim):
     for name, value in (("mask", mask), ("weight", weight)):
         if value is not None and value.shape != x.shape[:-1]:
             raise CalibrationError(
-                f"{name} of shape {tuple(value.shape)} with x of shape {tuple(x.shape)}: expected {tuple(x.shape[:-1])}."
+                f"{name} of shape {tuple(value.shape)} with x of shape {tuple(x.shape)}: expected "
+                f"{tuple(x.shape[:-1])}."
             )
     if weight is not None and not bool(((weight >= 0) & torch.isfinite(weight)).all()):
         raise CalibrationError("Weights must be finite and at least 0; got negative or non-finite ones.")
@@ -91,17 +93,18 @@ def select(x, mask, weight):
 
 
 def check_finite(outers: list[Tensor], rows: list[Tensor], what: str) -> None:
-    """Raise CalibrationError when a sum of squares (a diagonal of `outers`) is not finite, naming how many values are bad."""
+    """Raise CalibrationError when a sum of squares (a diagonal of `outers`) is not finite, naming how many values are
+    bad."""
     if all(bool(torch.isfinite(outer.diagonal()).all()) for outer in outers):
         return
     values = torch.cat(rows)
     bad = ~torch.isfinite(values)
     if not bool(bad.any()):
         raise CalibrationError(
-            f"{what.capitalize()} up to {float(values.abs().max()):.3g} overflow the sums of squares: expected values whose "
-            "square fits their dtype; pass float64 or rescale."
+            f"{what.capitalize()} up to {float(values.abs().max()):.3g} overflow the sums of squares: expected values "
+            "whose square fits their dtype; pass float64 or rescale."
         )
     raise CalibrationError(
-        f"{int(bad.sum())} of {values.numel()} values of the {what} are NaN or infinite, in {int(bad.any(0).sum())} of "
-        f"{values.shape[1]} channels. Expected finite values: look for overflow (float16) or a diverged model."
+        f"{int(bad.sum())} of {values.numel()} values of the {what} are NaN or infinite, in {int(bad.any(0).sum())} "
+        f"of {values.shape[1]} channels. Expected finite values: look for overflow (float16) or a diverged model."
     )

@@ -35,12 +35,12 @@ class SignalSubspace:
         q: channels over n_eff, null directions left out.
         null_directions: number of numerically null eigenvalues.
         variance_kept: share of the variance inside the basis.
-        ks_distance: Kolmogorov-Smirnov distance between the eigenvalues below the edge and the Marchenko-Pastur law fitted
-            to their median; NaN with fewer than two of them.
-        split_half_overlap: ||U1^T U2||_F^2 / rank of the leading subspaces of two halves of the samples, in [0, 1]; NaN when
-            not computed.
-        last_overlap: squared cosine to be expected between the last direction above the edge and the truth, under the spiked
-            model; NaN without a noise model.
+        ks_distance: Kolmogorov-Smirnov distance between the eigenvalues below the edge and the Marchenko-Pastur law
+            fitted to their median; NaN with fewer than two of them.
+        split_half_overlap: ||U1^T U2||_F^2 / rank of the leading subspaces of two halves of the samples, in [0, 1];
+            NaN when not computed.
+        last_overlap: squared cosine to be expected between the last direction above the edge and the truth, under the
+            spiked model; NaN without a noise model.
         ranks: spectral rank under every other estimator that applies.
         skipped: estimator -> why it does not apply.
         details: of the edge.
@@ -96,8 +96,10 @@ def signal_subspace(
     Args:
         moments: with at least 2 samples.
         estimator: a name in EDGE_ESTIMATORS.
-        n_effective: sample size in the formulas. "none": `moments.sample_size`; "auto": `moments.n_effective`; or a number.
-        tracy_widom_alpha: level of the finite-size correction, for the estimators that have one (a warning for the others).
+        n_effective: sample size in the formulas. "none": `moments.sample_size`; "auto": `moments.n_effective`; or a
+            number.
+        tracy_widom_alpha: level of the finite-size correction, for the estimators that have one (a warning for the
+            others).
         min_rank: the rank is at least this, and at most d.
         round_to: the rank is rounded up to a multiple of this, and cut at d.
         compare: also run every other estimator.
@@ -165,8 +167,8 @@ def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spec
     values, vectors = _eigh(covariance)
     if not values[0] > 0:
         raise CalibrationError(
-            f"The {moments.count} samples of {moments.dim} channels are all equal: no variance, no spectrum. Check that the hook "
-            "sits on an activation that depends on the input."
+            f"The {moments.count} samples of {moments.dim} channels are all equal: no variance, no spectrum. Check "
+            "that the hook sits on an activation that depends on the input."
         )
     null = moments.null_covariance
     return Spectrum(
@@ -180,7 +182,8 @@ def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spec
 
 
 def bulk_distance(spectrum: Spectrum, rank: int) -> float:
-    """Kolmogorov-Smirnov distance between the eigenvalues beyond `rank` and the Marchenko-Pastur law of their median."""
+    """Kolmogorov-Smirnov distance between the eigenvalues beyond `rank` and the Marchenko-Pastur law of their
+    median."""
     bulk = spectrum.positive[rank:].flip(0)
     if len(bulk) < 2:
         return math.nan
@@ -248,16 +251,18 @@ def _warnings(spectrum, estimator, edge, found, distance, alpha) -> tuple[str, .
     if spectrum.q < 0.01:
         percent = 100 * ((1 + math.sqrt(spectrum.q)) ** 2 - 1)
         texts.append(
-            f"quantile rule: q = {spectrum.q:.2g}, the Marchenko-Pastur edge lies within {percent:.0f} % of sigma^2, so rules based "
-            "on a quantile or the median keep the share of directions above it, whatever the spectrum"
+            f"quantile rule: q = {spectrum.q:.2g}, the Marchenko-Pastur edge lies within {percent:.0f} % of sigma^2, "
+            "so rules based on a quantile or the median keep the share of directions above it, whatever the spectrum"
         )
     if distance > 0.1:
         texts.append(
-            f"bulk is not Marchenko-Pastur: Kolmogorov-Smirnov distance {distance:.2f} (> 0.1); the rank is a heuristic"
+            f"bulk is not Marchenko-Pastur: Kolmogorov-Smirnov distance {distance:.2f} (> 0.1); the rank is a "
+            "heuristic"
         )
     if found > spectrum.dim / 2:
         texts.append(
-            f"more than half is signal: {found} of {spectrum.dim} directions lie above the edge; low rank plus noise fails"
+            f"more than half is signal: {found} of {spectrum.dim} directions lie above the edge; low rank plus noise "
+            "fails"
         )
     if alpha is not None and "tracy_widom_alpha" not in estimator_options(estimator):
         texts.append(f"tracy_widom_alpha has no effect on {estimator}")

@@ -1,7 +1,7 @@
 """Which directions stay, and how they are laid along the new coordinates. Pure functions over fp64 tensors.
 
-Every function returns a `Projection`: `encode` (d, k) takes an old activation x (..., d) to the new one x @ encode, and
-`decode` (d, k) reconstructs x from it as new @ decode.T. A layer W (out, in) between two cut sites starts as
+Every function returns a `Projection`: `encode` (d, k) takes an old activation x (..., d) to the new one x @ encode,
+and `decode` (d, k) reconstructs x from it as new @ decode.T. A layer W (out, in) between two cut sites starts as
 encode_out.T @ W @ decode_in.
 """
 
@@ -33,15 +33,16 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Of the mean variance. Products are fp32, so a moment of fewer samples than features has eigenvalues down to -1e-5 of it.
+# Of the mean variance. Products are fp32, so a moment of fewer samples than features has eigenvalues down to -1e-5 of
+# it.
 JITTERS = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
 EIGENVALUE_FLOOR = 1e-9  # share of the largest eigenvalue below which a square root is not inverted
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A cut of one site: encode and decode, each (d, k) fp64; `index` (k,) where the cut selects features; `offset` (d,)
-    what a reconstruction adds where the cut was made around the mean."""
+    """A cut of one site: encode and decode, each (d, k) fp64; `index` (k,) where the cut selects features; `offset`
+    (d,) what a reconstruction adds where the cut was made around the mean."""
 
     encode: torch.Tensor
     decode: torch.Tensor
@@ -58,7 +59,8 @@ def identity_projection(width: int) -> Projection:
 def symmetric_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Square root and inverse square root of a symmetric positive semi-definite matrix (..., d, d) fp64.
 
-    Eigenvalues under EIGENVALUE_FLOOR of the largest are raised to it in both, so that the two stay inverse to each other.
+    Eigenvalues under EIGENVALUE_FLOOR of the largest are raised to it in both, so that the two stay inverse to each
+    other.
     """
     values, vectors = torch.linalg.eigh(matrix)
     top = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
@@ -69,10 +71,10 @@ def symmetric_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def fisher_directions(moment: torch.Tensor, gradient: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Directions of a stream by what removing them costs, best first, and that cost.
 
-    With S the second moment of the activation and F that of the loss gradient, both (d, d) fp64, the directions are the
-    eigenvectors of S^(1/2) F S^(1/2) mapped back by S^(1/2): removing one changes the loss by half its eigenvalue, to
-    second order and per token. F is shrunk by 0.1 % towards a multiple of the identity, which orders what the loss does
-    not see by variance. Without a gradient: the eigenvectors of S and its eigenvalues.
+    With S the second moment of the activation and F that of the loss gradient, both (d, d) fp64, the directions are
+    the eigenvectors of S^(1/2) F S^(1/2) mapped back by S^(1/2): removing one changes the loss by half its eigenvalue,
+    to second order and per token. F is shrunk by 0.1 % towards a multiple of the identity, which orders what the loss
+    does not see by variance. Without a gradient: the eigenvectors of S and its eigenvalues.
 
     Returns:
         (basis (d, d), not orthonormal, columns in order; scores (d,) descending).
@@ -118,9 +120,9 @@ def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
 def polar_alignment(basis: torch.Tensor) -> torch.Tensor:
     """Rotate an orthonormal basis (d, k) inside its span so that it lies as close to k coordinate axes as it can.
 
-    The rows are picked by pivoted Cholesky of basis @ basis.T (the pivots of a column-pivoted QR of basis.T) and kept in
-    their original order; the orthogonal factor of the polar decomposition of those k rows is undone. At k = d the result
-    is the identity.
+    The rows are picked by pivoted Cholesky of basis @ basis.T (the pivots of a column-pivoted QR of basis.T) and kept
+    in their original order; the orthogonal factor of the polar decomposition of those k rows is undone. At k = d the
+    result is the identity.
     """
     pivots, _ = pivoted_cholesky(basis @ basis.T, basis.shape[1])
     left, _, right = torch.linalg.svd(basis[pivots.sort().values])
@@ -130,8 +132,8 @@ def polar_alignment(basis: torch.Tensor) -> torch.Tensor:
 def rotate_onto_ones(basis: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
     """The smallest rotation inside the span of `basis` (d, k) after which `direction` (k,) is the all-ones direction.
 
-    `direction` is a unit vector in the coordinates of the basis. Its plane with the all-ones vector is turned, the rest
-    stays where it is, so a layer norm of the new coordinates subtracts what lies along `direction`.
+    `direction` is a unit vector in the coordinates of the basis. Its plane with the all-ones vector is turned, the
+    rest stays where it is, so a layer norm of the new coordinates subtracts what lies along `direction`.
     """
     k = basis.shape[1]
     ones = torch.full((k,), k**-0.5, dtype=basis.dtype)
@@ -162,9 +164,11 @@ def neuron_order(moment: torch.Tensor, weight_norm: torch.Tensor) -> tuple[torch
 
 
 def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
-    """Keep the features `index` (k,); the consumer is compensated by the best linear prediction of all from those kept.
+    """Keep the features `index` (k,); the consumer is compensated by the best linear prediction of all from those
+    kept.
 
-    decode = S[:, index] S[index, index]^-1 (Nystrom), with the first jitter of JITTERS under which the kept block is positive definite.
+    decode = S[:, index] S[index, index]^-1 (Nystrom), with the first jitter of JITTERS under which the kept block is
+    positive definite.
 
     Raises:
         CalibrationError: the kept features have no finite second moment.
@@ -179,8 +183,9 @@ def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
             break
     else:
         raise CalibrationError(
-            f"The second moment of {len(index)} kept features is not positive definite even with a jitter of {JITTERS[-1]:g} of its "
-            "mean variance; expected finite activations. Check the calibration data, or use more of it."
+            f"The second moment of {len(index)} kept features is not positive definite even with a jitter of "
+            f"{JITTERS[-1]:g} of its mean variance; expected finite activations. Check the calibration data, or use "
+            "more of it."
         )
     if jitter > JITTERS[0]:
         logger.info("A jitter of %g of the mean variance was needed to compensate %d features.", jitter, len(moment))
@@ -216,8 +221,9 @@ def query_key_directions(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.
         query, key: (heads, w, w) fp64 second moments of queries and keys.
 
     Returns:
-        (query encode (heads, w, w), key encode, scores (heads, w)): the SVD of Sq^(1/2) Sk^(1/2), its singular values split
-        evenly; a score is the mean squared attention logit (before the softmax scale) that its direction carries.
+        (query encode (heads, w, w), key encode, scores (heads, w)): the SVD of Sq^(1/2) Sk^(1/2), its singular values
+        split evenly; a score is the mean squared attention logit (before the softmax scale) that its direction
+        carries.
     """
     query_root, query_inverse = symmetric_root(query)
     key_root, key_inverse = symmetric_root(key)

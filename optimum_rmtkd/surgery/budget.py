@@ -92,8 +92,8 @@ class BudgetPoint:
 def couple_grid(site: Site, config: RMTKDConfig) -> tuple[int, int, int]:
     """(floor, step, stride) of the widths of one group of a site.
 
-    Heads are cut in multiples of `round_to` where they are at least four times as wide, else of a quarter of their width,
-    so that narrow heads can be cut at all.
+    Heads are cut in multiples of `round_to` where they are at least four times as wide, else of a quarter of their
+    width, so that narrow heads can be cut at all.
     """
     full = site.group_width
     step = min(config.round_to, max(1, full // 4)) if site.groups > 1 else min(config.round_to, full)
@@ -105,8 +105,8 @@ def couple_grid(site: Site, config: RMTKDConfig) -> tuple[int, int, int]:
 def site_widths(couples: Mapping[str, int], anatomy: Anatomy) -> dict[str, int]:
     """{site: all features} from {couple: features of a group}; the pooler follows the stream even where it is absent.
 
-    Factors of full rank are no cut, nor is a table's factor that is not thinner than the stream it feeds: such sites are
-    left out.
+    Factors of full rank are no cut, nor is a table's factor that is not thinner than the stream it feeds: such sites
+    are left out.
     """
     stream = couples.get("hidden", float("inf"))
     widths = {}
@@ -152,8 +152,8 @@ def parameters_of(
 def flops_of(
     model: nn.Module, anatomy: Anatomy, positions: Mapping[str, float], scope: list[Unit] | None = None
 ) -> Callable[[Mapping[str, int]], float]:
-    """A function from {couple: width} to the FLOPs of one sample, 2 a multiply-add: all linear layers, convolutions and
-    attention products (with `scope`: of these units).
+    """A function from {couple: width} to the FLOPs of one sample, 2 a multiply-add: all linear layers, convolutions
+    and attention products (with `scope`: of these units).
 
     Args:
         positions: {spec path: positions of a sample it is applied to}, of every layer that counts.
@@ -200,8 +200,8 @@ def _move_price(couple: Couple, old: int, new: int, config: RMTKDConfig) -> floa
 def already_met(size: float, goal: float, what: str) -> BudgetError:
     """The error for a model of `size` "parameters" or "FLOPs" that is to get `goal` of them, and is no larger now."""
     return BudgetError(
-        f"The model has {size:,.0f} {what}, already no more than the {goal:,.0f} that were asked for: nothing is left to "
-        "narrow. Ask for a larger reduction, or leave the model as it is."
+        f"The model has {size:,.0f} {what}, already no more than the {goal:,.0f} that were asked for: nothing is left "
+        "to narrow. Ask for a larger reduction, or leave the model as it is."
     )
 
 
@@ -216,13 +216,14 @@ def allocate(
 ) -> tuple[dict[str, int], list[BudgetPoint]]:
     """Narrow greedily until `cost` is at most `goal`.
 
-    Each move narrows the couple whose move is cheapest: predicted loss per unit of worth saved ("loss": the discrete form of
-    one common Lagrange multiplier), eigenvalue over edge ("edge": one common multiple c of the noise edge, above which all
-    sites keep), or the widest share ("uniform").
+    Each move narrows the couple whose move is cheapest: predicted loss per unit of worth saved ("loss": the discrete
+    form of one common Lagrange multiplier), eigenvalue over edge ("edge": one common multiple c of the noise edge,
+    above which all sites keep), or the widest share ("uniform").
 
     Args:
         cost: {couple: width} -> size of the model.
-        worth: couple -> {couple: width} -> what the layers that touch it are worth, in any unit: what "loss" divides by.
+        worth: couple -> {couple: width} -> what the layers that touch it are worth, in any unit: what "loss" divides
+            by.
         goal, whole: size asked for, and size of the uncut model, of which shares are taken.
         what: "parameters" or "FLOPs", for the message.
 
@@ -242,9 +243,10 @@ def allocate(
         moves = [m for c in couples for m in _moves(c, widths, size, cost, local[c.name], config)]
         if not moves:
             raise BudgetError(
-                f"A reduction to {goal:,.0f} {what} was asked for; with min_width={config.min_width} and the chosen sites the "
-                f"model cannot get below {size:,.0f} (a reduction of {math.floor(1e4 * (1 - size / whole)) / 1e4:.4f}). Ask for at most that, allow more "
-                "sites, or lower min_width."
+                f"A reduction to {goal:,.0f} {what} was asked for; with min_width={config.min_width} and the chosen "
+                f"sites the model cannot get below {size:,.0f} (a reduction of "
+                f"{math.floor(1e4 * (1 - size / whole)) / 1e4:.4f}). Ask for at most that, allow more sites, or lower "
+                "min_width."
             )
         fitting = [m for m in moves if size - m[1] >= goal - TOLERANCE * whole]
         if fitting:

@@ -34,14 +34,15 @@ def collect_batches(dataloader: Iterable, samples: int, device: torch.device) ->
     They are kept, because surgery goes over the same data more than once and a dataloader may shuffle.
 
     Raises:
-        CalibrationError: no batch, a batch that is no mapping, token ids outside the vocabulary being the model's business.
+        CalibrationError: no batch, a batch that is no mapping, token ids outside the vocabulary being the model's
+            business.
     """
     batches, seen = [], 0
     for batch in dataloader:
         if not isinstance(batch, Mapping):
             raise CalibrationError(
-                f"A calibration batch is a {type(batch).__name__}; expected a mapping of model inputs, as a transformers data "
-                "collator returns."
+                f"A calibration batch is a {type(batch).__name__}; expected a mapping of model inputs, as a "
+                "transformers data collator returns."
             )
         tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
         if not tensors or not len(next(iter(tensors.values()))):
@@ -60,15 +61,15 @@ def collect_batches(dataloader: Iterable, samples: int, device: torch.device) ->
     masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
     if masks and not any(bool(mask.any()) for mask in masks):
         raise CalibrationError(
-            f"All tokens of the {len(batches)} calibration batches are padding (attention_mask is 0 everywhere): expected real "
-            "tokens. Check the tokenizer and the collator."
+            f"All tokens of the {len(batches)} calibration batches are padding (attention_mask is 0 everywhere): "
+            "expected real tokens. Check the tokenizer and the collator."
         )
     return _by_length(batches)
 
 
 def _by_length(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """The same samples in batches of like length, without the padding that those then have in common; no batch has more
-    positions than the largest had before, so short sentences come in larger batches.
+    """The same samples in batches of like length, without the padding that those then have in common; no batch has
+    more positions than the largest had before, so short sentences come in larger batches.
 
     Only for text padded on the right: elsewhere absolute positions would move. On short sentences in random order this
     halves the work, and more.
@@ -167,8 +168,8 @@ class Calibration:
         points: where activations are observed.
         gradients: the subset where loss gradients are, too.
         config: sample_unit, tokens_per_sequence, edge_estimator and seed are read.
-        null_moments: also accumulate the moments of sign-flipped data, which the estimator "signflip" needs; always done
-            where it is the recipe's.
+        null_moments: also accumulate the moments of sign-flipped data, which the estimator "signflip" needs; always
+            done where it is the recipe's.
 
     Attributes:
         moments: {point: SecondMoments}; those of the gradient are in `gradient_moment`.

@@ -1,7 +1,9 @@
-"""For every site: its directions in the order they should go, what their loss is predicted to cost, and the cut itself.
+"""For every site: its directions in the order they should go, what their loss is predicted to cost, and the cut
+itself.
 
-Predicted loss, in nats of the model's likelihood a sample: half the product of the covariance of what is removed and the
-Fisher information of the place in the stream where it lands (to second order, positions taken as independent). Without
+Predicted loss, in nats of the model's likelihood a sample: half the product of the covariance of what is removed and
+the Fisher information of the place in the stream where it lands (to second order, positions taken as independent).
+Without
 gradients: the share of the stream's energy there.
 """
 
@@ -54,7 +56,8 @@ class Directions:
 
 
 def stream_metric(calibration: Calibration, point: Point | None, dim: int) -> torch.Tensor:
-    """(dim, dim) fp64 M such that tr(M C) is the predicted loss of an error of covariance C at a point of the stream."""
+    """(dim, dim) fp64 M such that tr(M C) is the predicted loss of an error of covariance C at a point of the
+    stream."""
     moments = calibration.moments.get(point) if point else None
     if moments is None:
         return torch.eye(dim, dtype=torch.float64) / dim
@@ -122,7 +125,8 @@ def hidden_directions(
     else:
         ranked, _ = fisher_directions(joint, fisher)
     if anatomy.pre_norm:
-        # The folded stream has no mean over its features; that direction must stay, for layer norm to subtract nothing.
+        # The folded stream has no mean over its features; that direction must stay, for layer norm to subtract
+        # nothing.
         ranked = torch.cat([ones, (ranked - ones @ (ones.T @ ranked))], dim=1)
     nested = torch.linalg.qr(ranked)[0]
     # tr(M (1 - P) S (1 - P)) for every nested P at once: sums over the lower right corner of a Hadamard product
@@ -131,8 +135,8 @@ def hidden_directions(
         metric = stream_metric(calibration, point, dim)
         corner += (nested.T @ metric @ nested) * (nested.T @ second @ nested) / len(seconds)
     sums = corner.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
-    # The stream is cut anew at each of its two sums a block, each time of what that block adds. Half as many whole cuts
-    # fitted best: of 1, L/2, 2L/3 and 5L/3 for L = 6 blocks (docs/surgery.md).
+    # The stream is cut anew at each of its two sums a block, each time of what that block adds. Half as many whole
+    # cuts fitted best: of 1, L/2, 2L/3 and 5L/3 for L = 6 blocks (docs/surgery.md).
     damage = torch.cat([sums, sums.new_zeros(1)]).clamp_min(0) * max(1.0, len(anatomy.blocks) / 2)
 
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
@@ -215,8 +219,8 @@ def query_key_site_directions(
 ) -> Directions:
     """Queries and keys, per head and jointly.
 
-    An error e of an attention logit moves the output by about e times the spread of the values, so the predicted loss is
-    the variance of the lost logits times the loss carried by the head's whole output (at most all of it), times
+    An error e of an attention logit moves the output by about e times the spread of the values, so the predicted loss
+    is the variance of the lost logits times the loss carried by the head's whole output (at most all of it), times
     LOGIT_SHARE: independent errors partly cancel in the sum over keys.
     """
     # what all keys have in common adds the same to every logit of a query, which softmax does not see
@@ -249,8 +253,8 @@ def _attention_of(anatomy: Anatomy, site: Site) -> str:
 def table_directions(
     model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
 ) -> Directions:
-    """The word table as two factors. Its moment is half that of the calibration text, half that of all rows alike: words
-    that the text lacks must survive, too."""
+    """The word table as two factors. Its moment is half that of the calibration text, half that of all rows alike:
+    words that the text lacks must survive, too."""
     unit = next(u for u in anatomy.units if u.factor == site.name)
     table = dense_table(get_module(model, unit.path)).cpu()
     seen = calibration.moments[site.points[0]].second_moment.cpu()

@@ -30,8 +30,8 @@ class EncoderLayout:
         blocks: the ModuleList of blocks.
         attention: the module that holds head sizes; `head_size`, `heads` name its attributes; `total_size` may be "".
         pre_norm: norms stand before attention and feed-forward (ViT) instead of behind the sums (BERT).
-        pooler: a linear layer with element-wise activation whose output follows the hidden width; heads that read it where
-            it is there, and the stream where it is not, are named in `pooled_by`.
+        pooler: a linear layer with element-wise activation whose output follows the hidden width; heads that read it
+            where it is there, and the stream where it is not, are named in `pooled_by`.
         head_reads: layers of any task head that read the stream with their input features.
         decoder: an output layer tied to the word table.
         width_field: field of the config that states the hidden width.
@@ -253,8 +253,8 @@ class ResidualConvLayout:
 def factored_anatomy(model: nn.Module) -> Anatomy:
     """Every linear layer and 1x1 convolution as a site of its own, whose width is the rank of two factors.
 
-    Layers that share their weight (tied decoders), those inside a factored one, and those thinner than THINNEST_FACTORED
-    at either end are left as they are.
+    Layers that share their weight (tied decoders), those inside a factored one, and those thinner than
+    THINNEST_FACTORED at either end are left as they are.
     """
     owners = [id(m.weight) for m in model.modules() if isinstance(getattr(m, "weight", None), nn.Parameter)]
     sites, units = {}, []

@@ -30,8 +30,8 @@ def gives_likelihood(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> boo
 def content_uniforms(batch: Mapping[str, torch.Tensor], shape: torch.Size, seed: int) -> torch.Tensor:
     """Uniform random numbers (batch, *shape) fp64 in (0, 1), on the CPU, that depend on each sample's own content.
 
-    So the same sample draws the same numbers in whatever batch, order or process it comes; padding at the right changes
-    none of them.
+    So the same sample draws the same numbers in whatever batch, order or process it comes; padding at the right
+    changes none of them.
     """
     inputs = model_inputs(batch)
     mask = inputs.pop("attention_mask", None)
@@ -48,8 +48,8 @@ def content_uniforms(batch: Mapping[str, torch.Tensor], shape: torch.Size, seed:
 
 
 def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, torch.Tensor], seed: int) -> torch.Tensor:
-    """Summed log-likelihood of labels drawn from the model's own predictions: its gradients have the Fisher information
-    as second moment (Kunstner, Hennig and Balles 2019, the true and not the empirical one).
+    """Summed log-likelihood of labels drawn from the model's own predictions: its gradients have the Fisher
+    information as second moment (Kunstner, Hennig and Balles 2019, the true and not the empirical one).
 
     Classes, several independent labels, regression with unit variance, tokens and spans are told apart by the outputs'
     names and shapes and by `config.problem_type`. Draws are those of `content_uniforms`.

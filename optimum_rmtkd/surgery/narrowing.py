@@ -1,4 +1,5 @@
-"""The cut itself: a narrow model built from its spec, its layers initialised from the teacher's through projections."""
+"""The cut itself: a narrow model built from its spec, its layers initialised from the teacher's through
+projections."""
 
 from __future__ import annotations
 
@@ -39,9 +40,10 @@ class Cuts:
 def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     """A copy of a pre-norm model whose stream can be rotated: same outputs, other weights.
 
-    Scales of layer norms go into the layers that read them, shifts too where those have a bias, and the mean over features
-    is subtracted by whatever writes the stream (Ashkboos et al. 2024, SliceGPT, section 3.2, for layer norm). The last norm of a
-    model without a head keeps its own: what it gives is the model's output. Post-norm models are copied as they are.
+    Scales of layer norms go into the layers that read them, shifts too where those have a bias, and the mean over
+    features is subtracted by whatever writes the stream (Ashkboos et al. 2024, SliceGPT, section 3.2, for layer norm).
+    The last norm of a model without a head keeps its own: what it gives is the model's output. Post-norm models are
+    copied as they are.
     """
     model = copy.deepcopy(model).eval()
     if not anatomy.pre_norm:
@@ -143,16 +145,17 @@ def _refuse_ternary(model: PreTrainedModel, unit: Unit, widths: Mapping[str, int
         return
     if isinstance(get_module(model, unit.path), TernaryMLP):
         raise RMTKDError(
-            f"{unit.path!r} is a ternary network, whose input and output widths are fixed; this cut would change them. Narrow first "
-            "and replace the part afterwards, or restrict `sites` to others (for example intermediate)."
+            f"{unit.path!r} is a ternary network, whose input and output widths are fixed; this cut would change "
+            "them. Narrow first and replace the part afterwards, or restrict `sites` to others (for example "
+            "intermediate)."
         )
 
 
 def build_student(
     model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, int], recipe: dict, provenance: dict
 ) -> PreTrainedModel:
-    """The narrow architecture, in the dtype and on the device of `model`; what did not change is copied, the rest is still
-    to be initialised."""
+    """The narrow architecture, in the dtype and on the device of `model`; what did not change is copied, the rest is
+    still to be initialised."""
     spec = narrow_spec(model, anatomy, couples)
     widths = site_widths(couples, anatomy)
     fields = {name: widths[site] for name, site in anatomy.config_fields.items() if site in widths}
@@ -160,8 +163,8 @@ def build_student(
 
 
 def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """A new model of the architecture that `rmtkd` (spec and all) describes, in eval mode, in the dtype and on the device
-    of `model`; tensors of the same name and shape are copied, the others are as initialised.
+    """A new model of the architecture that `rmtkd` (spec and all) describes, in eval mode, in the dtype and on the
+    device of `model`; tensors of the same name and shape are copied, the others are as initialised.
 
     Args:
         fields: fields of the config that change.
@@ -212,8 +215,8 @@ def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: C
     forgotten = [n for n, p in student.named_parameters() if id(p) not in touched and shapes.get(n) != p.shape]
     if forgotten:
         raise RMTKDError(
-            f"{len(forgotten)} tensor(s) of the narrowed model were not initialised, the first is {forgotten[0]}: the declaration of "
-            "this family names a site but not all layers that read or write it. Complete its layout."
+            f"{len(forgotten)} tensor(s) of the narrowed model were not initialised, the first is {forgotten[0]}: the "
+            "declaration of this family names a site but not all layers that read or write it. Complete its layout."
         )
 
 

@@ -72,8 +72,8 @@ def all_batches(
 
 
 def broadcast_model(student: nn.Module, projections: dict[str, torch.Tensor], accelerator: Any) -> None:
-    """Weights of the main process to all others, bit for bit. Every process has fitted the same data; this removes what
-    rounding may have made of it."""
+    """Weights of the main process to all others, bit for bit. Every process has fitted the same data; this removes
+    what rounding may have made of it."""
     if not several(accelerator):
         return
     from accelerate.utils import broadcast

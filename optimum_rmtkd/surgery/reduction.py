@@ -56,8 +56,8 @@ class Reduction:
 
     Attributes:
         model: the narrow model, in eval mode, on the device and in the dtype of the old one.
-        projections: {"hidden": (d_old, d_new) fp32}: stream of the narrow model = old stream @ projection, at the output of
-            every block; empty where the stream was not cut.
+        projections: {"hidden": (d_old, d_new) fp32}: stream of the narrow model = old stream @ projection, at the
+            output of every block; empty where the stream was not cut.
         sites: what happened to each site that was open to this cut, also where it kept its width.
         parameters_before, parameters_after: tied parameters counted once.
         report: the spectra the widths come from.
@@ -148,7 +148,8 @@ def reduce(
         target_reduction: overrides the recipe's; like it, a share of the parameters before the first cut.
         sites: names of the sites to cut now; default: the recipe's.
         accelerator: with several processes, each passes its own data; moments are summed over all, the main process
-            decides, every process cuts and refits on the data of all, and every one returns the main process's weights.
+            decides, every process cuts and refits on the data of all, and every one returns the main process's
+            weights.
 
     Raises:
         UnsupportedArchitectureError, CalibrationError, BudgetError, RMTKDError: see `optimum_rmtkd.errors`.

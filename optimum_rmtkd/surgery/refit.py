@@ -1,9 +1,9 @@
 """Sequential least squares: every narrowed layer is fitted to the teacher's output from the student's own inputs.
 
-Shallow to deep, block by block: the teacher's activations inside one block are held for the calibration data, the student's
-are computed anew after each fit, so that a layer repairs what the layers before it lost. Of each activation at most
-MAX_TOKENS positions are held, evenly spaced, whatever the resolution of the images; beside them, the stream of both networks
-between two blocks.
+Shallow to deep, block by block: the teacher's activations inside one block are held for the calibration data, the
+student's are computed anew after each fit, so that a layer repairs what the layers before it lost. Of each activation
+at most MAX_TOKENS positions are held, evenly spaced, whatever the resolution of the images; beside them, the stream of
+both networks between two blocks.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def least_squares_update(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The change of a linear layer that best explains what it still misses.
 
-    Solves min |R - X D^T - 1 e^T|^2 + n lambda |D|^2, lambda = ridge * mean variance of X; ridge regression shrinks towards
-    the layer as it is, not towards zero, so a layer that fits exactly is left exactly as it is.
+    Solves min |R - X D^T - 1 e^T|^2 + n lambda |D|^2, lambda = ridge * mean variance of X; ridge regression shrinks
+    towards the layer as it is, not towards zero, so a layer that fits exactly is left exactly as it is.
 
     Args:
         inputs: chunks (n_i, a); residuals: chunks (n_i, o), any float dtype. Products in fp32, sums in fp64.
@@ -129,7 +129,8 @@ def refit(
 
 
 def _cap(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """Evenly spaced batches that hold about MAX_TOKENS positions: batches are sorted by length, and all lengths count."""
+    """Evenly spaced batches that hold about MAX_TOKENS positions: batches are sorted by length, and all lengths
+    count."""
     tokens = sum(
         int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(next(iter(batch.values())))
         for batch in batches

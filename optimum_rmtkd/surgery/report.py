@@ -48,8 +48,8 @@ class SpectralReport:
     Attributes:
         sites: in the order of the network.
         parameters: of the model now. planned_parameters: of the model that the recipe would leave.
-        budget: the moves of the allocation (`BudgetPoint`), which is the curve of size against predicted loss; empty where
-            the edge decides.
+        budget: the moves of the allocation (`BudgetPoint`), which is the curve of size against predicted loss; empty
+            where the edge decides.
         recipe: RMTKDConfig.to_dict().
     """
 
@@ -60,7 +60,8 @@ class SpectralReport:
     recipe: dict[str, Any]
 
     def table(self) -> str:
-        """One line a site: width, planned width, rank under the chosen and every other estimator, and the fit of the bulk."""
+        """One line a site: width, planned width, rank under the chosen and every other estimator, and the fit of the
+        bulk."""
         from ..spectra import EDGE_ESTIMATORS
 
         chosen = self.recipe["edge_estimator"]
@@ -111,7 +112,8 @@ class SpectralReport:
                 kinds.setdefault(label, []).append(site.name)
                 texts.setdefault(label, text)
         return [
-            f"! {len(names)} of {len(self.sites)} sites ({names[0]}{', ...' if len(names) > 1 else ''}): {texts[label]}"
+            f"! {len(names)} of {len(self.sites)} sites ({names[0]}{', ...' if len(names) > 1 else ''}): "
+            f"{texts[label]}"
             for label, names in kinds.items()
         ]
 

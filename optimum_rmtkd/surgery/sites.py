@@ -1,9 +1,9 @@
 """What a network looks like to a surgeon: sites that can be cut, and the layers that read and write them.
 
-A *site* is a place of the network whose width can change: the residual stream, a feed-forward activation, the queries of a
-layer. A *unit* is a layer (or bare parameter) that reads one site with its input features and writes one with its output
-features. Sites and units together are the *anatomy* of one concrete model; a family of models is a layout from which
-anatomies are read off (`families`).
+A *site* is a place of the network whose width can change: the residual stream, a feed-forward activation, the queries
+of a layer. A *unit* is a layer (or bare parameter) that reads one site with its input features and writes one with its
+output features. Sites and units together are the *anatomy* of one concrete model; a family of models is a layout from
+which anatomies are read off (`families`).
 
 Paths starting with "@." are relative to the backbone, the others to the whole model (`modeling_rmtkd.resolve_path`).
 """
@@ -111,7 +111,8 @@ class Anatomy:
     Attributes:
         blocks: paths of the residual blocks, in forward order.
         config_fields: {field of the config: site whose width it states}.
-        fixed_attrs: {path: {name: value}} that must be pinned when heads change (the softmax scale of the original head).
+        fixed_attrs: {path: {name: value}} that must be pinned when heads change (the softmax scale of the original
+            head).
         pre_norm: the stream is normalised before the layers that read it, and is itself a plain sum.
     """
 
@@ -141,8 +142,8 @@ def get_module(model: nn.Module, path: str) -> nn.Module | nn.Parameter:
         found = None
     if found is None:
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} has nothing at {path!r}, which its family declares. Register a family whose layout fits "
-            "(optimum_rmtkd.register_family), or use form='factored', which works for every architecture."
+            f"{type(model).__name__} has nothing at {path!r}, which its family declares. Register a family whose "
+            "layout fits (optimum_rmtkd.register_family), or use form='factored', which works for every architecture."
         )
     return found
 
@@ -189,7 +190,8 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def module_parameters(module: nn.Module | nn.Parameter, delta: dict[str, int]) -> int:
-    """Number of parameters that a layer has once `delta` ("in", "out", "dim", "rank") is applied; without building it."""
+    """Number of parameters that a layer has once `delta` ("in", "out", "dim", "rank") is applied; without building
+    it."""
     if isinstance(module, nn.Parameter):
         return module.numel() // module.shape[-1] * delta.get("dim", module.shape[-1])
     if isinstance(module, (nn.Embedding, LowRankEmbedding)):
@@ -250,8 +252,8 @@ def select_sites(anatomy: Anatomy, wanted: tuple[str, ...] | None) -> list[Site]
     unknown = [name for name in wanted if name not in kinds and name not in anatomy.sites]
     if unknown:
         raise RMTKDError(
-            f"Unknown site(s) {', '.join(unknown)}. Kinds of this model: {', '.join(sorted(kinds - {'pooled'}))}; single "
-            f"sites: {', '.join(anatomy.sites)}."
+            f"Unknown site(s) {', '.join(unknown)}. Kinds of this model: {', '.join(sorted(kinds - {'pooled'}))}; "
+            f"single sites: {', '.join(anatomy.sites)}."
         )
     couples = {site.couple for site in anatomy.sites.values() if site.kind in wanted or site.name in wanted}
     return [site for site in anatomy.sites.values() if site.couple in couples]

@@ -1,4 +1,5 @@
-"""Everything known about one model before it is cut: moments, directions, spectra, a plan; and the operation itself."""
+"""Everything known about one model before it is cut: moments, directions, spectra, a plan; and the operation
+itself."""
 
 from __future__ import annotations
 
@@ -73,8 +74,9 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
     broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
     if broken:
         raise CalibrationError(
-            f"{len(broken)} tensor(s) of {type(model).__name__} hold NaN or infinite values, the first is {broken[0]}: expected "
-            "finite weights. The training diverged, or the file is damaged; take another checkpoint."
+            f"{len(broken)} tensor(s) of {type(model).__name__} hold NaN or infinite values, the first is "
+            f"{broken[0]}: expected finite weights. The training diverged, or the file is damaged; take another "
+            "checkpoint."
         )
     if config.target_reduction is not None:
         now, goal = count_parameters(model), (1 - config.target_reduction) * uncut_parameters(model)
@@ -85,8 +87,8 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
 class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
 
-    `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments that the
-    estimator "signflip" needs.
+    `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
+    that the estimator "signflip" needs.
     """
 
     def __init__(
@@ -132,16 +134,17 @@ class Surgeon:
         if importance == "variance" or hidden is None:
             if importance == "fisher":
                 raise RMTKDError(
-                    f"importance='fisher' was asked for, but {type(self.source).__name__} in form {self.config.form!r} has no residual "
-                    "stream whose loss gradient could weigh directions; use 'auto' or 'variance'."
+                    f"importance='fisher' was asked for, but {type(self.source).__name__} in form "
+                    f"{self.config.form!r} has no residual stream whose loss gradient could weigh directions; use "
+                    "'auto' or 'variance'."
                 )
             return []
         if gives_likelihood(self.teacher, self.batches[0]):
             return list(hidden.points)
         if importance == "fisher":
             raise CalibrationError(
-                f"importance='fisher' needs a model with logits to draw labels from; {type(self.source).__name__} returns none. Use "
-                "importance='variance' for a bare encoder, or add a task head."
+                f"importance='fisher' needs a model with logits to draw labels from; {type(self.source).__name__} "
+                "returns none. Use importance='variance' for a bare encoder, or add a task head."
             )
         return []
 
@@ -176,8 +179,8 @@ class Surgeon:
         return self.subspaces[site.name]
 
     def _observed(self, site: Site) -> SecondMoments:
-        """Moments of the place that stands for a site: for the stream, behind the norm at half its depth. Several places
-        together would count the same tokens as independent samples."""
+        """Moments of the place that stands for a site: for the stream, behind the norm at half its depth. Several
+        places together would count the same tokens as independent samples."""
         points = [p for p in site.points if p.side == "output"] or list(site.points)
         return self.calibration.moments[points[len(points) // 2]]
 
@@ -225,7 +228,8 @@ class Surgeon:
     def _worth(
         self, parameters: float, flops: float, positions: Mapping[str, float]
     ) -> Callable[[Couple], Callable[[Mapping[str, int]], float]]:
-        """couple -> widths -> share of the parameters and, times `speed_weight`, of the FLOPs that its layers make up."""
+        """couple -> widths -> share of the parameters and, times `speed_weight`, of the FLOPs that its layers make
+        up."""
 
         def worth(couple: Couple) -> Callable[[Mapping[str, int]], float]:
             units = self._units_of(couple)
@@ -241,7 +245,8 @@ class Surgeon:
         return [u for u in self.anatomy.units if names & {u.reads, u.writes, u.factor}]
 
     def _positions(self) -> dict[str, float]:
-        """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling length."""
+        """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling
+        length."""
         positions: dict[str, float] = {}
         batch = self.batches[len(self.batches) // 2]
         size = len(next(iter(batch.values())))
@@ -290,8 +295,9 @@ class Surgeon:
                 student(**model_inputs(self.batches[0]))
         except RuntimeError as error:
             raise UnsupportedArchitectureError(
-                f"The narrowed {type(self.source).__name__} cannot run ({error}): it has a layer at the cut widths that its family does "
-                "not declare. Register a layout that names it (head_reads), or use form='factored'."
+                f"The narrowed {type(self.source).__name__} cannot run ({error}): it has a layer at the cut widths "
+                "that its family does not declare. Register a layout that names it (head_reads), or use "
+                "form='factored'."
             ) from error
 
     def _cuts(self, couples: dict[str, int]) -> Cuts:
@@ -326,8 +332,9 @@ def _check_tokens(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
     )
     if rows is not None and highest >= rows:
         raise CalibrationError(
-            f"The calibration data holds token id {highest}, the embedding table of {type(model).__name__} has {rows} rows: the data was "
-            "made with the tokenizer of another model. Tokenize it with the one the model was trained with."
+            f"The calibration data holds token id {highest}, the embedding table of {type(model).__name__} has {rows} "
+            "rows: the data was made with the tokenizer of another model. Tokenize it with the one the model was "
+            "trained with."
         )
 
 
@@ -337,8 +344,8 @@ def _check_reloadable(model: PreTrainedModel) -> None:
         reduced_class(type(model))
     except AttributeError as error:
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} is no class of transformers, so that no checkpoint of it narrowed could be reloaded. Load the "
-            "weights into the transformers class it derives from, or contribute the class."
+            f"{type(model).__name__} is no class of transformers, so that no checkpoint of it narrowed could be "
+            "reloaded. Load the weights into the transformers class it derives from, or contribute the class."
         ) from error
 
 

@@ -1,6 +1,7 @@
 """Fully-connected networks with ternary hidden weights: random ones with matched kernels, or trained ones rounded.
 
-Names are imported when first used: the Auto classes of transformers need the config of these networks, and nothing else.
+Names are imported when first used: the Auto classes of transformers need the config of these networks, and nothing
+else.
 """
 
 from __future__ import annotations

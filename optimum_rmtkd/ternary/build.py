@@ -38,16 +38,19 @@ def build_network(
 ) -> tuple[TernaryMLP, TernaryReport]:
     """Random ternary layers whose constants come from data, and a readout by ridge regression.
 
-    Layer after layer, t is measured on the features, the activation is matched at it, and its mean over the features is
+    Layer after layer, t is measured on the features, the activation is matched at it, and its mean over the features
+    is
     subtracted: in theory all that is known, but real features are no Gaussian mixture.
 
     Args:
         x: (n, p) raw features.
         targets: (n, outputs) fp64.
-        labels: (n,) class indices where the targets are their one-hots: the readout's scores are then scaled to logits.
+        labels: (n,) class indices where the targets are their one-hots: the readout's scores are then scaled to
+            logits.
 
     Raises:
-        CalibrationError: constant targets, features that nothing can be fitted to, or an activation that cannot be rebuilt.
+        CalibrationError: constant targets, features that nothing can be fitted to, or an activation that cannot be
+            rebuilt.
         MatchingError: no step function matches the activation.
     """
     if not bool((targets != targets[:1]).any()):
@@ -102,7 +105,8 @@ def build_network(
 
 
 def _drawn(fan_in: int, width: int, number: int, config: TernaryConfig) -> TernaryLinear:
-    """A fresh layer. Ternary weights follow from its seed; Gaussian ones of the dense twin come from torch's generator."""
+    """A fresh layer. Ternary weights follow from its seed; Gaussian ones of the dense twin come from torch's
+    generator."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1000 * config.seed + number)
         return TernaryLinear(fan_in, width, config.storage, config.sparsity, config.seed, number)
@@ -116,8 +120,9 @@ def _activation(
     if config.mode == "weights_only":
         if config.activation not in {*ACTIVATIONS, *ACT2FN}:
             raise CalibrationError(
-                f"A saved network is rebuilt from the name of its activation, and transformers has no {config.activation!r}: register "
-                "it under a name in transformers.activations.ACT2FN, or use mode='min_shift', which keeps the steps alone."
+                "A saved network is rebuilt from the name of its activation, and transformers has no "
+                f"{config.activation!r}: register it under a name in transformers.activations.ACT2FN, or use "
+                "mode='min_shift', which keeps the steps alone."
             )
         mean = float(activation(u).double().mean())
         options = {"name": config.activation, "mean": mean}
@@ -135,18 +140,19 @@ def _warnings(config: TernaryConfig, found: FeatureDiagnostics, p: int, delta: f
     narrow = min(config.hidden)
     if narrow < max(NARROW, p):
         sentences.append(
-            f"The narrowest hidden layer has {narrow} neurons for p={p}: a draw of random features is then noisy, {max(NARROW, p)} "
-            "or more are expected."
+            f"The narrowest hidden layer has {narrow} neurons for p={p}: a draw of random features is then noisy, "
+            f"{max(NARROW, p)} or more are expected."
         )
     inputs = (1 - config.sparsity) * min((p, *config.hidden[:-1]))
     if inputs < FEW_INPUTS:
         sentences.append(
-            f"A neuron has {inputs:.0f} nonzero weights on average, below {FEW_INPUTS}: lower sparsity={config.sparsity:g}."
+            f"A neuron has {inputs:.0f} nonzero weights on average, below {FEW_INPUTS}: lower "
+            f"sparsity={config.sparsity:g}."
         )
     if delta > tau2:
         sentences.append(
-            f"The kernel's diagonal is shifted by {delta:.2f}, {delta / tau2:.1f} times its own: at finite width that is noise. Use "
-            "weights_only, or more levels."
+            f"The kernel's diagonal is shifted by {delta:.2f}, {delta / tau2:.1f} times its own: at finite width that "
+            "is noise. Use weights_only, or more levels."
         )
     return sentences
 

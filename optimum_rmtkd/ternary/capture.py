@@ -118,8 +118,9 @@ def _rows_of(name, part, args, kwargs, output, batch, with_labels) -> tuple[torc
         labels = batch.get("labels")
         if labels is None or labels.shape != leading or labels.is_floating_point():
             raise CalibrationError(
-                f"targets='labels' needs a class index for each of the {tuple(leading)} positions of {name!r}; the batch has "
-                f"{'no labels' if labels is None else f'labels {tuple(labels.shape)}, {labels.dtype}'}. Use targets='outputs'."
+                f"targets='labels' needs a class index for each of the {tuple(leading)} positions of {name!r}; the "
+                f"batch has {'no labels' if labels is None else f'labels {tuple(labels.shape)}, {labels.dtype}'}. Use "
+                "targets='outputs'."
             )
         kept = kept & (labels >= 0)
     return x[kept].float().cpu(), output[kept].float().cpu(), labels[kept].cpu()

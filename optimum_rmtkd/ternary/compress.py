@@ -54,8 +54,8 @@ def compress_features(
     config = config or TernaryConfig()
     if config.weights == "trained":
         raise RMTKDError(
-            "weights='trained' rounds the weights of a trained network, and features alone have none: pass the network to "
-            "optimum_rmtkd.ternary.ternarize."
+            "weights='trained' rounds the weights of a trained network, and features alone have none: pass the "
+            "network to optimum_rmtkd.ternary.ternarize."
         )
     get_activation(config.activation)
     x, y = _checked(x, y)
@@ -77,9 +77,9 @@ def compress_head(
 ) -> tuple[PreTrainedModel, TernaryReport]:
     """A copy of a Transformers model with one of its parts replaced by a ternary network that is fitted to it.
 
-    The part is whatever maps (..., d_in) to (..., d_out): a classifier, or a feed-forward network. It is seen at work on the
-    data; then the ternary network is fitted to its outputs (or, for a classifier, to the labels). The copy saves and reloads
-    like every reduced model, and may have been narrowed before.
+    The part is whatever maps (..., d_in) to (..., d_out): a classifier, or a feed-forward network. It is seen at work
+    on the data; then the ternary network is fitted to its outputs (or, for a classifier, to the labels). The copy
+    saves and reloads like every reduced model, and may have been narrowed before.
 
     Args:
         model: stays as it is.
@@ -91,14 +91,16 @@ def compress_head(
         (the copy, in eval mode; what was done)
 
     Raises:
-        UnsupportedArchitectureError: no such module (the message lists candidates), or one that shares weights with another.
+        UnsupportedArchitectureError: no such module (the message lists candidates), or one that shares weights with
+            another.
         CalibrationError: no data; a part that is not called, or does more than map the last dimension.
         MatchingError: no step function matches the activation.
     """
     config = config or TernaryConfig()
     if not hasattr(modeling_rmtkd, PREFIX + type(model).__name__.removeprefix(PREFIX)):
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} is no class that transformers exports: the copy could not be reloaded. Pass a stock model."
+            f"{type(model).__name__} is no class that transformers exports: the copy could not be reloaded. Pass a "
+            "stock model."
         )
     get_activation(config.activation)  # what cannot work is refused before the first forward pass
     _refuse_tied(model, module_name)
@@ -129,13 +131,15 @@ def _checked(x: Any, y: Any) -> tuple[torch.Tensor, torch.Tensor]:
     x, y = _tensor(x, "features"), _tensor(y, "labels (class indices, or numbers)")
     if x.dim() != 2 or y.dim() == 0 or len(y) != len(x) or len(x) == 0:
         raise CalibrationError(
-            f"Features of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}: expected (n, p), n > 0, and one label a row."
+            f"Features of shape {tuple(x.shape)} and labels of shape {tuple(y.shape)}: expected (n, p), n > 0, and "
+            "one label a row."
         )
     if y.is_floating_point() and not bool(torch.isfinite(y).all()):
         raise CalibrationError("Targets are not all finite numbers.")
     if not y.is_floating_point() and (y.dim() != 1 or int(y.min()) < 0):
         raise CalibrationError(
-            f"Labels of shape {tuple(y.shape)}, smallest {y.min().item()}: expected one class index of at least 0 a row."
+            f"Labels of shape {tuple(y.shape)}, smallest {y.min().item()}: expected one class index of at least 0 a "
+            "row."
         )
     return x.float(), y if y.is_floating_point() else y.long()
 
@@ -163,8 +167,8 @@ def _refuse_tied(model: PreTrainedModel, name: str) -> None:
     for path, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in own and not path.startswith(name + "."):
             raise UnsupportedArchitectureError(
-                f"{name!r} shares a weight with {path!r}, which a ternary network in its place could not: untie them first, or replace "
-                "another part."
+                f"{name!r} shares a weight with {path!r}, which a ternary network in its place could not: untie them "
+                "first, or replace another part."
             )
 
 
@@ -173,8 +177,8 @@ def _beside(report: TernaryReport, size: int) -> TernaryReport:
     if report.bytes >= size:
         report = _warned(
             report,
-            f"The ternary part takes {report.bytes:,} bytes, the part it replaces {size:,}: nothing is saved. Replace a larger "
-            "part, or use smaller hidden widths.",
+            f"The ternary part takes {report.bytes:,} bytes, the part it replaces {size:,}: nothing is saved. Replace "
+            "a larger part, or use smaller hidden widths.",
         )
     return dataclasses.replace(report, replaced_bytes=size)
 

@@ -27,39 +27,40 @@ class TernaryConfig:
     )
     activation: str = _option(
         "relu",
-        "Activation of the dense network that is stood in for: relu, leaky_relu, erf, cos, sign, gelu, tanh, silu, or a "
-        "registered one.",
+        "Activation of the dense network that is stood in for: relu, leaky_relu, erf, cos, sign, gelu, tanh, silu, or "
+        "a registered one.",
     )
     mode: str = _option(
         "weights_only",
-        "What becomes cheap. weights_only: the weights, the activation stays. min_shift: also the activation, a step function "
-        "of `levels` steps with matched kernels; costs accuracy. two_level, paper: the paper's, for reproduction.",
+        "What becomes cheap. weights_only: the weights, the activation stays. min_shift: also the activation, a step "
+        "function of `levels` steps with matched kernels; costs accuracy. two_level, paper: the paper's, for "
+        "reproduction.",
         ("weights_only", "min_shift", "two_level", "paper"),
     )
     levels: int = _option(3, "Levels of the step function of min_shift, at least 3 for ReLU.")
     sparsity: float = _option(
         0.5,
-        "Share of hidden weights that are 0, in [0, 1). It makes neither the file smaller nor the network faster here; low "
-        "values lose less at small widths.",
+        "Share of hidden weights that are 0, in [0, 1). It makes neither the file smaller nor the network faster "
+        "here; low values lose less at small widths.",
     )
 
     # The weights
     weights: str = _option(
         "random",
-        "random: hidden weights are drawn, only the readout is fitted. trained: those of a trained network are rounded, and "
-        "can be trained on.",
+        "random: hidden weights are drawn, only the readout is fitted. trained: those of a trained network are "
+        "rounded, and can be trained on.",
         ("random", "trained"),
     )
     scale: str = _option(
         "matched",
-        "Start of the scale of trained weights. matched: the variance of each layer's weights is kept, and with it the "
-        "kernels. mean_abs: their mean absolute value.",
+        "Start of the scale of trained weights. matched: the variance of each layer's weights is kept, and with it "
+        "the kernels. mean_abs: their mean absolute value.",
         ("matched", "mean_abs"),
     )
     storage: str = _option(
         "base3",
-        "base3: 1.6 bits a hidden weight. 2bit: 2 bits. seed: none, random weights are drawn again when loading. dense: for "
-        "comparison, Gaussian weights that are not ternary at all.",
+        "base3: 1.6 bits a hidden weight. 2bit: 2 bits. seed: none, random weights are drawn again when loading. "
+        "dense: for comparison, Gaussian weights that are not ternary at all.",
         ("base3", "2bit", "seed", "dense"),
     )
 

@@ -9,8 +9,8 @@ CONFIG_HOOKS = []  # called when a config is first made: modelling code is slow 
 class TernaryMLPConfig(PreTrainedConfig):
     """Config of a ternary network.
 
-    `network` holds the arguments of `modeling_rmtkd.TernaryMLP` except `out_features`, which is `num_labels`; `recipe` and
-    `report` say how it was made.
+    `network` holds the arguments of `modeling_rmtkd.TernaryMLP` except `out_features`, which is `num_labels`; `recipe`
+    and `report` say how it was made.
     """
 
     model_type = "ternary_mlp"

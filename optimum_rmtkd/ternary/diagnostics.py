@@ -53,12 +53,13 @@ class FeatureDiagnostics:
         found = []
         if self.mean_share > UNCENTRED:
             found.append(
-                f"The features are not centred: their mean holds {self.mean_share:.0%} of the mean squared norm and adds a common mode "
-                "to the kernel (see standardizer)."
+                f"The features are not centred: their mean holds {self.mean_share:.0%} of the mean squared norm and "
+                "adds a common mode to the kernel (see standardizer)."
             )
         if self.features < 100:
             found.append(
-                f"p={self.features} features are few: the kernels agree up to about p^-1/2 = {self.features**-0.5:.2f}."
+                f"p={self.features} features are few: the kernels agree up to about p^-1/2 = "
+                f"{self.features**-0.5:.2f}."
             )
         if self.norm_dispersion > 0.5:
             found.append(
@@ -70,8 +71,8 @@ class FeatureDiagnostics:
             )
         if self.effective_rank < 0.1 * self.features:
             found.append(
-                f"The effective rank is {self.effective_rank:.1f} of {self.features} features: they are strongly correlated "
-                "(standardize='feature' may help)."
+                f"The effective rank is {self.effective_rank:.1f} of {self.features} features: they are strongly "
+                "correlated (standardize='feature' may help)."
             )
         if self.constant_features:
             found.append(f"{self.constant_features} of {self.features} features are constant and carry nothing.")
@@ -91,13 +92,13 @@ def check_features(x: torch.Tensor) -> None:
     bad = ~torch.isfinite(x)
     if bool(bad.any()):
         raise CalibrationError(
-            f"{int(bad.sum())} of {x.numel()} feature values are not finite, the first in row {int(bad.any(1).nonzero()[0])}: "
-            "expected numbers."
+            f"{int(bad.sum())} of {x.numel()} feature values are not finite, the first in row "
+            f"{int(bad.any(1).nonzero()[0])}: expected numbers."
         )
     if float((x.double() - x.double().mean(0)).square().mean()) <= FLAT * float(x.double().square().mean()):
         raise CalibrationError(
-            f"All {len(x)} samples have the same {x.shape[1]} features up to rounding: nothing can be told apart. Check what "
-            "the features are taken from."
+            f"All {len(x)} samples have the same {x.shape[1]} features up to rounding: nothing can be told apart. "
+            "Check what the features are taken from."
         )
 
 

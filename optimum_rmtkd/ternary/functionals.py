@@ -9,8 +9,8 @@ Notation, for xi ~ N(0, 1), t > 0 the standard deviation of a pre-activation, an
     g4       E ((sigma^c)^2)''(t xi) / 2  = E[(xi^2 - 1) sigma^c(t xi)^2] / (2 t^2)
     taudot2  E sigma'(t xi)^2
 
-The right-hand sides (Stein) need no derivative, so they hold for steps as well. With s = t^2 they obey g2 = 2 d mean / d s and
-g4 = d E[sigma^2] / d s - mean g2, which gives the closed forms below.
+The right-hand sides (Stein) need no derivative, so they hold for steps as well. With s = t^2 they obey g2 = 2 d mean /
+d s and g4 = d E[sigma^2] / d s - mean g2, which gives the closed forms below.
 Source of the set: Gu et al., "Lossless compression of deep neural networks: a high-dimensional neural tangent kernel
 approach" (NeurIPS 2022, arXiv 2403.00258), and its code; the closed forms were derived here.
 """
@@ -81,8 +81,8 @@ class StepFunction:
         ascending = all(a < b for a, b in zip(self.thresholds, self.thresholds[1:]))
         if len(self.levels) != len(self.thresholds) + 1 or not self.thresholds or not ascending:
             raise RMTKDError(
-                f"A step function with thresholds {self.thresholds} and levels {self.levels}: expected ascending thresholds "
-                "and one level more."
+                f"A step function with thresholds {self.thresholds} and levels {self.levels}: expected ascending "
+                "thresholds and one level more."
             )
 
     name = "step"
@@ -106,8 +106,8 @@ class StepFunction:
 def step_functionals(z: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
     """mean, tau2, g1, g2, g4 of a step function at t = 1; differentiable.
 
-    With jumps J_k = v_{k+1} - v_k and S_k = (v_{k+1} - m)^2 - (v_k - m)^2 at the thresholds z_k, phi the normal density:
-    g1 = sum J phi(z), g2 = sum J z phi(z), g4 = sum S z phi(z) / 2.
+    With jumps J_k = v_{k+1} - v_k and S_k = (v_{k+1} - m)^2 - (v_k - m)^2 at the thresholds z_k, phi the normal
+    density: g1 = sum J phi(z), g2 = sum J z phi(z), g4 = sum S z phi(z) / 2.
 
     Args:
         z: (K - 1,) fp64, thresholds in units of t.
@@ -136,7 +136,8 @@ def step_functionals(z: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=64)
 def nodes(knots: tuple[float, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points z and weights w, fp64, with sum w f(z) = E f(xi): Gauss-Legendre in panels that end at the knots (units of t)."""
+    """Points z and weights w, fp64, with sum w f(z) = E f(xi): Gauss-Legendre in panels that end at the knots (units
+    of t)."""
     import numpy as np
 
     inside = sorted(k for k in knots if -REACH < k < REACH)
@@ -154,7 +155,8 @@ def nodes(knots: tuple[float, ...] = ()) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _narrow_panels(t: float) -> tuple[float, ...]:
-    """Panel ends (units of t) around 0 for a large t: an activation bends where its input is of order 1, which is then narrow."""
+    """Panel ends (units of t) around 0 for a large t: an activation bends where its input is of order 1, which is then
+    narrow."""
     if t * PANEL <= 4:
         return ()
     ends = [2.0**k / t for k in range(-1, math.ceil(math.log2(t)))]
@@ -280,7 +282,8 @@ _REGISTRY: dict[str, Activation] = {}
 def register_activation(activation: Activation) -> Activation:
     """Make an activation known by its name; a later one of the same name replaces it.
 
-    Models are rebuilt from names, so for `TernaryMLP` the name must be one that `transformers.activations.ACT2FN` has, too.
+    Models are rebuilt from names, so for `TernaryMLP` the name must be one that `transformers.activations.ACT2FN` has,
+    too.
     """
     _REGISTRY[activation.name] = activation
     return activation

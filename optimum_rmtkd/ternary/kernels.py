@@ -1,13 +1,14 @@
 """Conjugate kernel (CK) and neural tangent kernel (NTK) of wide random fully-connected networks.
 
-Setting: h_0 = x, h_l = sigma_l^c(W_l h_{l-1}) / sqrt(d_l), entries of W_l independent with mean 0 and variance 1. With K_0 = X X^T
+Setting: h_0 = x, h_l = sigma_l^c(W_l h_{l-1}) / sqrt(d_l), entries of W_l independent with mean 0 and variance 1. With
+    K_0 = X X^T
 (rows are samples) and (u, v) ~ N(0, K_{l-1} restricted to i, j):
 
     CK    K_l(i, j) = E[sigma_l^c(u) sigma_l^c(v)]
     NTK   T_0 = K_0,  T_l = K_l + T_{l-1} o Kdot_l        (Kdot_l: the same with sigma')
 
-For a Gaussian mixture in high dimension both are, up to a vanishing error in spectral norm, the matrices of `equivalent`, which
-see the activations only through their functionals (`functionals.py`).
+For a Gaussian mixture in high dimension both are, up to a vanishing error in spectral norm, the matrices of
+`equivalent`, which see the activations only through their functionals (`functionals.py`).
 Source: arXiv 2403.00258, sections 2 and 3; recursions as in the authors' code.
 """
 
@@ -65,7 +66,8 @@ def kernel_coefficients(layers: Sequence[Functionals], tau0: float = 1.0) -> Ker
     """Run the recursions over all layers.
 
     a1' = g1^2 a1,  a2' = g1^2 a2 + g2^2 a4^2 / 4,  a3' = g1^2 a3 + g2^2 a1^2 / 2,  a4' = g4 a4,
-    b1' = a1' + b1 g1^2,  b2' = a2' + b2 g1^2,  b3' = a3' + b3 g1^2 + b1 g2^2 a1,  kappa'^2 = tau'^2 + kappa^2 taudot^2.
+    b1' = a1' + b1 g1^2,  b2' = a2' + b2 g1^2,  b3' = a3' + b3 g1^2 + b1 g2^2 a1,  kappa'^2 = tau'^2 + kappa^2
+    taudot^2.
 
     Args:
         layers: functionals of each layer at its own t.
@@ -126,8 +128,8 @@ def equivalent(
 
     K ~ c1 X X^T + V A V^T + (diag - c1 tau0^2 - c3 tau0^4) I with V = [J / sqrt p, psi], J the one-hot labels,
     psi_i = ||x_i||^2 - tr C_a / p, A = [[c2 t t^T + c3 S, c2 t], [c2 t^T, c2]], t_a = sqrt p (tr C_a / p - tau0^2),
-    S_ab = tr(C_a C_b) / p. The paper's psi takes the class mean out of x_i first, which differs by O(1 / p) and doubles the error
-    at p = 256 (0.11 instead of 0.055).
+    S_ab = tr(C_a C_b) / p. The paper's psi takes the class mean out of x_i first, which differs by O(1 / p) and
+    doubles the error at p = 256 (0.11 instead of 0.055).
 
     Args:
         x: (n, p) fp64.
@@ -172,8 +174,8 @@ def exact_kernels(x: torch.Tensor, layers: Sequence[RandomLayer]) -> tuple[torch
     """(CK, NTK) of the infinitely wide network on these very samples, without Monte-Carlo noise.
 
     ReLU and leaky ReLU by their closed form (Cho & Saul 2009); every other activation by its Hermite series over the
-    correlation of two samples (Mehler), 40 terms, coefficients at each sample's own norm; diagonals are exact. Samples that
-    are almost the same need more terms: a warning says how much may be missing.
+    correlation of two samples (Mehler), 40 terms, coefficients at each sample's own norm; diagonals are exact. Samples
+    that are almost the same need more terms: a warning says how much may be missing.
 
     Args:
         x: (n, p) fp64, the inputs as the first layer sees them.
@@ -292,7 +294,8 @@ def _mehler(coefficients: torch.Tensor, rho: torch.Tensor, square: torch.Tensor)
     missing = closest ** len(coefficients) * float((1 - coefficients.square().sum(0) / square).max())
     if missing > CUT_OFF:
         logger.warning(
-            "Two samples have a correlation of %.4f: the %d terms of the series may leave out %.1e of the kernel there.",
+            "Two samples have a correlation of %.4f: the %d terms of the series may leave out %.1e of the kernel "
+            "there.",
             closest,
             len(coefficients),
             missing,
@@ -306,6 +309,7 @@ def _mehler(coefficients: torch.Tensor, rho: torch.Tensor, square: torch.Tensor)
 
 
 def without_shift(kernel: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
-    """`kernel` less the multiple of the identity by which its mean diagonal differs from that of `reference`: (n, n)."""
+    """`kernel` less the multiple of the identity by which its mean diagonal differs from that of `reference`: (n,
+    n)."""
     delta = (kernel.diagonal() - reference.diagonal()).mean()
     return kernel - delta * torch.eye(len(kernel), dtype=kernel.dtype)

@@ -1,17 +1,21 @@
 """Step functions whose kernels are those of a given activation.
 
-The CK of a wide network sees a hidden activation only through g1^2, g2^2 and g4^2 at its own t, and through tau^2 in the last
-layer, where it is a multiple of the identity (`kernels.py`). A step function that has the first three exactly therefore
-keeps the kernel up to  delta I,  delta = tau~_L^2 - tau_L^2. Parseval bounds tau2 >= g1^2 t^2 + g2^2 t^4 / 2, and few levels cost
-more: `min_shift` takes, among those that match, the step function with the smallest tau2 that is not below tau_L^2. For ReLU ten
+The CK of a wide network sees a hidden activation only through g1^2, g2^2 and g4^2 at its own t, and through tau^2 in
+the last layer, where it is a multiple of the identity (`kernels.py`). A step function that has the first three exactly
+therefore keeps the kernel up to  delta I,  delta = tau~_L^2 - tau_L^2. Parseval bounds tau2 >= g1^2 t^2 + g2^2 t^4 /
+2, and few levels cost
+more: `min_shift` takes, among those that match, the step function with the smallest tau2 that is not below tau_L^2.
+    For ReLU ten
 levels reach it, and then nothing is shifted.
 
 Ways to match a layer, by name in `MATCHERS`:
 
-    min_shift   K levels, g1, g2, g4 exact, tau2 minimal, but not below the activation's own. K = 2 is infeasible for ReLU, K = 3 is not.
+    min_shift   K levels, g1, g2, g4 exact, tau2 minimal, but not below the activation's own. K = 2 is infeasible for
+                ReLU, K = 3 is not.
     two_level   a(1[x < s1] + 1[x > s2]), the paper's hidden activation: g1, g2, |g4| exact, tau2 as it comes
-    paper       two_level, but in the last layer the paper's least-squares fit of five steps to tau2 as well. For ReLU that system has
-                no solution: its minimum drops g1, the class means. For reproduction; warns with its residual.
+    paper       two_level, but in the last layer the paper's least-squares fit of five steps to tau2 as well. For ReLU
+                that system has no solution: its minimum drops g1, the class means. For reproduction; warns with its
+                residual.
 """
 
 from __future__ import annotations
@@ -41,8 +45,8 @@ class LayerMatch:
         step: centred: its mean at `found.t` is 0.
         target: functionals of the activation, at the dense network's t.
         found: functionals of the step function, at the compressed network's t.
-        residual: largest difference in g1 t, g2 t^2, g4 t^2 (t of the compressed network), over the scale of the target;
-            signs are free, so |g| are compared.
+        residual: largest difference in g1 t, g2 t^2, g4 t^2 (t of the compressed network), over the scale of the
+            target; signs are free, so |g| are compared.
     """
 
     step: StepFunction
@@ -102,8 +106,8 @@ def match_layer(
         last: whether it is the last layer, which `paper` treats differently.
 
     Raises:
-        MatchingError: nothing found with a residual of at most 1e-6; the message holds the numbers. Not in mode "paper", which
-            warns.
+        MatchingError: nothing found with a residual of at most 1e-6; the message holds the numbers. Not in mode
+            "paper", which warns.
         RMTKDError: unknown mode.
     """
     if mode not in MATCHERS:
@@ -120,8 +124,9 @@ def _match_layer(activation: Activation, dense_t: float, t: float, mode: str, le
     residual = _residual(target, found)
     if not residual <= ACCEPTED:
         text = (
-            f"{mode} match of {activation.name!r} at t={t:.4g} (dense {dense_t:.4g}): largest residual {residual:.3g}, at most "
-            f"{ACCEPTED:g} expected; |g1|, |g2|, |g4| wanted {_numbers(target)}, found {_numbers(found)}"
+            f"{mode} match of {activation.name!r} at t={t:.4g} (dense {dense_t:.4g}): largest residual "
+            f"{residual:.3g}, at most {ACCEPTED:g} expected; |g1|, |g2|, |g4| wanted {_numbers(target)}, found "
+            f"{_numbers(found)}"
         )
         if mode != "paper":
             raise MatchingError(text + ". Use mode='min_shift' with more levels, or mode='weights_only'.")
@@ -150,8 +155,8 @@ def match_network(
 def surrogate_derivative(match: LayerMatch) -> StepFunction:
     """The derivative to use for a matched step in the backward pass, so that the NTK matches, too.
 
-    The step's own is 0 almost everywhere. h(x) = g1 - A/2 + A 1[x > 0] with A = g2 t sqrt(2 pi) has E h = g1 and E h' = g2; for a
-    matched ReLU it is ReLU's own where both t agree.
+    The step's own is 0 almost everywhere. h(x) = g1 - A/2 + A 1[x > 0] with A = g2 t sqrt(2 pi) has E h = g1 and E h'
+    = g2; for a matched ReLU it is ReLU's own where both t agree.
     """
     f = match.found
     jump = f.g2 * f.t * ROOT_2_PI
@@ -178,7 +183,7 @@ def _numbers(f: Functionals) -> str:
     return f"{abs(f.g1):.6g}, {abs(f.g2):.6g}, {abs(f.g4):.6g}"
 
 
-# -- min_shift -------------------------------------------------------------------------------------------------------------
+# -- min_shift --------------------------------------------------------------------------------------------------------
 
 
 @matcher("min_shift")
@@ -193,27 +198,28 @@ def _min_shift(target: Functionals, t: float, levels: int, last: bool) -> StepFu
     found = smallest_tau2(goal, target.tau2 / unit**2, levels)
     if found is None:
         raise MatchingError(
-            f"No step function of {levels} levels that are all of use was found at t={t:.4g}: try other levels, or weights_only."
+            f"No step function of {levels} levels that are all of use was found at t={t:.4g}: try other levels, or "
+            "weights_only."
         )
     z, jumps = found
     return StepFunction((z * t).tolist(), (np.cumsum([0.0, *jumps]) * unit).tolist())
 
 
-# -- the paper's activations -------------------------------------------------------------------------------------------
+# -- the paper's activations ------------------------------------------------------------------------------------------
 
 
 @matcher("two_level")
 def _two_level(target: Functionals, t: float, levels: int, last: bool) -> StepFunction:
     """a(1[x < s1] + 1[x > s2]) with g1, g2 and g4 up to its sign.
 
-    With D1 = phi(z2) - phi(z1), D2 = z2 phi(z2) - z1 phi(z1) and P the probability of being outside, g1 t = a D1, g2 t^2 = a D2 and
-    g4 t^2 = a^2 (1 - 2 P) D2 / 2. That leaves two equations for the thresholds; of their solutions, the one with positive g4 and the
-    smallest tau2 is taken.
+    With D1 = phi(z2) - phi(z1), D2 = z2 phi(z2) - z1 phi(z1) and P the probability of being outside, g1 t = a D1, g2
+    t^2 = a D2 and g4 t^2 = a^2 (1 - 2 P) D2 / 2. That leaves two equations for the thresholds; of their solutions, the
+    one with positive g4 and the smallest tau2 is taken.
     """
     if abs(target.g1) * t < 1e-9 or abs(target.g2) * t * t < 1e-9:
         raise MatchingError(
-            f"two_level needs g1 and g2 that are not 0, got {target.g1:.3g} and {target.g2:.3g} (an odd or even activation): use "
-            "mode='min_shift'."
+            f"two_level needs g1 and g2 that are not 0, got {target.g1:.3g} and {target.g2:.3g} (an odd or even "
+            "activation): use mode='min_shift'."
         )
     solutions = _two_level_solutions(target.g2 * t / target.g1, 2 * target.g4 / (target.g1 * target.g2 * t))
     steps = []
@@ -256,8 +262,8 @@ def _two_level_solutions(ratio: float, tilt: float) -> list[tuple[float, float]]
 
 @matcher("paper")
 def _paper(target: Functionals, t: float, levels: int, last: bool) -> StepFunction:
-    """two_level, but in the last layer the least-squares fit of b(1[x < r1] + 1[r2 < x < r3] + 1[x > r4]), r4 = r3 + r2 - r1,
-    to g1^2, g2^2, 2 g4 and tau2, with b^2 = (2 g4 / g2)^2 + 4 tau2."""
+    """two_level, but in the last layer the least-squares fit of b(1[x < r1] + 1[r2 < x < r3] + 1[x > r4]), r4 = r3 +
+    r2 - r1, to g1^2, g2^2, 2 g4 and tau2, with b^2 = (2 g4 / g2)^2 + 4 tau2."""
     if not last:
         return _two_level(target, t, levels, last)
     if abs(target.g2) * t * t < 1e-9:

@@ -1,7 +1,7 @@
 """Ternary fully-connected networks as models of their own: features in, logits out.
 
-The layers are those of `modeling_rmtkd.py`. A saved repository carries the files side by side, and `trust_remote_code=True`
-runs them without this package; they import torch and transformers alone.
+The layers are those of `modeling_rmtkd.py`. A saved repository carries the files side by side, and
+`trust_remote_code=True` runs them without this package; they import torch and transformers alone.
 """
 
 import re
@@ -23,8 +23,8 @@ UPLOAD_OPTIONS = ("repo_id", "commit_message", "private", "create_pr")  # of `pu
 def _lay_beside(folder):
     """Let the saved file import the layers from beside it, and put their file there.
 
-    transformers copies the file of a class, and those that it imports relatively from the same folder; ours lie in two. In
-    a saved repository they lie in one, and nothing is left to do.
+    transformers copies the file of a class, and those that it imports relatively from the same folder; ours lie in
+    two. In a saved repository they lie in one, and nothing is left to do.
     """
     source = Path(__file__).read_text(encoding="utf8")
     relative, count = re.subn(r"^from optimum_rmtkd\.(\w+) import", r"from .\1 import", source, flags=re.MULTILINE)

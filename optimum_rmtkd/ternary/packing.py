@@ -8,8 +8,8 @@ The codes themselves live in `modeling_rmtkd.py`, which every saved repository c
     latent   4 bytes a weight, while it is trained
     dense    4 bytes a weight, never rounded: the network to compare with, and the teacher
 
-Zeros are stored like any other trit: a high sparsity does not make the file smaller. (The authors count one bit for each nonzero
-weight and nothing for where it stands; no format stores that.)
+Zeros are stored like any other trit: a high sparsity does not make the file smaller. (The authors count one bit for
+each nonzero weight and nothing for where it stands; no format stores that.)
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def ternary_modules(model: nn.Module) -> dict[str, TernaryMLP]:
 
 
 def serialized_bytes(tensors: Mapping[str, torch.Tensor] | nn.Module) -> int:
-    """Bytes of the safetensors file of these tensors, header included: measured on the serialised file, not computed."""
+    """Bytes of the safetensors file of these tensors, header included: measured on the serialised file, not
+    computed."""
     from safetensors.torch import save
 
     if isinstance(tensors, nn.Module):
@@ -140,19 +141,21 @@ def _convert_layer(old: TernaryLinear, new: TernaryLinear) -> None:
     new.scale.copy_(scale)
     if new.storage == "seed" and not torch.equal(new.drawn().to(trits.device), trits):
         raise RMTKDError(
-            "storage='seed' keeps no weights, but these are not the ones that the seed draws: trained weights need 'base3' or "
-            "'2bit'."
+            "storage='seed' keeps no weights, but these are not the ones that the seed draws: trained weights need "
+            "'base3' or '2bit'."
         )
     new.store(trits)
 
 
 def pack_model(model: nn.Module, storage: str | None = None) -> nn.Module:
-    """Keep the ternary weights of a model as `storage`, in place; the config follows, so the model reloads. Returns it.
+    """Keep the ternary weights of a model as `storage`, in place; the config follows, so the model reloads. Returns
+    it.
 
     Call it after training weights ("latent"): their rounded values are what is packed, and outputs do not change.
 
     Args:
-        storage: of all ternary networks in the model. None: "base3" for trained ("latent") weights, others stay as they are.
+        storage: of all ternary networks in the model. None: "base3" for trained ("latent") weights, others stay as
+            they are.
 
     Raises:
         RMTKDError: no ternary network in it; see `convert`. The model is then unchanged.

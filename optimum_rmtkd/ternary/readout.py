@@ -36,9 +36,10 @@ class Readout:
 def fit_readout(h: torch.Tensor, y: torch.Tensor, ridge: float | None = None) -> Readout:
     """Least squares with a bias and a ridge on the weights.
 
-    With the centred features H = U S V^T: weight = Y^T U S / (S^2 + lambda) V^T, and the leave-one-out residual of sample i is
-    r_i / (1 - 1/n - sum_j U_ij^2 S_j^2 / (S_j^2 + lambda)) (Allen 1974, PRESS). Where the features interpolate (d >= n) both are as
-    small as lambda, so they are summed from lambda / (S_j^2 + lambda) and not as differences to 1.
+    With the centred features H = U S V^T: weight = Y^T U S / (S^2 + lambda) V^T, and the leave-one-out residual of
+    sample i is r_i / (1 - 1/n - sum_j U_ij^2 S_j^2 / (S_j^2 + lambda)) (Allen 1974, PRESS). Where the features
+    interpolate (d >= n) both are as small as lambda, so they are summed from lambda / (S_j^2 + lambda) and not as
+    differences to 1.
 
     Args:
         h: (n, d) features.

@@ -36,12 +36,13 @@ class TernaryReport:
     Attributes:
         mode, storage: of the recipe.
         layers: one entry a hidden layer; none for trained weights.
-        dense, compressed: kernel coefficients (`KernelCoefficients`) of both networks; those of the compressed one at the
-            measured t.
+        dense, compressed: kernel coefficients (`KernelCoefficients`) of both networks; those of the compressed one at
+            the measured t.
         delta_ck: what the CK gets more on its diagonal, tau~_L^2 - tau_L^2: an implicit ridge.
         diagnostics: of the standardised inputs (`FeatureDiagnostics`).
         ridge, error: of the readout; the error is leave-one-out, over the variance of the targets.
-        bytes: of the serialised network; `replaced_bytes` of the part of a model that it stands for, 0 where there is none.
+        bytes: of the serialised network; `replaced_bytes` of the part of a model that it stands for, 0 where there is
+            none.
         bits_per_weight: on disk, for each hidden weight.
         warnings: assumptions that do not hold, each with its number.
     """
@@ -86,8 +87,8 @@ class TernaryReport:
                 f"{layer.expected_mean:>9.4f} {layer.residual:>9.1e}"
             )
         lines.append(
-            f"{self.mode}, {self.storage}: {self.bytes:,} bytes, {self.bits_per_weight:.2f} bits a hidden weight on disk"
-            + (f" (replaced: {self.replaced_bytes:,} bytes)" if self.replaced_bytes else "")
+            f"{self.mode}, {self.storage}: {self.bytes:,} bytes, {self.bits_per_weight:.2f} bits a hidden weight on "
+            "disk" + (f" (replaced: {self.replaced_bytes:,} bytes)" if self.replaced_bytes else "")
         )
         if self.dense:
             lines.append(f"kernel: shift {self.delta_ck:+.4f} beside tau^2 {self.dense['tau2']:.4f}")

@@ -38,8 +38,9 @@ def _steps_of(u, levels: int) -> tuple:
 def steps_and_slopes(z, jumps) -> tuple:
     """tau2, g1, g2, g4 of a step function at t = 1 that starts at level 0, with their derivatives.
 
-    The same numbers as `functionals.step_functionals`, fifty times as fast: an optimizer asks for them thousands of times.
-    Written with tails Q = Phi(-z) and q = v_{k+1}^2 - v_k^2: tau2 = sum q Q - m^2, g4 = sum q z phi / 2 - m g2, m = sum J Q.
+    The same numbers as `functionals.step_functionals`, fifty times as fast: an optimizer asks for them thousands of
+    times. Written with tails Q = Phi(-z) and q = v_{k+1}^2 - v_k^2: tau2 = sum q Q - m^2, g4 = sum q z phi / 2 - m g2,
+    m = sum J Q.
 
     Args:
         z, jumps: (K - 1,) fp64 arrays.
@@ -76,7 +77,8 @@ def steps_and_slopes(z, jumps) -> tuple:
 
 
 class _Problem:
-    """tau2 and the constraints as functions of the free parameters, with their derivatives, each computed once a point."""
+    """tau2 and the constraints as functions of the free parameters, with their derivatives, each computed once a
+    point."""
 
     def __init__(self, goal, levels: int):
         self.goal, self.levels, self._point = goal, levels, None
@@ -115,8 +117,8 @@ def smallest_tau2(goal, tau2: float, levels: int) -> tuple | None:
         goal: (3,) fp64 array.
 
     Returns:
-        (z, jumps), (levels - 1,) each. If no start came to a solution, where it came nearest; None if all steps of every
-        start ran into each other or out of reach.
+        (z, jumps), (levels - 1,) each. If no start came to a solution, where it came nearest; None if all steps of
+        every start ran into each other or out of reach.
     """
     import numpy as np
 

@@ -1,11 +1,12 @@
 """Trained weights, rounded to three values: a start for straight-through training.
 
-The paper draws its hidden weights and trains none. Here the weights of a trained network are the latent weights of a ternary
-one. They are rounded in every forward pass, and gradients go straight through (Bengio et al. 2013); one scale a layer is
-trained along. `packing.pack_model` makes the rounding final.
+The paper draws its hidden weights and trains none. Here the weights of a trained network are the latent weights of a
+ternary one. They are rounded in every forward pass, and gradients go straight through (Bengio et al. 2013); one scale
+a layer is trained along. `packing.pack_model` makes the rounding final.
 
-Where a layer's scale starts: "matched" keeps the second moment of its weights, s = rms(W) / sqrt(share of nonzeros), and with it
-the variance of every pre-activation that the kernels depend on; "mean_abs", the usual one, is the mean of |W|.
+Where a layer's scale starts: "matched" keeps the second moment of its weights, s = rms(W) / sqrt(share of nonzeros),
+and with it the variance of every pre-activation that the kernels depend on; "mean_abs", the usual one, is the mean of
+|W|.
 """
 
 from __future__ import annotations
@@ -48,11 +49,12 @@ def ternarize(
     Args:
         network: linear layers with one element-wise activation between two; called on (n, p).
         x: (n, p) features, as the network takes them.
-        config: its `hidden` and `activation` are not used, the network has its own. None: `TernaryConfig(weights="trained")`.
+        config: its `hidden` and `activation` are not used, the network has its own. None:
+            `TernaryConfig(weights="trained")`.
 
     Returns:
-        (TernaryMLPForClassification or TernaryMLPForRegression with storage "latent", what was done). Sizes in the report are
-        those after packing.
+        (TernaryMLPForClassification or TernaryMLPForRegression with storage "latent", what was done). Sizes in the
+        report are those after packing.
 
     Raises:
         UnsupportedArchitectureError: no such network.
@@ -166,13 +168,14 @@ def read_network(module: nn.Module, x: torch.Tensor) -> tuple[list[nn.Linear], l
         module.train(training)
     if len(calls) < 2 or len({id(call[0]) for call in calls}) < len(calls):
         raise UnsupportedArchitectureError(
-            f"{type(module).__name__}: its forward pass calls linear layers {len(calls)} time(s); weights='trained' needs two or more "
-            "of them, each called once: hidden ones and a readout. Use weights='random', which replaces anything."
+            f"{type(module).__name__}: its forward pass calls linear layers {len(calls)} time(s); weights='trained' "
+            "needs two or more of them, each called once: hidden ones and a readout. Use weights='random', which "
+            "replaces anything."
         )
     if not (_close(calls[0][1], probe) and _close(calls[-1][2], output)):
         raise UnsupportedArchitectureError(
-            f"{type(module).__name__} does more than linear layers and activations (before the first or after the last layer): "
-            "use weights='random', or choose a part inside it."
+            f"{type(module).__name__} does more than linear layers and activations (before the first or after the "
+            "last layer): use weights='random', or choose a part inside it."
         )
     names = [_activation_between(a[2], b[1], number) for number, (a, b) in enumerate(zip(calls, calls[1:]), start=1)]
     return [call[0] for call in calls], names

@@ -17,7 +17,7 @@ class RMTKDTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False,
         metadata={
-            "help": "As in TrainingArguments, but off by default: every parameter of a reduced model takes part in the loss, "
-            "and the search costs a pass over the graph at every step."
+            "help": "As in TrainingArguments, but off by default: every parameter of a reduced model takes part in "
+            "the loss, and the search costs a pass over the graph at every step."
         },
     )

@@ -1,10 +1,10 @@
 """What a resumed run needs besides transformers' own checkpoint: `rmtkd_state.json` and `rmtkd_state.safetensors`, and
 `rmtkd_process_<rank>.safetensors` for what each process has of its own.
 
-The checkpoint's `config.json` already describes the architecture. Here lie the stages done, the projections between the
-teacher's stream and the student's, what the objectives learned from the calibration data, and those teachers that exist
-nowhere else (`previous`, `ema`). The initial teacher is not stored: it is the model that the user passes in again, and its
-fingerprint says whether it is the same one.
+The checkpoint's `config.json` already describes the architecture. Here lie the stages done, the projections between
+the teacher's stream and the student's, what the objectives learned from the calibration data, and those teachers that
+exist nowhere else (`previous`, `ema`). The initial teacher is not stored: it is the model that the user passes in
+again, and its fingerprint says whether it is the same one.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def write_process_state(folder: str | Path, rank: int, tensors: Mapping[str, tor
 
 
 def read_process_state(folder: str | Path, rank: int) -> dict[str, torch.Tensor]:
-    """Inverse of `write_process_state`. In a run of more processes than the checkpoint's the states are dealt out again."""
+    """Inverse of `write_process_state`. In a run of more processes than the checkpoint's the states are dealt out
+    again."""
     from safetensors.torch import load_file
 
     count = len(list(Path(folder).glob(PROCESS.format(rank="*"))))
@@ -94,8 +95,9 @@ def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
         kind = json.loads(config.read_text(encoding="utf8")).get("model_type", "") if config.is_file() else ""
         if str(kind).startswith("rmtkd_"):
             raise RMTKDError(
-                f"{folder} holds a reduced model but no {STATE}: it was saved with save_only_model=True or by save_model(). "
-                "Resume from a checkpoint-N folder of a run with save_only_model=False, or start a new run from this model."
+                f"{folder} holds a reduced model but no {STATE}: it was saved with save_only_model=True or by "
+                "save_model(). Resume from a checkpoint-N folder of a run with save_only_model=False, or start a new "
+                "run from this model."
             )
         return None
     values = json.loads((folder / STATE).read_text(encoding="utf8"))
@@ -110,9 +112,9 @@ def same_weights_or_raise(expected: str, found: str, folder: str | Path) -> None
     """
     if expected != found:
         raise RMTKDError(
-            f"The run in {folder} started from a model with fingerprint {expected[:12]}, the model passed to RMTKDTrainer has "
-            f"{found[:12]}. It is the teacher of the run and must be the same: pass the uncut model the run started from "
-            "(the same weights and dtype), or start a new run."
+            f"The run in {folder} started from a model with fingerprint {expected[:12]}, the model passed to "
+            f"RMTKDTrainer has {found[:12]}. It is the teacher of the run and must be the same: pass the uncut model "
+            "the run started from (the same weights and dtype), or start a new run."
         )
 
 
@@ -124,8 +126,8 @@ def same_recipe_or_raise(expected: Mapping[str, Any], found: Mapping[str, Any], 
     if names:
         was, now = (", ".join(f"{n}={values.get(n)!r}" for n in names) for values in (expected, found))
         raise RMTKDError(
-            f"The run in {folder} follows a recipe with {was}; this one has {now}. The cuts made there cannot be taken back: "
-            "resume with the same recipe, or start a new run in another folder."
+            f"The run in {folder} follows a recipe with {was}; this one has {now}. The cuts made there cannot be "
+            "taken back: resume with the same recipe, or start a new run in another folder."
         )
 
 

@@ -77,7 +77,8 @@ class Cores:
             install(self.trainer, self.put_on(clean_copy(self.trainer.model), tensors), prepare=False)
 
     def fold(self) -> None:
-        """Training is over: plain weights in the model itself. Its wrapper is dropped, it knows parameters that are gone."""
+        """Training is over: plain weights in the model itself. Its wrapper is dropped, it knows parameters that are
+        gone."""
         trainer = self.trainer
         if not is_reparameterized(trainer.model):
             return

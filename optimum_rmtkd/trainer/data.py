@@ -44,9 +44,9 @@ def calibration_indices(total: int, wanted: int, seed: int) -> list[int]:
 class CalibrationBatches:
     """Collated batches of this process, the same ones in every pass.
 
-    The samples are cut into chunks before the processes share them out (process r takes chunks r, r + n, ...), and each
-    chunk is collated under its own seed: the union over the processes is the same for any number of them, random collators
-    (masking, augmentation) included.
+    The samples are cut into chunks before the processes share them out (process r takes chunks r, r + n, ...), and
+    each chunk is collated under its own seed: the union over the processes is the same for any number of them, random
+    collators (masking, augmentation) included.
 
     Args:
         samples: sequence of dataset items.

@@ -26,8 +26,8 @@ __all__ = ["Distiller", "LateBatches"]
 class LateBatches(list):
     """Micro-batches that are made ready when the training loop begins to go through them.
 
-    A resumed run gets its random numbers back after the batches were fetched and before they are used: transforms that draw
-    must wait until then.
+    A resumed run gets its random numbers back after the batches were fetched and before they are used: transforms that
+    draw must wait until then.
     """
 
     def __init__(self, batches: list, ready: Callable[[list], list]):
@@ -69,7 +69,8 @@ class Distiller:
         return state.global_step / max(1, state.max_steps)
 
     def begin_batch(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Transform the micro-batches of an accumulated batch and count its units: what every mean in it is taken over."""
+        """Transform the micro-batches of an accumulated batch and count its units: what every mean in it is taken
+        over."""
         trainer = self.trainer
         for transform in trainer.transforms:
             batches = [transform(trainer, batch) for batch in batches]
@@ -101,7 +102,8 @@ class Distiller:
             if missing := [path for path in paths if path not in features]:
                 raise RMTKDError(
                     f"The forward pass did not reach the hooks of {missing[0]!r}: torch.compile drops hooks set after "
-                    "compilation. Set torch_compile=False, or leave out the objectives on hidden states (hidden_weight=0)."
+                    "compilation. Set torch_compile=False, or leave out the objectives on hidden states "
+                    "(hidden_weight=0)."
                 )
             taught = self.teacher_step(offered, [o for o in objectives if o.needs_teacher], prepared=True)
         step = DistillationStep(
@@ -127,8 +129,8 @@ class Distiller:
             if labelled:
                 raise
             raise RMTKDError(
-                f"The task loss of a batch without {' or '.join(self.trainer.label_names)}: {error} Give labels, or leave TaskLoss "
-                "out of the objectives to distil on unlabelled data."
+                f"The task loss of a batch without {' or '.join(self.trainer.label_names)}: {error} Give labels, or "
+                "leave TaskLoss out of the objectives to distil on unlabelled data."
             ) from error
 
     def teacher_step(
@@ -176,7 +178,7 @@ class Distiller:
             total = total + own
         return total
 
-    # -- log -----------------------------------------------------------------------------------------------------------
+    # -- log ----------------------------------------------------------------------------------------------------------
 
     def note(self, label: str, term: torch.Tensor) -> None:
         """Remember one micro-batch's term for the log."""

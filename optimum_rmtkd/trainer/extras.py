@@ -21,9 +21,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 class Extras:
     """An AdamW of their own for parameters outside the model.
 
-    The trainer's optimizer is created before they exist (they follow the architecture and the calibration data), may be the
-    user's, and DDP sees only the model's parameters: so their gradients are averaged over the processes here, clipped by
-    themselves, and stepped with the trainer's schedule.
+    The trainer's optimizer is created before they exist (they follow the architecture and the calibration data), may
+    be the user's, and DDP sees only the model's parameters: so their gradients are averaged over the processes here,
+    clipped by themselves, and stepped with the trainer's schedule.
     """
 
     def __init__(self, trainer: RMTKDTrainer):
@@ -32,7 +32,8 @@ class Extras:
         self.optimizer: torch.optim.Optimizer | None = None
 
     def collect(self) -> None:
-        """Take the parameters of the objectives and the teacher as they are now; moments of earlier ones are dropped."""
+        """Take the parameters of the objectives and the teacher as they are now; moments of earlier ones are
+        dropped."""
         trainer, args = self.trainer, self.trainer.args
         own = [p for objective in trainer.distiller.objectives for p in objective.parameters() if p.requires_grad]
         teacher = trainer.staging.teacher

@@ -38,7 +38,8 @@ def parts_of(
     """Instances of what the recipe names; an argument that is given takes the place of the recipe's.
 
     Raises:
-        RMTKDError: unknown names (answered with the known ones), arguments they do not take, or parts that do not go together.
+        RMTKDError: unknown names (answered with the known ones), arguments they do not take, or parts that do not go
+            together.
     """
     chosen = recipe.objectives if objectives is None else objectives
     parts = Parts(
@@ -49,7 +50,7 @@ def parts_of(
     aligned = any(isinstance(objective, TensorAlignment) for objective in parts.objectives)
     if aligned and getattr(parts.reparameterization, "name", None) != "mpo":
         raise RMTKDError(
-            "TensorAlignment compares the tensors of a matrix product operator: pass reparameterization='mpo' as well, or leave "
-            "it out."
+            "TensorAlignment compares the tensors of a matrix product operator: pass reparameterization='mpo' as "
+            "well, or leave it out."
         )
     return parts

@@ -52,8 +52,8 @@ class Stage:
         index, step: number of the stage, and optimizer steps done when it was cut.
         sites: one dictionary per site: name, kind, width_before, width_after, edge, rank.
         parameters_before, parameters_after: of the model, tied ones once.
-        metric_name, metric_before, metric_cut, metric_after: validation before the cut, just after it, at the end of the
-            stage; None without an eval_dataset.
+        metric_name, metric_before, metric_cut, metric_after: validation before the cut, just after it, at the end of
+            the stage; None without an eval_dataset.
         status: "open" (being distilled), "accepted", "rolled_back" (metric fell too far), "rejected" (never applied).
         reason: why it was rolled back or rejected, or why no further one follows.
     """
@@ -106,8 +106,8 @@ def spread_steps(cuts: int, max_steps: int, share: float) -> tuple[int, ...]:
     """
     if cuts > max_steps:
         raise RMTKDError(
-            f"{cuts} cuts in {max_steps} training steps: every stage needs at least one step to be distilled. Train longer "
-            "(max_steps, num_train_epochs), or lower `rounds` or restrict `sites`."
+            f"{cuts} cuts in {max_steps} training steps: every stage needs at least one step to be distilled. Train "
+            "longer (max_steps, num_train_epochs), or lower `rounds` or restrict `sites`."
         )
     steps: list[int] = []
     for i in range(cuts):
@@ -125,8 +125,8 @@ def plan_cuts(
     """All cuts of a run.
 
     Args:
-        groups: for schedule="layerwise", the sites of each layer, shallow to deep. Each is cut at its spectral edge; with
-            a target the run stops once it is met.
+        groups: for schedule="layerwise", the sites of each layer, shallow to deep. Each is cut at its spectral edge;
+            with a target the run stops once it is met.
         kept: share of the uncut model's parameters that there are now.
     """
     if config.schedule == "none":
@@ -158,9 +158,9 @@ def check_target(config: RMTKDConfig, parameters: int, reference: int) -> None:
     allowed = round((1.0 - config.target_reduction) * reference)
     if parameters <= allowed:
         raise BudgetError(
-            f"The model has {parameters:,} parameters, {1 - parameters / reference:.1%} less than the {reference:,} of the "
-            f"uncut one; target_reduction={config.target_reduction} asks for at most {allowed:,}, which it already meets. "
-            "Give a larger target_reduction, or train it with a plain Trainer."
+            f"The model has {parameters:,} parameters, {1 - parameters / reference:.1%} less than the {reference:,} "
+            f"of the uncut one; target_reduction={config.target_reduction} asks for at most {allowed:,}, which it "
+            "already meets. Give a larger target_reduction, or train it with a plain Trainer."
         )
 
 

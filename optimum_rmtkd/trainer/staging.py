@@ -1,4 +1,5 @@
-"""The life of a run: when to cut, whether a stage stands, who teaches. It drives the trainer through a few named methods."""
+"""The life of a run: when to cut, whether a stage stands, who teaches. It drives the trainer through a few named
+methods."""
 
 from __future__ import annotations
 
@@ -75,7 +76,7 @@ class Staging:
         self.retry_at: int | None = None
         self._restored: dict[str, torch.Tensor] | None = None  # tensors of a checkpoint not yet taken up
 
-    # -- sizes ---------------------------------------------------------------------------------------------------------
+    # -- sizes --------------------------------------------------------------------------------------------------------
 
     @property
     def parameters(self) -> int:
@@ -96,7 +97,7 @@ class Staging:
             self.given_teacher is None and self.config.teacher == "previous"
         )
 
-    # -- moments of the run --------------------------------------------------------------------------------------------
+    # -- moments of the run -------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
         """Training begins or goes on: plan, the cuts that are due, teacher and objectives."""
@@ -148,7 +149,7 @@ class Staging:
         self.dropout.restore()
         self._write_journal()
 
-    # -- rules ---------------------------------------------------------------------------------------------------------
+    # -- rules --------------------------------------------------------------------------------------------------------
 
     def _make_plan(self) -> tuple[PlannedCut, ...]:
         from .. import surgery
@@ -203,7 +204,7 @@ class Staging:
                 why,
             )
 
-    # -- the cut -------------------------------------------------------------------------------------------------------
+    # -- the cut ------------------------------------------------------------------------------------------------------
 
     def _cut(self, cut: PlannedCut, step: int, value: float | None) -> None:
         self.dropout.restore()  # the reduced model must inherit the real rates
@@ -221,7 +222,8 @@ class Staging:
         )
         hardest = narrowest(stage.sites)
         if hardest and hardest[1] < self.config.min_rank_ratio:
-            reason = f"{hardest[0]} would keep {hardest[1]:.3f} of its width, min_rank_ratio is {self.config.min_rank_ratio:g}"
+            least = self.config.min_rank_ratio
+            reason = f"{hardest[0]} would keep {hardest[1]:.3f} of its width, min_rank_ratio is {least:g}"
             logger.warning("Stage %d is not cut: %s.", cut.index, reason)
             self.stages.append(dataclasses.replace(stage, status="rejected", reason=reason))
             self.stopped = reason
@@ -295,7 +297,7 @@ class Staging:
         if self.config.disable_dropout and any(stage.accepted for stage in self.stages):
             self.dropout.disable(self.trainer.model)
 
-    # -- teacher and objectives ----------------------------------------------------------------------------------------
+    # -- teacher and objectives ---------------------------------------------------------------------------------------
 
     def _appoint_teacher(self) -> None:
         kind = self.config.teacher
@@ -314,7 +316,7 @@ class Staging:
         restored, self._restored = self._restored, None
         make_ready(self.trainer, projections, restored)
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------------
+    # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> None:
         """Write the state of the run into a checkpoint folder (main process)."""

@@ -1,8 +1,8 @@
 """The swap: one model object takes over the architecture of another in the middle of training.
 
-`Trainer._inner_training_loop` and `_run_epoch` keep local references to the wrapped model, and users keep one to theirs.
-So the object stays and its inside is exchanged (`become`); what had been built around the old inside (optimizer groups,
-DDP, autocast, compilation) is refreshed in place (`rewrap`, `regroup_optimizer`).
+`Trainer._inner_training_loop` and `_run_epoch` keep local references to the wrapped model, and users keep one to
+theirs. So the object stays and its inside is exchanged (`become`); what had been built around the old inside
+(optimizer groups, DDP, autocast, compilation) is refreshed in place (`rewrap`, `regroup_optimizer`).
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def become(model: nn.Module, other: nn.Module) -> set[str]:
     """Turn `model` into `other`, keeping the object. `other` must not be used afterwards: both share their inside.
 
-    Frozen parameters stay frozen by name (a factor that replaces one: by its nearest relatives), the training mode and hooks on the model itself are kept; whatever accelerate hung
-    on it is gone with the old inside.
+    Frozen parameters stay frozen by name (a factor that replaces one: by its nearest relatives), the training mode and
+    hooks on the model itself are kept; whatever accelerate hung on it is gone with the old inside.
 
     Returns:
         Names of the parameters that the cut left as they were: same name, shape and values.
@@ -104,7 +104,8 @@ def rewrap(trainer: RMTKDTrainer, wrapped: nn.Module) -> None:
     accelerator._models = [m for m in accelerator._models if m is not wrapped and m is not model]
     trainer.model_wrapped = accelerator.prepare(model)
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and wrapped is not trainer.model_wrapped:
-        # `_run_epoch` asks its local wrapper for no_sync until the epoch ends; its reducer would wait for dead gradients.
+        # `_run_epoch` asks its local wrapper for no_sync until the epoch ends; its reducer would wait for dead
+        # gradients.
         wrapped.no_sync = lambda: trainer.model_wrapped.no_sync()
         wrapped.reducer = wrapped.logger = None
         wrapped._module_parameters, wrapped.modules_buffers, wrapped.named_module_buffers = [], [], {}
@@ -113,9 +114,9 @@ def rewrap(trainer: RMTKDTrainer, wrapped: nn.Module) -> None:
 def regroup_optimizer(trainer: RMTKDTrainer, old_parameters: dict[str, nn.Parameter], same: set[str]) -> None:
     """Point the existing optimizer at the new parameters.
 
-    The optimizer object stays, so scheduler, accelerate's wrapper and callbacks keep valid references and the learning rate
-    goes on. State (Adam's moments) follows the parameters that did not change and is dropped for the others: it describes
-    coordinates that no longer exist.
+    The optimizer object stays, so scheduler, accelerate's wrapper and callbacks keep valid references and the learning
+    rate goes on. State (Adam's moments) follows the parameters that did not change and is dropped for the others: it
+    describes coordinates that no longer exist.
     """
     raw = _raw(trainer.optimizer)
     new_parameters = dict(trainer.model.named_parameters())
@@ -125,8 +126,9 @@ def regroup_optimizer(trainer: RMTKDTrainer, old_parameters: dict[str, nn.Parame
         groups = _groups_of_fresh(trainer)
     if len(groups) != len(raw.param_groups):
         raise RMTKDError(
-            f"The optimizer {type(raw).__name__} has {len(raw.param_groups)} parameter groups, the reduced model needs "
-            f"{len(groups)}: the groups depend on the architecture. Pass an optimizer whose groups do not, or `optim`."
+            f"The optimizer {type(raw).__name__} has {len(raw.param_groups)} parameter groups, the reduced model "
+            f"needs {len(groups)}: the groups depend on the architecture. Pass an optimizer whose groups do not, or "
+            "`optim`."
         )
     state = {name: raw.state[old_parameters[name]] for name in same if old_parameters[name] in raw.state}
     for group, parameters in zip(raw.param_groups, groups, strict=True):
@@ -165,7 +167,8 @@ def _groups_of_fresh(trainer: RMTKDTrainer) -> list[list[nn.Parameter]]:
 
 
 def _groups_by_name(raw, old: dict[str, nn.Parameter], new: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:
-    """For an optimizer that the user built: each new parameter joins the group of its old namesake, or nearest relative."""
+    """For an optimizer that the user built: each new parameter joins the group of its old namesake, or nearest
+    relative."""
     names = {id(parameter): name for name, parameter in old.items()}
     group_of = {
         names[id(p)]: number
@@ -211,7 +214,8 @@ def skeleton(template: PreTrainedModel, config: dict[str, Any]) -> PreTrainedMod
 def enable_checkpointing(model: PreTrainedModel, args: Any) -> None:
     """Recompute activations in the backward pass if the training arguments ask for it, as `Trainer.train` does.
 
-    transformers calls it activation checkpointing today and gradient checkpointing until 5.20; both names are honoured.
+    transformers calls it activation checkpointing today and gradient checkpointing until 5.20; both names are
+    honoured.
     """
     names = ("activation_checkpointing", "gradient_checkpointing")
     if not any(getattr(args, name, False) for name in names):
@@ -239,8 +243,8 @@ def load_skeleton(model: PreTrainedModel, template: PreTrainedModel, folder: str
 def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     """Copy the weights saved in `folder` into `model`, which has their architecture.
 
-    Through `from_pretrained`: transformers stores tensors of some architectures (ViT) under other names than they have in
-    memory. The loader of its Trainer knows nothing of that and leaves them as they are: untrained, after a cut.
+    Through `from_pretrained`: transformers stores tensors of some architectures (ViT) under other names than they have
+    in memory. The loader of its Trainer knows nothing of that and leaves them as they are: untrained, after a cut.
 
     Raises:
         RMTKDError: a tensor of the model is not in the folder.
@@ -251,8 +255,8 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
     )
     if found["missing_keys"]:
         raise RMTKDError(
-            f"The checkpoint {folder} lacks {len(found['missing_keys'])} tensor(s) of {type(model).__name__}, the first is "
-            f"{min(found['missing_keys'])}. It is incomplete, or of another model; take another checkpoint."
+            f"The checkpoint {folder} lacks {len(found['missing_keys'])} tensor(s) of {type(model).__name__}, the "
+            f"first is {min(found['missing_keys'])}. It is incomplete, or of another model; take another checkpoint."
         )
     model.load_state_dict(saved.state_dict())
 
@@ -265,8 +269,8 @@ class DropoutSwitch:
     """Turns the dropout of a model off, and on again.
 
     Both places where transformers keeps it are covered: `nn.Dropout` modules and float attributes of modules such as
-    `attention_dropout` or `drop_prob`. The config is never touched: a reduced checkpoint that is fine-tuned later trains with
-    the dropout its authors chose, and `restore` gives the model back to the user as it came.
+    `attention_dropout` or `drop_prob`. The config is never touched: a reduced checkpoint that is fine-tuned later
+    trains with the dropout its authors chose, and `restore` gives the model back to the user as it came.
     """
 
     def __init__(self):

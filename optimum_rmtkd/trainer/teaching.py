@@ -33,14 +33,14 @@ def accept_teacher(trainer: RMTKDTrainer, teacher: Any) -> None:
     """Take what was passed as `teacher_model`, or refuse it.
 
     Raises:
-        RMTKDError: no teacher at all, of other labels or another vocabulary, one that would move with the student, or no
-            objective that could use it.
+        RMTKDError: no teacher at all, of other labels or another vocabulary, one that would move with the student, or
+            no objective that could use it.
     """
     given = as_teacher(teacher)
     if any(isinstance(member, EMATeacher) for member in getattr(given, "members", [given])):
         raise RMTKDError(
-            "teacher_model is an EMATeacher: an average has to be made anew at every cut and lies in the checkpoints. Leave "
-            "teacher_model out and set RMTKDConfig(teacher='ema', ema_decay=...)."
+            "teacher_model is an EMATeacher: an average has to be made anew at every cut and lies in the checkpoints. "
+            "Leave teacher_model out and set RMTKDConfig(teacher='ema', ema_decay=...)."
         )
     for model in given.models:
         check_compatible(trainer.model, model)
@@ -64,8 +64,8 @@ def accept_teacher(trainer: RMTKDTrainer, teacher: Any) -> None:
     kept = [objective for objective in trainer.objectives if not isinstance(objective, HiddenStateLoss)]
     if len(kept) < len(trainer.objectives):
         logger.warning(
-            "HiddenStateLoss is dropped: the student's residual stream is a projection of its own uncut model's, and no "
-            "projection to the stream of the given teacher_model (%s) is known. The other objectives stay; "
+            "HiddenStateLoss is dropped: the student's residual stream is a projection of its own uncut model's, and "
+            "no projection to the stream of the given teacher_model (%s) is known. The other objectives stay; "
             "ProjectedFeatureLoss compares hidden states of any two models.",
             type(teacher).__name__,
         )
@@ -84,6 +84,6 @@ def _check_cached(trainer: RMTKDTrainer) -> None:
     known = {n: v for n in ("num_labels", "vocab_size") if (v := getattr(text, n, None)) is not None}
     if known and classes not in known.values():
         raise RMTKDError(
-            f"The cached answers are over {classes} classes, the student has {known}; expected its number of labels or its "
-            "vocabulary. Run cache_answers with a teacher of the student's labels and tokenizer."
+            f"The cached answers are over {classes} classes, the student has {known}; expected its number of labels "
+            "or its vocabulary. Run cache_answers with a teacher of the student's labels and tokenizer."
         )

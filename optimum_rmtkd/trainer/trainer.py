@@ -90,26 +90,30 @@ class RMTKDTrainer(Trainer):
         model: a `PreTrainedModel` of a supported family. It keeps its identity; class and widths change at each cut.
         args: `RMTKDTrainingArguments`, or any `TrainingArguments`.
         rmtkd_config: the recipe. None: `RMTKDConfig()`, where the spectral edges decide the widths.
-        teacher_model: None for self-distillation (`rmtkd_config.teacher`); a model of the same vocabulary and labels; a list of
-            models, or of (model, weight); or a `Teacher` (OnlineTeacher, CachedTeacher). `HiddenStateLoss` is used only if it
-            is the very model that is cut: no projection is known for another one.
-        objectives: None for the recipe's three terms; or a list of objectives (or of their dicts), or {name: arguments}.
-        reparameterization: None, an instance, a name ("mpo", "powerpropagation") or a dict: trained in place of the weights,
-            put on again after each cut, folded back in everything that is saved and when training ends.
+        teacher_model: None for self-distillation (`rmtkd_config.teacher`); a model of the same vocabulary and labels;
+            a list of models, or of (model, weight); or a `Teacher` (OnlineTeacher, CachedTeacher). `HiddenStateLoss`
+            is used only if it is the very model that is cut: no projection is known for another one.
+        objectives: None for the recipe's three terms; or a list of objectives (or of their dicts), or {name:
+            arguments}.
+        reparameterization: None, an instance, a name ("mpo", "powerpropagation") or a dict: trained in place of the
+            weights, put on again after each cut, folded back in everything that is saved and when training ends.
         transforms: batch transforms (EmbeddingMixup, OnPolicy, ...), one or several, or their names or dicts.
         **kwargs: as `transformers.Trainer`.
 
     Each training log line carries `loss/<objective>`, unweighted, averaged since the last one. `train()` adds
-    `parameters_before`, `parameters_after` and `reduction` to its metrics; `stages` and `rmtkd_stages.json` tell what happened
-    at each cut. Every term is a mean over the whole accumulated batch of all processes, however it is split and padded.
+    `parameters_before`, `parameters_after` and `reduction` to its metrics; `stages` and `rmtkd_stages.json` tell what
+    happened at each cut. Every term is a mean over the whole accumulated batch of all processes, however it is split
+    and padded.
 
     Raises:
-        RMTKDError: a setting that cannot work with cuts; an unfit teacher; a recipe that needs an eval_dataset without one.
+        RMTKDError: a setting that cannot work with cuts; an unfit teacher; a recipe that needs an eval_dataset without
+            one.
         UnsupportedArchitectureError: no known family.
     """
 
-    # Our loss is averaged over the micro-batches. Inferred, it would be wrong: BERT & co. swallow `num_items_in_batch` through
-    # **kwargs and ignore it, so loss and gradients would grow with accumulation steps and processes (transformers #47688).
+    # Our loss is averaged over the micro-batches. Inferred, it would be wrong: BERT & co. swallow `num_items_in_batch`
+    # through **kwargs and ignore it, so loss and gradients would grow with accumulation steps and processes
+    # (transformers #47688).
     loss_is_scaled_for_ga = False
 
     def __init__(
@@ -136,8 +140,8 @@ class RMTKDTrainer(Trainer):
         self.optimizer_was_given = self.optimizer is not None
         if self.optimizer_was_given and self.reparameterization is not None:
             logger.warning(
-                "An optimizer was given: the tensors of %s join the groups of the weights they stand for. lr_scale=%.3g and "
-                "the freedom from weight decay are not applied; set the rate accordingly.",
+                "An optimizer was given: the tensors of %s join the groups of the weights they stand for. "
+                "lr_scale=%.3g and the freedom from weight decay are not applied; set the rate accordingly.",
                 self.reparameterization.name,
                 self.reparameterization.lr_scale,
             )
@@ -150,7 +154,7 @@ class RMTKDTrainer(Trainer):
             accept_teacher(self, teacher_model)
         self.add_callback(_StageCallback(self))
 
-    # -- what the user reads -------------------------------------------------------------------------------------------
+    # -- what the user reads ------------------------------------------------------------------------------------------
 
     @property
     def stages(self) -> list[Stage]:
@@ -184,8 +188,8 @@ class RMTKDTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise RMTKDError(
-                "train() without train_dataset: it is needed to calibrate the cuts and to distil. Pass train_dataset to "
-                "RMTKDTrainer, or use optimum_rmtkd.narrow for a single cut without training."
+                "train() without train_dataset: it is needed to calibrate the cuts and to distil. Pass train_dataset "
+                "to RMTKDTrainer, or use optimum_rmtkd.narrow for a single cut without training."
             )
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             self.staging.reset()
@@ -247,7 +251,7 @@ class RMTKDTrainer(Trainer):
             recipe=self.rmtkd_config.to_dict(),
         )
 
-    # -- the loss ------------------------------------------------------------------------------------------------------
+    # -- the loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Evaluation: the task loss, comparable between runs. Training: sum over objectives of weight * term.
@@ -262,7 +266,8 @@ class RMTKDTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As `Trainer.get_batch_samples`, with the batch transforms applied and the units of the whole batch counted."""
+        """As `Trainer.get_batch_samples`, with the batch transforms applied and the units of the whole batch
+        counted."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
         return LateBatches(batches, self.distiller.begin_batch), num_items_in_batch
 
@@ -272,7 +277,7 @@ class RMTKDTrainer(Trainer):
             logs |= self.distiller.log_terms()
         super().log(logs, start_time)
 
-    # -- what the staging asks for -------------------------------------------------------------------------------------
+    # -- what the staging asks for ------------------------------------------------------------------------------------
 
     def calibration_batches(self) -> CalibrationBatches:
         """This process's share of the calibration data, through the trainer's collator, the same in every pass."""
@@ -296,8 +301,8 @@ class RMTKDTrainer(Trainer):
     def measure(self) -> float | None:
         """The validation metric now, or None without an eval_dataset.
 
-        Not `evaluate`: its callbacks would count for early stopping, and its sampler would advance the random numbers. As in
-        training, also after it: outside, `bf16_full_eval` would cast the model that is about to be saved.
+        Not `evaluate`: its callbacks would count for early stopping, and its sampler would advance the random numbers.
+        As in training, also after it: outside, `bf16_full_eval` would cast the model that is about to be saved.
         """
         if self.eval_dataset is None:
             return None
@@ -318,8 +323,8 @@ class RMTKDTrainer(Trainer):
             self.is_in_train = training
         if self.metric_name not in metrics:
             raise RMTKDError(
-                f"The evaluation gave {', '.join(sorted(metrics))}; the stages are judged by {self.metric_name!r}. Set "
-                "metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
+                f"The evaluation gave {', '.join(sorted(metrics))}; the stages are judged by {self.metric_name!r}. "
+                "Set metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
             )
         return float(metrics[self.metric_name])
 
@@ -338,9 +343,9 @@ class RMTKDTrainer(Trainer):
             line[f"rmtkd/{stage.metric_name}"] = stage.metric_cut
         self.log(line)
 
-    # -- private hooks of Trainer --------------------------------------------------------------------------------------
-    # `_inner_training_loop` wraps the model once and hands that wrapper down as a local variable; after a cut under DDP,
-    # autocast or torch.compile it is a stale one. Each override below puts the live wrapper in its place.
+    # -- private hooks of Trainer -------------------------------------------------------------------------------------
+    # `_inner_training_loop` wraps the model once and hands that wrapper down as a local variable; after a cut under
+    # DDP, autocast or torch.compile it is a stale one. Each override below puts the live wrapper in its place.
 
     def _run_epoch(self, model, *positional, **kwargs):
         return super()._run_epoch(self.model_wrapped, *positional, **kwargs)
@@ -354,8 +359,8 @@ class RMTKDTrainer(Trainer):
     def _get_grad_norm(self, model, grad_norm=None):
         return super()._get_grad_norm(self.model_wrapped, grad_norm=grad_norm)
 
-    # The three below touch checkpoints: the architecture has to be in place before weights are loaded, and what only we
-    # know has to lie beside the optimizer's state (hence not with save_only_model).
+    # The three below touch checkpoints: the architecture has to be in place before weights are loaded, and what only
+    # we know has to lie beside the optimizer's state (hence not with save_only_model).
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self.staging.restore(resume_from_checkpoint)
@@ -398,7 +403,7 @@ class RMTKDTrainer(Trainer):
         if isinstance(self.staging.given_teacher, CachedTeacher):
             self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
 
-    # -- checks --------------------------------------------------------------------------------------------------------
+    # -- checks -------------------------------------------------------------------------------------------------------
 
     def _refuse_unsupported(self) -> None:
         from .. import surgery
@@ -407,8 +412,9 @@ class RMTKDTrainer(Trainer):
             raise _unsharded("fsdp" if self.is_fsdp_enabled else "deepspeed")
         if self.args.n_gpu > 1 or self.is_model_parallel:
             raise RMTKDError(
-                f"{self.args.n_gpu} devices in one process (DataParallel or a device map): expected one device a process. "
-                "Launch with torchrun --nproc_per_node, or show the process one device (CUDA_VISIBLE_DEVICES=0)."
+                f"{self.args.n_gpu} devices in one process (DataParallel or a device map): expected one device a "
+                "process. Launch with torchrun --nproc_per_node, or show the process one device "
+                "(CUDA_VISIBLE_DEVICES=0)."
             )
         wanted = [n for n in ("stage_threshold", "max_metric_drop") if getattr(self.rmtkd_config, n) is not None]
         if wanted and self.eval_dataset is None:
@@ -423,6 +429,6 @@ class RMTKDTrainer(Trainer):
 
 def _unsharded(what: str) -> RMTKDError:
     return RMTKDError(
-        f"{what} shards the parameters; a cut inside training needs whole ones on every process. Use DDP (torchrun), or cut "
-        "first with optimum_rmtkd.narrow and train the result sharded."
+        f"{what} shards the parameters; a cut inside training needs whole ones on every process. Use DDP (torchrun), "
+        "or cut first with optimum_rmtkd.narrow and train the result sharded."
     )

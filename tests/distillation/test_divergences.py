@@ -42,7 +42,7 @@ def pair():
     return [F.log_softmax(4 * torch.randn(50, 7, generator=generator), -1) for _ in range(2)]
 
 
-# -- divergences -------------------------------------------------------------------------------------------------------
+# -- divergences ------------------------------------------------------------------------------------------------------
 
 
 def test_skew_kl_is_bounded_and_tends_to_kl(pair):
@@ -191,7 +191,7 @@ def test_ranges():
             bad()
 
 
-# -- correlation -------------------------------------------------------------------------------------------------------
+# -- correlation ------------------------------------------------------------------------------------------------------
 
 
 def test_pearson_and_ranks_against_scipy():
@@ -251,7 +251,7 @@ def test_vocabularies_are_cut_to_the_teachers_largest_and_tiny_batches_left_out(
     assert value(few, ours[:2], theirs[:2]) == 0 and "at least 3 are needed" in caplog.text
 
 
-# -- weights and labels ------------------------------------------------------------------------------------------------
+# -- weights and labels -----------------------------------------------------------------------------------------------
 
 
 def test_schedules_of_weights():

@@ -39,7 +39,7 @@ def kl(student, teacher, temperature=1.0, inputs=None, mask=None, key="logits", 
     )
 
 
-# -- registry ----------------------------------------------------------------------------------------------------------
+# -- registry ---------------------------------------------------------------------------------------------------------
 
 
 def test_unknown_name_is_answered_with_the_known_ones():
@@ -88,7 +88,7 @@ def test_defaults_follow_the_recipe():
     assert names == {"task": 0.25, "hidden": 2}
 
 
-# -- task --------------------------------------------------------------------------------------------------------------
+# -- task -------------------------------------------------------------------------------------------------------------
 
 
 def test_task_loss_prefers_the_trainers_and_names_what_is_missing():
@@ -99,7 +99,7 @@ def test_task_loss_prefers_the_trainers_and_names_what_is_missing():
         task(DistillationStep({"pixel_values": 0}, {"logits": torch.zeros(1)}))
 
 
-# -- divergence --------------------------------------------------------------------------------------------------------
+# -- divergence -------------------------------------------------------------------------------------------------------
 
 
 def test_kl_closed_form_of_two_classes():
@@ -195,7 +195,7 @@ def test_kl_names_shapes_and_outputs_that_do_not_fit():
         kl(torch.zeros(2, 3), torch.zeros(2, 3), key="last_hidden_state")
 
 
-# -- hidden states -----------------------------------------------------------------------------------------------------
+# -- hidden states ----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

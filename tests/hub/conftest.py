@@ -1,4 +1,5 @@
-"""The local Hub, and a way to run Python beside it as a user would: in a process of its own, with `HF_ENDPOINT` set."""
+"""The local Hub, and a way to run Python beside it as a user would: in a process of its own, with `HF_ENDPOINT`
+set."""
 
 from __future__ import annotations
 

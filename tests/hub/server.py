@@ -1,7 +1,8 @@
-"""A small Hugging Face Hub over HTTP: repositories, commits, regular and LFS uploads, downloads, and the check of cards.
+"""A small Hugging Face Hub over HTTP: repositories, commits, regular and LFS uploads, downloads, and the check of
+cards.
 
-It answers what `huggingface_hub` and transformers really ask, so that pushing and pulling is tested through the real client,
-without network. Nothing is stored on disk.
+It answers what `huggingface_hub` and transformers really ask, so that pushing and pulling is tested through the real
+client, without network. Nothing is stored on disk.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class LocalHub:
         upload_mode: path, size -> "regular" or "lfs".
 
     Attributes:
-        url: what `HF_ENDPOINT` is set to. log: (method, path) of every request. repos: {"user/name": commits, oldest first}.
+        url: what `HF_ENDPOINT` is set to. log: (method, path) of every request. repos: {"user/name": commits, oldest
+            first}.
     """
 
     def __init__(self, upload_mode: Callable[[str, int], str] = lambda path, size: "regular"):
@@ -136,7 +138,7 @@ class LocalHub:
         """The newest state of a repository."""
         return self.repos[repo][-1].files
 
-    # -- routes --------------------------------------------------------------------------------------------------------
+    # -- routes -------------------------------------------------------------------------------------------------------
 
     def answer(self, method: str, path: str, query: dict, body: bytes) -> Answer:
         """The response to one request."""

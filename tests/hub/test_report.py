@@ -158,8 +158,8 @@ def test_page_in_a_browser(open_page, page_file, width, scheme, tmp_path):  # no
     page, complaints = open_page(page_file, width, scheme)
     assert complaints == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width  # tables scroll, the page does not
-    drawn = "[...document.querySelectorAll('figure svg')].filter(s => s.checkVisibility()).map(s => s.getBoundingClientRect().height)"
-    heights = page.evaluate(drawn)
+    drawn = "[...document.querySelectorAll('figure svg')].filter(s => s.checkVisibility())"
+    heights = page.evaluate(f"{drawn}.map(s => s.getBoundingClientRect().height)")
     assert len(heights) >= 6 and min(heights) > 100
     ink, paper = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"

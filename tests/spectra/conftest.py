@@ -7,7 +7,8 @@ import torch
 
 
 def _spiked(n, dim=400, rank=15, spread=0.0, seed=0, spikes=(6.0, 30.0)):
-    """(n, dim) fp64: `rank` orthogonal spikes in Gaussian noise of log-normal channel variances with log-sd `spread`."""
+    """(n, dim) fp64: `rank` orthogonal spikes in Gaussian noise of log-normal channel variances with log-sd
+    `spread`."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape):

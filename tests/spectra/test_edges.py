@@ -109,7 +109,8 @@ def test_deflation_uncovers_shadowed_spikes(spiked):
 
 
 def test_one_massive_channel_shadows_everything_for_dpa_but_not_for_screenot(spiked):
-    """On record: variance confined to one channel is noise by dpa's own definition, and there is nothing to deflate."""
+    """On record: variance confined to one channel is noise by dpa's own definition, and there is nothing to
+    deflate."""
     x = spiked(800, dim=200, rank=4, spikes=(4.0, 7.0))
     x[:, 0] *= 100
     found = spectrum(x)

@@ -99,7 +99,8 @@ def test_tracy_widom_and_effective_sample_size_move_the_edge(spiked):
 
 
 def test_n_effective_repairs_the_median_rule_on_correlated_tokens(spiked):
-    """AR(0.8) tokens, 4,000 sequences of 64: as in peers' simulations, the median rule over-keeps with n, not with n_eff."""
+    """AR(0.8) tokens, 4,000 sequences of 64: as in peers' simulations, the median rule over-keeps with n, not with
+    n_eff."""
     noise = spiked(2000 * 64, dim=60, rank=3, spikes=(6.0, 9.0)).reshape(2000, 64, 60)
     for t in range(1, 64):
         noise[:, t] = 0.8 * noise[:, t - 1] + 0.6 * noise[:, t]
@@ -149,6 +150,9 @@ def test_bad_input(spiked):
 def test_the_package_imports_torch_alone():
     root = Path(__file__).parents[2]
     names = "('scipy', 'transformers', 'accelerate', 'screenot')"
-    code = f"import torch, sys; before = set(sys.modules); import optimum_rmtkd.spectra; print([m for m in {names} if m in set(sys.modules) - before])"
+    code = (
+        "import torch, sys; before = set(sys.modules); import optimum_rmtkd.spectra; "
+        f"print([m for m in {names} if m in set(sys.modules) - before])"
+    )
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -122,7 +122,8 @@ def test_moments_are_those_of_the_hidden_states(bert):
 
 
 def test_gradient_moments_are_those_of_autograd(bert):
-    """One layer, one batch: E[g g^T] over real tokens of the gradient that autograd gives for the same drawn labels."""
+    """One layer, one batch: E[g g^T] over real tokens of the gradient that autograd gives for the same drawn
+    labels."""
     model, data = bert
     point = Point(NORM.format(0))
     found = calibrate(model, data[:1], Calibration([point], [point], RECIPE), progress=False)

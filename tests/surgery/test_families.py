@@ -1,4 +1,5 @@
-"""The life cycle of every family and head: exact at full width, narrow, save, load in a fresh process, narrow again."""
+"""The life cycle of every family and head: exact at full width, narrow, save, load in a fresh process, narrow
+again."""
 
 from __future__ import annotations
 

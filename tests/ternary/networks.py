@@ -1,4 +1,5 @@
-"""The setting of the acceptance bars: a Gaussian mixture of two classes, three ReLU layers, exact infinite-width kernels."""
+"""The setting of the acceptance bars: a Gaussian mixture of two classes, three ReLU layers, exact infinite-width
+kernels."""
 
 from __future__ import annotations
 

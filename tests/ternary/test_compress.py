@@ -547,7 +547,8 @@ def mean_kernel(x, draws: int, **options) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_ternary_weights_keep_the_kernel(seed):
-    """Bar 6, 8 draws a seed. Measured over seeds 0 to 4: Gaussian .136 to .147, ternary .146 to .162, unscaled 19.2 to 20.9."""
+    """Bar 6, 8 draws a seed. Measured over seeds 0 to 4: Gaussian .136 to .147, ternary .146 to .162, unscaled 19.2 to
+    20.9."""
     x, _, tau0 = samples(400, 500, seed)
     x = x / tau0
     exact = dense_kernels(x, 1.0)[0]
@@ -569,8 +570,8 @@ def test_ternary_weights_keep_the_kernel(seed):
 def test_kurtosis_is_gone_after_centring(mode, seed):
     """Bar 7: the error of P K P does not depend on the sparsity, that of K does. 6 draws a seed.
 
-    Measured over seeds 0 to 4, largest over smallest of three sparsities: centred at most 1.02 (two_level) and 1.18 (min_shift,
-    whose error of .3 is mostly the noise of 6 draws); plain at least 1.64 and 1.16.
+    Measured over seeds 0 to 4, largest over smallest of three sparsities: centred at most 1.02 (two_level) and 1.18
+    (min_shift, whose error of .3 is mostly the noise of 6 draws); plain at least 1.64 and 1.16.
     """
     x, _, tau0 = samples(400, 500, seed)
     x = x / tau0
@@ -600,8 +601,8 @@ def digits(seed: int):
 
 @pytest.mark.slow
 def test_accuracy_on_digits():
-    """Means over 5 seeds of split and weights, width 1000. Measured: dense .9831 to .9843, weights_only .9831, min_shift .9622,
-    two_level .8588."""
+    """Means over 5 seeds of split and weights, width 1000. Measured: dense .9831 to .9843, weights_only .9831,
+    min_shift .9622, two_level .8588."""
     pytest.importorskip("sklearn")
     found: dict[str, list[float]] = {}
     for seed in SEEDS:

@@ -1,4 +1,5 @@
-"""Functionals against quadrature and Monte Carlo, kernels against closed forms, and their equivalents on Gaussian mixtures."""
+"""Functionals against quadrature and Monte Carlo, kernels against closed forms, and their equivalents on Gaussian
+mixtures."""
 
 from __future__ import annotations
 

@@ -126,7 +126,8 @@ def test_storages_compute_the_same(storage):
 
 
 def test_sizes_on_disk():
-    """Measured on the serialised file: at most 2 bits for each of the 90,000 hidden weights, scales and header included."""
+    """Measured on the serialised file: at most 2 bits for each of the 90,000 hidden weights, scales and header
+    included."""
     bits = {storage: bits_per_weight(network(storage)) for storage in ("base3", "2bit", "seed", "latent")}
     assert 1.6 <= bits["base3"] < 1.65 and 2.0 <= bits["2bit"] < 2.05 and bits["seed"] < 0.04
     assert 32 <= bits["latent"] < 32.1

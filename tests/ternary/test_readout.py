@@ -35,7 +35,8 @@ def test_solution(n, d):
 @pytest.mark.parametrize("ridge", [0.3, 1e-8])
 @pytest.mark.parametrize(("n", "d"), [(25, 8), (15, 30)])
 def test_left_out_is_the_fit_without_the_sample(n, d, ridge):
-    """The oracle refits n times, at the same absolute ridge. Its bias is fitted again; the closed form accounts for that."""
+    """The oracle refits n times, at the same absolute ridge. Its bias is fitted again; the closed form accounts for
+    that."""
     h, y = data(n, d)
     fit = fit_readout(h, y, ridge=ridge)
     strength = ridge * (h - h.mean(0)).square().sum(0).mean()

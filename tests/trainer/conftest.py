@@ -73,7 +73,8 @@ def one_thread():
 
 @pytest.fixture
 def make_trainer(tmp_path):
-    """make_trainer(model=None, recipe={...}, out="out", train_dataset=..., teacher_model=..., **training arguments)."""
+    """make_trainer(model=None, recipe={...}, out="out", train_dataset=..., teacher_model=..., **training
+    arguments)."""
 
     def make(
         model=None, recipe=None, out="out", teacher_model=None, objectives=None, trainer_kwargs=None, **arguments

@@ -58,8 +58,8 @@ def spans(samples=16):
 def vit(seed, width=32):
     torch.manual_seed(seed)
     config = ViTConfig(
-        hidden_size=width, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=8,
-        num_labels=3,
+        hidden_size=width, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=16,
+        patch_size=8, num_labels=3,
     )  # fmt: skip
     return ViTForImageClassification(config)
 
@@ -73,9 +73,13 @@ def resnet(seed):
 
 
 KINDS = {
-    "token classification": (lambda seed: tiny_bert(seed, BertForTokenClassification, num_labels=3), ragged(16, kind="token")),
+    "token classification": (
+        lambda seed: tiny_bert(seed, BertForTokenClassification, num_labels=3), ragged(16, kind="token")
+    ),
     "sequence classification": (lambda seed: tiny_bert(seed, num_labels=3), ragged(16, kind="three")),
-    "regression": (lambda seed: tiny_bert(seed, num_labels=1, problem_type="regression"), ragged(16, kind="regression")),
+    "regression": (
+        lambda seed: tiny_bert(seed, num_labels=1, problem_type="regression"), ragged(16, kind="regression")
+    ),
     "causal": (tiny_gpt2, ragged(16, kind="causal")),
     "images": (vit, images()),
     "feature maps": (resnet, images()),

@@ -248,7 +248,7 @@ def test_pruned_at_the_end_and_in_checkpoints_only(make_trainer):
     assert zeros(saved) == 0.5
 
 
-# -- alignment ---------------------------------------------------------------------------------------------------------
+# -- alignment --------------------------------------------------------------------------------------------------------
 
 
 def aligned(student, teacher, tensors="auxiliary", number=3):

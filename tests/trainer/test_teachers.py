@@ -34,7 +34,7 @@ def history(trainer, key="loss"):
     return [e[key] for e in trainer.state.log_history if key in e]
 
 
-# -- several -----------------------------------------------------------------------------------------------------------
+# -- several ----------------------------------------------------------------------------------------------------------
 
 
 def test_several_teachers_are_their_weighted_mean():
@@ -83,7 +83,7 @@ def test_teachers_that_would_move_with_the_student_are_refused(make_trainer):
             make_trainer(student, teacher_model=given)
 
 
-# -- online ------------------------------------------------------------------------------------------------------------
+# -- online -----------------------------------------------------------------------------------------------------------
 
 
 def test_online_teacher_moves_towards_the_student_and_its_backbone_stays(make_trainer):
@@ -156,7 +156,7 @@ def test_online_teacher_resumes_to_the_same_bits(make_trainer, weights):
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-# -- cached ------------------------------------------------------------------------------------------------------------
+# -- cached -----------------------------------------------------------------------------------------------------------
 
 
 def collate(rows, length=None):

@@ -240,7 +240,7 @@ def test_bf16_autocast_survives_a_cut(make_trainer):
     assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
 
 
-# -- schedules and stop rules --------------------------------------------------------------------------------------------
+# -- schedules and stop rules -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("options", [None, {"use_reentrant": False}])
@@ -337,7 +337,7 @@ def test_a_stage_waits_for_its_threshold(make_trainer):
     assert trainer.stages[1].metric_before == 0.95
 
 
-# -- teachers ------------------------------------------------------------------------------------------------------------
+# -- teachers ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("teacher", ["initial", "previous", "ema"])
@@ -389,7 +389,7 @@ def test_masked_language_model(make_trainer):
     assert all(torch.isfinite(torch.tensor(history(trainer, "loss/kl"))))
 
 
-# -- refusals ------------------------------------------------------------------------------------------------------------
+# -- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_settings_that_cannot_work_are_refused(make_trainer):

@@ -41,7 +41,8 @@ __all__ = [
 
 
 def default_objectives(config) -> list[DistillationObjective]:
-    """The recipe's three terms (`RMTKDConfig.task_weight`, `kl_weight`, `hidden_weight`); a weight of 0 leaves one out."""
+    """The recipe's three terms (`RMTKDConfig.task_weight`, `kl_weight`, `hidden_weight`); a weight of 0 leaves one
+    out."""
     candidates = (
         TaskLoss(weight=config.task_weight),
         KLDivergence(weight=config.kl_weight, temperature=config.temperature),

@@ -26,9 +26,9 @@ logger = logging.getLogger(__name__)
 def fix_gauge(moving: list[torch.Tensor], fixed: list[torch.Tensor]) -> list[torch.Tensor]:
     """Turn the bonds of `moving` so that its tensors lie as near as they can to those of `fixed`; its product stays.
 
-    Bond by bond from the left: Q = U V^T with U, _, V^T the SVD of mat(moving_k)^T mat(fixed_k), moving_k <- moving_k Q,
-    moving_(k+1) <- Q^T moving_(k+1) (orthogonal Procrustes). Without it the tensors of two nearly equal matrices are as
-    far apart as those of two random ones: each bond is free up to an invertible matrix.
+    Bond by bond from the left: Q = U V^T with U, _, V^T the SVD of mat(moving_k)^T mat(fixed_k), moving_k <- moving_k
+    Q, moving_(k+1) <- Q^T moving_(k+1) (orthogonal Procrustes). Without it the tensors of two nearly equal matrices
+    are as far apart as those of two random ones: each bond is free up to an invertible matrix.
 
     Args:
         moving, fixed: tensors (d_(k-1), i_k, j_k, d_k) of equal shapes.
@@ -47,18 +47,18 @@ def fix_gauge(moving: list[torch.Tensor], fixed: list[torch.Tensor]) -> list[tor
 class TensorAlignment(DistillationObjective):
     """Mean over modules, and over their chosen tensors, of ||T_student - T_reference||^2 / ||T_reference||^2.
 
-    Needs `reparameterization=MatrixProductOperator(...)`. The reference weight is decomposed with the student's modes, its
-    gauge fixed once to the student's tensors (`fix_gauge`), and frozen. With the gauge fixed the loss of two weights at
-    relative distance e is at most about e^2; without, it is of order 1 for any two.
+    Needs `reparameterization=MatrixProductOperator(...)`. The reference weight is decomposed with the student's modes,
+    its gauge fixed once to the student's tensors (`fix_gauge`), and frozen. With the gauge fixed the loss of two
+    weights at relative distance e is at most about e^2; without, it is of order 1 for any two.
 
-    The reference is the teacher's weight where both have the same shape. For a student that was narrowed from its teacher it
-    is the student's own weight right after the cut, the projected and refitted teacher: the loss then starts at 0 and is
-    an anchor (L2-SP). So it is, from the start of the run on and with a warning, for a student that came narrowed and a teacher
-    of other shapes. Any other shapes are refused; nothing is cropped.
+    The reference is the teacher's weight where both have the same shape. For a student that was narrowed from its
+    teacher it is the student's own weight right after the cut, the projected and refitted teacher: the loss then
+    starts at 0 and is an anchor (L2-SP). So it is, from the start of the run on and with a warning, for a student that
+    came narrowed and a teacher of other shapes. Any other shapes are refused; nothing is cropped.
 
     Args:
-        tensors: "auxiliary" (all but the central one, index (n-1)//2; OPDF's choice), "outer", or "all". With unit modes the
-            inner tensors start as identities on both sides, so the outer ones carry the information.
+        tensors: "auxiliary" (all but the central one, index (n-1)//2; OPDF's choice), "outer", or "all". With unit
+            modes the inner tensors start as identities on both sides, so the outer ones carry the information.
 
     References: OPDF, arXiv 2411.06448 (in the released code this term carries no gradient); L2-SP: arXiv 1802.01483.
     """
@@ -98,8 +98,8 @@ class TensorAlignment(DistillationObjective):
                 self.register_buffer(f"reference_{number}_{k}", fixed[k].to(self._device))
         if self._anchored and not projections:
             logger.warning(
-                "TensorAlignment: no weight of the teacher fits %d of %d weights of the narrowed student (%s, ...); they are "
-                "anchored to what they are now.",
+                "TensorAlignment: no weight of the teacher fits %d of %d weights of the narrowed student (%s, ...); "
+                "they are anchored to what they are now.",
                 len(self._anchored),
                 len(self._aligned),
                 self._anchored[0],
@@ -118,13 +118,14 @@ class TensorAlignment(DistillationObjective):
             return weight.detach()
         if not teacher:
             raise RMTKDError(
-                "TensorAlignment needs a teacher whose weights can be read; cached answers have none. Pass the model itself, or "
-                "leave TensorAlignment out."
+                "TensorAlignment needs a teacher whose weights can be read; cached answers have none. Pass the model "
+                "itself, or leave TensorAlignment out."
             )
         shape = "no such module" if theirs is None else f"a weight {tuple(theirs.shape)}"
         raise RMTKDError(
-            f"TensorAlignment: the student's {path!r} has a weight {tuple(weight.shape)}, the teacher {shape} there. Expected equal "
-            "shapes, or a student that was narrowed from the teacher. Leave TensorAlignment out for a student of other widths."
+            f"TensorAlignment: the student's {path!r} has a weight {tuple(weight.shape)}, the teacher {shape} there. "
+            "Expected equal shapes, or a student that was narrowed from the teacher. Leave TensorAlignment out for a "
+            "student of other widths."
         )
 
     def _chosen(self, number: int) -> list[int]:

@@ -25,7 +25,8 @@ LOWEST = -1e30  # stands for log 0: finite, because 0 * -inf is NaN, in the loss
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether the answer at one position is for the label at the next: causal language models, not encoder-decoders."""
+    """Whether the answer at one position is for the label at the next: causal language models, not
+    encoder-decoders."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     if getattr(model.config, "is_encoder_decoder", False):
@@ -41,13 +42,14 @@ class Answers:
     """Reads the logits of a pair of models as the student's config says they are meant.
 
     - classification and multiple choice, logits (batch, classes): mean over the batch;
-    - several labels at once (`problem_type="multi_label_classification"`, or no problem type and one fractional label a
-      class, from which transformers infers it too): sum over the labels, each a distribution over yes and no;
-    - one label (`num_labels=1`: regression), of samples or tokens: mean squared error to the teacher's output, temperature
-      unused;
+    - several labels at once (`problem_type="multi_label_classification"`, or no problem type and one fractional label
+      a class, from which transformers infers it too): sum over the labels, each a distribution over yes and no;
+    - one label (`num_labels=1`: regression), of samples or tokens: mean squared error to the teacher's output,
+      temperature unused;
     - token tasks and language models, logits (batch, tokens, classes): mean over the positions whose label is not -100
-      (labels shifted by one for causal models), or over the unmasked tokens where there are no labels (of causal models:
-      those that another follows). Other positions are dropped before anything is computed: their value, NaN included,
+      (labels shifted by one for causal models), or over the unmasked tokens where there are no labels (of causal
+      models: those that another follows). Other positions are dropped before anything is computed: their value, NaN
+          included,
       cannot enter;
     - question answering, start_logits and end_logits (batch, tokens): mean of both over unmasked positions.
 
@@ -119,8 +121,8 @@ class Answers:
         ours, theirs = student["logits"], teacher["logits"]
         if ours.shape != theirs.shape:
             raise RMTKDError(
-                f"Logits of the student are {tuple(ours.shape)}, of the teacher {tuple(theirs.shape)}; expected the same. "
-                "Both models need one vocabulary and one label set."
+                f"Logits of the student are {tuple(ours.shape)}, of the teacher {tuple(theirs.shape)}; expected the "
+                "same. Both models need one vocabulary and one label set."
             )
         if ours.dim() not in (2, 3):
             raise RMTKDError(
@@ -131,7 +133,8 @@ class Answers:
     def counted(
         self, ours: torch.Tensor, theirs: torch.Tensor, step: DistillationStep
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
-        """(batch, tokens, classes) each -> those of the positions that count, (n, classes), and the unit they are counted in."""
+        """(batch, tokens, classes) each -> those of the positions that count, (n, classes), and the unit they are
+        counted in."""
         mask, labels = step.mask, token_labels(step.inputs, self.shifted)
         if self.shifted:
             ours, theirs = ours[:, :-1], theirs[:, :-1]

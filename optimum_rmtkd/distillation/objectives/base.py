@@ -28,7 +28,8 @@ __all__ = [
 
 @dataclass(frozen=True)
 class FeatureRequest:
-    """Module paths whose outputs an objective wants to find in `DistillationStep.student_features` / `teacher_features`."""
+    """Module paths whose outputs an objective wants to find in `DistillationStep.student_features` /
+    `teacher_features`."""
 
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
@@ -47,21 +48,21 @@ class DistillationObjective(nn.Module):
                 ours, theirs = (outputs["logits"].float() for outputs in (step.student_outputs, step.teacher_outputs))
                 return (ours - theirs).square().mean() * step.share("samples")
 
-    `share` makes a mean over the micro-batch this micro-batch's part of the mean over the accumulated batch, so that the
-    gradients do not depend on how the batch was split over accumulation steps and processes.
+    `share` makes a mean over the micro-batch this micro-batch's part of the mean over the accumulated batch, so that
+    the gradients do not depend on how the batch was split over accumulation steps and processes.
 
     Constructor arguments are stored under their own names: that is all `to_dict` needs. Life of an objective:
-    `setup` after every cut; then, if `observes`, `observe` once per calibration batch (no gradient, no student outputs),
-    `finish`, and `prepare` with one batch of both; then `forward` at every step. What it learns there and a resumed run
-    needs goes into buffers: they are part of the training checkpoint. Parameters it registers by then are trained beside the
-    student and never saved with it.
+    `setup` after every cut; then, if `observes`, `observe` once per calibration batch (no gradient, no student
+    outputs), `finish`, and `prepare` with one batch of both; then `forward` at every step. What it learns there and a
+    resumed run needs goes into buffers: they are part of the training checkpoint. Parameters it registers by then are
+    trained beside the student and never saved with it.
 
     Args:
         weight: a number of at least 0, or a schedule ({"start": 1, "end": 0, "over": [0, 0.5]}, see `schedules`).
 
     Attributes:
-        label: its key in the log ("loss/<label>") and in the checkpoint; the name unless given. Two objectives of one class
-            in one run need two labels: `KLDivergence(reverse=True).labelled("reverse_kl")`.
+        label: its key in the log ("loss/<label>") and in the checkpoint; the name unless given. Two objectives of one
+            class in one run need two labels: `KLDivergence(reverse=True).labelled("reverse_kl")`.
         active: False where `setup` found that there is nothing to compare for these models; it is then left out.
     """
 
@@ -91,8 +92,8 @@ class DistillationObjective(nn.Module):
         """Get ready for this pair of models; called again after every cut.
 
         Args:
-            projections: name -> (d_teacher, d_student) such that teacher stream @ P is the student's target; empty where
-                both streams are the same.
+            projections: name -> (d_teacher, d_student) such that teacher stream @ P is the student's target; empty
+                where both streams are the same.
         """
 
     def observe(self, step: DistillationStep) -> None:
@@ -102,7 +103,8 @@ class DistillationObjective(nn.Module):
         """Close the observation; `reduce_sum` adds a tensor up over all processes."""
 
     def prepare(self, step: DistillationStep) -> None:
-        """After `finish`: see one batch with both sides' features (no gradient), to create parameters of the right shapes."""
+        """After `finish`: see one batch with both sides' features (no gradient), to create parameters of the right
+        shapes."""
 
     def load_tensors(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take up the `state_dict()` of an earlier run, in place of `observe`, `finish` and `prepare`."""
@@ -156,7 +158,8 @@ def build_objectives(given: Mapping[str, Mapping[str, Any] | None] | Iterable) -
         given = [_labelled(label, arguments) for label, arguments in given.items()]
     if not isinstance(given, Iterable):
         raise RMTKDError(
-            f"objectives is a {type(given).__name__}; expected a list of objectives, names or dicts, or {{name: arguments}}."
+            f"objectives is a {type(given).__name__}; expected a list of objectives, names or dicts, or {{name: "
+            "arguments}."
         )
     built = [_build(item) for item in given]
     labels = [item.label for item in built]

@@ -51,19 +51,21 @@ class CorrelationDistance(DistillationObjective):
     Constant predictions (a head of zeros) have distance 1 and no gradient: keep another term beside it.
 
     - `dim="class"`: over the classes of each sample (token), averaged. Unmoved by any affine change of a sample's
-      predictions. Vacuous below three classes: two numbers correlate with 1 or -1 whatever they are, so that is refused.
+      predictions. Vacuous below three classes: two numbers correlate with 1 or -1 whatever they are, so that is
+      refused.
     - `dim="batch"`: over the samples of the micro-batch, for each class, averaged; the form for two classes and for
-      regression. A correlation is no mean over samples: unlike every other objective it depends on the micro-batch, and one of
-      fewer than three samples contributes nothing.
+      regression. A correlation is no mean over samples: unlike every other objective it depends on the micro-batch,
+      and one of fewer than three samples contributes nothing.
 
     Args:
         kind: "pearson" (values) or "spearman" (soft ranks of the standardised predictions).
         temperature: of the softmax.
         rank_width: softness of the ranks, in standard deviations.
-        top_k: with more classes than this (vocabularies), only k are correlated: the teacher's largest of each sample; over
-            the batch, where a class has to be the same in all samples, those of the largest mean probability.
+        top_k: with more classes than this (vocabularies), only k are correlated: the teacher's largest of each sample;
+            over the batch, where a class has to be the same in all samples, those of the largest mean probability.
 
-    References: R2KD, arXiv 2311.13934 (over classes, Pearson and Spearman); Huang et al., "DIST", arXiv 2205.10536 (over the
+    References: R2KD, arXiv 2311.13934 (over classes, Pearson and Spearman); Huang et al., "DIST", arXiv 2205.10536
+        (over the
     batch).
     """
 
@@ -81,12 +83,13 @@ class CorrelationDistance(DistillationObjective):
         super().__init__(weight)
         if kind not in ("pearson", "spearman") or dim not in ("class", "batch"):
             raise RMTKDError(
-                f"CorrelationDistance(kind={kind!r}, dim={dim!r}): expected 'pearson' or 'spearman', over 'class' or 'batch'."
+                f"CorrelationDistance(kind={kind!r}, dim={dim!r}): expected 'pearson' or 'spearman', over 'class' or "
+                "'batch'."
             )
         if not (temperature > 0 and rank_width > 0 and top_k >= 3):
             raise RMTKDError(
-                f"CorrelationDistance(temperature={temperature}, rank_width={rank_width}, top_k={top_k}): expected numbers above "
-                "0, and top_k of at least 3."
+                f"CorrelationDistance(temperature={temperature}, rank_width={rank_width}, top_k={top_k}): expected "
+                "numbers above 0, and top_k of at least 3."
             )
         self.kind, self.dim, self.top_k = kind, dim, int(top_k)
         self.temperature, self.rank_width = float(temperature), float(rank_width)
@@ -106,8 +109,8 @@ class CorrelationDistance(DistillationObjective):
         classes = ours.shape[-1]
         if self.dim == "class" and classes < 3:
             raise RMTKDError(
-                f"CorrelationDistance(dim='class') over {classes} class(es): two numbers always correlate perfectly, so its "
-                "gradient is zero. Use dim='batch' (each class over the samples), or KLDivergence."
+                f"CorrelationDistance(dim='class') over {classes} class(es): two numbers always correlate perfectly, "
+                "so its gradient is zero. Use dim='batch' (each class over the samples), or KLDivergence."
             )
         ours, theirs = self._predictions(answers, ours.float(), theirs.float())
         if self.dim == "batch":
@@ -141,7 +144,7 @@ class CorrelationDistance(DistillationObjective):
         if not self._warned:
             self._warned = True
             logger.warning(
-                "CorrelationDistance(dim='batch'): %d sample(s) in a micro-batch, at least 3 are needed; it contributes nothing. "
-                "Raise per_device_train_batch_size.",
+                "CorrelationDistance(dim='batch'): %d sample(s) in a micro-batch, at least 3 are needed; it "
+                "contributes nothing. Raise per_device_train_batch_size.",
                 samples,
             )

@@ -28,7 +28,8 @@ __all__ = [
 
 
 def kl_divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of finite log-probabilities (..., classes) -> (...). Where exp(log_p) is 0 the class contributes 0."""
+    """KL(p || q) of finite log-probabilities (..., classes) -> (...). Where exp(log_p) is 0 the class contributes
+    0."""
     return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
@@ -40,7 +41,8 @@ def log_mixture(log_p: torch.Tensor, log_q: torch.Tensor, share: float) -> torch
 
 
 def jensen_shannon(log_p: torch.Tensor, log_q: torch.Tensor, beta: float) -> torch.Tensor:
-    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; KL(p || q) for beta=0, KL(q || p) for beta=1."""
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q; KL(p || q) for beta=0, KL(q || p) for
+    beta=1."""
     if beta in (0.0, 1.0):
         return kl_divergence(log_q, log_p) if beta else kl_divergence(log_p, log_q)
     mixture = log_mixture(log_p, log_q, beta)
@@ -76,10 +78,11 @@ class _AnswerDivergence(DistillationObjective):
 class KLDivergence(_AnswerDivergence):
     """T^2 KL(p_teacher || p_student) of the softened answers, in fp32; T^2 KL(p_student || p_teacher) with `reverse`.
 
-    Forward covers all that the teacher considers; reverse leaves out what the student cannot afford and sharpens the rest.
-    Over what it is a mean, and what happens for regression: `Answers`.
+    Forward covers all that the teacher considers; reverse leaves out what the student cannot afford and sharpens the
+    rest. Over what it is a mean, and what happens for regression: `Answers`.
 
-    References: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531, section 2; reverse:
+    References: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531, section 2;
+        reverse:
     Gu et al., "MiniLLM", arXiv 2306.08543.
     """
 
@@ -97,8 +100,9 @@ class KLDivergence(_AnswerDivergence):
 class JensenShannonDivergence(_AnswerDivergence):
     """T^2 (beta KL(p || m) + (1 - beta) KL(q || m)), m = beta p + (1 - beta) q, p teacher, q student.
 
-    Bounded by the entropy of (beta, 1 - beta): log 2 at beta = 0.5. Near the ends it fades like beta (1 - beta) while the
-    ends themselves are KL(p || q) at 0 and KL(q || p) at 1; `rescale` divides by beta (1 - beta) in between and joins them.
+    Bounded by the entropy of (beta, 1 - beta): log 2 at beta = 0.5. Near the ends it fades like beta (1 - beta) while
+    the ends themselves are KL(p || q) at 0 and KL(q || p) at 1; `rescale` divides by beta (1 - beta) in between and
+    joins them.
 
     Reference: Agarwal et al., "On-policy distillation of language models" (GKD), arXiv 2306.13649, section 2.
     """
@@ -120,8 +124,8 @@ class JensenShannonDivergence(_AnswerDivergence):
 class SkewKLDivergence(_AnswerDivergence):
     """T^2 KL(p || alpha p + (1 - alpha) q), p teacher, q student; with `reverse` both change places.
 
-    Bounded by -log(alpha), 2.30 at the default: stable. The price: where the student misses much of the teacher's mass the
-    gradient vanishes, so a class that collapsed may stay collapsed. Keep the task loss beside it.
+    Bounded by -log(alpha), 2.30 at the default: stable. The price: where the student misses much of the teacher's mass
+    the gradient vanishes, so a class that collapsed may stay collapsed. Keep the task loss beside it.
 
     Reference: Ko et al., "DistiLLM", arXiv 2402.03898, section 3.1.
     """
@@ -132,7 +136,8 @@ class SkewKLDivergence(_AnswerDivergence):
         super().__init__(weight, temperature)
         if not 0 < alpha < 1:
             raise RMTKDError(
-                f"SkewKLDivergence(alpha={alpha}): expected a number in (0, 1); alpha=0 is KLDivergence, alpha=1 always 0."
+                f"SkewKLDivergence(alpha={alpha}): expected a number in (0, 1); alpha=0 is KLDivergence, alpha=1 "
+                "always 0."
             )
         self.alpha, self.reverse = float(alpha), check_flag(reverse, "SkewKLDivergence", "reverse")
 

@@ -23,11 +23,13 @@ logger = logging.getLogger(__name__)
 class HiddenStateLoss(DistillationObjective):
     """Residual stream of the student against the teacher's, projected by the very basis the student was cut with.
 
-    Mean over the blocks of  mean((h_student - h_teacher P)^2) / var(h_teacher P),  mean and variance over unmasked tokens
-    (pixels) and features, in fp32. There is no adapter: P is known. Where the stream was not cut it is the identity.
+    Mean over the blocks of  mean((h_student - h_teacher P)^2) / var(h_teacher P),  mean and variance over unmasked
+    tokens (pixels) and features, in fp32. There is no adapter: P is known. Where the stream was not cut it is the
+    identity.
 
-    The variance is that of the calibration data, seen once after each cut (`observe`): a constant, so the loss does not
-    depend on how a batch is split over accumulation steps or processes. Without observation it is that of the batch.
+    The variance is that of the calibration data, seen once after each cut (`observe`): a constant, so the loss does
+    not depend on how a batch is split over accumulation steps or processes. Without observation it is that of the
+    batch.
     """
 
     name = "hidden"
@@ -51,8 +53,8 @@ class HiddenStateLoss(DistillationObjective):
             return
         if len(ours) != len(theirs):
             raise RMTKDError(
-                f"The student has {len(ours)} residual blocks, the teacher {len(theirs)}; HiddenStateLoss pairs them one to "
-                "one. Use a teacher of the same depth, or leave HiddenStateLoss out of the objectives."
+                f"The student has {len(ours)} residual blocks, the teacher {len(theirs)}; HiddenStateLoss pairs them "
+                "one to one. Use a teacher of the same depth, or leave HiddenStateLoss out of the objectives."
             )
         self._blocks = tuple(zip(ours, theirs, strict=True))
         self._left_out = set()
@@ -105,7 +107,8 @@ class HiddenStateLoss(DistillationObjective):
         if matrix.shape[0] != target.shape[-1]:
             raise RMTKDError(
                 f"The teacher's stream at {path!r} is {target.shape[-1]} wide, the student's projection expects "
-                f"{matrix.shape[0]}: this is not the teacher that the bases were computed on. Leave HiddenStateLoss out."
+                f"{matrix.shape[0]}: this is not the teacher that the bases were computed on. Leave HiddenStateLoss "
+                "out."
             )
         # Outside autocast: a bf16 product would add its own error to the target.
         with torch.autocast(target.device.type, enabled=False):
@@ -114,13 +117,14 @@ class HiddenStateLoss(DistillationObjective):
     def _leave_out(self, path: str, values: torch.Tensor, target: torch.Tensor, known: bool) -> None:
         if known:
             raise RMTKDError(
-                f"The student's stream at {path!r} is {values.shape[-1]} wide, the projected teacher {target.shape[-1]}: the "
-                "projection does not belong to this student."
+                f"The student's stream at {path!r} is {values.shape[-1]} wide, the projected teacher "
+                f"{target.shape[-1]}: the projection does not belong to this student."
             )
         if path not in self._left_out:
             self._left_out.add(path)
             logger.warning(
-                "HiddenStateLoss leaves out block %r: student %s, teacher %s, and no projection is known between them.",
+                "HiddenStateLoss leaves out block %r: student %s, teacher %s, and no projection is known between "
+                "them.",
                 path,
                 tuple(values.shape),
                 tuple(target.shape),
@@ -128,8 +132,8 @@ class HiddenStateLoss(DistillationObjective):
 
 
 def unit_of(feature: torch.Tensor, mask: torch.Tensor | None, decoder: bool = False) -> str:
-    """What `positions` of this feature are counted in: unmasked tokens (labels in a decoder, see `DistillationStep.mask_of`),
-    or samples where all positions are alike."""
+    """What `positions` of this feature are counted in: unmasked tokens (labels in a decoder, see
+    `DistillationStep.mask_of`), or samples where all positions are alike."""
     if feature.dim() != 3 or mask is None or mask.shape != feature.shape[:2]:
         return "samples"
     return "labels" if decoder else "tokens"

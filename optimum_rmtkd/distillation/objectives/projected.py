@@ -28,23 +28,26 @@ KEPT_SAMPLES = 16384  # positions held for projections that are trained on them
 class ProjectedFeatureLoss(DistillationObjective):
     """Mean over the layer pairs of  ||(F_s - F_t) K||^2 / (N d)  over the teacher's own variance in the subspace.
 
-    F are the outputs of the compared modules at the N unmasked positions (tokens, pixels of a feature map with the channels as
-    features), K (p, d) the basis of `projection`, fitted once on the frozen teacher over the calibration data, the variance
-    tr(K^T C K) / d. So weight 1 means the same for every projection: 1 is the loss of a student that knows only the mean.
+    F are the outputs of the compared modules at the N unmasked positions (tokens, pixels of a feature map with the
+    channels as features), K (p, d) the basis of `projection`, fitted once on the frozen teacher over the calibration
+    data, the variance tr(K^T C K) / d. So weight 1 means the same for every projection: 1 is the loss of a student
+    that knows only the mean.
 
-    Widths that differ: a student that was narrowed by a known basis P is compared with F_t P, in whose space K is fitted,
-    without any adapter. Otherwise one linear map A without bias is trained, F_s A against F_t K; it is optimised beside the
-    student and not saved with it. (An adapter to p features followed by K would be the same maps with more parameters.)
+    Widths that differ: a student that was narrowed by a known basis P is compared with F_t P, in whose space K is
+    fitted, without any adapter. Otherwise one linear map A without bias is trained, F_s A against F_t K; it is
+    optimised beside the student and not saved with it. (An adapter to p features followed by K would be the same maps
+    with more parameters.)
 
     Args:
-        projection: "marchenko_pastur", "pca", "random", "autoencoder", a dict with arguments, or an instance; None: full
-            features (plain L2).
+        projection: "marchenko_pastur", "pca", "random", "autoencoder", a dict with arguments, or an instance; None:
+            full features (plain L2).
         layers: "last", "uniform" or {student module or block: teacher's}.
-        normalize: None, or "layernorm": features are normalised position by position first (pre-norm streams, where a few
-            huge dimensions rule).
+        normalize: None, or "layernorm": features are normalised position by position first (pre-norm streams, where a
+            few huge dimensions rule).
         tokens_per_sequence: evenly spaced positions of each sample that the fit sees; neighbours are correlated.
 
-    Reference: Guo et al., "RdimKD", arXiv 2312.08700 (random, PCA, autoencoder); the Marchenko-Pastur form is this library's.
+    Reference: Guo et al., "RdimKD", arXiv 2312.08700 (random, PCA, autoencoder); the Marchenko-Pastur form is this
+        library's.
     """
 
     name = "projected_feature"
@@ -73,7 +76,7 @@ class ProjectedFeatureLoss(DistillationObjective):
         layers = dict(self.layers) if isinstance(self.layers, Mapping) else self.layers
         return super().to_dict() | {"projection": projection, "layers": layers}
 
-    # -- fit -----------------------------------------------------------------------------------------------------------
+    # -- fit ----------------------------------------------------------------------------------------------------------
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
         if teacher is None:
@@ -150,8 +153,8 @@ class ProjectedFeatureLoss(DistillationObjective):
                 continue
             if theirs in self._known:
                 raise RMTKDError(
-                    f"The student's stream at {ours!r} is {width} wide, the projected teacher {basis.shape[0]}: the projection "
-                    "does not belong to this student."
+                    f"The student's stream at {ours!r} is {width} wide, the projected teacher {basis.shape[0]}: the "
+                    "projection does not belong to this student."
                 )
             generator = torch.Generator().manual_seed(self.seed + index)
             start = torch.randn(width, basis.shape[1], generator=generator) / width**0.5
@@ -166,7 +169,7 @@ class ProjectedFeatureLoss(DistillationObjective):
                 self.register_buffer(head, tensor.to(self._device))
         self._ready = True
 
-    # -- loss ----------------------------------------------------------------------------------------------------------
+    # -- loss ---------------------------------------------------------------------------------------------------------
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
         if not self._ready:
@@ -191,7 +194,8 @@ class ProjectedFeatureLoss(DistillationObjective):
                 gap = (values - target) @ basis
             else:
                 raise RMTKDError(
-                    f"{ours!r} is {values.shape[-1]} wide, {theirs!r} {basis.shape[0]}, and no adapter was made for them."
+                    f"{ours!r} is {values.shape[-1]} wide, {theirs!r} {basis.shape[0]}, and no adapter was made for "
+                    "them."
                 )
         mean = gap.square().sum() / max(gap.numel(), 1)
         return mean / variance * step.share(unit_of(student, mask, self._decoding[index]))
@@ -234,14 +238,15 @@ def _resized(teacher: torch.Tensor, student: torch.Tensor, ours: str, theirs: st
         return F.interpolate(teacher.float(), size=student.shape[2:], mode="bilinear", align_corners=False)
     if teacher.dim() != student.dim() or teacher.shape[:-1] != student.shape[:-1]:
         raise RMTKDError(
-            f"Features {tuple(student.shape)} of the student's {ours!r} and {tuple(teacher.shape)} of the teacher's {theirs!r}: "
-            "expected the same positions. Choose modules that see the same tokens or feature maps."
+            f"Features {tuple(student.shape)} of the student's {ours!r} and {tuple(teacher.shape)} of the teacher's "
+            f"{theirs!r}: expected the same positions. Choose modules that see the same tokens or feature maps."
         )
     return teacher
 
 
 def _from_first_process(basis: torch.Tensor, reduce_sum: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """The basis of process 0 on every process: rounding, and samples that only one process saw, must not divide them."""
+    """The basis of process 0 on every process: rounding, and samples that only one process saw, must not divide
+    them."""
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):

@@ -31,8 +31,9 @@ class AttentionRelationLoss(DistillationObjective):
     """KL between relation distributions of teacher and student, mean over relations, heads and unmasked tokens.
 
     A relation of a and b is softmax(A B^T / sqrt(d_r)), for each head a (tokens, tokens) matrix. "qk" is the attention
-    distribution itself (before position terms), "vv" MiniLM's value relation, "qq", "kk" and "vv" MiniLMv2's. No adapter: the
-    matrices have the same shape whatever the widths. Padded tokens are no keys and are not averaged over; causal models
+    distribution itself (before position terms), "vv" MiniLM's value relation, "qq", "kk" and "vv" MiniLMv2's. No
+    adapter: the matrices have the same shape whatever the widths. Padded tokens are no keys and are not averaged over;
+        causal models
     look back only.
 
     Args:
@@ -84,7 +85,8 @@ class AttentionRelationLoss(DistillationObjective):
         }
         if not isinstance(self._heads, int):
             raise RMTKDError(
-                f"AttentionRelationLoss: {type(student).__name__} does not say how many attention heads it has; give heads=."
+                f"AttentionRelationLoss: {type(student).__name__} does not say how many attention heads it has; give "
+                "heads=."
             )
 
     def features(self) -> FeatureRequest:
@@ -105,8 +107,8 @@ class AttentionRelationLoss(DistillationObjective):
             log_p = self._relation(step, 1, theirs, a + b, decoding).detach()
             if log_p.shape != log_q.shape:
                 raise RMTKDError(
-                    f"Relations {tuple(log_q.shape)} of the student's {ours[a]!r}, {tuple(log_p.shape)} of the teacher's "
-                    f"{theirs[a]!r}: expected the same tokens."
+                    f"Relations {tuple(log_q.shape)} of the student's {ours[a]!r}, {tuple(log_p.shape)} of the "
+                    f"teacher's {theirs[a]!r}: expected the same tokens."
                 )
             divergences.append(kl_divergence(log_p, log_q))  # (batch, heads, tokens)
         divergence = torch.stack(divergences).mean((0, 2))
@@ -129,9 +131,9 @@ class AttentionRelationLoss(DistillationObjective):
         a, b = (features[paths[letter]] for letter in pair)
         if a.dim() != 3 or a.shape[-1] != b.shape[-1] or a.shape[-1] % self._heads:
             raise RMTKDError(
-                f"AttentionRelationLoss: projections of shapes {tuple(a.shape)} and {tuple(b.shape)} into {self._heads} heads; "
-                "expected (batch, tokens, width) of one width, a multiple of heads. Choose heads=, or relations of one "
-                "projection ('vv') where keys are shared between heads."
+                f"AttentionRelationLoss: projections of shapes {tuple(a.shape)} and {tuple(b.shape)} into "
+                f"{self._heads} heads; expected (batch, tokens, width) of one width, a multiple of heads. Choose "
+                "heads=, or relations of one projection ('vv') where keys are shared between heads."
             )
         mask = self._mask(step, a[..., 0], decoding)
         if mask is not None:  # before the product: 0 * NaN would enter the gradients of real tokens
@@ -148,7 +150,8 @@ class AttentionRelationLoss(DistillationObjective):
         return F.log_softmax(scores, -1)
 
     def _scale(self, side: int, paths: dict[str, str], pair: str, width: int) -> float:
-        """1 / sqrt(d_r); for attention itself, in the model's own heads, what it scales by: a cut head keeps its scale."""
+        """1 / sqrt(d_r); for attention itself, in the model's own heads, what it scales by: a cut head keeps its
+        scale."""
         own = self._scaling.get((side, paths[pair[0]])) if pair == "qk" else None
         return own or width**-0.5
 
@@ -159,7 +162,8 @@ class AttentionRelationLoss(DistillationObjective):
 
 
 def _projections_in(model: nn.Module, block: str, letters: list[str]) -> dict[str, str]:
-    """Paths of the wanted projections of one block, by letter; the first of each (self-attention comes before cross)."""
+    """Paths of the wanted projections of one block, by letter; the first of each (self-attention comes before
+    cross)."""
     found = {}
     for path, _ in model.get_submodule(block).named_modules():
         for letter in letters:

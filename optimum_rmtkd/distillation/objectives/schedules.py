@@ -23,9 +23,9 @@ def check_weight(weight: Any, owner: str) -> float | dict[str, Any]:
     """A weight as it is kept: a number of at least 0, or {"schedule", "start", "end", "over"} with all four keys.
 
     Args:
-        weight: a number; or a mapping: from `start` to `end` while the share of steps done runs through `over` (default
-            [0, 1]), constant before and after; `schedule` is one of `SCHEDULES` (default linear; step: `end` from the end
-            of `over` on).
+        weight: a number; or a mapping: from `start` to `end` while the share of steps done runs through `over`
+            (default [0, 1]), constant before and after; `schedule` is one of `SCHEDULES` (default linear; step: `end`
+            from the end of `over` on).
 
     Raises:
         RMTKDError: neither, or values out of range.
@@ -36,8 +36,8 @@ def check_weight(weight: Any, owner: str) -> float | dict[str, Any]:
             SCHEDULES
         ):  # a tuple: what cannot be hashed is refused too
             raise RMTKDError(
-                f"{owner}(weight={dict(weight)}): expected start, end, and perhaps over=[from, to] and schedule, one of "
-                f"{', '.join(SCHEDULES)}."
+                f"{owner}(weight={dict(weight)}): expected start, end, and perhaps over=[from, to] and schedule, one "
+                f"of {', '.join(SCHEDULES)}."
             )
         try:
             begin, stop = (float(x) for x in rule["over"])

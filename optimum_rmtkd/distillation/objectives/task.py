@@ -17,8 +17,8 @@ __all__ = ["TaskLoss"]
 class TaskLoss(DistillationObjective):
     """What the student would be trained with alone: the model's loss on the labels.
 
-    The model's loss is a mean over the micro-batch, of samples or, where there is a label a token, of labels; it is weighed
-    so that the accumulated batch gives the mean over all of them.
+    The model's loss is a mean over the micro-batch, of samples or, where there is a label a token, of labels; it is
+    weighed so that the accumulated batch gives the mean over all of them.
     """
 
     name = "task"
@@ -33,8 +33,8 @@ class TaskLoss(DistillationObjective):
             loss = step.student_outputs.get("loss")
         if loss is None:
             raise RMTKDError(
-                f"The student returned {', '.join(step.student_outputs)} for inputs {', '.join(step.inputs)}: no loss. "
-                "Give labels, or leave TaskLoss out of the objectives to distil on unlabelled data."
+                f"The student returned {', '.join(step.student_outputs)} for inputs {', '.join(step.inputs)}: no "
+                "loss. Give labels, or leave TaskLoss out of the objectives to distil on unlabelled data."
             )
         logits = (step.student_outputs or {}).get("logits")
         counted = token_labels(step.inputs, step.shifted)

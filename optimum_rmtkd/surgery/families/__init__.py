@@ -57,11 +57,11 @@ def register_family(family: Family) -> Family:
     ))
     ```
 
-    "@." stands for the backbone (`model.base_model`), so that one declaration serves the bare model and all task heads.
-    The attention module must take its head size from a plain attribute (`head_size`) at each forward, as transformers'
-    do. A CNN with residual blocks declares a `ResidualConvLayout`; anything else may bring a layout of its own with a
-    method `anatomy(model) -> Anatomy`. Check it with `optimum_rmtkd.narrow` at every width left full: the logits must not
-    move by more than 1e-5. A model type registered again replaces the former declaration.
+    "@." stands for the backbone (`model.base_model`), so that one declaration serves the bare model and all task
+    heads. The attention module must take its head size from a plain attribute (`head_size`) at each forward, as
+    transformers' do. A CNN with residual blocks declares a `ResidualConvLayout`; anything else may bring a layout of
+    its own with a method `anatomy(model) -> Anatomy`. Check it with `optimum_rmtkd.narrow` at every width left full:
+    the logits must not move by more than 1e-5. A model type registered again replaces the former declaration.
     """
     for model_type in family.model_types:
         FAMILIES[model_type] = family
@@ -90,7 +90,7 @@ def family_of(model: nn.Module) -> Family:
     linear = list(factored_anatomy(model).sites)
     raise UnsupportedArchitectureError(
         f"No family is registered for model_type {model_type!r} ({type(model).__name__}); registered: "
-        f"{', '.join(sorted(FAMILIES))}. Found {len(linear)} linear layers, for example {', '.join(linear[:3])}. Either declare "
-        "its sites (optimum_rmtkd.register_family), or use RMTKDConfig(form='factored'), which replaces every linear layer by "
-        "two thin ones and works for every architecture."
+        f"{', '.join(sorted(FAMILIES))}. Found {len(linear)} linear layers, for example {', '.join(linear[:3])}. "
+        "Either declare its sites (optimum_rmtkd.register_family), or use RMTKDConfig(form='factored'), which "
+        "replaces every linear layer by two thin ones and works for every architecture."
     )
