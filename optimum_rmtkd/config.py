@@ -181,8 +181,8 @@ class RMTKDConfig:
     objectives: dict | list | str | None = _option(
         None,
         "Terms of the loss in place of the three weights above: JSON {name: arguments}, for example "
-        '\'{"task": {"weight": 0.5}, "skew_kl": {"alpha": 0.1}}\', the name of one, or a list of names. An unknown name '
-        "is answered with the known ones.",
+        '\'{"task": {"weight": 0.5}, "skew_kl": {"alpha": 0.1}}\', the name of one, or a list of names. An unknown '
+        "name is answered with the known ones.",
     )
     reparameterization: dict | str | None = _option(
         None,

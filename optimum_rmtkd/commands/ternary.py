@@ -30,8 +30,8 @@ USAGE = """optimum-cli rmtkd ternary --model MODEL --module PATH (--train-file F
 DESCRIPTION = """\
 Replace a part of a fine-tuned model (a classifier head, a feed-forward network) by a fully-connected network whose
 hidden weights are -1, 0 or 1, stored in 1.6 bits each; or fit such a network to given features. Random weights: only
-the readout is fitted, nothing is trained. --weights trained: the part's own weights are rounded and trained on, with the
-model as teacher. It makes files smaller, not inference faster.
+the readout is fitted, nothing is trained. --weights trained: the part's own weights are rounded and trained on, with
+the model as teacher. It makes files smaller, not inference faster.
 """
 
 EPILOG = """\

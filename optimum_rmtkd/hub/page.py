@@ -51,8 +51,8 @@ def report_page(run: Run) -> str:
         figure = plots.new_figure()
         plots.draw_stages(run.stages, figure.subplots())
         text = (
-            "Bars: parameters left. Line: the validation metric, uncut, then just after each cut (left) and at the end "
-            "of its stage (right)."
+            "Bars: parameters left. Line: the validation metric, uncut, then just after each cut (left) and at the "
+            "end of its stage (right)."
         )
         sections.append(_table("Stages", head, stage_rows(run), figures=[_picture(figure, "stages", text)]))
     if widths := plots.widths_of(run):
