@@ -50,34 +50,37 @@ def load() -> Task:
 
 
 def calibration_cost(task: Task) -> None:
-    """Calibration without and with gradients against the forward passes alone, over the batches as the loader gives
-    them."""
+    """Calibration without and with gradients against the forward passes alone, over the batches as the loader gives them and
+    over those that calibration makes of them."""
     config = RMTKDConfig()
     given = list(itertools.islice(task.calibration_loader(64, 0), config.calibration_samples // 64))
     points = sorted({p for s in anatomy_of(task.model, config).sites.values() for p in s.points}, key=str)
     hidden = anatomy_of(task.model, config).sites["hidden"].points
 
-    def seconds(run) -> float:
+    def seconds(run, *arguments) -> float:
         start = time.perf_counter()
-        run()
+        run(*arguments)
         return time.perf_counter() - start
 
-    def forward() -> None:
+    def forward(batches) -> None:
         with torch.no_grad():
-            for batch in given:
+            for batch in batches:
                 task.model.eval()(**model_inputs(batch))
 
     def moments(gradients) -> None:
         batches = collect_batches(given, config.calibration_samples, task.model.device)
         calibrate(task.model, batches, Calibration(points, gradients, config), progress=False)
 
-    forward()
-    rounds = [(seconds(forward), seconds(lambda: moments(())), seconds(lambda: moments(hidden))) for _ in range(3)]
-    plain, fisher = (statistics.median(r[i] / r[0] for r in rounds) for i in (1, 2))
+    regrouped = collect_batches(given, config.calibration_samples, task.model.device)
+    forward(given)
+    runs = ((forward, given), (forward, regrouped), (moments, ()), (moments, hidden))
+    rounds = [[seconds(*run) for run in runs] for _ in range(3)]
     print(
-        f"calibration / forward over {config.calibration_samples} sentences: {plain:.2f}x, with loss gradients "
-        f"{fisher:.2f}x"
+        f"calibration of {config.calibration_samples} sentences / forward passes alone, {torch.get_num_threads()} threads"
     )
+    for row, name in ((2, "without loss gradients"), (3, "with them")):
+        plain, same = (statistics.median(times[row] / times[base] for times in rounds) for base in (0, 1))
+        print(f"{name}: {plain:.2f}x over the loader's batches, {same:.2f}x over batches regrouped by length")
 
 
 def speed(task: Task) -> None:
