@@ -50,8 +50,8 @@ def load() -> Task:
 
 
 def calibration_cost(task: Task) -> None:
-    """Calibration without and with gradients against the forward passes alone, over the batches as the loader gives them and
-    over those that calibration makes of them."""
+    """Calibration without and with gradients against the forward passes alone, over the batches of the loader and over
+    those that calibration makes of them."""
     config = RMTKDConfig()
     given = list(itertools.islice(task.calibration_loader(64, 0), config.calibration_samples // 64))
     points = sorted({p for s in anatomy_of(task.model, config).sites.values() for p in s.points}, key=str)
@@ -75,9 +75,7 @@ def calibration_cost(task: Task) -> None:
     forward(given)
     runs = ((forward, given), (forward, regrouped), (moments, ()), (moments, hidden))
     rounds = [[seconds(*run) for run in runs] for _ in range(3)]
-    print(
-        f"calibration of {config.calibration_samples} sentences / forward passes alone, {torch.get_num_threads()} threads"
-    )
+    print(f"calibration / forward passes, {config.calibration_samples} sentences, {torch.get_num_threads()} threads")
     for row, name in ((2, "without loss gradients"), (3, "with them")):
         plain, same = (statistics.median(times[row] / times[base] for times in rounds) for base in (0, 1))
         print(f"{name}: {plain:.2f}x over the loader's batches, {same:.2f}x over batches regrouped by length")
