@@ -67,10 +67,11 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, layers: str | Mapping) -
 
 
 def in_decoder(model: nn.Module, path: str) -> bool:
-    """Is the module at `path` part of an encoder-decoder's decoder, whose positions are those of the labels?"""
+    """Is the module at `path` part of an encoder-decoder's decoder, with causal attention over its own tokens?"""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
-    return any(module is model.get_submodule(path) for module in model.get_decoder().modules())
+    decoder = model.get_decoder()  # the model itself where only the encoder of such a pair is there
+    return decoder is not model and any(module is model.get_submodule(path) for module in decoder.modules())
 
 
 def _path(model: nn.Module, blocks: tuple[str, ...], given: str | int) -> str:

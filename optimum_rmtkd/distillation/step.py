@@ -46,10 +46,14 @@ class DistillationStep:
     task_loss: torch.Tensor | None = None
     progress: float = 0.0
 
-    def mask_of(self, decoder: bool) -> torch.Tensor | None:
-        """Bool (batch, tokens), True at the positions of a feature that count: real tokens; in the decoder of an
-        encoder-decoder those that answer for a label. None where neither is known."""
-        return token_labels(self.inputs, shifted=False) if decoder else self.mask
+    def counted(self, decoder: bool) -> tuple[torch.Tensor | None, str]:
+        """(bool (batch, tokens), unit): which positions of a feature count, and in what `share` counts them.
+
+        Real tokens; in the decoder of an encoder-decoder those that answer for a label, where each token has one. None
+        where neither is known.
+        """
+        answers = token_labels(self.inputs, shifted=False) if decoder else None
+        return (self.mask, "tokens") if answers is None else (answers, "labels")
 
     def share(self, unit: str) -> float:
         """Factor that turns a mean over this micro-batch into its part of the mean over the accumulated batch.

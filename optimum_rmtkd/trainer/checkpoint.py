@@ -1,5 +1,5 @@
 """What a resumed run needs besides transformers' own checkpoint: `rmtkd_state.json` and `rmtkd_state.safetensors`, and
-`rmtkd_process_<rank>.safetensors` for what each process has of its own.
+`rmtkd_process_<rank>_of_<count>.safetensors` for what each process has of its own.
 
 The checkpoint's `config.json` already describes the architecture. Here lie the stages done, the projections between
 the teacher's stream and the student's, what the objectives learned from the calibration data, and those teachers that
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 STATE = "rmtkd_state.json"
 TENSORS = "rmtkd_state.safetensors"
-PROCESS = "rmtkd_process_{rank}.safetensors"
+PROCESS = "rmtkd_process_{rank}_of_{count}.safetensors"
 VERSION = 1
 
 
@@ -51,26 +51,43 @@ def write_state(folder: str | Path, values: dict[str, Any], tensors: Mapping[str
     write_json(Path(folder) / STATE, {"version": VERSION, **values})
 
 
-def write_process_state(folder: str | Path, rank: int, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Called by every process; without tensors there is no file."""
+def write_process_state(folder: str | Path, rank: int, count: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Called by each of `count` processes; without tensors there is no file."""
+    folder = Path(folder)
+    for stale in folder.glob(PROCESS.format(rank=rank, count="*")):
+        stale.unlink()  # of a run with other processes that wrote here before
     if tensors:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        _write_tensors(Path(folder) / PROCESS.format(rank=rank), tensors)
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_tensors(folder / PROCESS.format(rank=rank, count=count), tensors)
 
 
-def read_process_state(folder: str | Path, rank: int) -> dict[str, torch.Tensor]:
-    """Inverse of `write_process_state`. In a run of more processes than the checkpoint's the states are dealt out
-    again."""
+def read_process_state(folder: str | Path, rank: int, count: int) -> dict[str, torch.Tensor]:
+    """Inverse of `write_process_state`; empty where there is no file. In a run of another number of processes than the
+    checkpoint's the states are dealt out again.
+
+    Raises:
+        RMTKDError: files of runs of different sizes, or one that is missing.
+    """
     from safetensors.torch import load_file
 
-    count = len(list(Path(folder).glob(PROCESS.format(rank="*"))))
-    if not count:
+    own = Path(folder) / PROCESS.format(rank=rank, count=count)
+    if own.is_file():
+        return load_file(own)
+    found = sorted(Path(folder).glob(PROCESS.format(rank="*", count="*")))
+    counts = {int(file.stem.rpartition("_")[2]) for file in found}
+    if counts <= {count}:
         return {}
-    if rank >= count:
-        logger.warning(
-            "%s has the state of %d processes; process %d takes that of %d.", folder, count, rank, rank % count
+    saved = counts.pop()
+    given = Path(folder) / PROCESS.format(rank=rank % saved, count=saved)
+    if counts or not given.is_file():
+        raise RMTKDError(
+            f"{folder} holds {', '.join(file.name for file in found)}: expected the states of all processes of one run. "
+            "Copy the missing ones from the machines where they were written, or resume from another checkpoint."
         )
-    return load_file(Path(folder) / PROCESS.format(rank=rank % count))
+    logger.warning(
+        "%s has the state of %d processes; process %d of %d takes %s.", folder, saved, rank, count, given.name
+    )
+    return load_file(given)
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:

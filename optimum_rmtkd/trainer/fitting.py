@@ -47,7 +47,8 @@ def make_ready(
     for objective in objectives:
         objective.load_tensors(_own(trainer, f"objective/{objective.label}", restored))
     for number, transform in enumerate(trainer.transforms):
-        transform.load_state_dict(checkpoint.subset(f"transform/{number}", restored))
+        if state := checkpoint.subset(f"transform/{number}", restored):
+            transform.load_state_dict(state)
     trainer.extras.collect()
     trainer.extras.load_state_dict(checkpoint.subset("extra", restored))
 

@@ -371,7 +371,8 @@ class Staging:
         elif values["before"] is not None:
             self.before = skeleton(self.initial, values["before"])
             checkpoint.load_into(self.before, checkpoint.subset("before", tensors))
-        own = checkpoint.read_process_state(folder, self.trainer.args.process_index)
+        args = self.trainer.args
+        own = checkpoint.read_process_state(folder, args.process_index, args.world_size)
         self.teacher, self._restored = None, tensors | own
         self.adopt(folder, prepare=False)
 

@@ -386,7 +386,7 @@ class RMTKDTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        write_process_state(output_dir, self.args.process_index, transforms_state(self))
+        write_process_state(output_dir, self.args.process_index, self.args.world_size, transforms_state(self))
         if self.args.should_save:
             self.staging.save(output_dir)
 

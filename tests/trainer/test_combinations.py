@@ -7,6 +7,7 @@ import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    BartForSequenceClassification,
     BertForMultipleChoice,
     BertForQuestionAnswering,
     BertForTokenClassification,
@@ -14,10 +15,13 @@ from transformers import (
     ResNetForImageClassification,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForAudioClassification,
 )
 
 from optimum_rmtkd.distillation import DistillationObjective, DistillationStep, build_objectives, capture
 from optimum_rmtkd.distillation.counts import total_units
+from optimum_rmtkd.distillation.layers import in_decoder
 from optimum_rmtkd.distillation.objectives import objective_names
 from optimum_rmtkd.distillation.step import token_mask
 from optimum_rmtkd.errors import RMTKDError
@@ -195,13 +199,13 @@ def test_unlabelled_rows_have_no_task_loss(make_trainer):
         trainer.train()
 
 
-def tiny_bart(seed):
+def tiny_bart(seed, cls=BartForConditionalGeneration):
     torch.manual_seed(seed)
     kinds = {"layers": 2, "attention_heads": 4, "ffn_dim": 64}
     sizes = {f"{side}_{kind}": size for side in ("encoder", "decoder") for kind, size in kinds.items()}
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
     config = BartConfig(vocab_size=60, d_model=32, max_position_embeddings=32, **sizes, **ends)
-    return BartForConditionalGeneration(config)
+    return cls(config)
 
 
 def test_features_of_encoder_decoders(make_trainer):
@@ -222,21 +226,29 @@ def test_features_of_encoder_decoders(make_trainer):
         assert len(terms) == 2 and all(v > 0 for v in terms)
 
 
+@pytest.mark.parametrize("task", ["generation", "classification"])
 @pytest.mark.parametrize("name", ["projected_feature", "attention_relation"])
-def test_padding_of_a_decoder_does_not_count(name):
-    """Encoder and decoder are of one length here, so the encoder's mask would fit, too."""
-    student, teacher = (tiny_bart(seed) for seed in (0, 1))
-    objective = build_objectives([{"name": name, "layers": {"model.decoder.layers.1": "model.decoder.layers.1"}}])[0]
+def test_padding_of_a_decoder_does_not_count(name, task):
+    """Encoder and decoder are of one length here, so that of generation the encoder's mask would fit, too."""
+    kind = {"generation": BartForConditionalGeneration, "classification": BartForSequenceClassification}[task]
+    student, teacher = (tiny_bart(seed, kind) for seed in (0, 1))
+    layers = {path: path for path, _ in student.named_modules() if path.endswith("decoder.layers.1")}
+    objective = build_objectives([{"name": name, "layers": layers}])[0]
     objective.setup(student, teacher, {})
     ids = torch.randint(3, 60, (4, 5), generator=torch.Generator().manual_seed(0))
-    labels = ids.flip(1).masked_fill(torch.tensor([[0, 0, 0, 1, 1]] * 2 + [[0] * 5] * 2).bool(), -100)
+    ids[:, 0] = 2  # the classifier reads the end token
+    ignored = torch.tensor([[0, 0, 0, 1, 1]] * 2 + [[0] * 5] * 2).bool()
 
     def step_of(padding):
+        mask = torch.ones_like(ids) if task == "generation" else (~ignored).long()
+        labels = ids.flip(1).masked_fill(ignored, -100)
         inputs = {
             "input_ids": torch.nn.functional.pad(ids, (0, padding)),
-            "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), (0, padding)),
+            "attention_mask": torch.nn.functional.pad(mask, (0, padding)),
             "labels": torch.nn.functional.pad(labels, (0, padding), value=-100),
         }
+        if task == "classification":
+            inputs["labels"] = torch.arange(4) % 2
         features = []
         for model, paths in ((student, objective.features().student), (teacher, objective.features().teacher)):
             with capture(model.eval(), paths) as found, torch.no_grad():
@@ -250,13 +262,22 @@ def test_padding_of_a_decoder_does_not_count(name):
     plain, padded, broken = step_of(0), step_of(3), step_of(0)
     for features in (broken.student_features, broken.teacher_features):
         for path, feature in features.items():
-            features[path] = feature.masked_fill((labels == -100)[..., None], float("nan"))
+            features[path] = feature.masked_fill(ignored[..., None], float("nan"))
     if objective.observes:
         objective.observe(plain)
         objective.finish()
     assert objective(plain) > 0
     torch.testing.assert_close(objective(padded), objective(plain))
     torch.testing.assert_close(objective(broken), objective(plain))
+
+
+def test_what_belongs_to_a_decoder():
+    assert in_decoder(tiny_bart(0), "model.decoder.layers.1") and not in_decoder(
+        tiny_bart(0), "model.encoder.layers.1"
+    )
+    sizes = {"d_model": 16, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16}
+    alone = WhisperForAudioClassification(WhisperConfig(vocab_size=9, pad_token_id=0, **sizes, num_mel_bins=4))
+    assert not in_decoder(alone, "encoder.layers.0")  # is_encoder_decoder, without a decoder
 
 
 def test_hidden_states_drop_out_where_no_blocks_are_declared(make_trainer, caplog):

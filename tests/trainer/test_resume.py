@@ -151,9 +151,29 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(make_trainer):
 
 
 def test_states_of_processes_are_dealt_out_again(tmp_path, caplog):
+    def read(rank, count):
+        return float(read_process_state(tmp_path, rank, count)["transform/0/values"])
+
     for rank in range(2):
-        write_process_state(tmp_path, rank, {"transform/0/values": torch.full((1,), float(rank))})
-    assert [float(read_process_state(tmp_path, rank)["transform/0/values"]) for rank in range(3)] == [0.0, 1.0, 0.0]
-    assert "the state of 2 processes; process 2 takes that of 0" in caplog.text
-    write_process_state(tmp_path / "none", 0, {})
-    assert read_process_state(tmp_path / "none", 0) == {} and not (tmp_path / "none").exists()
+        write_process_state(tmp_path, rank, 2, {"transform/0/values": torch.full((1,), float(rank))})
+    assert [read(rank, 2) for rank in range(2)] == [0.0, 1.0] and not caplog.text
+    assert [read(rank, 3) for rank in range(3)] == [0.0, 1.0, 0.0] and read(0, 1) == 0.0
+    assert "the state of 2 processes; process 2 of 3 takes rmtkd_process_0_of_2" in caplog.text
+    write_process_state(tmp_path / "none", 0, 1, {})
+    assert read_process_state(tmp_path / "none", 0, 1) == {} and not (tmp_path / "none").exists()
+
+
+def test_states_of_processes_that_are_missing_or_stale(tmp_path):
+    state = {"transform/0/values": torch.ones(1)}
+    write_process_state(tmp_path, 1, 2, state)
+    assert read_process_state(tmp_path, 1, 2) == state  # on a disk of its own node
+    assert read_process_state(tmp_path, 0, 2) == {}  # that process had none
+    with pytest.raises(
+        RMTKDError, match="holds rmtkd_process_1_of_2.safetensors: expected the states of all processes"
+    ):
+        read_process_state(tmp_path, 0, 4)
+    write_process_state(tmp_path, 0, 4, state)
+    with pytest.raises(RMTKDError, match="of one run"):
+        read_process_state(tmp_path, 0, 3)
+    write_process_state(tmp_path, 1, 4, {})
+    assert [file.name for file in tmp_path.iterdir()] == ["rmtkd_process_0_of_4.safetensors"]

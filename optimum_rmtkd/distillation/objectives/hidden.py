@@ -131,12 +131,9 @@ class HiddenStateLoss(DistillationObjective):
             )
 
 
-def unit_of(feature: torch.Tensor, mask: torch.Tensor | None, decoder: bool = False) -> str:
-    """What `positions` of this feature are counted in: unmasked tokens (labels in a decoder, see
-    `DistillationStep.mask_of`), or samples where all positions are alike."""
-    if feature.dim() != 3 or mask is None or mask.shape != feature.shape[:2]:
-        return "samples"
-    return "labels" if decoder else "tokens"
+def unit_of(feature: torch.Tensor, mask: torch.Tensor | None, unit: str = "tokens") -> str:
+    """What `positions` of this feature are counted in: `unit` where the mask fits, samples where all are alike."""
+    return unit if feature.dim() == 3 and mask is not None and mask.shape == feature.shape[:2] else "samples"
 
 
 def positions(feature: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

@@ -106,7 +106,7 @@ class ProjectedFeatureLoss(DistillationObjective):
 
     def observe(self, step: DistillationStep) -> None:
         for index, (_, path) in enumerate(self._pairs):
-            mask = step.mask_of(self._decoding[index])
+            mask, _ = step.counted(self._decoding[index])
             target, mask = self._laid_out(step.teacher_features[path], mask)
             target = self._aimed(target, path)
             samples, mask = sample_tokens(target, mask, "spaced", self.tokens_per_sequence)
@@ -182,7 +182,7 @@ class ProjectedFeatureLoss(DistillationObjective):
     def _term(self, index: int, step: DistillationStep, ours: str, theirs: str) -> torch.Tensor:
         student, teacher = step.student_features[ours], step.teacher_features[theirs].detach()
         teacher = _resized(teacher, student, ours, theirs)
-        mask = step.mask_of(self._decoding[index])
+        mask, unit = step.counted(self._decoding[index])
         values = self._normalised(positions(student.float(), mask), maps=False)
         target = positions(self._aimed(teacher.float(), theirs, maps=teacher.dim() == 4), mask)
         basis, variance = getattr(self, f"basis_{index}"), getattr(self, f"variance_{index}")
@@ -198,7 +198,7 @@ class ProjectedFeatureLoss(DistillationObjective):
                     "them."
                 )
         mean = gap.square().sum() / max(gap.numel(), 1)
-        return mean / variance * step.share(unit_of(student, mask, self._decoding[index]))
+        return mean / variance * step.share(unit_of(student, mask, unit))
 
     def _laid_out(self, feature: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, positions, features) and its mask, if it has one."""

@@ -116,7 +116,7 @@ class AttentionRelationLoss(DistillationObjective):
         if counted is None:
             return divergence.mean() * step.share("samples")
         kept = divergence[counted]
-        return kept.sum() / max(kept.numel(), 1) * step.share("labels" if decoding else "tokens")
+        return kept.sum() / max(kept.numel(), 1) * step.share(step.counted(decoding)[1])
 
     def _relation(
         self, step: DistillationStep, side: int, paths: dict[str, str], pair: str, decoding: bool
@@ -156,7 +156,7 @@ class AttentionRelationLoss(DistillationObjective):
         return own or width**-0.5
 
     def _mask(self, step: DistillationStep, values: torch.Tensor, decoding: bool) -> torch.Tensor | None:
-        mask = step.mask_of(decoding)
+        mask, _ = step.counted(decoding)
         fits = mask is not None and mask.shape == (len(values), values.shape[-1])
         return mask if fits else None
 
