@@ -81,8 +81,8 @@ def read_process_state(folder: str | Path, rank: int, count: int) -> dict[str, t
     given = Path(folder) / PROCESS.format(rank=rank % saved, count=saved)
     if counts or not given.is_file():
         raise RMTKDError(
-            f"{folder} holds {', '.join(file.name for file in found)}: expected the states of all processes of one run. "
-            "Copy the missing ones from the machines where they were written, or resume from another checkpoint."
+            f"{folder} holds {', '.join(file.name for file in found)}: expected the states of all processes of one "
+            "run. Copy the missing ones from the machines where they were written, or resume from another checkpoint."
         )
     logger.warning(
         "%s has the state of %d processes; process %d of %d takes %s.", folder, saved, rank, count, given.name
