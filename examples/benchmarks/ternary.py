@@ -6,9 +6,8 @@
     python examples/benchmarks/ternary.py table -o results                           prints what is there
 
 Tasks: digits of scikit-learn (64 pixels); cifar10 (64 features in front of the classifier of a ResNet-56, JPEG
-    images); ag_news (384
-features, the mean token of a MiniLM sentence encoder). Data and checkpoints are looked for in RMTKD_SHARED (default
-../shared). Heads have three hidden layers of `--width` neurons. Arms:
+images); ag_news (384 features, the mean token of a MiniLM sentence encoder). Data and checkpoints are looked for in
+RMTKD_SHARED (default ../shared). Heads have three hidden layers of `--width` neurons. Arms:
 
     linear           ridge regression on the features: what a head has to beat
     dense_trained    AdamW, fp32

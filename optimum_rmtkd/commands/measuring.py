@@ -110,8 +110,7 @@ def energy_meter(device: str) -> Callable[[Callable[[], None]], float] | None:
     read.
 
     GPU: NVML's own energy counter. CPU: codecarbon over RAPL; without RAPL codecarbon would multiply a table's wattage
-        by
-    the time, which says nothing about the model that the time does not.
+    by the time, which says nothing about the model that the time does not.
 
     Raises:
         RMTKDError: the counter is there, codecarbon or nvidia-ml-py (the extra `energy`) is not.

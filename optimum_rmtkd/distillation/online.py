@@ -36,8 +36,7 @@ class OnlineTeacher(Teacher):
         learning_rate: of the modules; follows the trainer's schedule.
 
     Reference: "Online knowledge distillation" (OKD), arXiv 2409.12512. The form of the two losses is this library's
-        reading
-    of its abstract.
+    reading of its abstract.
     """
 
     def __init__(

@@ -73,10 +73,9 @@ class AdaptiveOffPolicy(OnPolicy):
 
     Each batch draws r uniformly. With probability phi (1 - t/T) (phi while the replay buffer is not full) the student
     generates, and the samples go into the buffer; else if r < phi a batch of the buffer is used; else the data. Phi
-    starts at
-    0. After an evaluation whose loss exceeds the reference (the first one's) by `tolerance` or more, phi grows by
-        `increase`
-    and that loss becomes the reference. Without evaluations while training nothing happens: it warns.
+    starts at 0. After an evaluation whose loss exceeds the reference (the first one's) by `tolerance` or more, phi
+    grows by `increase` and that loss becomes the reference. Without evaluations while training nothing happens: it
+    warns.
 
     Args:
         capacity: batches in the replay buffer.

@@ -169,14 +169,13 @@ class MatrixProductOperator(Reparameterization):
     With "unit" modes, OPDF's own, that is a deep linear factorisation of the index-permuted weight: two outer tensors
     and `num_tensors - 2` square ones, which start as identities. The function class does not grow; what changes is the
     step: at equal learning rate Adam moves the weight 2 to 5 times further (n = 3 to 7), hence `lr_scale`. Training
-        memory and
-    optimizer state grow by `mpo_factor`, time by about d / (tokens per batch); the saved model is the plain one.
+    memory and optimizer state grow by `mpo_factor`, time by about d / (tokens per batch); the saved model is the plain
+    one.
 
     Args:
         num_tensors: n, at least 2.
         modes: "unit", "balanced" (hardly more parameters), or {side: modes}, for example the authors' {768: [32, 1, 1,
-            1, 24],
-            3072: [64, 1, 1, 1, 48]}, which "unit" chooses by itself.
+            1, 24], 3072: [64, 1, 1, 1, 48]}, which "unit" chooses by itself.
         lr_scale: None: 1 / (n - 1), which about undoes the larger step.
 
     Reference: Zhan et al., "Over-parameterized distillation framework" (OPDF), arXiv 2411.06448.

@@ -36,7 +36,7 @@ class SecondMoments:
     Notes:
         Precision. fp64 input: products in fp64; any chunking and any order of merges agree to about 1e-13. Other
         input: the product of one chunk is fp32 (relative error about 1e-7 of sqrt(S_ii S_jj)), sums over chunks are
-            fp64.
+        fp64.
 
         Halves. For the split-half diagnostic, sums are kept in two halves. A chunk at least as large as everything
         before it is split, whole sequences alternating; a smaller one goes to the lighter half, which saves one d x d
@@ -216,10 +216,10 @@ class SecondMoments:
         """(dim, dim) fp64: covariance of the sign-flipped samples, or None without `null_moments`.
 
         Notes:
-            Signs are drawn for x - pivot, as the final mean is not yet known: its second moment per channel is
-            var + (mean - pivot)^2. Rows and columns are rescaled so that the diagonal equals the covariance's exactly;
-            off the diagonal the approximation is a random matrix of the same entry variances. The pivot is the mean of
-            the first chunk.
+            Signs are drawn for x - pivot, as the final mean is not yet known: its second moment per channel is var +
+            (mean - pivot)^2. Rows and columns are rescaled so that the diagonal equals the covariance's exactly; off
+            the diagonal the approximation is a random matrix of the same entry variances. The pivot is the mean of the
+            first chunk.
         """
         if not self.null_moments:
             return None

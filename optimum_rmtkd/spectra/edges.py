@@ -54,12 +54,10 @@ class Spectrum:
 
         Notes:
             Dropped: (i) beyond count - 1, exact zeros of a centred sample covariance with few samples; (ii) below
-                ROUNDOFF
-            (1e-10) of the largest: fp64 eigenvalues carry no digits there; (iii) below NULL_SHARE (1e-6) of the median
-            of the
-            rest: an exact null direction (LayerNorm subtracts the mean) is seen at about 1e-8 of the typical variance
-                when
-            the products are fp32, while a real direction a million times weaker than the median cannot matter.
+            ROUNDOFF (1e-10) of the largest: fp64 eigenvalues carry no digits there; (iii) below NULL_SHARE (1e-6) of
+            the median of the rest: an exact null direction (LayerNorm subtracts the mean) is seen at about 1e-8 of the
+            typical variance when the products are fp32, while a real direction a million times weaker than the median
+            cannot matter.
         """
         count = self.n if self.count is None else self.count
         rest = self.eigenvalues[: max(1, min(self.dim, math.ceil(count) - 1))]
@@ -199,8 +197,7 @@ def mp_quantile(
     Notes:
         arXiv 2509.15724, section 3. The fit is made in units of sigma2 (in units of the eigenvalues a larger sigma2
         always fits better, the integral being proportional to 1 / sigma2) and searches within the Marchenko-Pastur
-        band around the
-        quantile: with q near 0 the band closes and the rule is the quantile itself.
+        band around the quantile: with q near 0 the band closes and the rule is the quantile itself.
 
     Raises:
         RMTKDError: tau outside (0, 1).

@@ -3,8 +3,7 @@ itself.
 
 Predicted loss, in nats of the model's likelihood a sample: half the product of the covariance of what is removed and
 the Fisher information of the place in the stream where it lands (to second order, positions taken as independent).
-Without
-gradients: the share of the stream's energy there.
+Without gradients: the share of the stream's energy there.
 """
 
 from __future__ import annotations

@@ -39,8 +39,7 @@ def build_network(
     """Random ternary layers whose constants come from data, and a readout by ridge regression.
 
     Layer after layer, t is measured on the features, the activation is matched at it, and its mean over the features
-    is
-    subtracted: in theory all that is known, but real features are no Gaussian mixture.
+    is subtracted: in theory all that is known, but real features are no Gaussian mixture.
 
     Args:
         x: (n, p) raw features.

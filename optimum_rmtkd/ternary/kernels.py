@@ -1,8 +1,7 @@
 """Conjugate kernel (CK) and neural tangent kernel (NTK) of wide random fully-connected networks.
 
-Setting: h_0 = x, h_l = sigma_l^c(W_l h_{l-1}) / sqrt(d_l), entries of W_l independent with mean 0 and variance 1. With
-    K_0 = X X^T
-(rows are samples) and (u, v) ~ N(0, K_{l-1} restricted to i, j):
+Setting: h_0 = x, h_l = sigma_l^c(W_l h_{l-1}) / sqrt(d_l), entries of W_l independent with mean 0 and variance 1.
+With K_0 = X X^T (rows are samples) and (u, v) ~ N(0, K_{l-1} restricted to i, j):
 
     CK    K_l(i, j) = E[sigma_l^c(u) sigma_l^c(v)]
     NTK   T_0 = K_0,  T_l = K_l + T_{l-1} o Kdot_l        (Kdot_l: the same with sigma')

@@ -2,11 +2,9 @@
 
 The CK of a wide network sees a hidden activation only through g1^2, g2^2 and g4^2 at its own t, and through tau^2 in
 the last layer, where it is a multiple of the identity (`kernels.py`). A step function that has the first three exactly
-therefore keeps the kernel up to  delta I,  delta = tau~_L^2 - tau_L^2. Parseval bounds tau2 >= g1^2 t^2 + g2^2 t^4 /
-2, and few levels cost
-more: `min_shift` takes, among those that match, the step function with the smallest tau2 that is not below tau_L^2.
-    For ReLU ten
-levels reach it, and then nothing is shifted.
+therefore keeps the kernel up to  delta I,  delta = tau~_L^2 - tau_L^2. Parseval bounds tau2 >=
+g1^2 t^2 + g2^2 t^4 / 2, and few levels cost more: `min_shift` takes, among those that match, the step function with
+the smallest tau2 that is not below tau_L^2. For ReLU ten levels reach it, and then nothing is shifted.
 
 Ways to match a layer, by name in `MATCHERS`:
 

@@ -49,8 +49,7 @@ class Answers:
     - token tasks and language models, logits (batch, tokens, classes): mean over the positions whose label is not -100
       (labels shifted by one for causal models), or over the unmasked tokens where there are no labels (of causal
       models: those that another follows). Other positions are dropped before anything is computed: their value, NaN
-          included,
-      cannot enter;
+      included, cannot enter;
     - question answering, start_logits and end_logits (batch, tokens): mean of both over unmasked positions.
 
     A class with a logit of -inf has probability 0 and contributes nothing.

@@ -65,8 +65,7 @@ class CorrelationDistance(DistillationObjective):
             over the batch, where a class has to be the same in all samples, those of the largest mean probability.
 
     References: R2KD, arXiv 2311.13934 (over classes, Pearson and Spearman); Huang et al., "DIST", arXiv 2205.10536
-        (over the
-    batch).
+    (over the batch).
     """
 
     name = "correlation"

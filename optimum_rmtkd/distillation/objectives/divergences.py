@@ -82,8 +82,7 @@ class KLDivergence(_AnswerDivergence):
     rest. Over what it is a mean, and what happens for regression: `Answers`.
 
     References: Hinton, Vinyals, Dean, "Distilling the knowledge in a neural network", arXiv 1503.02531, section 2;
-        reverse:
-    Gu et al., "MiniLLM", arXiv 2306.08543.
+    reverse: Gu et al., "MiniLLM", arXiv 2306.08543.
     """
 
     name = "kl"

@@ -47,7 +47,7 @@ class ProjectedFeatureLoss(DistillationObjective):
         tokens_per_sequence: evenly spaced positions of each sample that the fit sees; neighbours are correlated.
 
     Reference: Guo et al., "RdimKD", arXiv 2312.08700 (random, PCA, autoencoder); the Marchenko-Pastur form is this
-        library's.
+    library's.
     """
 
     name = "projected_feature"

@@ -33,8 +33,7 @@ class AttentionRelationLoss(DistillationObjective):
     A relation of a and b is softmax(A B^T / sqrt(d_r)), for each head a (tokens, tokens) matrix. "qk" is the attention
     distribution itself (before position terms), "vv" MiniLM's value relation, "qq", "kk" and "vv" MiniLMv2's. No
     adapter: the matrices have the same shape whatever the widths. Padded tokens are no keys and are not averaged over;
-        causal models
-    look back only.
+    causal models look back only.
 
     Args:
         relations: pairs of q, k and v.
