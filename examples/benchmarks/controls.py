@@ -26,8 +26,8 @@ RANDOM_BASIS = {"basis": "random", "allocation": "uniform"}
 
 
 def quantile_for(model: PreTrainedModel, dataloader: Iterable, recipe: RMTKDConfig) -> float:
-    """The smallest tau whose edges, all sites at once, reach the target: the paper's rule at the size of the other
-    arms."""
+    """The smallest tau, in steps of 0.05 from 0.5, whose edges reach the target, all sites at once: the paper's rule
+    at the size of the other arms."""
     surgeon = Surgeon(model, dataloader, recipe, progress=False)
     size = parameters_of(surgeon.teacher, surgeon.anatomy)
     for tau in (0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95):

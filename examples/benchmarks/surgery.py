@@ -1,6 +1,6 @@
 """How long surgery takes, and what one-shot narrowing costs.
 
-    python examples/benchmarks/surgery.py          needs RMTKD_SHARED (default ../shared); prints three tables
+    python examples/benchmarks/surgery.py          both; needs RMTKD_SHARED (default ../shared)
     python examples/benchmarks/surgery.py speed    what speed_weight and round_to buy, needs a quiet machine
     python examples/benchmarks/surgery.py depth    what a basis for each depth would save over one for the whole stream
 

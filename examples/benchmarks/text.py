@@ -106,7 +106,7 @@ def training_of(arguments: Arguments) -> Training:
 
 
 def training_arguments(arguments: Arguments, folder: Path, training: Training) -> RMTKDTrainingArguments:
-    """One recipe for all arms."""
+    """Arguments of the trainer: the same for all arms."""
     return RMTKDTrainingArguments(
         output_dir=str(folder),
         num_train_epochs=max(training.epochs, 1e-3),  # arms without training evaluate only

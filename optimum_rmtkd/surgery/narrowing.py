@@ -42,8 +42,9 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
 
     Scales of layer norms go into the layers that read them, shifts too where those have a bias, and the mean over
     features is subtracted by whatever writes the stream (Ashkboos et al. 2024, SliceGPT, section 3.2, for layer norm).
-    The last norm of a model without a head keeps its own: what it gives is the model's output. Post-norm models are
-    copied as they are.
+    The last norm of a model without a head keeps its own, for what it gives is the model's output: there a rotation is
+    not exact.
+    Post-norm models are copied as they are.
     """
     model = copy.deepcopy(model).eval()
     if not anatomy.pre_norm:

@@ -219,6 +219,20 @@ def test_saved_model_loads_with_the_auto_class(make_trainer, tmp_path):
         assert torch.equal(again(**batch).logits, trainer.model.eval()(**batch).logits)
 
 
+@pytest.mark.parametrize("options", [None, {"use_reentrant": False}])
+def test_recomputed_activations_survive_a_cut(make_trainer, weights, options):
+    found = []
+    for recompute in (False, True):
+        asked = {"gradient_checkpointing": recompute, "gradient_checkpointing_kwargs": options}
+        trainer = make_trainer(max_steps=3, out=f"recompute-{recompute}", **asked)
+        trainer.train()
+        assert len(trainer.stages) == 1
+        flags = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the latter until transformers 5.20
+        assert any(getattr(trainer.model, flag, False) for flag in flags) == recompute
+        found.append(weights(trainer.model))
+    assert all(torch.allclose(tensor, found[1][name], atol=1e-6) for name, tensor in found[0].items())
+
+
 def test_bf16_autocast_survives_a_cut(make_trainer):
     trainer = make_trainer(recipe={"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5}, max_steps=4, bf16=True)
     dtypes, step = [], trainer.training_step
@@ -241,20 +255,6 @@ def test_bf16_autocast_survives_a_cut(make_trainer):
 
 
 # -- schedules and stop rules -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("options", [None, {"use_reentrant": False}])
-def test_recomputed_activations_survive_a_cut(make_trainer, weights, options):
-    found = []
-    for recompute in (False, True):
-        asked = {"gradient_checkpointing": recompute, "gradient_checkpointing_kwargs": options}
-        trainer = make_trainer(max_steps=3, out=f"recompute-{recompute}", **asked)
-        trainer.train()
-        assert len(trainer.stages) == 1
-        flags = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the latter until transformers 5.20
-        assert any(getattr(trainer.model, flag, False) for flag in flags) == recompute
-        found.append(weights(trainer.model))
-    assert all(torch.allclose(tensor, found[1][name], atol=1e-6) for name, tensor in found[0].items())
 
 
 def test_layerwise_cuts_layer_after_layer(make_trainer):
