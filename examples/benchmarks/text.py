@@ -263,7 +263,7 @@ def latency(output: Path, task: str) -> None:
             for batch in (1, 32):
                 ids = torch.randint(1000, 20000, (batch, 128))
                 inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                timing = compare_latency(dense.eval(), narrow_model, inputs, repeats=20 if batch == 1 else 5)
+                timing = compare_latency(dense.eval(), narrow_model, inputs, repeats=40 if batch == 1 else 10)
                 found[f"{row['target']}-batch{batch}"] = timing.ratio
                 print(
                     f"target {row['target']}, batch {batch}: dense / narrow = {timing.ratio:.2f} "
