@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .budget import count_parameters, uncut_parameters
+from ..models import count_parameters, uncut_parameters
 from .families import Family, family_of, register_family
 from .layouts import EncoderLayout, ResidualConvLayout
 from .reduction import Reduction, SiteRecord, analyze, block_paths, narrow, narrow_to, reduce, stage_sites

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from ..config import RMTKDConfig
 from ..errors import BudgetError
+from ..models import count_parameters
 from .sites import Anatomy, Site, Unit, get_module, is_layer, linear_shape, module_parameters, unit_delta
 
 
@@ -19,13 +19,10 @@ __all__ = [
     "BudgetPoint",
     "Couple",
     "allocate",
-    "count_parameters",
     "flops_of",
     "parameters_of",
-    "provenance_of",
     "site_widths",
     "speed_weight_of",
-    "uncut_parameters",
 ]
 
 SPEED_WEIGHT, DEEP_SPEED_WEIGHT, DEEP = (
@@ -34,21 +31,6 @@ SPEED_WEIGHT, DEEP_SPEED_WEIGHT, DEEP = (
     0.85,
 )  # docs/surgery.md, section 3: by latency, by accuracy, beyond that
 TOLERANCE = 0.005  # overshoot of a share that a step may leave while another step fits better
-
-
-def count_parameters(model: nn.Module) -> int:
-    """All parameters of a model, tied ones once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def provenance_of(model: nn.Module) -> dict[str, Any]:
-    """Where a narrowed model comes from: base_model, parameters_before, rounds; empty for one that was never cut."""
-    return (getattr(model.config, "rmtkd", None) or {}).get("provenance", {})
-
-
-def uncut_parameters(model: nn.Module) -> int:
-    """Parameters before the first cut, which every `target_reduction` counts from; those of now where it is uncut."""
-    return max(int(provenance_of(model).get("parameters_before") or 0), count_parameters(model))
 
 
 @dataclass(frozen=True)

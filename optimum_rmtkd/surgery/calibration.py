@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 from ..config import RMTKDConfig
 from ..errors import CalibrationError
 from ..modeling_rmtkd import resolve_path
+from ..models import model_inputs
 from ..spectra import SecondMoments, sample_tokens
-from .likelihood import log_likelihood, model_inputs
+from .likelihood import log_likelihood
 from .sites import Point, get_module
 
 

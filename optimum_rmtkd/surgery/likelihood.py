@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-
-__all__ = ["content_uniforms", "gives_likelihood", "log_likelihood", "model_inputs"]
-
-LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
+from ..models import model_inputs
 
 
-def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch without labels: surgery never needs them."""
-    return {k: v for k, v in batch.items() if k not in LABELS}
+__all__ = ["content_uniforms", "gives_likelihood", "log_likelihood"]
 
 
 def gives_likelihood(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:

@@ -12,14 +12,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RMTKDError
-from ..modeling_rmtkd import VERSION, TernaryMLP, reduced_class
+from ..modeling_rmtkd import VERSION, TernaryMLP
+from ..models import rebuilt
 from .bases import Projection
 from .budget import site_widths
 from .directions import dense_table, dense_weight
 from .sites import Anatomy, Unit, get_module, has_module, is_layer, unit_delta
 
 
-__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec", "rebuilt"]
+__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec"]
 
 
 class Cuts:
@@ -161,33 +162,6 @@ def build_student(
     widths = site_widths(couples, anatomy)
     fields = {name: widths[site] for name, site in anatomy.config_fields.items() if site in widths}
     return rebuilt(model, {"version": VERSION, "spec": spec, "recipe": recipe, "provenance": provenance}, fields)
-
-
-def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """A new model of the architecture that `rmtkd` (spec and all) describes, in eval mode, in the dtype and on the
-    device of `model`; tensors of the same name and shape are copied, the others are as initialised.
-
-    Args:
-        fields: fields of the config that change.
-    """
-    model_class = reduced_class(type(model))
-    values = model.config.to_dict()
-    for name in ("model_type", "transformers_version", "architectures", "auto_map"):
-        values.pop(name, None)
-    config = model_class.config_class(**values)
-    for name, value in (fields or {}).items():
-        setattr(config, name, value)
-    config.rmtkd = rmtkd
-    config._attn_implementation = model.config._attn_implementation
-    student = model_class(config).to(device=model.device, dtype=model.dtype).eval()
-    if hasattr(model, "generation_config"):
-        student.generation_config = copy.deepcopy(model.generation_config)
-    old, new = model.state_dict(), student.state_dict()
-    with torch.no_grad():
-        for name, tensor in new.items():
-            if name in old and old[name].shape == tensor.shape:
-                tensor.copy_(old[name])
-    return student
 
 
 def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: Cuts) -> None:

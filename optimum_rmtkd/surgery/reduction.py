@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
 from ..modeling_rmtkd import resolve_path
-from .budget import count_parameters, site_widths
+from ..models import count_parameters
+from .budget import site_widths
 from .families import family_of
 from .processes import broadcast_model, from_main, one_for_all
 from .report import SpectralReport

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from ..models import model_inputs
 from .calibration import features_last, observed, token_mask
-from .likelihood import model_inputs
 from .narrowing import Cuts
 from .sites import Anatomy, Point, Unit, get_module, is_layer
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import reduced_class
+from ..models import count_parameters, model_inputs, provenance_of, uncut_parameters
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from ..spectra.edges import find_estimator
 from .budget import (
@@ -22,14 +23,11 @@ from .budget import (
     Couple,
     allocate,
     already_met,
-    count_parameters,
     couple_grid,
     flops_of,
     parameters_of,
-    provenance_of,
     site_widths,
     speed_weight_of,
-    uncut_parameters,
 )
 from .calibration import (
     Calibration,
@@ -41,7 +39,7 @@ from .calibration import (
 from .directions import Directions, site_directions
 from .families import family_of
 from .layouts import factored_anatomy
-from .likelihood import gives_likelihood, model_inputs
+from .likelihood import gives_likelihood
 from .narrowing import Cuts, build_student, fold_norms, initialise
 from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit

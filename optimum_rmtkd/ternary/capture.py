@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import CalibrationError, UnsupportedArchitectureError
-from ..surgery.likelihood import model_inputs
+from ..models import model_inputs
 from .config import TernaryConfig
 
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from .. import modeling_rmtkd
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import PREFIX, VERSION, TernaryMLP
-from ..surgery.budget import provenance_of, uncut_parameters
-from ..surgery.narrowing import rebuilt
+from ..models import provenance_of, rebuilt, uncut_parameters
 from .build import as_model, build_network
 from .capture import capture_module, find_part
 from .config import TernaryConfig
