@@ -88,10 +88,6 @@ class Digits:
         """The training part as rows for a Trainer."""
         return [{"pixel_values": x, "labels": int(y)} for x, y in zip(self.train_pixels, self.train_labels)]
 
-    def test_rows(self) -> list[dict]:
-        """The held-out part as rows for a Trainer."""
-        return [{"pixel_values": x, "labels": int(y)} for x, y in zip(self.test_pixels, self.test_labels)]
-
 
 class DemoCommand(Command):
     @staticmethod
