@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 
-PREFIX = "RMTKD"
+PREFIX, TYPE_PREFIX = "RMTKD", "rmtkd_"  # of class names and of model types
 VERSION = 1
 CONFIG_HOOKS = []  # called with a generated config class when it is first instantiated
 METHODS = {}  # of generated model classes; the package lends a push_to_hub that brings a card
@@ -607,7 +607,7 @@ def _make_config(name):
         name,
         (base,),
         {
-            "model_type": "rmtkd_" + base.model_type,
+            "model_type": TYPE_PREFIX + base.model_type,
             "__annotations__": {"rmtkd": "dict | None"},
             "rmtkd": None,
             "__new__": __new__,

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .modeling_rmtkd import reduced_class
+from .modeling_rmtkd import TYPE_PREFIX, reduced_class
 
 
-__all__ = ["count_parameters", "model_inputs", "provenance_of", "rebuilt", "uncut_parameters"]
+__all__ = ["count_parameters", "is_narrowed", "model_inputs", "provenance_of", "rebuilt", "uncut_parameters"]
 
 LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
 
@@ -26,6 +26,11 @@ def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def count_parameters(model: nn.Module) -> int:
     """All parameters of a model, tied ones once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def is_narrowed(model_type: str | None) -> bool:
+    """Whether this `model_type` of a config is that of a narrowed model."""
+    return str(model_type).startswith(TYPE_PREFIX)
 
 
 def provenance_of(model: nn.Module) -> dict[str, Any]:

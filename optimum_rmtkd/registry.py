@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from .errors import RMTKDError
 
 
-__all__ = ["Registry", "check_flag"]
+__all__ = ["Part", "Registry", "check_flag"]
 
 T = TypeVar("T")
 
@@ -23,6 +23,18 @@ def check_flag(value: Any, owner: str, name: str) -> bool:
     if isinstance(value, bool):
         return value
     raise RMTKDError(f"{owner}({name}={value!r}): expected true or false.")
+
+
+class Part:
+    """What a registry holds: known by its `name`, described by its constructor arguments, which it stores under their
+    own names."""
+
+    name: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """{"name": ..., constructor arguments}, JSON-able."""
+        arguments = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
+        return {"name": self.name, **{n: getattr(self, n) for n in arguments}}
 
 
 class Registry(Generic[T]):
@@ -66,7 +78,7 @@ class Registry(Generic[T]):
         return self._classes[name]
 
     def build(self, given: str | Mapping[str, Any]) -> T:
-        """An instance from a name, or from {"name": ..., arguments}.
+        """An instance from a name, from {"name": ..., arguments}, or from {name: arguments}.
 
         Raises:
             RMTKDError: no or an unknown name, arguments it does not take or of a wrong type, or something else than a
@@ -76,6 +88,13 @@ class Registry(Generic[T]):
             given = {"name": given}
         if not isinstance(given, Mapping):
             raise RMTKDError(f"{self.kind}: got a {type(given).__name__}; expected a name, a dict or an instance.")
+        if "name" not in given and len(given) == 1:
+            ((name, arguments),) = given.items()
+            if arguments is not None and not isinstance(arguments, Mapping):
+                raise RMTKDError(
+                    f"{self.kind}: {name!r} has {arguments!r}; expected a mapping of its arguments, {{}} for none."
+                )
+            given = {"name": name, **(arguments or {})}
         arguments = dict(given)
         cls = self.find(arguments.pop("name", None))
         known = [n for n in inspect.signature(cls.__init__).parameters if n != "self"]

@@ -128,6 +128,7 @@ class CompressCommand(Command):
         recipe = recipe_from_options(self.args)
         data = from_options(DataArguments, self.args)
         training = from_options(TrainingOptions, self.args)
+        _check_cut_alone(training, recipe)
         check_files(data)
         _check_single_process()
         if self.args.push_to_hub is not None:
@@ -141,6 +142,17 @@ class CompressCommand(Command):
         print(f"saved to {self.args.output}")
         if self.args.push_to_hub is not None:
             _push(Path(self.args.output), self.args.push_to_hub)
+
+
+def _check_cut_alone(training: TrainingOptions, recipe: RMTKDConfig) -> None:
+    """What would be ignored without training is refused."""
+    idle = [n for n in ("objectives", "reparameterization", "transforms") if getattr(recipe, n) is not None]
+    idle += ["schedule none"] if recipe.schedule == "none" else []
+    if idle and not training.train:
+        raise RMTKDError(
+            f"--no-train and {', '.join('--' + name for name in idle)}: a cut alone trains nothing, and is one cut. "
+            "Drop one of them."
+        )
 
 
 def _check_single_process() -> None:

@@ -135,6 +135,11 @@ def cache_answers(
         outputs, _ = ask(batch, drop=("labels",))
         if "logits" not in outputs:
             raise RMTKDError(f"{type(teacher).__name__} returned {', '.join(outputs)}; cache_answers keeps logits.")
+        if outputs["logits"].dim() == 3 and getattr(teacher.config, "is_encoder_decoder", False):
+            raise RMTKDError(
+                f"{type(teacher).__name__} is an encoder-decoder: its logits belong to other positions than the "
+                "attention_mask. Keep it in memory (teacher_model=model)."
+            )
         _keep(columns, outputs["logits"].float(), token_mask(batch), k)
     teacher.train(training)
     for name, values in columns.items():
@@ -153,8 +158,7 @@ def _keep(columns: dict[str, list], logits: torch.Tensor, mask: torch.Tensor | N
     if logits.dim() == 3 and mask is not None and mask.shape != logits.shape[:2]:
         raise RMTKDError(
             f"cache_answers: logits {tuple(logits.shape)} for an attention_mask {tuple(mask.shape)}; expected an "
-            "answer a token. Encoder-decoders answer at other positions: keep their teacher in memory "
-            "(teacher_model=model)."
+            "answer a token."
         )
     kept = min(k, classes)
     values, indices = logits.topk(kept, dim=-1)

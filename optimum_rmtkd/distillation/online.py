@@ -15,7 +15,7 @@ from .features import capture
 from .objectives.divergences import KLDivergence
 from .objectives.task import TaskLoss
 from .step import DistillationStep
-from .teachers import Teacher
+from .teachers import Teacher, fingerprint
 
 
 __all__ = ["OnlineTeacher"]
@@ -59,8 +59,9 @@ class OnlineTeacher(Teacher):
                 f"OnlineTeacher(rank={rank}, pull={pull}, learning_rate={learning_rate}): expected a rank of at least "
                 "1, pull of at least 0 and a learning rate above 0."
             )
+        self._origin = fingerprint(model)
         model = copy.deepcopy(model).requires_grad_(False)
-        targets = target_modules or [path for path, module in model.named_modules() if _inside(path, module)]
+        targets = target_modules or _backbone_layers(model)
         if not targets:
             raise RMTKDError(
                 f"OnlineTeacher found no linear layer inside {type(model).__name__}; name modules that LoRA can take: "
@@ -75,7 +76,12 @@ class OnlineTeacher(Teacher):
         self._trained = [p for name, p in model.named_parameters() if "lora_" in name]
         for parameter in self._trained:
             parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()  # PEFT makes them in the teacher's dtype: bf16 loses small steps
         self._task, self._kl, self._live = TaskLoss(), KLDivergence(), None
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        return (self._origin,)
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._trained)
@@ -83,8 +89,8 @@ class OnlineTeacher(Teacher):
     def __call__(
         self, inputs: Mapping[str, Any], paths: Iterable[str] = (), drop: Iterable[str] = ()
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        kept = {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
-        with capture(self.model, paths) as features, torch.set_grad_enabled(torch.is_grad_enabled()):
+        kept = self.accepted(inputs)  # labels included: they are what its own loss needs
+        with capture(self.model, paths) as features:
             self._live = self.model(**kept)
         detached = {k: v.detach() if torch.is_tensor(v) else v for k, v in self._live.items() if k != "loss"}
         return detached, {path: feature.detach() for path, feature in features.items()}
@@ -100,8 +106,13 @@ class OnlineTeacher(Teacher):
         return total if live.get("loss") is None else total + self._task(own)
 
 
-def _inside(path: str, module: nn.Module) -> bool:
-    """A linear layer of the backbone: heads lie at the top of a transformers model."""
+def _backbone_layers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers of the backbone: no heads, no decoder of a vocabulary."""
     from transformers.pytorch_utils import Conv1D  # GPT-2's linear layers
 
-    return isinstance(module, (nn.Linear, Conv1D)) and path.count(".") > 1
+    inner = set(getattr(model, "base_model", model).modules())
+    if getattr(model, "get_output_embeddings", None) is not None:
+        inner.discard(model.get_output_embeddings())
+    return [
+        path for path, module in model.named_modules() if module in inner and isinstance(module, (nn.Linear, Conv1D))
+    ]

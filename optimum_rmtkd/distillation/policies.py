@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from ..errors import RMTKDError
 from .counts import IGNORED
@@ -169,6 +170,8 @@ def prompt_length(inputs: Mapping[str, torch.Tensor]) -> int:
 @torch.no_grad()
 def generated(model: nn.Module, inputs: Mapping[str, torch.Tensor], max_new_tokens: int) -> dict[str, torch.Tensor]:
     """Prompts completed by `model`: input_ids, attention_mask and labels, (batch, prompt + new tokens) each."""
+    from transformers import GenerationConfig
+
     length = prompt_length(inputs)
     prompts = inputs["input_ids"][:, :length]
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length + max_new_tokens
@@ -176,17 +179,17 @@ def generated(model: nn.Module, inputs: Mapping[str, torch.Tensor], max_new_toke
     ends = torch.as_tensor([] if end is None else end, device=prompts.device).reshape(-1)
     pad = model.generation_config.pad_token_id
     pad = pad if pad is not None else int(ends[0]) if len(ends) else 0
-    with _evaluating(model):
-        ids = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=max(1, min(max_new_tokens, room - length)),
-            pad_token_id=pad,
-        )
+    plain = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max(1, min(max_new_tokens, room - length)),
+        eos_token_id=end,
+        pad_token_id=pad,
+    )
+    with _generating(model, plain):
+        ids = model.generate(prompts, attention_mask=torch.ones_like(prompts))
     new = ids[:, length:]
     ended = torch.isin(new, ends).int().cumsum(1)
     counts = torch.cat((torch.ones_like(prompts), ((ended == 0) | ((ended == 1) & torch.isin(new, ends))).long()), 1)
@@ -196,10 +199,15 @@ def generated(model: nn.Module, inputs: Mapping[str, torch.Tensor], max_new_toke
 
 
 @contextmanager
-def _evaluating(model: nn.Module):
-    training = model.training
+def _generating(model: nn.Module, config: Any):
+    """In evaluation mode, by `config` alone: what the model's own one holds (penalties, beams) would bend the
+    distribution. Reparameterised weights are computed once, not for every token."""
+    training, own = model.training, model.generation_config
     model.eval()
+    model.generation_config = config
     try:
-        yield
+        with parametrize.cached():
+            yield
     finally:
+        model.generation_config = own
         model.train(training)

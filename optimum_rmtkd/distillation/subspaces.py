@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 import torch
 
 from ..errors import RMTKDError
-from ..registry import Registry, check_flag
+from ..registry import Part, Registry, check_flag
 from ..spectra import EDGE_ESTIMATORS, SecondMoments, signal_subspace, spectrum_of
+from ..spectra.edges import needs_null_moments
 
 
 __all__ = [
@@ -27,17 +27,18 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
-class SubspaceProjection:
+class SubspaceProjection(Part):
     """Finds a basis K (p, d) of a subspace of p features. Fitted once, on the frozen teacher; then constant.
 
     To add one, subclass, name it, implement `fit`, and register it.
 
     Attributes:
         keeps_samples: `fit` needs the features themselves, not only their moments.
+        null_moments: `fit` needs the moments of sign-flipped features.
     """
 
-    name: str = ""
     keeps_samples: bool = False
+    null_moments: bool = False
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
         """The basis.
@@ -50,11 +51,6 @@ class SubspaceProjection:
             (p, d) fp64, d <= p.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement fit(moments, samples).")
-
-    def to_dict(self) -> dict[str, Any]:
-        """{"name": ..., constructor arguments}, JSON-able."""
-        arguments = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
-        return {"name": self.name, **{n: getattr(self, n) for n in arguments}}
 
 
 PROJECTIONS: Registry[SubspaceProjection] = Registry("projection")
@@ -226,6 +222,7 @@ class MarchenkoPasturProjection(SubspaceProjection):
         self.estimator, self.dim = estimator, _whole(dim, "MarchenkoPasturProjection")
         self.wiener = check_flag(wiener, "MarchenkoPasturProjection", "wiener")
         self.n_effective, self.options = n_effective, dict(options or {})
+        self.null_moments = needs_null_moments(estimator)
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
         found = signal_subspace(

@@ -52,15 +52,19 @@ class Teacher:
         Returns:
             (outputs, features by path)
         """
-        # An encoder-decoder derives its decoder inputs from the labels.
-        keep_labels = getattr(getattr(self.model, "config", None), "is_encoder_decoder", False)
-        dropped = set() if keep_labels else set(drop)
-        kept = {
-            k: v for k, v in inputs.items() if k not in dropped and (self._accepted is None or k in self._accepted)
-        }
+        kept = self.accepted(without_labels(self.model, inputs, drop))
         with capture(self.model, paths) as features:
             outputs = self.model(**kept)
         return outputs, features
+
+    def accepted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those that the model's forward takes."""
+        return {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """Fingerprints of the models it started from, by which a resumed run knows its teacher again."""
+        return tuple(fingerprint(model) for model in self.models)
 
     def update(self, student: nn.Module) -> None:
         """Called after every optimizer step; a teacher that follows the student overrides it."""
@@ -112,6 +116,14 @@ class EMATeacher(SnapshotTeacher):
             old.lerp_(new[name].to(old.dtype), 1.0 - self.decay)
         for old, fresh in zip(self.model.buffers(), student.buffers(), strict=True):
             old.copy_(fresh)
+
+
+def without_labels(model: nn.Module, inputs: Mapping[str, Any], labels: Iterable[str]) -> Mapping[str, Any]:
+    """The inputs less the named labels; all of them for an encoder-decoder, whose decoder inputs derive from them."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return inputs
+    dropped = set(labels)
+    return {name: value for name, value in inputs.items() if name not in dropped}
 
 
 def clean_copy(model: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@ own."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,21 +11,19 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
-from ..registry import Registry
+from ..registry import Part, Registry
 from .objectives.answers import shifts_labels
 
 
 __all__ = ["BatchTransform", "EmbeddingMixup", "build_transforms", "register_transform"]
 
 
-class BatchTransform:
+class BatchTransform(Part):
     """Changes the batches of a training run; evaluation never sees it.
 
     Called once for each micro-batch of an accumulated batch, before its tokens are counted: what a transform generates
     is what the loss is normalised by. Random numbers come from torch's global generator, which checkpoints keep.
     """
-
-    name: str = ""
 
     def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch to train on. `trainer` offers `model`, `staging.teacher` and `state`."""
@@ -54,24 +51,21 @@ class BatchTransform:
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Inverse of `state_dict`."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """{"name": ..., constructor arguments}, JSON-able."""
-        arguments = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
-        return {"name": self.name, **{n: getattr(self, n) for n in arguments}}
-
 
 TRANSFORMS: Registry[BatchTransform] = Registry("batch transform")
 register_transform = TRANSFORMS.register
 
 
 def build_transforms(given: Any) -> list[BatchTransform]:
-    """Transforms from None, one, or a list of instances, names or dicts.
+    """Transforms from None, one, or a list of instances, names or dicts, or {name: arguments}.
 
     Raises:
         RMTKDError: unknown names, answered with the known ones, or something else.
     """
     if given is None:
         return []
+    if isinstance(given, Mapping) and "name" not in given:
+        given = [{name: arguments} for name, arguments in given.items()]
     if isinstance(given, (str, Mapping, BatchTransform)):
         given = [given]
     if not isinstance(given, Iterable):
@@ -90,7 +84,8 @@ class EmbeddingMixup(BatchTransform):
     mixed cross-entropy. Labels of regression are mixed themselves. Images are mixed as pixels: a patch embedding is
     linear.
 
-    Doubles the cost of a step. For classification and regression with little data; token labels cannot be mixed.
+    Doubles the cost of a step. For classification and regression with little data; labels of tokens, spans and choices
+    cannot be mixed and are refused.
 
     Reference: Liang et al., "MixKD", arXiv 2011.00593, section 3.
     """
@@ -112,6 +107,14 @@ class EmbeddingMixup(BatchTransform):
             raise RMTKDError("EmbeddingMixup needs a teacher that can answer to mixtures; cached answers cannot.")
 
     def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        others = [name for name in getattr(trainer, "label_names", ()) if name in inputs and name != "labels"]
+        ids = inputs.get("input_ids")
+        if others or torch.is_tensor(ids) and ids.dim() > 2:
+            got = f"labels {', '.join(others)}" if others else f"input_ids of shape {tuple(ids.shape)} (choices)"
+            raise RMTKDError(
+                f"EmbeddingMixup got {got}: positions and choices cannot be mixed. Leave it out; it is for "
+                "classification and regression of whole samples."
+            )
         labels = inputs.get("labels")
         if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():
             raise RMTKDError(

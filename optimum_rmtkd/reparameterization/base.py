@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import RMTKDError
-from ..registry import Registry
+from ..registry import Part, Registry
 from .targets import target_paths
 
 
@@ -30,7 +29,7 @@ __all__ = [
 ]
 
 
-class Reparameterization:
+class Reparameterization(Part):
     """Writes chosen weights as a function of other parameters, which are trained in their place.
 
     The modules stay what they are (`torch.nn.utils.parametrize`): hooks, PEFT and the code of transformers see an
@@ -42,8 +41,6 @@ class Reparameterization:
             words.
         lr_scale: factor on the learning rate of the new parameters; they get no weight decay.
     """
-
-    name: str = ""
 
     def __init__(self, target_modules: str | Sequence[str] | None = None, lr_scale: float = 1.0):
         if not lr_scale > 0:
@@ -125,11 +122,6 @@ class Reparameterization:
     def state(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """The trained tensors that a folded checkpoint does not hold: folding forgets how they share the weight."""
         return {name: parameter.detach() for name, parameter in core_parameters(model).items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """{"name": ..., constructor arguments}, JSON-able."""
-        arguments = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
-        return {"name": self.name, **{n: getattr(self, n) for n in arguments}}
 
 
 REPARAMETERIZATIONS: Registry[Reparameterization] = Registry("reparameterization")

@@ -103,8 +103,8 @@ def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
     j_n, 1].
 
     A sweep of SVDs in fp64 from the left; singular values are split as square roots on both sides of each bond. A bond
-    next to a unit mode is not decomposed again: its tensor is exactly the identity, and null singular values do no
-    harm.
+    next to a unit mode is not decomposed again: its tensor is exactly the identity. A null direction is 0 on the right
+    side only: were it 0 on both, neither would have a gradient, and it could never be trained.
 
     Args:
         weight: (rows, columns), rows and columns the products of the modes.
@@ -121,11 +121,19 @@ def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
             tensors.append(torch.eye(bond, dtype=rest.dtype, device=rest.device).reshape(bond, 1, 1, bond))
             continue
         u, s, vt = torch.linalg.svd(unfolded, full_matrices=False)
-        root = s.sqrt()
-        tensors.append((u * root).reshape(bond, outs[k], ins[k], -1))
-        rest = root[:, None] * vt
+        left = _left_share(s)
+        tensors.append((u * left).reshape(bond, outs[k], ins[k], -1))
+        rest = (s / left)[:, None] * vt
     tensors.append(rest.reshape(-1, outs[-1], ins[-1], 1))
     return [tensor.float().contiguous() for tensor in tensors]
+
+
+def _left_share(singular: torch.Tensor) -> torch.Tensor:
+    """What goes to the left of a bond: sqrt(s_i), and the mean of those roots where s_i is null (1 if all are)."""
+    root = singular.sqrt()
+    null = singular <= torch.finfo(torch.float32).eps * singular.max()
+    usual = 1.0 if bool(null.all()) else root[~null].mean()
+    return root.masked_fill(null, 0.0) + null * usual
 
 
 def mpo_contract(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -27,12 +27,24 @@ def block_list(model: nn.Module) -> tuple[str, ...]:
     return best
 
 
+def _repeated(model: nn.Module) -> list[str]:
+    """Paths of the children of all outermost module lists of one type: both stacks of an encoder-decoder."""
+    lists: list[str] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(path.startswith(outer + ".") for outer in lists):
+            continue
+        if len({type(child) for child in module}) == 1:
+            lists.append(path)
+    return lists
+
+
 def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: tuple[type, ...]) -> list[str]:
     """Modules of a model with a weight of their own to be reparameterised, in order.
 
     Args:
-        targets: None: every module of `kinds` inside the blocks (`block_list`). A string: a regular expression that
-            matches the whole path; a list: paths end in one of these words (as PEFT's `target_modules`).
+        targets: None: every module of `kinds` inside repeated blocks, of the encoder and of the decoder. A string: a
+            regular expression that matches the whole path; a list: paths end in one of these words (as PEFT's
+            `target_modules`).
         kinds: module types that can be taken.
 
     Raises:
@@ -43,7 +55,7 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: t
         for parameter in module._parameters.values():
             if parameter is not None:
                 weights[id(parameter)] = weights.get(id(parameter), 0) + 1
-    blocks = block_list(model)
+    repeated = _repeated(model)
     found, tied = [], []
     for path, module in model.named_modules():
         if not isinstance(module, kinds) or parametrize.is_parametrized(module):
@@ -52,7 +64,7 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: t
         if weight is None:
             continue
         if targets is None:
-            chosen = any(path.startswith(block + ".") for block in blocks)
+            chosen = any(path.startswith(blocks + ".") for blocks in repeated)
         elif isinstance(targets, str):
             chosen = re.fullmatch(targets, path) is not None
         else:

@@ -107,9 +107,12 @@ class Edge:
 
 
 EDGE_ESTIMATORS: dict[str, Callable[..., Edge]] = {}
+NEED_NULL_MOMENTS: set[str] = set()
 
 
-def register_edge_estimator(name: str) -> Callable[[Callable[..., Edge]], Callable[..., Edge]]:
+def register_edge_estimator(
+    name: str, null_moments: bool = False
+) -> Callable[[Callable[..., Edge]], Callable[..., Edge]]:
     """Register an edge estimator under a name that `signal_subspace(estimator=...)` and the recipe accept.
 
     Write a pure function from a `Spectrum` to an `Edge`; its keyword arguments after the spectrum are its options:
@@ -124,6 +127,9 @@ def register_edge_estimator(name: str) -> Callable[[Callable[..., Edge]], Callab
     missing (too few eigenvalues, no null moments) raise RMTKDError saying what to do; comparisons then show it as a
     reason.
 
+    Args:
+        null_moments: it looks at `spectrum.null_eigenvalues`, which cost a second product a batch to collect.
+
     Raises:
         RMTKDError: the name is taken.
     """
@@ -132,6 +138,8 @@ def register_edge_estimator(name: str) -> Callable[[Callable[..., Edge]], Callab
         if name in EDGE_ESTIMATORS:
             raise RMTKDError(f"Edge estimator {name!r} is already registered; choose another name.")
         EDGE_ESTIMATORS[name] = function
+        if null_moments:
+            NEED_NULL_MOMENTS.add(name)
         return function
 
     return register
@@ -142,6 +150,11 @@ def find_estimator(name: str) -> Callable[..., Edge]:
     if name not in EDGE_ESTIMATORS:
         raise RMTKDError(f"Unknown edge estimator {name!r}. Known: {', '.join(sorted(EDGE_ESTIMATORS))}.")
     return EDGE_ESTIMATORS[name]
+
+
+def needs_null_moments(name: str) -> bool:
+    """Whether an estimator looks at the moments of sign-flipped samples."""
+    return name in NEED_NULL_MOMENTS
 
 
 def estimator_options(name: str) -> list[str]:
@@ -239,7 +252,7 @@ def gavish_donoho(spectrum: Spectrum) -> Edge:
     return Edge(coefficient**2 * middle, middle / mp.median(spectrum.q), {"omega": coefficient})
 
 
-@register_edge_estimator("signflip")
+@register_edge_estimator("signflip", null_moments=True)
 def signflip(spectrum: Spectrum) -> Edge:
     """Largest eigenvalue of the covariance of randomly sign-flipped samples (Hong, Sheng, Dobriban 2020).
 

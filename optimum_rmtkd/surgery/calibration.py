@@ -15,6 +15,7 @@ from ..errors import CalibrationError
 from ..modeling_rmtkd import resolve_path
 from ..models import model_inputs
 from ..spectra import SecondMoments, sample_tokens
+from ..spectra.edges import needs_null_moments
 from .likelihood import log_likelihood
 from .sites import Point, get_module
 
@@ -185,7 +186,7 @@ class Calibration:
         null_moments: bool = False,
     ):
         self.points, self.gradients, self.config = tuple(points), frozenset(gradients), config
-        self.null_moments = null_moments or config.edge_estimator == "signflip"
+        self.null_moments = null_moments or needs_null_moments(config.edge_estimator)
         self.moments: dict[Point, SecondMoments] = {}
         self.batches_seen = self.samples_seen = 0
         self.tokens_seen = 0.0

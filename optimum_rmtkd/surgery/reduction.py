@@ -110,9 +110,12 @@ def narrow(
 ) -> PreTrainedModel:
     """One cut, no training: a new, narrow model; `model` is left bit-identical.
 
-    Arguments and errors as for `analyze`.
+    Arguments and errors as for `analyze`, and RMTKDError for a recipe with `schedule="none"`, which cuts nothing.
     """
-    return reduce(model, dataloader, config or RMTKDConfig(), progress=progress).model
+    config = config or RMTKDConfig()
+    if config.schedule == "none":
+        raise RMTKDError("schedule='none' cuts nothing, and narrow is one cut: leave the schedule out.")
+    return reduce(model, dataloader, config, progress=progress).model
 
 
 def narrow_to(

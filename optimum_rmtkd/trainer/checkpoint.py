@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
+from ..models import is_narrowed
 from .stages import write_json
 
 
@@ -109,8 +110,7 @@ def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
     folder = Path(folder)
     if not (folder / STATE).is_file():
         config = folder / "config.json"
-        kind = json.loads(config.read_text(encoding="utf8")).get("model_type", "") if config.is_file() else ""
-        if str(kind).startswith("rmtkd_"):
+        if config.is_file() and is_narrowed(json.loads(config.read_text(encoding="utf8")).get("model_type")):
             raise RMTKDError(
                 f"{folder} holds a reduced model but no {STATE}: it was saved with save_only_model=True or by "
                 "save_model(). Resume from a checkpoint-N folder of a run with save_only_model=False, or start a new "
@@ -150,7 +150,8 @@ def same_recipe_or_raise(expected: Mapping[str, Any], found: Mapping[str, Any], 
 
 def same_parts_or_raise(expected: Mapping[str, list], found: Mapping[str, list], folder: str | Path) -> None:
     """Raises:
-    RMTKDError: other objectives or transforms than those of the checkpoint's run, which would start unfitted.
+    RMTKDError: other objectives, transforms, reparameterization or teacher than those of the checkpoint's run, or
+        other arguments of them.
     """
     for kind, was in expected.items():
         if was != found[kind]:

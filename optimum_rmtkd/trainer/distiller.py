@@ -13,6 +13,7 @@ from ..distillation import DistillationObjective, DistillationStep, TaskLoss, ca
 from ..distillation.counts import total_units
 from ..distillation.objectives.answers import Answers
 from ..distillation.step import token_mask
+from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
 
 
@@ -105,6 +106,7 @@ class Distiller:
                     "compilation. Set torch_compile=False, or leave out the objectives on hidden states "
                     "(hidden_weight=0)."
                 )
+            self._check_gradients(features)
             taught = self.teacher_step(offered, [o for o in objectives if o.needs_teacher], prepared=True)
         step = DistillationStep(
             inputs=offered,
@@ -120,6 +122,20 @@ class Distiller:
             progress=self.progress,
         )
         return self._weigh(step, objectives), outputs
+
+    def _check_gradients(self, features: Mapping[str, torch.Tensor]) -> None:
+        """Reentrant checkpointing runs the blocks without a graph: what is seen inside them carries no gradient."""
+        args = self.trainer.args
+        if not args.gradient_checkpointing or not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            return
+        if dead := [
+            path for path, feature in features.items() if torch.is_tensor(feature) and not feature.requires_grad
+        ]:
+            raise RMTKDError(
+                f"{dead[0]!r} carries no gradient under reentrant activation checkpointing, so its objective would "
+                "train nothing. Set gradient_checkpointing_kwargs={'use_reentrant': False}, or leave that objective "
+                "out."
+            )
 
     def _task_loss(self, model, inputs, task_loss_of: Callable) -> tuple[torch.Tensor, Any]:
         labelled = any(name in inputs for name in self.trainer.label_names)  # smoothing takes them out
@@ -154,13 +170,11 @@ class Distiller:
         """Features of both sides on one batch, the student in evaluation mode."""
         step = self.teacher_step(inputs, objectives)
         model, paths = self.trainer.model, dict.fromkeys(p for o in objectives for p in o.features().student)
-        # An encoder-decoder derives its decoder inputs from the labels.
-        dropped = () if getattr(model.config, "is_encoder_decoder", False) else self.trainer.label_names
         training = model.training
         model.eval()
         try:
             with capture(model, paths) as features, self.trainer.accelerator.autocast():
-                model(**{k: v for k, v in step.inputs.items() if k not in dropped})
+                model(**without_labels(model, step.inputs, self.trainer.label_names))
         finally:
             model.train(training)
         return dataclasses.replace(step, student_features=features)

@@ -38,8 +38,8 @@ class Extras:
         own = [p for objective in trainer.distiller.objectives for p in objective.parameters() if p.requires_grad]
         teacher = trainer.staging.teacher
         groups = [
-            {"params": own, "lr": args.learning_rate},
-            {"params": teacher.parameters(), "lr": getattr(teacher, "learning_rate", args.learning_rate)},
+            {"params": own, "lr": self._base_rate()},
+            {"params": teacher.parameters(), "lr": getattr(teacher, "learning_rate", self._base_rate())},
         ]
         groups = [group for group in groups if group["params"]]
         self.parameters = [p for group in groups for p in group["params"]]
@@ -50,6 +50,11 @@ class Extras:
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=0.0)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
+
+    def _base_rate(self) -> float:
+        """What the schedule multiplies: of an optimizer that was given it is its own rate, not the arguments'."""
+        rates = getattr(self.trainer.lr_scheduler, "base_lrs", None)
+        return rates[0] if rates else self.trainer.args.learning_rate
 
     def step(self) -> None:
         """One update from the gradients of the accumulated batch. Nothing happens where they overflowed (fp16)."""
@@ -67,7 +72,7 @@ class Extras:
         if all(bool(torch.isfinite(parameter.grad).all()) for parameter in self.parameters):
             if trainer.args.max_grad_norm:
                 nn.utils.clip_grad_norm_(self.parameters, trainer.args.max_grad_norm)
-            base = trainer.args.learning_rate
+            base = self._base_rate()
             share = trainer.lr_scheduler.get_last_lr()[0] / base if base else 1.0
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * share

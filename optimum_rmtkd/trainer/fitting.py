@@ -16,7 +16,19 @@ if TYPE_CHECKING:
     from .trainer import RMTKDTrainer
 
 
-__all__ = ["fitted_state", "make_ready", "transforms_state"]
+__all__ = ["check_parts", "fitted_state", "make_ready", "transforms_state"]
+
+
+def check_parts(trainer: RMTKDTrainer) -> None:
+    """Before anything is cut: do objectives and transforms fit the model and its teacher?
+
+    Raises:
+        RMTKDError: one of them does not, with the reason.
+    """
+    given = trainer.staging.given_teacher
+    teacher = trainer.model if given is None else given.model
+    for part in (*trainer.objectives, *trainer.transforms):
+        part.check(trainer.model, teacher)
 
 
 def make_ready(
@@ -29,14 +41,12 @@ def make_ready(
         restored: `fitted_state` and `transforms_state` of an earlier run, which take the place of fitting.
 
     Raises:
-        RMTKDError: models that an objective or a transform cannot work with, or nothing left to compare.
+        RMTKDError: models that an objective cannot work with, or nothing left to compare.
     """
     model, teacher = trainer.model, trainer.staging.teacher
     for objective in trainer.objectives:
         objective.to(trainer.args.device)
         objective.setup(model, teacher.model, projections)
-    for transform in trainer.transforms:
-        transform.check(model, teacher.model)
     objectives = trainer.distiller.objectives
     if not objectives:
         raise RMTKDError("No objective has anything to compare for these models; add TaskLoss or KLDivergence.")

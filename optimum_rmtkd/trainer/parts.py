@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ..config import RMTKDConfig
@@ -14,10 +16,11 @@ from ..distillation import (
     default_objectives,
 )
 from ..errors import RMTKDError
-from ..reparameterization import Reparameterization, build_reparameterization
+from ..registry import Part
+from ..reparameterization import MatrixProductOperator, Reparameterization, build_reparameterization
 
 
-__all__ = ["Parts", "names_of", "parts_of"]
+__all__ = ["Parts", "described", "parts_of"]
 
 
 class Parts(NamedTuple):
@@ -26,10 +29,12 @@ class Parts(NamedTuple):
     transforms: list[BatchTransform]
 
 
-def names_of(objectives: list[DistillationObjective], transforms: list[BatchTransform]) -> dict[str, list[str]]:
-    """What a checkpoint remembers of them."""
-    named = [o.name if o.label == o.name else f"{o.label} ({o.name})" for o in objectives]
-    return {"objectives": named, "transforms": [transform.name for transform in transforms]}
+def described(**kinds: Iterable[Part]) -> dict[str, list[str]]:
+    """What a checkpoint remembers of the parts: kind -> one line of JSON each, with all arguments."""
+    return {
+        kind: [json.dumps(part.to_dict(), default=lambda value: type(value).__name__) for part in parts]
+        for kind, parts in kinds.items()
+    }
 
 
 def parts_of(
@@ -48,7 +53,7 @@ def parts_of(
         build_transforms(recipe.transforms if transforms is None else transforms),
     )
     aligned = any(isinstance(objective, TensorAlignment) for objective in parts.objectives)
-    if aligned and getattr(parts.reparameterization, "name", None) != "mpo":
+    if aligned and not isinstance(parts.reparameterization, MatrixProductOperator):
         raise RMTKDError(
             "TensorAlignment compares the tensors of a matrix product operator: pass reparameterization='mpo' as "
             "well, or leave it out."

@@ -17,7 +17,7 @@ from ..hub.run import write_spectra
 from . import checkpoint
 from .data import isolated_rng
 from .fitting import fitted_state, make_ready
-from .parts import names_of
+from .parts import described
 from .stages import (
     PlannedCut,
     Stage,
@@ -58,6 +58,7 @@ class Staging:
     def __init__(self, trainer: RMTKDTrainer):
         self.trainer, self.config = trainer, trainer.rmtkd_config
         self.given_teacher: Teacher | None = None
+        self.taught_by_itself = False  # the given teacher started from the very model that is cut
         self.dropout = DropoutSwitch()
         self.reset()
 
@@ -311,8 +312,8 @@ class Staging:
             self.teacher = FrozenTeacher(self.before)
         else:
             self.teacher = FrozenTeacher(self.initial)
-        # No projection leads from the stream of a model that was given to the stream of this one.
-        projections = self.projections if self.given_teacher is None else {}
+        # No projection leads from the stream of another model to the stream of this one.
+        projections = self.projections if self.given_teacher is None or self.taught_by_itself else {}
         restored, self._restored = self._restored, None
         make_ready(self.trainer, projections, restored)
 
@@ -325,7 +326,7 @@ class Staging:
         values = {
             "fingerprint": self.initial_fingerprint,
             "recipe": self.config.to_dict(),
-            "parts": names_of(self.trainer.objectives, self.trainer.transforms),
+            "parts": self._described(),
             "plan": [dataclasses.asdict(cut) for cut in self.plan],
             "stages": [stage.to_dict() for stage in self.stages],
             "baseline": self.baseline,
@@ -342,6 +343,13 @@ class Staging:
         tensors |= fitted_state(self.trainer) | checkpoint.flatten("core", self.trainer.cores.state())
         checkpoint.write_state(folder, values, tensors)
 
+    def _described(self) -> dict[str, list[str]]:
+        """What a resumed run must have in common with this one."""
+        trainer, given = self.trainer, self.given_teacher
+        weights = [trainer.reparameterization] if trainer.reparameterization is not None else []
+        parts = described(objectives=trainer.objectives, reparameterization=weights, transforms=trainer.transforms)
+        return parts | {"teacher": [] if given is None else list(given.origins)}
+
     def restore(self, folder: str | Path) -> None:
         """Take up the run whose checkpoint lies in `folder`; the model gets its architecture, not yet its weights.
 
@@ -355,8 +363,7 @@ class Staging:
         values, tensors = found
         checkpoint.same_weights_or_raise(values["fingerprint"], self.initial_fingerprint, folder)
         checkpoint.same_recipe_or_raise(values["recipe"], self.config.to_dict(), folder)
-        parts = names_of(self.trainer.objectives, self.trainer.transforms)
-        checkpoint.same_parts_or_raise(values.get("parts", {}), parts, folder)
+        checkpoint.same_parts_or_raise(values["parts"], self._described(), folder)
         self.plan = tuple(
             PlannedCut(**cut | {"sites": None if cut["sites"] is None else tuple(cut["sites"])})
             for cut in values["plan"]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
+from ..models import is_narrowed
 from ..reparameterization import core_parameters
 from .data import isolated_rng
 
@@ -198,7 +199,7 @@ def _kinship(known: str, name: str) -> tuple[int, bool]:
 def skeleton(template: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
     """An untrained model of the architecture in `config`, with the head, device, dtype and attention of `template`."""
     cls = type(template)
-    if str(config.get("model_type")).startswith("rmtkd_"):
+    if is_narrowed(config.get("model_type")):
         from .. import modeling_rmtkd
 
         cls = modeling_rmtkd.reduced_class(cls)

@@ -9,7 +9,6 @@ from ..distillation import (
     CachedTeacher,
     EMATeacher,
     FrozenTeacher,
-    HiddenStateLoss,
     as_teacher,
     check_compatible,
     fingerprint,
@@ -44,34 +43,42 @@ def accept_teacher(trainer: RMTKDTrainer, teacher: Any) -> None:
         )
     for model in given.models:
         check_compatible(trainer.model, model)
-    alone = type(given) is FrozenTeacher
-    if not alone and any(model is trainer.model for model in given.models):
-        raise RMTKDError(
-            "The model that is trained is one of its own teachers: they would change with it. Pass a copy, "
-            "SnapshotTeacher(model)."
-        )
-    if alone and (given.model is trainer.model or fingerprint(given.model) == fingerprint(trainer.model)):
+    itself = given.origins == (fingerprint(trainer.model),)
+    if itself and isinstance(given, FrozenTeacher):
         logger.info("teacher_model is the model that is cut: taken as teacher='initial'.")
         trainer.rmtkd_config = trainer.rmtkd_config.replace(teacher="initial")
         trainer.staging = Staging(trainer)
         return
+    if any(model is trainer.model for model in given.models):
+        raise RMTKDError(
+            "The model that is trained is one of its own teachers: they would change with it. Pass a copy, "
+            "SnapshotTeacher(model)."
+        )
     for model in given.models:
         trainer._move_model_to_device(model, trainer.args.device)
-    trainer.staging.given_teacher = given
+    trainer.staging.given_teacher, trainer.staging.taught_by_itself = given, itself
     if isinstance(given, CachedTeacher):
         _check_cached(trainer)
         trainer.data_collator = AnswerCollator(trainer.data_collator)
-    kept = [objective for objective in trainer.objectives if not isinstance(objective, HiddenStateLoss)]
-    if len(kept) < len(trainer.objectives):
+    if not itself:
+        _drop_projected(trainer, type(teacher).__name__)
+
+
+def _drop_projected(trainer: RMTKDTrainer, teacher: str) -> None:
+    """Leave out the objectives that need a projection between the two streams."""
+    kept = [objective for objective in trainer.objectives if not objective.needs_projection]
+    dropped = ", ".join(type(o).__name__ for o in trainer.objectives if o.needs_projection)
+    if dropped:
         logger.warning(
-            "HiddenStateLoss is dropped: the student's residual stream is a projection of its own uncut model's, and "
-            "no projection to the stream of the given teacher_model (%s) is known. The other objectives stay; "
-            "ProjectedFeatureLoss compares hidden states of any two models.",
-            type(teacher).__name__,
+            "%s is dropped: the student's residual stream is a projection of its own uncut model's, and no projection "
+            "to the stream of the given teacher_model (%s) is known. The other objectives stay; ProjectedFeatureLoss "
+            "compares hidden states of any two models.",
+            dropped,
+            teacher,
         )
         trainer.objectives = kept
     if not kept:
-        raise RMTKDError("No objective is left after HiddenStateLoss; add TaskLoss or KLDivergence.")
+        raise RMTKDError(f"No objective is left after {dropped}; add TaskLoss or KLDivergence.")
 
 
 def _check_cached(trainer: RMTKDTrainer) -> None:

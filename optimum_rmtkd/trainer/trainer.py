@@ -29,7 +29,7 @@ from .cores import Cores
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from .distiller import Distiller, LateBatches
 from .extras import Extras
-from .fitting import transforms_state
+from .fitting import check_parts, transforms_state
 from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
@@ -152,6 +152,10 @@ class RMTKDTrainer(Trainer):
         self.staging = Staging(self)
         if teacher_model is not None:
             accept_teacher(self, teacher_model)
+        check_parts(self)
+        if (smooth := self.label_smoother) is not None:
+            # transformers knows the causal models, whose labels are shifted, by the names of its own classes
+            self.label_smoother = lambda outputs, labels, **_: smooth(outputs, labels, self.distiller.shifted)
         self.add_callback(_StageCallback(self))
 
     # -- what the user reads ------------------------------------------------------------------------------------------

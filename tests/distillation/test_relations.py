@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 from optimum_rmtkd.distillation import AttentionRelationLoss, DistillationStep, capture
 from optimum_rmtkd.errors import RMTKDError
@@ -90,19 +91,30 @@ def test_widths_may_differ_and_padding_does_not_matter(batch, relations):
     assert same(step).abs() < 1e-6
 
 
-def test_causal_relations_look_back_only():
-    loss = AttentionRelationLoss("vv", heads=2)
-    loss.setup(*models(), {})
-    path = loss.features().student[0]
-    first, last = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
-
-    def value(other):
-        step = DistillationStep({}, student_features={path: other}, teacher_features={path: last}, shifted=True)
-        return loss._relation(step, 0, {"v": path}, "vv", decoding=False)[0, :, :4]
-
-    changed = first.clone()
-    changed[:, 4] += 3
-    assert torch.allclose(value(first), value(changed), atol=1e-6)
+@pytest.mark.parametrize("head", ["ForCausalLM", "ForSequenceClassification"])
+def test_causal_attention_looks_back_only_whatever_the_head(head):
+    """The slow oracle: value relations of each token over itself and those before it."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 20, "pad_token_id": 0}
+    config = transformers.LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
+    student, teacher = (getattr(transformers, "Llama" + head)(config).eval() for _ in range(2))
+    loss = AttentionRelationLoss("vv")
+    loss.setup(student, teacher, {})
+    ids = torch.randint(1, 20, (3, 5))
+    features = []
+    with torch.no_grad():
+        for model, paths in ((student, loss.features().student), (teacher, loss.features().teacher)):
+            with capture(model, paths) as found:
+                model(ids)
+            features.append(found)
+    step = DistillationStep({"input_ids": ids}, student_features=features[0], teacher_features=features[1])
+    terms = []
+    for row in range(3):
+        for first in (0, 8):  # columns of a head
+            q, p = (next(iter(found.values()))[row, :, first : first + 8].double() for found in features)
+            for token in range(5):
+                log_q, log_p = ((x[token] @ x[: token + 1].T / 8**0.5).log_softmax(0) for x in (q, p))
+                terms.append(float((log_p.exp() * (log_p - log_q)).sum()))
+    assert loss(step).item() == pytest.approx(sum(terms) / len(terms), rel=1e-4)
 
 
 def test_refusals(batch):

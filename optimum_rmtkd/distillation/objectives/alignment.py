@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ...errors import RMTKDError
+from ...models import is_narrowed
 from ...reparameterization.mpo import MPOWeight, mpo_decompose
 from ..layers import blocks_of, uniform_map
 from ..step import DistillationStep
@@ -52,9 +53,11 @@ class TensorAlignment(DistillationObjective):
     weights at relative distance e is at most about e^2; without, it is of order 1 for any two.
 
     The reference is the teacher's weight where both have the same shape. For a student that was narrowed from its
-    teacher it is the student's own weight right after the cut, the projected and refitted teacher: the loss then
-    starts at 0 and is an anchor (L2-SP). So it is, from the start of the run on and with a warning, for a student that
-    came narrowed and a teacher of other shapes. Any other shapes are refused; nothing is cropped.
+    teacher it is the student's own weight right after each cut: the projected and refitted teacher, at later cuts with
+    what was learnt between them. The loss then starts at 0 and is an anchor (L2-SP), and weights move so little, in
+    relation, that the default weight of 1e-3 is not felt; about 1e3 is L2-SP's strength. So it is, from the start of
+    the run on and with a warning, for a student that came narrowed and a teacher of other shapes. Any other shapes are
+    refused; nothing is cropped.
 
     Args:
         tensors: "auxiliary" (all but the central one, index (n-1)//2; OPDF's choice), "outer", or "all". With unit
@@ -71,7 +74,7 @@ class TensorAlignment(DistillationObjective):
         if tensors not in ("auxiliary", "outer", "all"):
             raise RMTKDError(f"TensorAlignment(tensors={tensors!r}): expected 'auxiliary', 'outer' or 'all'.")
         self.tensors = tensors
-        self._aligned: dict[str, tuple[MPOWeight, nn.Module]] = {}
+        self._aligned: dict[str, nn.Module] = {}  # path -> its chain of tensors
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
         self._aligned, self._device = {}, next(student.parameters()).device
@@ -79,7 +82,7 @@ class TensorAlignment(DistillationObjective):
             del self._buffers[name]
         counterpart = _counterparts(student, teacher)
         self._anchored: list[str] = []
-        cut = str(getattr(student.config, "model_type", "")).startswith("rmtkd_")
+        cut = is_narrowed(getattr(student.config, "model_type", None))
         for path, module in student.named_modules():
             if not parametrize.is_parametrized(module, "weight"):
                 continue
@@ -93,7 +96,7 @@ class TensorAlignment(DistillationObjective):
             )
             fixed = fix_gauge(mpo_decompose(reference, chain[0].modes), own)
             number = len(self._aligned)
-            self._aligned[path] = (chain[0], chain)
+            self._aligned[path] = chain
             for k in self._chosen(len(own)):
                 self.register_buffer(f"reference_{number}_{k}", fixed[k].to(self._device))
         if self._anchored and not projections:
@@ -139,7 +142,7 @@ class TensorAlignment(DistillationObjective):
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
         terms = []
-        for number, (_, chain) in enumerate(self._aligned.values()):
+        for number, chain in enumerate(self._aligned.values()):
             for k in self._chosen(len(chain[0].modes[0])):
                 reference = getattr(self, f"reference_{number}_{k}")
                 gap = getattr(chain, f"original{k}").float() - reference

@@ -44,8 +44,8 @@ class Answers:
     - classification and multiple choice, logits (batch, classes): mean over the batch;
     - several labels at once (`problem_type="multi_label_classification"`, or no problem type and one fractional label
       a class, from which transformers infers it too): sum over the labels, each a distribution over yes and no;
-    - one label (`num_labels=1`: regression), of samples or tokens: mean squared error to the teacher's output,
-      temperature unused;
+    - one output (`num_labels=1`: regression, unless the problem type says several labels), of samples or tokens: mean
+      squared error to the teacher's output, temperature unused;
     - token tasks and language models, logits (batch, tokens, classes): mean over the positions whose label is not -100
       (labels shifted by one for causal models), or over the unmasked tokens where there are no labels (of causal
       models: those that another follows). Other positions are dropped before anything is computed: their value, NaN
@@ -107,6 +107,8 @@ class Answers:
         return softened(ours, theirs).mean() * step.share("samples")
 
     def is_regression(self, logits: torch.Tensor) -> bool:
+        if self.problem == "multi_label_classification":  # of one label
+            return False
         return logits.shape[-1] == 1 or self.problem == "regression"
 
     def logits(self, step: DistillationStep, who: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import RMTKDError
-from ...registry import Registry
+from ...registry import Part, Registry
 from ..step import DistillationStep
 from .schedules import check_weight, weight_at
 
@@ -35,7 +34,7 @@ class FeatureRequest:
     teacher: tuple[str, ...] = ()
 
 
-class DistillationObjective(nn.Module):
+class DistillationObjective(Part, nn.Module):
     """One additive term of the loss: total = sum over objectives of weight * forward(step).
 
     To add one, subclass, name it, and register it:
@@ -63,11 +62,14 @@ class DistillationObjective(nn.Module):
     Attributes:
         label: its key in the log ("loss/<label>") and in the checkpoint; the name unless given. Two objectives of one
             class in one run need two labels: `KLDivergence(reverse=True).labelled("reverse_kl")`.
+        needs_teacher: it reads the teacher's answers or features.
+        needs_projection: it compares streams through the known projection between them, so it has nothing to say of
+            a teacher that the student was not cut from, and is left out there.
         active: False where `setup` found that there is nothing to compare for these models; it is then left out.
     """
 
-    name: str = ""
     needs_teacher: bool = True
+    needs_projection: bool = False
     observes: bool = False
 
     def __init__(self, weight: float | Mapping[str, Any] = 1.0):
@@ -87,6 +89,13 @@ class DistillationObjective(nn.Module):
     def features(self) -> FeatureRequest:
         """What it needs besides the outputs; valid after `setup`."""
         return FeatureRequest()
+
+    def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Refuse, before anything is cut or trained, models that it cannot work with.
+
+        Raises:
+            RMTKDError: with the reason.
+        """
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
         """Get ready for this pair of models; called again after every cut.
@@ -117,9 +126,7 @@ class DistillationObjective(nn.Module):
 
     def to_dict(self) -> dict[str, Any]:
         """{"name": ..., constructor arguments}: JSON-able inverse of `from_dict`."""
-        arguments = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
-        label = {} if self.label == self.name else {"label": self.label}
-        return {"name": self.name, **label, **{n: getattr(self, n) for n in arguments}}
+        return super().to_dict() | ({} if self.label == self.name else {"label": self.label})
 
     @staticmethod
     def from_dict(values: Mapping[str, Any]) -> DistillationObjective:

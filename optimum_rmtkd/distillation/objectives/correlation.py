@@ -94,6 +94,11 @@ class CorrelationDistance(DistillationObjective):
         self.temperature, self.rank_width = float(temperature), float(rank_width)
         self._answers, self._warned = Answers(), False
 
+    def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        classes = getattr(student, "num_labels", None)  # of a head over labels; a vocabulary's has none
+        if self.dim == "class" and isinstance(classes, int):
+            _refuse_vacuous(classes)
+
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
         self._answers = Answers.of(student)
 
@@ -106,11 +111,8 @@ class CorrelationDistance(DistillationObjective):
         if ours.dim() == 3:
             ours, theirs, unit = answers.counted(ours, theirs, step)
         classes = ours.shape[-1]
-        if self.dim == "class" and classes < 3:
-            raise RMTKDError(
-                f"CorrelationDistance(dim='class') over {classes} class(es): two numbers always correlate perfectly, "
-                "so its gradient is zero. Use dim='batch' (each class over the samples), or KLDivergence."
-            )
+        if self.dim == "class":
+            _refuse_vacuous(classes)
         ours, theirs = self._predictions(answers, ours.float(), theirs.float())
         if self.dim == "batch":
             ours, theirs = ours.T, theirs.T  # (classes, samples)
@@ -147,3 +149,11 @@ class CorrelationDistance(DistillationObjective):
                 "contributes nothing. Raise per_device_train_batch_size.",
                 samples,
             )
+
+
+def _refuse_vacuous(classes: int) -> None:
+    if classes < 3:
+        raise RMTKDError(
+            f"CorrelationDistance(dim='class') over {classes} class(es): two numbers always correlate perfectly, so "
+            "its gradient is zero. Use dim='batch' (each class over the samples), or KLDivergence."
+        )

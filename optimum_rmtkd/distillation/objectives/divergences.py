@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,7 +88,7 @@ class KLDivergence(_AnswerDivergence):
 
     name = "kl"
 
-    def __init__(self, weight: float = 0.5, temperature: float = 1.0, reverse: bool = False):
+    def __init__(self, weight: float | Mapping[str, Any] = 0.5, temperature: float = 1.0, reverse: bool = False):
         super().__init__(weight, temperature)
         self.reverse = check_flag(reverse, "KLDivergence", "reverse")
 
@@ -108,7 +109,13 @@ class JensenShannonDivergence(_AnswerDivergence):
 
     name = "jensen_shannon"
 
-    def __init__(self, weight: float = 0.5, beta: float = 0.5, temperature: float = 1.0, rescale: bool = False):
+    def __init__(
+        self,
+        weight: float | Mapping[str, Any] = 0.5,
+        beta: float = 0.5,
+        temperature: float = 1.0,
+        rescale: bool = False,
+    ):
         super().__init__(weight, temperature)
         if not 0 <= beta <= 1:
             raise RMTKDError(f"JensenShannonDivergence(beta={beta}): expected a number in [0, 1].")
@@ -131,7 +138,13 @@ class SkewKLDivergence(_AnswerDivergence):
 
     name = "skew_kl"
 
-    def __init__(self, weight: float = 0.5, alpha: float = 0.1, temperature: float = 1.0, reverse: bool = False):
+    def __init__(
+        self,
+        weight: float | Mapping[str, Any] = 0.5,
+        alpha: float = 0.1,
+        temperature: float = 1.0,
+        reverse: bool = False,
+    ):
         super().__init__(weight, temperature)
         if not 0 < alpha < 1:
             raise RMTKDError(

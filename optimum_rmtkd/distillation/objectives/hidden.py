@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,9 +34,10 @@ class HiddenStateLoss(DistillationObjective):
     """
 
     name = "hidden"
+    needs_projection = True
     observes = True
 
-    def __init__(self, weight: float = 1.0):
+    def __init__(self, weight: float | Mapping[str, Any] = 1.0):
         super().__init__(weight)
         self._blocks: tuple[tuple[str, str], ...] = ()
         self._left_out: set[str] = set()

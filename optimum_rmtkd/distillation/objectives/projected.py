@@ -78,11 +78,15 @@ class ProjectedFeatureLoss(DistillationObjective):
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
-    def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
+    def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
         if teacher is None:
             raise RMTKDError(
                 "ProjectedFeatureLoss needs a teacher whose features can be read; cached answers have none."
             )
+        layer_pairs(student, teacher, self.layers)
+
+    def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
+        self.check(student, teacher)
         self._device = next(student.parameters()).device
         self._pairs = layer_pairs(student, teacher, self.layers)
         self._decoding = [in_decoder(student, path) for path, _ in self._pairs]
@@ -112,7 +116,9 @@ class ProjectedFeatureLoss(DistillationObjective):
             samples, mask = sample_tokens(target, mask, "spaced", self.tokens_per_sequence)
             if index not in self._moments:
                 self._moments[index] = SecondMoments(
-                    samples.shape[-1], null_moments=self._needs_null(), seed=self.seed
+                    samples.shape[-1],
+                    null_moments=(self.projection is not None and self.projection.null_moments),
+                    seed=self.seed,
                 )
             self._moments[index].update(samples, mask)
             if self.projection is not None and self.projection.keeps_samples:
@@ -120,9 +126,6 @@ class ProjectedFeatureLoss(DistillationObjective):
                 held = self._samples.setdefault(index, [])
                 if sum(map(len, held)) < KEPT_SAMPLES:
                     held.append(rows.float().cpu())
-
-    def _needs_null(self) -> bool:
-        return getattr(self.projection, "estimator", None) == "signflip"
 
     def finish(self, reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor) -> None:
         for index in range(len(self._pairs)):

@@ -12,6 +12,7 @@ from torch import nn
 from ...errors import RMTKDError
 from ..layers import check_layers, in_decoder, layer_pairs
 from ..step import DistillationStep
+from .answers import shifts_labels
 from .base import DistillationObjective, FeatureRequest, register_objective
 from .divergences import kl_divergence
 
@@ -63,18 +64,29 @@ class AttentionRelationLoss(DistillationObjective):
         self.relations, self.layers, self.heads = relations, check_layers(layers), heads
         self._pairs: list[tuple[dict[str, str], dict[str, str]]] = []
 
-    def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
+    def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        self._paired(student, teacher)
+
+    def _paired(self, student: nn.Module, teacher: nn.Module | None) -> list[tuple[dict[str, str], dict[str, str]]]:
+        """Paths of the projections by letter, of the student's block and the teacher's, pair by pair."""
         if teacher is None:
             raise RMTKDError(
                 "AttentionRelationLoss needs a teacher whose attention can be read; cached answers have none."
             )
         letters = sorted(set("".join(self.relations)))
-        blocks = layer_pairs(student, teacher, self.layers)
-        self._pairs = [
+        return [
             (_projections_in(student, ours, letters), _projections_in(teacher, theirs, letters))
-            for ours, theirs in blocks
+            for ours, theirs in layer_pairs(student, teacher, self.layers)
         ]
+
+    def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
+        self._pairs = self._paired(student, teacher)
+        blocks = layer_pairs(student, teacher, self.layers)
         self._decoding = [in_decoder(student, path) for path, _ in blocks]
+        self._causal = [
+            any(_looks_back(model, pair[side]) for side, model in enumerate((student, teacher)))
+            for pair in self._pairs
+        ]
         self._heads = self.heads or getattr(student.config, "num_attention_heads", None)
         self._scaling = {
             (side, path): getattr(model.get_submodule(path.rpartition(".")[0]), "scaling", None)
@@ -94,16 +106,13 @@ class AttentionRelationLoss(DistillationObjective):
         )
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
-        pairs = zip(self._pairs, self._decoding, strict=True)
-        return torch.stack([self._term(step, *pair, decoding) for pair, decoding in pairs]).mean()
+        return torch.stack([self._term(step, index) for index in range(len(self._pairs))]).mean()
 
-    def _term(
-        self, step: DistillationStep, ours: dict[str, str], theirs: dict[str, str], decoding: bool
-    ) -> torch.Tensor:
-        divergences = []
+    def _term(self, step: DistillationStep, index: int) -> torch.Tensor:
+        (ours, theirs), decoding, divergences = self._pairs[index], self._decoding[index], []
         for a, b in self.relations:
-            log_q = self._relation(step, 0, ours, a + b, decoding)
-            log_p = self._relation(step, 1, theirs, a + b, decoding).detach()
+            log_q = self._relation(step, 0, index, a + b)
+            log_p = self._relation(step, 1, index, a + b).detach()
             if log_p.shape != log_q.shape:
                 raise RMTKDError(
                     f"Relations {tuple(log_q.shape)} of the student's {ours[a]!r}, {tuple(log_p.shape)} of the "
@@ -117,15 +126,14 @@ class AttentionRelationLoss(DistillationObjective):
         kept = divergence[counted]
         return kept.sum() / max(kept.numel(), 1) * step.share(step.counted(decoding)[1])
 
-    def _relation(
-        self, step: DistillationStep, side: int, paths: dict[str, str], pair: str, decoding: bool
-    ) -> torch.Tensor:
+    def _relation(self, step: DistillationStep, side: int, index: int, pair: str) -> torch.Tensor:
         """Log-probabilities (batch, heads, tokens, tokens), fp32, of one block's projections (batch, tokens, width).
 
         Args:
             side: 0 student, 1 teacher.
-            decoding: the block is an encoder-decoder's decoder's.
+            index: of the pair of blocks.
         """
+        paths, decoding = self._pairs[index][side], self._decoding[index]
         features = step.teacher_features if side else step.student_features
         a, b = (features[paths[letter]] for letter in pair)
         if a.dim() != 3 or a.shape[-1] != b.shape[-1] or a.shape[-1] % self._heads:
@@ -143,7 +151,7 @@ class AttentionRelationLoss(DistillationObjective):
         low = torch.finfo(scores.dtype).min / 4  # finite: -inf - -inf is NaN
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None, None], low)
-        if step.shifted or decoding:
+        if self._causal[index] or decoding:
             future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(future, low)
         return F.log_softmax(scores, -1)
@@ -158,6 +166,14 @@ class AttentionRelationLoss(DistillationObjective):
         mask, _ = step.counted(decoding)
         fits = mask is not None and mask.shape == (len(values), values.shape[-1])
         return mask if fits else None
+
+
+def _looks_back(model: nn.Module, paths: Mapping[str, str]) -> bool:
+    """Is it causal attention that these projections belong to? Models that do not say are, where they predict the
+    next token."""
+    owner = model.get_submodule(next(iter(paths.values())).rpartition(".")[0])
+    says = getattr(owner, "is_causal", None)
+    return shifts_labels(model) if says is None else bool(says)
 
 
 def _projections_in(model: nn.Module, block: str, letters: list[str]) -> dict[str, str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from ...errors import RMTKDError
@@ -24,7 +27,7 @@ class TaskLoss(DistillationObjective):
     name = "task"
     needs_teacher = False
 
-    def __init__(self, weight: float = 0.5):
+    def __init__(self, weight: float | Mapping[str, Any] = 0.5):
         super().__init__(weight)
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
@@ -41,5 +44,5 @@ class TaskLoss(DistillationObjective):
         if counted is None or logits is None or logits.dim() != 3:
             return loss.float() * step.share("samples")
         if not bool(counted.any()):
-            return logits.float().sum() * 0.0  # a mean over no label is NaN
+            return logits[:0].float().sum()  # a mean over no label is NaN; no value, -inf and NaN, enters
         return loss.float() * step.share("labels")

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedArchitectureError
+from ...modeling_rmtkd import TYPE_PREFIX
 from ..layouts import EncoderLayout, ResidualConvLayout
 
 
@@ -70,7 +71,7 @@ def register_family(family: Family) -> Family:
 
 def base_model_type(model: nn.Module) -> str:
     """`config.model_type` without the prefix that a narrowed model carries."""
-    return model.config.model_type.removeprefix("rmtkd_")
+    return model.config.model_type.removeprefix(TYPE_PREFIX)
 
 
 def family_of(model: nn.Module) -> Family:
