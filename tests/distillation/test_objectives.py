@@ -181,6 +181,25 @@ def test_several_labels_at_once_are_independent_bernoullis():
     assert torch.allclose(kl(ours, theirs, problem_type="multi_label_classification"), expected, rtol=1e-4)
 
 
+def test_one_label_of_several_at_once_is_a_bernoulli_too():
+    ours, theirs = torch.tensor([[0.3], [-1.0]]), torch.tensor([[1.0], [0.5]])
+    p, q = theirs.sigmoid(), ours.sigmoid()
+    expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    found = kl(ours, theirs, problem_type="multi_label_classification", num_labels=1)
+    assert torch.allclose(found, expected, rtol=1e-4)
+
+
+def test_task_loss_without_any_label_is_zero_whatever_the_logits():
+    logits = torch.randn(1, 3, 4)
+    logits[0, 1] = float("-inf")
+    logits.requires_grad_()
+    inputs = {"input_ids": torch.ones(1, 3), "labels": torch.full((1, 3), -100)}
+    step = DistillationStep(inputs, {"loss": torch.tensor(float("nan")), "logits": logits})
+    value = TaskLoss()(step)
+    value.backward()
+    assert value == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
 def test_kl_is_computed_in_fp32():
     torch.manual_seed(0)
     ours, theirs = torch.randn(4, 3).bfloat16(), torch.randn(4, 3).bfloat16()

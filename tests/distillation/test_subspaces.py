@@ -190,7 +190,8 @@ def test_of_a_reduced_student_it_is_the_plain_error_against_the_projected_teache
     cut = torch.linalg.qr(torch.randn(32, 12))[0]
     student = tiny_bert(hidden_size=12)
     ours = torch.randn(8, 16, 12)
-    for projection in (None, RandomProjection(dim=12)):  # a full basis is a rotation: the same error
+    full = (RandomProjection(dim=12), MarchenkoPasturProjection(dim=12))  # a rotation: the same error
+    for projection in (None, *full):
         loss = fitted(projection, theirs, student=student, projections={"hidden": cut})
         target = theirs @ cut
         variance = target.reshape(-1, 12).var(0, unbiased=False).mean()

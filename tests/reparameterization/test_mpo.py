@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from transformers import BartConfig, BartModel
 
 from optimum_rmtkd.distillation.objectives import fix_gauge
 from optimum_rmtkd.errors import RMTKDError
@@ -61,6 +62,21 @@ def test_null_directions_do_no_harm():
     tensors = mpo_decompose(weight, modes_of(48, 64, 5))
     assert all(torch.isfinite(t).all() for t in tensors)
     assert max(t.norm() for t in tensors) < 5 * weight.norm() ** 0.5 * 48**0.5
+
+
+@pytest.mark.parametrize("columns", [slice(None, None, 2), slice(None)])
+def test_null_directions_learn(columns):
+    """The function class stays that of the matrix: no direction without a gradient."""
+    weight = torch.randn(12, 16)
+    weight[:, columns] = 0
+    tensors = [t.requires_grad_() for t in mpo_decompose(weight, modes_of(12, 16, 3))]
+    target, optimizer = torch.randn(12, 16), torch.optim.Adam(tensors, lr=3e-2)
+    for _ in range(1500):
+        loss = (mpo_contract(tensors) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-3
 
 
 def test_factor_formula_and_the_authors_modes():
@@ -128,6 +144,14 @@ def test_targets_as_in_peft():
     tied = blocks()
     tied["layers"][1]["up"].weight = tied["layers"][0]["up"].weight
     assert MatrixProductOperator(target_modules=["up", "head"]).apply(tied) == ["head"]
+
+
+def test_both_stacks_of_an_encoder_decoder_are_taken():
+    sizes = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    taken = MatrixProductOperator().apply(BartModel(BartConfig(vocab_size=20, **sizes, **heads)))
+    assert sum(path.startswith("encoder.layers.0.") for path in taken) == 6
+    assert sum(path.startswith(f"decoder.layers.{n}.") for path in taken for n in (0, 1)) == 20
 
 
 def test_only_tied_weights_is_said():

@@ -138,6 +138,32 @@ def test_another_recipe_than_the_run_follows_is_refused(make_trainer):
         other.train(resume_from_checkpoint=str(folder(whole, 4)))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"objectives": {"kl": {"temperature": 4.0}}}, '"temperature": 1.0.*"temperature": 4.0'),
+        ({"transforms": "embedding_mixup"}, "had the transforms none"),
+        ({"reparameterization": {"name": "mpo", "num_tensors": 3, "lr_scale": 9}}, '"lr_scale": 0.5.*"lr_scale": 9'),
+        ({"teacher_model": 8}, "the teacher"),
+    ],
+)
+def test_other_parts_than_the_run_has_are_refused(make_trainer, change, said):
+    def make(out, objectives=("kl",), teacher_model=7, reparameterization="mpo", transforms=None):
+        parts = {"reparameterization": reparameterization, "transforms": transforms}
+        saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        teacher = tiny_bert(seed=teacher_model)
+        recipe = {"schedule": "none", "target_reduction": None}
+        return make_trainer(
+            recipe=recipe, out=out, objectives=objectives, teacher_model=teacher, trainer_kwargs=parts, **saving
+        )
+
+    whole = make("whole")
+    whole.train()
+    make("same").train(resume_from_checkpoint=str(folder(whole, 1)))
+    with pytest.raises(RMTKDError, match=said):
+        make("other", **change).train(resume_from_checkpoint=str(folder(whole, 1)))
+
+
 def test_a_checkpoint_that_lacks_tensors_is_refused(make_trainer):
     whole = make_trainer(recipe=ROUNDS, out="whole", **SAVING)
     whole.train()

@@ -7,7 +7,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from transformers import BertForTokenClassification
+from transformers import BartConfig, BartForConditionalGeneration, BertForMaskedLM, BertForTokenClassification
 
 from optimum_rmtkd.distillation import (
     CachedTeacher,
@@ -64,14 +64,18 @@ def test_a_list_of_teachers_in_the_trainer(make_trainer):
 
 def test_frozen_teachers_may_be_given_as_such(make_trainer):
     student = tiny_bert()
-    for given, kind in ((FrozenTeacher(tiny_bert(3)), FrozenTeacher), (SnapshotTeacher(student), SnapshotTeacher)):
+    for given, kind in (
+        (FrozenTeacher(tiny_bert(3)), FrozenTeacher),
+        (SnapshotTeacher(tiny_bert(4)), SnapshotTeacher),
+    ):
         trainer = make_trainer(
             student, recipe=NONE, out=kind.__name__, teacher_model=given, objectives=["kl"], max_steps=1
         )
         trainer.train()
         assert trainer.staging.teacher is given and len(history(trainer, "loss/kl")) == 1
-    itself = make_trainer(student, teacher_model=FrozenTeacher(student))
-    assert itself.staging.given_teacher is None and itself.rmtkd_config.teacher == "initial"
+    for given in (FrozenTeacher(student), SnapshotTeacher(student)):
+        itself = make_trainer(student, teacher_model=given)
+        assert itself.staging.given_teacher is None and itself.rmtkd_config.teacher == "initial"
 
 
 def test_teachers_that_would_move_with_the_student_are_refused(make_trainer):
@@ -117,6 +121,54 @@ def test_online_teacher_takes_the_linear_layers_of_gpt2_and_names_a_model_withou
     assert {"transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj"} <= names and "lm_head" not in names
     with pytest.raises(RMTKDError, match="no linear layer inside Sequential"):
         OnlineTeacher(torch.nn.Sequential(torch.nn.ReLU()))
+
+
+def test_an_online_teacher_of_the_students_own_weights_keeps_the_known_projection(make_trainer):
+    pytest.importorskip("peft")
+    parts = ["kl", "hidden", "projected_feature"]
+    trainer = make_trainer(teacher_model=OnlineTeacher(tiny_bert(), rank=2), objectives=parts, max_steps=2)
+    trainer.train()
+    assert trainer.stages and len(history(trainer, "loss/hidden")) == 2
+    assert not list(trainer.objectives[2].parameters())  # no adapter
+    other = make_trainer(teacher_model=OnlineTeacher(tiny_bert(seed=3), rank=2), objectives=parts)
+    assert [o.name for o in other.objectives] == ["kl", "projected_feature"]
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_rate_of_an_online_teacher_is_its_own_times_the_schedules_share(make_trainer, given):
+    """Whatever the rate of an optimizer that was passed in."""
+    pytest.importorskip("peft")
+    student = tiny_bert()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.5) if given else None
+    teacher = OnlineTeacher(tiny_bert(seed=3), rank=2, learning_rate=1e-4)
+    trainer = make_trainer(
+        student,
+        recipe=NONE,
+        teacher_model=teacher,
+        objectives=["kl"],
+        max_steps=2,
+        lr_scheduler_type="linear",
+        trainer_kwargs={"optimizers": (optimizer, None)},
+    )
+    rates, step = [], trainer.extras.step
+
+    def watched():
+        step()
+        rates.extend(group["lr"] for group in trainer.extras.optimizer.param_groups)
+
+    trainer.extras.step = watched
+    trainer.train()
+    assert rates == pytest.approx([1e-4, 0.5e-4])
+
+
+def test_modules_of_an_online_teacher_are_fp32_and_in_the_backbone_alone():
+    pytest.importorskip("peft")
+    teacher = OnlineTeacher(tiny_bert(cls=BertForMaskedLM).bfloat16(), rank=2)
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+    places = {n.split(".lora_")[0] for n, _ in teacher.model.named_parameters() if "lora_" in n}
+    assert "bert.encoder.layer.0.attention.self.query" in places and all(p.startswith("bert.") for p in places)
+    answers, _ = teacher(batch_of([{k: v for k, v in row.items() if k != "labels"} for row in ragged(2)]))
+    assert answers["logits"].dtype == torch.bfloat16
 
 
 def test_the_student_is_not_trained_through_the_teacher():
@@ -235,5 +287,12 @@ def test_what_cached_answers_cannot_do_is_said(make_trainer):
         make_trainer(
             teacher_model=CachedTeacher(), objectives=["kl"], trainer_kwargs=options | {"train_dataset": cached}
         )
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    bart = BartForConditionalGeneration(
+        BartConfig(vocab_size=60, encoder_attention_heads=2, decoder_attention_heads=2, **sizes)
+    )
+    padded = datasets.Dataset.from_list([r | {"labels": r["input_ids"]} for r in ragged(4)])  # all of one length
+    with pytest.raises(RMTKDError, match="is an encoder-decoder"):
+        cache_answers(bart, padded, collate, progress=False)
     with pytest.raises(RMTKDError, match="got a list; expected a datasets.Dataset"):
         cache_answers(tiny_bert(), [], collate)

@@ -13,7 +13,8 @@ from optimum_rmtkd.errors import BudgetError, RMTKDError
 from optimum_rmtkd.surgery import count_parameters
 from optimum_rmtkd.trainer.stages import JOURNAL
 
-from .conftest import tiny_bert, toy_data
+from .conftest import ragged, tiny_bert, toy_data
+from .test_accumulation import tiny_gpt2
 
 
 def history(trainer, key="loss"):
@@ -231,6 +232,47 @@ def test_recomputed_activations_survive_a_cut(make_trainer, weights, options):
         assert any(getattr(trainer.model, flag, False) for flag in flags) == recompute
         found.append(weights(trainer.model))
     assert all(torch.allclose(tensor, found[1][name], atol=1e-6) for name, tensor in found[0].items())
+
+
+def test_reentrant_checkpointing_is_refused_where_it_would_silence_an_objective(make_trainer):
+    reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(RMTKDError, match="carries no gradient under reentrant"):
+        make_trainer(objectives=["kl", "attention_relation"], max_steps=1, **reentrant).train()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_label_smoothing_shifts_the_labels_of_causal_models(make_trainer, cut):
+    """transformers knows its own causal classes by name, a reduced one has another."""
+    recipe = {"form": "factored", "target_reduction": 0.1} if cut else {"schedule": "none", "target_reduction": None}
+    trainer = make_trainer(
+        tiny_gpt2(n_embd=64),
+        recipe=recipe,
+        objectives=["task"],
+        max_steps=1,
+        label_smoothing_factor=0.1,
+        trainer_kwargs={"train_dataset": ragged(16, kind="causal"), "eval_dataset": None},
+    )
+    trainer.train()
+    rows = ragged(4, kind="causal", seed=9)
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    model = trainer.model.eval()
+    with torch.no_grad():
+        found = trainer.compute_loss(model, dict(batch))
+        logits = model(**batch).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, label_smoothing=0.1
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_what_does_not_fit_the_models_is_refused_before_the_cut(make_trainer):
+    for parts in (
+        {"objectives": ["task", "correlation"]},  # over the two classes of the toy task
+        {"objectives": ["task", {"name": "projected_feature", "layers": {"nowhere": 0}}]},
+        {"trainer_kwargs": {"transforms": "on_policy"}},
+    ):
+        with pytest.raises(RMTKDError):
+            make_trainer(**parts)
 
 
 def test_bf16_autocast_survives_a_cut(make_trainer):

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import BertForTokenClassification
+from transformers import BertForMultipleChoice, BertForQuestionAnswering, BertForTokenClassification
 
 from optimum_rmtkd.distillation import AdaptiveOffPolicy, EmbeddingMixup, OnPolicy, build_transforms
 from optimum_rmtkd.distillation.policies import generated, prompt_length
 from optimum_rmtkd.errors import RMTKDError
+from optimum_rmtkd.reparameterization import over_parameterize
+from optimum_rmtkd.reparameterization.mpo import MPOWeight
 
 from .conftest import ragged, tiny_bert
 from .test_accumulation import tiny_gpt2
@@ -99,6 +101,31 @@ def test_mixup_refusals(make_trainer):
         ).train()
 
 
+def test_spans_and_choices_are_not_mixed(make_trainer):
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ragged(16)]
+    spans = [row | {"start_positions": 0, "end_positions": 1} for row in rows]
+    choices = [{k: torch.stack((v, v)) for k, v in row.items()} | {"labels": 0} for row in rows]
+    for cls, data, said in (
+        (BertForQuestionAnswering, spans, "labels start_positions, end_positions"),
+        (BertForMultipleChoice, choices, r"input_ids of shape \(8, 2, 12\)"),
+    ):
+        options = {"eval_dataset": None, "transforms": "embedding_mixup", "train_dataset": data}
+        trainer = make_trainer(tiny_bert(cls=cls), recipe=NONE, objectives=["kl"], trainer_kwargs=options)
+        with pytest.raises(RMTKDError, match=said):
+            trainer.train()
+
+
+def test_transforms_by_name_and_arguments():
+    (mixup,) = build_transforms({"embedding_mixup": {"alpha": 0.7}})
+    assert mixup.to_dict() == {"name": "embedding_mixup", "alpha": 0.7}
+    both = build_transforms({"embedding_mixup": None, "on_policy": {"fraction": 0.1}})
+    assert [transform.name for transform in both] == ["embedding_mixup", "on_policy"] and both[1].fraction == 0.1
+    with pytest.raises(RMTKDError, match="No batch transform 'mix'; expected one of"):
+        build_transforms({"mix": {"alpha": 1}})
+    with pytest.raises(RMTKDError, match="'embedding_mixup' has 3; expected a mapping"):
+        build_transforms({"embedding_mixup": 3})
+
+
 # -- policies ---------------------------------------------------------------------------------------------------------
 
 
@@ -126,6 +153,25 @@ def test_generated_batches_count_what_was_generated():
         stop = int(end[0]) + 1 if len(end) else len(row)  # the end itself is learned, what follows is not
         assert torch.equal(counted[:stop], row[:stop]) and (counted[stop:] == -100).all()
     assert torch.equal(batch["attention_mask"][:, length:] == 1, labels != -100)
+
+
+def test_samples_come_from_the_whole_distribution_whatever_the_model_prefers():
+    model, inputs = tiny_gpt2(), batch_of(ragged(8, kind="causal"))
+    torch.manual_seed(0)
+    plain = generated(model, inputs, 10)
+    own = model.generation_config
+    own.repetition_penalty, own.num_return_sequences, own.num_beams, own.temperature = 5.0, 2, 2, 0.1
+    torch.manual_seed(0)
+    assert torch.equal(generated(model, inputs, 10)["input_ids"], plain["input_ids"])
+    assert model.generation_config is own
+
+
+def test_reparameterised_weights_are_computed_once_while_generating(monkeypatch):
+    model, inputs = over_parameterize(tiny_gpt2(), "mpo"), batch_of(ragged(4, kind="causal"))
+    calls, forward = [], MPOWeight.forward
+    monkeypatch.setattr(MPOWeight, "forward", lambda self, *tensors: calls.append(self) or forward(self, *tensors))
+    generated(model, inputs, 6)
+    assert len(calls) == len(set(map(id, calls))) == 8
 
 
 @pytest.mark.parametrize("source", ["student", "teacher"])

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import RMTKDError, UnsupportedArchitectureError
+from ..layers import blocks_of
 from ..projections import projection_for
 from ..step import DistillationStep
 from .base import DistillationObjective, FeatureRequest, register_objective
@@ -47,7 +48,7 @@ class HiddenStateLoss(DistillationObjective):
         from ... import surgery
 
         try:
-            ours, theirs = surgery.block_paths(student), surgery.block_paths(teacher)
+            ours, theirs = surgery.block_paths(student), blocks_of(teacher)
             self.active = True
         except UnsupportedArchitectureError as error:
             logger.warning("HiddenStateLoss drops out, the other objectives stay: %s", error)
