@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from ..distillation.teachers import clean_copy
-from ..errors import RMTKDError
 from ..reparameterization import core_parameters, fold, is_reparameterized, plain_parameters
 from .swap import install
 
@@ -62,17 +61,7 @@ class Cores:
         return {} if how is None else how.state(self.trainer.model)
 
     def restore(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """After a checkpoint's plain weights were loaded, before its optimizer's state: the tensors of `state`.
-
-        Raises:
-            RMTKDError: the checkpoint's run had another setting.
-        """
-        how = self.trainer.reparameterization
-        if bool(tensors) != (how is not None):
-            raise RMTKDError(
-                f"The checkpoint's run had {'a' if tensors else 'no'} reparameterization, this one has "
-                f"{'none' if how is None else how.name}. Resume with the same argument."
-            )
+        """After a checkpoint's plain weights were loaded, before its optimizer's state: the tensors of `state`."""
         if tensors:
             install(self.trainer, self.put_on(clean_copy(self.trainer.model), tensors), prepare=False)
 

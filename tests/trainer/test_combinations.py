@@ -106,25 +106,29 @@ REFUSED = {
 def test_two_steps_or_a_named_reason(make_trainer, kind, objective):
     build, data = KINDS[kind]
     own = objective == "hidden"  # compares a model with what it was
-    trainer = make_trainer(
-        build(0),
-        recipe=NONE,
-        teacher_model=None if own else build(1),
-        objectives=[{"name": objective, "weight": 1.0}],
-        max_steps=2,
-        per_device_train_batch_size=4,
-        remove_unused_columns=False,
-        trainer_kwargs={
-            "train_dataset": data,
-            "eval_dataset": None,
-            "reparameterization": "mpo" if objective == "tensor_alignment" else None,
-        },
-    )
+
+    def trainer_of_both():
+        return make_trainer(
+            build(0),
+            recipe=NONE,
+            teacher_model=None if own else build(1),
+            objectives=[{"name": objective, "weight": 1.0}],
+            max_steps=2,
+            per_device_train_batch_size=4,
+            remove_unused_columns=False,
+            trainer_kwargs={
+                "train_dataset": data,
+                "eval_dataset": None,
+                "reparameterization": "mpo" if objective == "tensor_alignment" else None,
+            },
+        )
+
     reason = REFUSED.get((kind, objective))
     if reason is not None:
         with pytest.raises(RMTKDError, match=reason):
-            trainer.train()
+            trainer_of_both().train()
         return
+    trainer = trainer_of_both()
     before = [p.detach().clone() for p in trainer.model.parameters()]
     trainer.train()
     terms = [e[f"loss/{objective}"] for e in trainer.state.log_history if "loss" in e]

@@ -157,10 +157,10 @@ def test_resuming_with_another_setting_is_refused(make_trainer):
     first = make_trainer(recipe=NONE, trainer_kwargs={"reparameterization": "mpo"}, **SAVING)
     first.train()
     checkpoint = str(Path(first.args.output_dir) / "checkpoint-3")
-    with pytest.raises(RMTKDError, match="run had a reparameterization, this one has none"):
+    with pytest.raises(RMTKDError, match="had the reparameterization .*mpo.*; this one has none"):
         make_trainer(recipe=NONE, out="other", **SAVING).train(resume_from_checkpoint=checkpoint)
     other = {"reparameterization": MatrixProductOperator(4)}
-    with pytest.raises(RMTKDError, match="do not fit this mpo"):
+    with pytest.raises(RMTKDError, match='"num_tensors": 3.*"num_tensors": 4'):
         make_trainer(recipe=NONE, out="third", trainer_kwargs=other, **SAVING).train(resume_from_checkpoint=checkpoint)
 
 
@@ -173,10 +173,10 @@ def test_resuming_with_other_objectives_or_transforms_is_refused(make_trainer):
         (
             ["task", "kl", "projected_feature"],
             None,
-            "had the objectives task, kl; this one has task, kl, projected_feature",
+            "this one has .*projected_feature",
         ),
-        ([{"name": "kl", "label": "task"}, "kl"], None, r"had the objectives task, kl; this one has task \(kl\), kl"),
-        (["task", "kl"], "embedding_mixup", "had the transforms none; this one has embedding_mixup"),
+        ([{"name": "kl", "label": "task"}, "kl"], None, 'this one has .*"label": "task"'),
+        (["task", "kl"], "embedding_mixup", "had the transforms none; this one has .*embedding_mixup"),
     ):
         other = make_trainer(
             recipe=NONE, out="other", objectives=objectives, trainer_kwargs={"transforms": transforms}, **SAVING

@@ -20,6 +20,8 @@ __all__ = ["CorrelationDistance", "pearson", "soft_ranks"]
 
 logger = logging.getLogger(__name__)
 
+SPANS = "CorrelationDistance does not know spans (question answering); use KLDivergence there."
+
 
 def pearson(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """Correlation along the last dimension: (..., n) each -> (...). A constant side gives 0, without a gradient."""
@@ -95,6 +97,8 @@ class CorrelationDistance(DistillationObjective):
         self._answers, self._warned = Answers(), False
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        if getattr(student, "loss_type", None) == "ForQuestionAnswering":
+            raise RMTKDError(SPANS)
         classes = getattr(student, "num_labels", None)  # of a head over labels; a vocabulary's has none
         if self.dim == "class" and isinstance(classes, int):
             _refuse_vacuous(classes)
@@ -104,7 +108,7 @@ class CorrelationDistance(DistillationObjective):
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
         if "logits" not in step.student_outputs and "start_logits" in step.student_outputs:
-            raise RMTKDError("CorrelationDistance does not know spans (question answering); use KLDivergence there.")
+            raise RMTKDError(SPANS)
         answers = self._answers.resolved(step)
         ours, theirs = answers.logits(step, "CorrelationDistance")
         unit = "samples"
