@@ -1,4 +1,4 @@
-"""Launched by torchrun: distillation without a cut, ragged batches, an adapter and a matrix product operator."""
+"""Launched by torchrun: distillation without a cut of ragged batches, by the parts that were asked for."""
 
 from __future__ import annotations
 
@@ -6,25 +6,80 @@ import argparse
 import json
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 
 from optimum_rmtkd.config import RMTKDConfig
+from optimum_rmtkd.distillation import CachedTeacher, OnlineTeacher, cache_answers
 from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import ragged, tiny_bert
 
 
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+
+
+def teacher(seed=3):
+    return tiny_bert(seed=seed, cls=transformers.BertForTokenClassification, **STILL)
+
+
+def features():
+    """Adapters that DDP does not know, tensors that it does."""
+    objectives = {
+        "task": {},
+        "kl": {},
+        "projected_feature": {"projection": {"name": "pca", "dim": 8}, "layers": "uniform"},
+        "attention_relation": {},
+    }
+    return {"objectives": objectives, "reparameterization": "mpo", "teacher_model": teacher()}
+
+
+def divergences():
+    """A teacher that is trained beside the student, and a term that looks at no data."""
+    objectives = {
+        "skew_kl": {},
+        "back": {"name": "skew_kl", "reverse": True},
+        "jensen_shannon": {},
+        "tensor_alignment": {"weight": 1.0},
+    }
+    student = tiny_bert(cls=transformers.BertForTokenClassification, **STILL)
+    online = OnlineTeacher(student, rank=2, learning_rate=1e-2)
+    return {"objectives": objectives, "reparameterization": "mpo", "teacher_model": online, "model": student}
+
+
+def cached():
+    """Answers from the data, in place of a teacher."""
+    rows = [{k: v.tolist() for k, v in row.items()} for row in ragged(kind="token")]
+    train = cache_answers(teacher(), datasets.Dataset.from_list(rows), transformers.default_data_collator, k=2)
+    parts = {"objectives": ["task", "kl"], "reparameterization": "powerpropagation"}
+    return parts | {"teacher_model": CachedTeacher(), "train_dataset": train}
+
+
+def several():
+    """Two teachers, and a schedule of a weight."""
+    objectives = {"kl": {"weight": {"start": 1, "end": 0}}, "projected_feature": {"projection": "marchenko_pastur"}}
+    return {"objectives": objectives, "teacher_model": [(teacher(3), 2.0), (teacher(4), 1.0)]}
+
+
+PARTS = {part.__name__: part for part in (features, divergences, cached, several)}
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
+    parser.add_argument("--parts", choices=PARTS, default="features")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
+    parts = {
+        "model": tiny_bert(hidden_size=16, cls=transformers.BertForTokenClassification, **STILL),
+        "train_dataset": ragged(kind="token"),
+    }
+    parts |= PARTS[options.parts]()
+    transformers.set_seed(0)
     trainer = RMTKDTrainer(
-        model=tiny_bert(hidden_size=16, cls=transformers.BertForTokenClassification, **still),
         args=RMTKDTrainingArguments(
             str(options.out / "run"),
             max_steps=6,
@@ -40,15 +95,7 @@ def main():
             disable_tqdm=True,
         ),
         rmtkd_config=RMTKDConfig(schedule="none", calibration_samples=32),
-        teacher_model=tiny_bert(seed=3, cls=transformers.BertForTokenClassification, **still),
-        objectives={
-            "task": {},
-            "kl": {},
-            "projected_feature": {"projection": {"name": "pca", "dim": 8}, "layers": "uniform"},
-            "attention_relation": {},
-        },
-        reparameterization="mpo",
-        train_dataset=ragged(kind="token"),
+        **parts,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()

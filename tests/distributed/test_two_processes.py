@@ -113,6 +113,18 @@ def test_distillation_of_ragged_batches_is_that_of_one_process(tmp_path):
             assert torch.allclose(tensor, weights[name], atol=5e-3), name
 
 
+@pytest.mark.parametrize("parts", ["divergences", "cached", "several"])
+def test_other_parts_distil_alike_in_two_processes(tmp_path, parts):
+    script, parts = "tests.distributed.distil_script", ("--parts", parts)
+    (theirs,), (weights,) = launch(tmp_path / "one", 1, "--batch-size", "8", *parts, module=script)
+    results, ranks = launch(tmp_path / "two", 2, "--batch-size", "4", *parts, module=script)
+    assert results[0]["losses"] == pytest.approx(theirs["losses"], rel=2e-3, abs=1e-5)
+    assert results[0]["adapters"] == results[1]["adapters"]
+    for name, tensor in ranks[0].items():
+        assert torch.equal(tensor, ranks[1][name]), name
+        assert torch.allclose(tensor, weights[name], atol=5e-3), name
+
+
 def test_each_process_resumes_with_its_own_samples_and_all_with_one_adapter(tmp_path):
     script = "tests.distributed.policy_script"
     whole, weights = launch(tmp_path / "whole", 2, module=script)
