@@ -284,6 +284,21 @@ def test_a_cut_alone_has_no_checkpoints(compress, tmp_path, no_work):
     assert code == 2 and "--checkpoints and --no-train" in err
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--objectives", "kl"),
+        ("--reparameterization", "mpo"),
+        ("--transforms", "embedding_mixup"),
+        ("--schedule", "none"),
+    ],
+)
+def test_a_cut_alone_trains_with_nothing(cli, bert, table, tmp_path, no_work, option, value):
+    files = ("--model", bert, "--train-file", table, "--validation-file", table, "-o", tmp_path / "out")
+    code, _, err = cli("compress", *files, "--no-train", option, value)
+    assert code == 2 and f"--no-train and {option}" in err
+
+
 def test_another_metric(compress, tmp_path):
     pytest.importorskip("sklearn")
     code, out, err = compress("--no-train", "--metric", "matthews_correlation", "--eval-batch-size", 8)

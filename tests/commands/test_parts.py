@@ -69,6 +69,11 @@ def test_text_that_is_no_recipe(value, message):
         parse("--objectives", value)
 
 
+def test_the_three_terms_and_objectives_contradict_each_other():
+    with pytest.raises(RMTKDError, match="kl_weight, temperature and objectives: the former belong to"):
+        parse("--objectives", "kl", "--temperature", "4", "--kl-weight", "0.2")
+
+
 def test_no_cut_takes_no_target():
     assert parse("--schedule", "none").schedule == "none"
     with pytest.raises(RMTKDError, match="schedule='none' cuts nothing"):

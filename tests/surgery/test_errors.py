@@ -268,6 +268,10 @@ def test_heads_that_no_layout_declares_are_served_or_refused(name, task):
         assert zoo.outputs(small, data[0]).isfinite().all()
 
 
+def test_narrow_cuts_or_refuses(bert):
+    refused(RMTKDError, "schedule='none' cuts nothing", narrow, *bert, RMTKDConfig(schedule="none"))
+
+
 @pytest.mark.parametrize("widths", [{"hidden": 33}, {"layer.0.heads": 0}, {"layer.7.intermediate": 8}])
 def test_impossible_widths(bert, widths):
     message = refused(RMTKDError, "expected a couple and at most its width", narrow_to, *bert, widths, RECIPE)
