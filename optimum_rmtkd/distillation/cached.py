@@ -114,7 +114,7 @@ def cache_answers(
         other class gets) and teacher_classes.
 
     Raises:
-        RMTKDError: not a `datasets.Dataset`, a model without logits or with logits at other positions than its tokens,
+        RMTKDError: not a `datasets.Dataset`, or an empty one, a model without logits or with logits at other positions than its tokens,
             k below 1.
     """
     import datasets
@@ -124,27 +124,33 @@ def cache_answers(
         raise RMTKDError(f"cache_answers got a {type(dataset).__name__}; expected a datasets.Dataset (not a stream).")
     if k < 1:
         raise RMTKDError(f"cache_answers(k={k}): expected at least 1.")
-    ask, training, place = Teacher(teacher), teacher.training, next(teacher.parameters()).device
-    names = set(_input_names(teacher))
-    columns: dict[str, list] = {name: [] for name in COLUMNS}
-    starts = range(0, len(dataset), batch_size)
-    for start in tqdm(starts, desc="teacher's answers", unit="batch", disable=not progress):
-        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-        batch = collator([{key: value for key, value in row.items() if key in names} for row in rows])
-        batch = {key: value.to(place) if torch.is_tensor(value) else value for key, value in batch.items()}
-        outputs, _ = ask(batch, drop=("labels",))
-        if "logits" not in outputs:
-            raise RMTKDError(f"{type(teacher).__name__} returned {', '.join(outputs)}; cache_answers keeps logits.")
-        if outputs["logits"].dim() == 3 and getattr(teacher.config, "is_encoder_decoder", False):
-            raise RMTKDError(
-                f"{type(teacher).__name__} is an encoder-decoder: its logits belong to other positions than the "
-                "attention_mask. Keep it in memory (teacher_model=model)."
-            )
-        _keep(columns, outputs["logits"].float(), token_mask(batch), k)
-    teacher.train(training)
-    for name, values in columns.items():
-        dataset = dataset.add_column(name, values)
-    return dataset
+    if not len(dataset):
+        raise RMTKDError("cache_answers got an empty dataset; expected rows to ask the teacher about.")
+    training, place, names = teacher.training, next(teacher.parameters()).device, set(_input_names(teacher))
+    ask = Teacher(teacher)
+    answers: list[datasets.Dataset] = []  # Arrow tables: as Python lists they would take many times the memory
+    try:
+        for start in tqdm(range(0, len(dataset), batch_size), "teacher's answers", unit="batch", disable=not progress):
+            rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+            batch = collator([{key: value for key, value in row.items() if key in names} for row in rows])
+            batch = {key: value.to(place) if torch.is_tensor(value) else value for key, value in batch.items()}
+            outputs, _ = ask(batch, drop=("labels",))
+            answers.append(datasets.Dataset.from_dict(_kept(_logits_of(teacher, outputs), token_mask(batch), k)))
+    finally:
+        teacher.train(training)
+    return datasets.concatenate_datasets([dataset, datasets.concatenate_datasets(answers)], axis=1)
+
+
+def _logits_of(teacher: nn.Module, outputs: Mapping[str, Any]) -> torch.Tensor:
+    """fp32, at the positions of the teacher's input tokens."""
+    if "logits" not in outputs:
+        raise RMTKDError(f"{type(teacher).__name__} returned {', '.join(outputs)}; cache_answers keeps logits.")
+    if outputs["logits"].dim() == 3 and getattr(getattr(teacher, "config", None), "is_encoder_decoder", False):
+        raise RMTKDError(
+            f"{type(teacher).__name__} is an encoder-decoder: its logits belong to other positions than the "
+            "attention_mask. Keep it in memory (teacher_model=model)."
+        )
+    return outputs["logits"].float()
 
 
 def _input_names(model: nn.Module) -> list[str]:
@@ -153,7 +159,9 @@ def _input_names(model: nn.Module) -> list[str]:
     return [*inspect.signature(type(model).forward).parameters, "labels", "label", "label_ids"]
 
 
-def _keep(columns: dict[str, list], logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> None:
+def _kept(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> dict[str, list]:
+    """One batch's columns."""
+    columns: dict[str, list] = {name: [] for name in COLUMNS}
     classes = logits.shape[-1]
     if logits.dim() == 3 and mask is not None and mask.shape != logits.shape[:2]:
         raise RMTKDError(
@@ -177,3 +185,4 @@ def _keep(columns: dict[str, list], logits: torch.Tensor, mask: torch.Tensor | N
         columns[INDICES].append(kept_indices)
         columns[REST].append((rest[number][chosen] if tokens else rest[number]).cpu().tolist())
         columns[CLASSES].append(classes)
+    return columns

@@ -260,10 +260,10 @@ def test_cached_answers_are_the_teachers(make_trainer, kind, k):
 
 def test_cached_answers_of_large_vocabularies_keep_the_mass():
     torch.manual_seed(0)
-    from optimum_rmtkd.distillation.cached import COLUMNS, _keep
+    from optimum_rmtkd.distillation.cached import _kept
 
-    logits, columns = 3 * torch.randn(2, 40), {name: [] for name in COLUMNS}
-    _keep(columns, logits, None, 5)
+    logits = 3 * torch.randn(2, 40)
+    columns = _kept(logits, None, 5)
     inputs = {name: torch.stack([torch.as_tensor(v) for v in values]) for name, values in columns.items()}
     found = CachedTeacher()(inputs)[0]["logits"]
     p, q = logits.softmax(-1), found.softmax(-1)
@@ -294,5 +294,8 @@ def test_what_cached_answers_cannot_do_is_said(make_trainer):
     padded = datasets.Dataset.from_list([r | {"labels": r["input_ids"]} for r in ragged(4)])  # all of one length
     with pytest.raises(RMTKDError, match="is an encoder-decoder"):
         cache_answers(bart, padded, collate, progress=False)
+    assert bart.training  # as it was
+    with pytest.raises(RMTKDError, match="an empty dataset"):
+        cache_answers(tiny_bert(), datasets.Dataset.from_dict({"input_ids": []}), collate)
     with pytest.raises(RMTKDError, match="got a list; expected a datasets.Dataset"):
         cache_answers(tiny_bert(), [], collate)
