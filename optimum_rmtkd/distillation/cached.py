@@ -114,8 +114,8 @@ def cache_answers(
         other class gets) and teacher_classes.
 
     Raises:
-        RMTKDError: not a `datasets.Dataset`, or an empty one, a model without logits or with logits at other positions than its tokens,
-            k below 1.
+        RMTKDError: not a `datasets.Dataset`, or an empty one; a model without logits, or with logits at other places
+            than its tokens; k below 1.
     """
     import datasets
     from tqdm.auto import tqdm
