@@ -32,9 +32,19 @@ class Part:
     name: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """{"name": ..., constructor arguments}, JSON-able."""
-        arguments = [n for n in inspect.signature(type(self).__init__).parameters if n != "self"]
-        return {"name": self.name, **{n: getattr(self, n) for n in arguments}}
+        """{"name": ..., constructor arguments}, JSON-able.
+
+        Raises:
+            RMTKDError: an argument that was not stored.
+        """
+        _, *arguments = inspect.signature(type(self).__init__).parameters.values()
+        names = [a.name for a in arguments if a.kind not in (a.VAR_POSITIONAL, a.VAR_KEYWORD)]
+        if lost := [name for name in names if not hasattr(self, name)]:
+            raise RMTKDError(
+                f"{type(self).__name__} does not say what its {', '.join(lost)} was; expected every constructor "
+                "argument under its own name: self.x = x. A resumed run is compared by them."
+            )
+        return {"name": self.name, **{name: getattr(self, name) for name in names}}
 
 
 class Registry(Generic[T]):

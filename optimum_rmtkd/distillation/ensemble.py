@@ -61,6 +61,9 @@ class WeightedTeachers(Teacher):
         self.members, self.weights = members, [w / sum(weights) for w in weights]
         self.model = members[0].model
 
+    def describe(self) -> dict[str, Any]:
+        return super().describe() | {"weights": self.weights, "members": [type(t).__name__ for t in self.members]}
+
     @property
     def models(self) -> list[nn.Module]:
         return [teacher.model for teacher in self.members]

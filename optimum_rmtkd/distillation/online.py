@@ -73,6 +73,7 @@ class OnlineTeacher(Teacher):
             model = inject_adapter_in_model(config, model)
         super().__init__(model)
         self.pull, self.learning_rate = float(pull), float(learning_rate)
+        self.rank, self.target_modules, self.seed = rank, target_modules, seed
         self._trained = [p for name, p in model.named_parameters() if "lora_" in name]
         for parameter in self._trained:
             parameter.requires_grad_(True)
@@ -81,7 +82,12 @@ class OnlineTeacher(Teacher):
 
     @property
     def origins(self) -> tuple[str, ...]:
+        """Fingerprint of the model that was given: without the modules."""
         return (self._origin,)
+
+    def describe(self) -> dict[str, Any]:
+        settings = {"rank": self.rank, "pull": self.pull, "learning_rate": self.learning_rate}
+        return super().describe() | settings | {"target_modules": self.target_modules, "seed": self.seed}
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self._trained)

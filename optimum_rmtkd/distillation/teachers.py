@@ -63,8 +63,12 @@ class Teacher:
 
     @property
     def origins(self) -> tuple[str, ...]:
-        """Fingerprints of the models it started from, by which a resumed run knows its teacher again."""
+        """Fingerprints of its models, as they are."""
         return tuple(fingerprint(model) for model in self.models)
+
+    def describe(self) -> dict[str, Any]:
+        """What a resumed run has to have in common, before any training: JSON-able."""
+        return {"teacher": type(self).__name__, "models": list(self.origins)}
 
     def update(self, student: nn.Module) -> None:
         """Called after every optimizer step; a teacher that follows the student overrides it."""

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import RMTKDError
 from ..registry import Part, Registry
-from .objectives.answers import shifts_labels
+from .objectives.answers import has_head, shifts_labels
 
 
 __all__ = ["BatchTransform", "EmbeddingMixup", "build_transforms", "register_transform"]
@@ -103,18 +103,15 @@ class EmbeddingMixup(BatchTransform):
                 f"EmbeddingMixup with {type(student).__name__}: the labels of a language model belong to positions "
                 "and cannot be mixed. Leave it out; it is for classification and regression of whole samples."
             )
+        if has_head(student, "QUESTION_ANSWERING") or has_head(student, "MULTIPLE_CHOICE"):
+            raise RMTKDError(
+                f"EmbeddingMixup with {type(student).__name__}: positions and choices cannot be mixed. Leave it out; "
+                "it is for classification and regression of whole samples."
+            )
         if teacher is None:
             raise RMTKDError("EmbeddingMixup needs a teacher that can answer to mixtures; cached answers cannot.")
 
     def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        others = [name for name in getattr(trainer, "label_names", ()) if name in inputs and name != "labels"]
-        ids = inputs.get("input_ids")
-        if others or torch.is_tensor(ids) and ids.dim() > 2:
-            got = f"labels {', '.join(others)}" if others else f"input_ids of shape {tuple(ids.shape)} (choices)"
-            raise RMTKDError(
-                f"EmbeddingMixup got {got}: positions and choices cannot be mixed. Leave it out; it is for "
-                "classification and regression of whole samples."
-            )
         labels = inputs.get("labels")
         if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():
             raise RMTKDError(

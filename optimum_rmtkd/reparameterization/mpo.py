@@ -22,6 +22,8 @@ __all__ = [
     "mpo_factor",
 ]
 
+NULL_SHARE = 0.01  # of the mean root of the singular values: below it a direction is as good as null
+
 Modes = tuple[tuple[int, ...], tuple[int, ...]]  # (i_1..i_n) of the rows, (j_1..j_n) of the columns
 
 
@@ -104,7 +106,7 @@ def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
 
     A sweep of SVDs in fp64 from the left; singular values are split as square roots on both sides of each bond. A bond
     next to a unit mode is not decomposed again: its tensor is exactly the identity. A null direction is 0 on the right
-    side only: were it 0 on both, neither would have a gradient, and it could never be trained.
+    only: were it 0 on both sides, neither would have a gradient, and it could never be trained.
 
     Args:
         weight: (rows, columns), rows and columns the products of the modes.
@@ -129,11 +131,10 @@ def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
 
 
 def _left_share(singular: torch.Tensor) -> torch.Tensor:
-    """What goes to the left of a bond: sqrt(s_i), and the mean of those roots where s_i is null (1 if all are)."""
+    """What goes to the left of a bond: sqrt(s_i), at least a hundredth of the mean of those roots (1 if all are 0)."""
     root = singular.sqrt()
-    null = singular <= torch.finfo(torch.float32).eps * singular.max()
-    usual = 1.0 if bool(null.all()) else root[~null].mean()
-    return root.masked_fill(null, 0.0) + null * usual
+    least = NULL_SHARE * root.mean()
+    return root.clamp_min(least if least > 0 else 1.0)
 
 
 def mpo_contract(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

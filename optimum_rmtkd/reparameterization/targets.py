@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from ..errors import RMTKDError
 
 
-__all__ = ["block_list", "target_paths"]
+__all__ = ["block_list", "block_lists", "target_paths"]
 
 
 def block_list(model: nn.Module) -> tuple[str, ...]:
@@ -27,14 +27,19 @@ def block_list(model: nn.Module) -> tuple[str, ...]:
     return best
 
 
-def _repeated(model: nn.Module) -> list[str]:
-    """Paths of the children of all outermost module lists of one type: both stacks of an encoder-decoder."""
-    lists: list[str] = []
+def block_lists(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Path of each outermost module list of the backbone -> its children's: both stacks of an encoder-decoder.
+
+    The children are blocks: of one type, and made of other modules.
+    """
+    backbone = set(getattr(model, "base_model", model).modules())
+    lists: dict[str, tuple[str, ...]] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(path.startswith(outer + ".") for outer in lists):
+        inner = module not in backbone or any(path.startswith(outer + ".") for outer in lists)
+        if inner or not isinstance(module, nn.ModuleList):
             continue
-        if len({type(child) for child in module}) == 1:
-            lists.append(path)
+        if len({type(child) for child in module}) == 1 and next(module[0].children(), None) is not None:
+            lists[path] = tuple(f"{path}.{i}" if path else str(i) for i in range(len(module)))
     return lists
 
 
@@ -55,7 +60,7 @@ def target_paths(model: nn.Module, targets: str | Sequence[str] | None, kinds: t
         for parameter in module._parameters.values():
             if parameter is not None:
                 weights[id(parameter)] = weights.get(id(parameter), 0) + 1
-    repeated = _repeated(model)
+    repeated = block_lists(model)
     found, tied = [], []
     for path, module in model.named_modules():
         if not isinstance(module, kinds) or parametrize.is_parametrized(module):

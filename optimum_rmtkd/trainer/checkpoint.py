@@ -139,6 +139,7 @@ def same_recipe_or_raise(expected: Mapping[str, Any], found: Mapping[str, Any], 
     """Raises:
     RMTKDError: the recipe is not the one that the checkpoint's run follows; names what differs.
     """
+    found = json.loads(json.dumps(found))  # as it was stored: no tuples, no numbers as keys
     names = sorted(n for n in {*expected, *found} if expected.get(n) != found.get(n))
     if names:
         was, now = (", ".join(f"{n}={values.get(n)!r}" for n in names) for values in (expected, found))

@@ -30,16 +30,20 @@ class Extras:
         self.trainer = trainer
         self.parameters: list[nn.Parameter] = []
         self.optimizer: torch.optim.Optimizer | None = None
+        self.base_rate: float | None = None  # what the schedule multiplies: the rate of an optimizer that was given
 
     def collect(self) -> None:
         """Take the parameters of the objectives and the teacher as they are now; moments of earlier ones are
         dropped."""
         trainer, args = self.trainer, self.trainer.args
+        if self.base_rate is None:
+            first = trainer.optimizer.param_groups[0]
+            self.base_rate = first.get("initial_lr", first["lr"])
         own = [p for objective in trainer.distiller.objectives for p in objective.parameters() if p.requires_grad]
         teacher = trainer.staging.teacher
         groups = [
-            {"params": own, "lr": self._base_rate()},
-            {"params": teacher.parameters(), "lr": getattr(teacher, "learning_rate", self._base_rate())},
+            {"params": own, "lr": self.base_rate},
+            {"params": teacher.parameters(), "lr": getattr(teacher, "learning_rate", self.base_rate)},
         ]
         groups = [group for group in groups if group["params"]]
         self.parameters = [p for group in groups for p in group["params"]]
@@ -50,11 +54,6 @@ class Extras:
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=0.0)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-
-    def _base_rate(self) -> float:
-        """What the schedule multiplies: of an optimizer that was given it is its own rate, not the arguments'."""
-        rates = getattr(self.trainer.lr_scheduler, "base_lrs", None)
-        return rates[0] if rates else self.trainer.args.learning_rate
 
     def step(self) -> None:
         """One update from the gradients of the accumulated batch. Nothing happens where they overflowed (fp16)."""
@@ -72,8 +71,7 @@ class Extras:
         if all(bool(torch.isfinite(parameter.grad).all()) for parameter in self.parameters):
             if trainer.args.max_grad_norm:
                 nn.utils.clip_grad_norm_(self.parameters, trainer.args.max_grad_norm)
-            base = self._base_rate()
-            share = trainer.lr_scheduler.get_last_lr()[0] / base if base else 1.0
+            share = trainer.optimizer.param_groups[0]["lr"] / self.base_rate if self.base_rate else 1.0
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * share
             self.optimizer.step()
@@ -81,7 +79,7 @@ class Extras:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Parameters and moments, by number."""
-        tensors = {}
+        tensors = {"base_rate": torch.tensor(self.base_rate, dtype=torch.float64)} if self.parameters else {}
         for number, parameter in enumerate(self.parameters):
             tensors[f"{number}/parameter"] = parameter.detach()
             state = self.optimizer.state.get(parameter, {})
@@ -91,6 +89,8 @@ class Extras:
     @torch.no_grad()
     def load_state_dict(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Inverse of `state_dict`."""
+        if "base_rate" in tensors:  # a schedule without a memory of it (plateau) may have lowered the rate since
+            self.base_rate = float(tensors["base_rate"])
         for number, parameter in enumerate(self.parameters):
             parameter.copy_(tensors[f"{number}/parameter"])
             found = {name: tensors[f"{number}/{name}"] for name in MOMENTS if f"{number}/{name}" in tensors}

@@ -23,12 +23,13 @@ def check_parts(trainer: RMTKDTrainer) -> None:
     """Before anything is cut: do objectives and transforms fit the model and its teacher?
 
     Raises:
-        RMTKDError: one of them does not, with the reason.
+        RMTKDError: one of them does not, with the reason; or it cannot say its arguments.
     """
     given = trainer.staging.given_teacher
     teacher = trainer.model if given is None else given.model
     for part in (*trainer.objectives, *trainer.transforms):
         part.check(trainer.model, teacher)
+        part.to_dict()  # every checkpoint holds it
 
 
 def make_ready(

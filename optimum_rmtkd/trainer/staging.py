@@ -58,6 +58,7 @@ class Staging:
     def __init__(self, trainer: RMTKDTrainer):
         self.trainer, self.config = trainer, trainer.rmtkd_config
         self.given_teacher: Teacher | None = None
+        self.given_description: str | None = None
         self.taught_by_itself = False  # the given teacher started from the very model that is cut
         self.dropout = DropoutSwitch()
         self.reset()
@@ -281,7 +282,8 @@ class Staging:
         self.dropout.restore()
         install(self.trainer, self.trainer.cores.put_on(clean_copy(self.before)))
         # The teacher before `before` is gone: from here on "previous" teaches the model what it was itself.
-        self.projections = {} if self.config.teacher == "previous" else self.projections_before
+        previous = self.config.teacher == "previous" and self.given_teacher is None
+        self.projections = {} if previous else self.projections_before
         self.stopped = reason
         self._after_change()
         self._disable_dropout()
@@ -345,10 +347,10 @@ class Staging:
 
     def _described(self) -> dict[str, list[str]]:
         """What a resumed run must have in common with this one."""
-        trainer, given = self.trainer, self.given_teacher
+        trainer = self.trainer
         weights = [trainer.reparameterization] if trainer.reparameterization is not None else []
         parts = described(objectives=trainer.objectives, reparameterization=weights, transforms=trainer.transforms)
-        return parts | {"teacher": [] if given is None else list(given.origins)}
+        return parts | {"teacher": [] if self.given_description is None else [self.given_description]}
 
     def restore(self, folder: str | Path) -> None:
         """Take up the run whose checkpoint lies in `folder`; the model gets its architecture, not yet its weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from ..distillation import (
     CachedTeacher,
     EMATeacher,
     FrozenTeacher,
+    SnapshotTeacher,
     as_teacher,
     check_compatible,
     fingerprint,
@@ -44,7 +46,7 @@ def accept_teacher(trainer: RMTKDTrainer, teacher: Any) -> None:
     for model in given.models:
         check_compatible(trainer.model, model)
     itself = given.origins == (fingerprint(trainer.model),)
-    if itself and isinstance(given, FrozenTeacher):
+    if itself and type(given) in (FrozenTeacher, SnapshotTeacher):  # a subclass may answer otherwise
         logger.info("teacher_model is the model that is cut: taken as teacher='initial'.")
         trainer.rmtkd_config = trainer.rmtkd_config.replace(teacher="initial")
         trainer.staging = Staging(trainer)
@@ -57,6 +59,7 @@ def accept_teacher(trainer: RMTKDTrainer, teacher: Any) -> None:
     for model in given.models:
         trainer._move_model_to_device(model, trainer.args.device)
     trainer.staging.given_teacher, trainer.staging.taught_by_itself = given, itself
+    trainer.staging.given_description = json.dumps(given.describe(), default=str)
     if isinstance(given, CachedTeacher):
         _check_cached(trainer)
         trainer.data_collator = AnswerCollator(trainer.data_collator)

@@ -155,7 +155,9 @@ class RMTKDTrainer(Trainer):
         check_parts(self)
         if (smooth := self.label_smoother) is not None:
             # transformers knows the causal models, whose labels are shifted, by the names of its own classes
-            self.label_smoother = lambda outputs, labels, **_: smooth(outputs, labels, self.distiller.shifted)
+            self.label_smoother = lambda outputs, labels, shift_labels=False, **rest: smooth(
+                outputs, labels, shift_labels=shift_labels or self.distiller.shifted, **rest
+            )
         self.add_callback(_StageCallback(self))
 
     # -- what the user reads ------------------------------------------------------------------------------------------
@@ -198,6 +200,7 @@ class RMTKDTrainer(Trainer):
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             self.staging.reset()
         self.distiller.forget()
+        self.extras.base_rate = None
         try:
             output = super().train(resume_from_checkpoint, *positional, **kwargs)
             self.staging.end()

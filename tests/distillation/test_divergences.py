@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
@@ -236,6 +237,18 @@ def test_two_classes_are_vacuous_over_classes_and_refused():
     with pytest.raises(RMTKDError, match="over 2 class.*dim='batch'"):
         value(CorrelationDistance(), torch.randn(6, 2), torch.randn(6, 2))
     assert value(CorrelationDistance(dim="batch"), torch.randn(6, 2), torch.randn(6, 2)) > 0
+
+
+def test_choices_are_counted_where_they_are_seen():
+    """A model for multiple choice has num_labels=2 whatever the number of choices."""
+    config = transformers.DebertaV2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=20
+    )
+    model = transformers.DebertaV2ForMultipleChoice(config)
+    assert model.num_labels == 2
+    CorrelationDistance().check(model, model)
+    with pytest.raises(RMTKDError, match="does not know spans"):
+        CorrelationDistance().check(transformers.DebertaV2ForQuestionAnswering(config), None)
 
 
 def test_vocabularies_are_cut_to_the_teachers_largest_and_tiny_batches_left_out(caplog):

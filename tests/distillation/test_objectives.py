@@ -69,6 +69,11 @@ def test_build_from_a_mapping_and_refusals():
         build_objectives([3])
 
 
+def test_a_list_takes_the_short_form_too():
+    first, second = build_objectives([{"kl": {"temperature": 2.0}}, {"back": {"name": "kl", "reverse": True}}])
+    assert (first.label, first.temperature, second.label, second.reverse) == ("kl", 2.0, "back", True)
+
+
 def test_registering_needs_a_free_name():
     with pytest.raises(RMTKDError, match="belongs to KLDivergence"):
 

@@ -24,6 +24,7 @@ from optimum_rmtkd.reparameterization import (
     plain_parameters,
 )
 from optimum_rmtkd.reparameterization.mpo import balanced_modes, choose_modes, full_bonds, mpo_contract
+from optimum_rmtkd.reparameterization.targets import block_lists
 
 
 def modes_of(rows, columns, number, kind="unit"):
@@ -154,6 +155,12 @@ def test_both_stacks_of_an_encoder_decoder_are_taken():
     assert sum(path.startswith(f"decoder.layers.{n}.") for path in taken for n in (0, 1)) == 20
 
 
+def test_blocks_are_lists_of_modules_in_the_backbone():
+    model = blocks()
+    model["heads"] = nn.ModuleList([nn.Linear(8, 2)])  # leaves
+    assert block_lists(model) == {"layers": ("layers.0", "layers.1")}
+
+
 def test_only_tied_weights_is_said():
     tied = blocks()
     tied["layers"][1]["up"].weight = tied["layers"][0]["up"].weight
@@ -248,6 +255,19 @@ def test_registry():
 
 
 # -- gauge ------------------------------------------------------------------------------------------------------------
+
+
+def test_near_weights_with_null_directions_have_near_tensors():
+    """The split at a bond does not jump where a direction is nearly null."""
+    weight = torch.randn(48, 64, dtype=torch.float64)
+    weight[:, ::2] = 0
+    for gap in (1e-4, 1e-2):
+        change = torch.randn(48, 64, dtype=torch.float64)
+        other = weight + gap * change * weight.norm() / change.norm()
+        ours, theirs = (mpo_decompose(w, modes_of(48, 64, 3)) for w in (weight, other))
+        turned = fix_gauge(theirs, ours)
+        for k in (0, 2):
+            assert (turned[k] - ours[k]).square().sum() / ours[k].square().sum() < 3 * gap
 
 
 @pytest.mark.parametrize("gap", [1e-4, 1e-2, 1e-1])

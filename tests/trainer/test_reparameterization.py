@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification
+from transformers import BartConfig, BartModel, BertForSequenceClassification
 
 from optimum_rmtkd.distillation import EMATeacher, TensorAlignment
+from optimum_rmtkd.distillation.objectives.alignment import _counterparts
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.reparameterization import (
     MatrixProductOperator,
@@ -285,6 +286,20 @@ def test_alignment_refuses_what_it_would_have_to_crop():
         TensorAlignment().setup(tiny_bert(), tiny_bert(), {})
     fewer = aligned(tiny_bert(num_hidden_layers=1), tiny_bert(num_hidden_layers=2))
     assert len(fewer._aligned) == 6
+
+
+def test_both_stacks_are_aligned_with_the_uniform_map():
+    def bart(layers):
+        sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "vocab_size": 20}
+        heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        return BartModel(BartConfig(encoder_layers=layers, decoder_layers=layers, **sizes, **heads))
+
+    teacher = bart(4)
+    find = _counterparts(bart(2), teacher)
+    for stack in ("encoder", "decoder"):
+        for ours, theirs in ((0, 1), (1, 3)):
+            expected = teacher.get_submodule(f"{stack}.layers.{theirs}.fc1").weight
+            assert find(f"{stack}.layers.{ours}.fc1") is expected
 
 
 def test_alignment_of_a_student_just_cut_is_an_anchor(make_trainer):

@@ -144,17 +144,18 @@ def test_another_recipe_than_the_run_follows_is_refused(make_trainer):
         ({"objectives": {"kl": {"temperature": 4.0}}}, '"temperature": 1.0.*"temperature": 4.0'),
         ({"transforms": "embedding_mixup"}, "had the transforms none"),
         ({"reparameterization": {"name": "mpo", "num_tensors": 3, "lr_scale": 9}}, '"lr_scale": 0.5.*"lr_scale": 9'),
-        ({"teacher_model": 8}, "the teacher"),
+        ({"teacher_model": tiny_bert(seed=8)}, "the teacher"),
+        ({"teacher_model": [tiny_bert(seed=7)]}, "FrozenTeacher.*WeightedTeachers"),
+        ({"teacher_model": None}, "this one has none"),
     ],
 )
 def test_other_parts_than_the_run_has_are_refused(make_trainer, change, said):
-    def make(out, objectives=("kl",), teacher_model=7, reparameterization="mpo", transforms=None):
+    def make(out, objectives=("kl",), teacher_model=tiny_bert(seed=7), reparameterization="mpo", transforms=None):
         parts = {"reparameterization": reparameterization, "transforms": transforms}
         saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
-        teacher = tiny_bert(seed=teacher_model)
         recipe = {"schedule": "none", "target_reduction": None}
         return make_trainer(
-            recipe=recipe, out=out, objectives=objectives, teacher_model=teacher, trainer_kwargs=parts, **saving
+            recipe=recipe, out=out, objectives=objectives, teacher_model=teacher_model, trainer_kwargs=parts, **saving
         )
 
     whole = make("whole")
@@ -162,6 +163,15 @@ def test_other_parts_than_the_run_has_are_refused(make_trainer, change, said):
     make("same").train(resume_from_checkpoint=str(folder(whole, 1)))
     with pytest.raises(RMTKDError, match=said):
         make("other", **change).train(resume_from_checkpoint=str(folder(whole, 1)))
+
+
+def test_the_same_recipe_is_the_same_after_json(make_trainer):
+    """JSON knows no tuples and no numbers as keys."""
+    own = {"reparameterization": {"name": "mpo", "modes": {32: [8, 1, 4]}}, "objectives": {"attention_relation": {}}}
+    own["objectives"]["attention_relation"]["relations"] = ("qk",)
+    whole = make_trainer(recipe=own, max_steps=2, save_strategy="steps", save_steps=1)
+    whole.train()
+    make_trainer(recipe=own, max_steps=2, out="again").train(resume_from_checkpoint=str(folder(whole, 1)))
 
 
 def test_a_checkpoint_that_lacks_tensors_is_refused(make_trainer):

@@ -134,8 +134,8 @@ def test_an_online_teacher_of_the_students_own_weights_keeps_the_known_projectio
     assert [o.name for o in other.objectives] == ["kl", "projected_feature"]
 
 
-@pytest.mark.parametrize("given", [False, True])
-def test_the_rate_of_an_online_teacher_is_its_own_times_the_schedules_share(make_trainer, given):
+@pytest.mark.parametrize(("given", "schedule"), [(False, "linear"), (True, "linear"), (True, "reduce_lr_on_plateau")])
+def test_the_rate_of_an_online_teacher_is_its_own_times_the_schedules_share(make_trainer, given, schedule):
     """Whatever the rate of an optimizer that was passed in."""
     pytest.importorskip("peft")
     student = tiny_bert()
@@ -147,7 +147,8 @@ def test_the_rate_of_an_online_teacher_is_its_own_times_the_schedules_share(make
         teacher_model=teacher,
         objectives=["kl"],
         max_steps=2,
-        lr_scheduler_type="linear",
+        lr_scheduler_type=schedule,
+        eval_strategy="epoch",
         trainer_kwargs={"optimizers": (optimizer, None)},
     )
     rates, step = [], trainer.extras.step
@@ -158,7 +159,27 @@ def test_the_rate_of_an_online_teacher_is_its_own_times_the_schedules_share(make
 
     trainer.extras.step = watched
     trainer.train()
-    assert rates == pytest.approx([1e-4, 0.5e-4])
+    assert rates == pytest.approx([1e-4, 0.5e-4 if schedule == "linear" else 1e-4])
+
+
+def test_a_roll_back_keeps_the_projection_of_a_teacher_of_the_students_own_weights(make_trainer):
+    pytest.importorskip("peft")
+    recipe = {"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5, "teacher": "previous"}
+    trainer = make_trainer(teacher_model=OnlineTeacher(tiny_bert(), rank=2), recipe=recipe | {"max_metric_drop": 9.0})
+    trainer.train()
+    trainer.staging._roll_back("for the test")
+    assert trainer.staging.projections and trainer.objectives[2]._projections
+
+
+def test_teachers_of_a_users_own_are_asked(make_trainer):
+    class Sharper(FrozenTeacher):
+        def __call__(self, inputs, paths=(), drop=()):
+            outputs, features = super().__call__(inputs, paths, drop)
+            return {"logits": 2 * outputs["logits"]}, features
+
+    student = tiny_bert()
+    sharper = Sharper(SnapshotTeacher(student).model)
+    assert make_trainer(student, teacher_model=sharper).staging.given_teacher is sharper
 
 
 def test_modules_of_an_online_teacher_are_fp32_and_in_the_backbone_alone():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, EarlyStoppingCallback
 
-from optimum_rmtkd.distillation import HiddenStateLoss, KLDivergence, TaskLoss
+from optimum_rmtkd.distillation import BatchTransform, HiddenStateLoss, KLDivergence, TaskLoss
 from optimum_rmtkd.errors import BudgetError, RMTKDError
 from optimum_rmtkd.surgery import count_parameters
 from optimum_rmtkd.trainer.stages import JOURNAL
@@ -265,14 +265,55 @@ def test_label_smoothing_shifts_the_labels_of_causal_models(make_trainer, cut):
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def test_what_does_not_fit_the_models_is_refused_before_the_cut(make_trainer):
-    for parts in (
-        {"objectives": ["task", "correlation"]},  # over the two classes of the toy task
-        {"objectives": ["task", {"name": "projected_feature", "layers": {"nowhere": 0}}]},
-        {"trainer_kwargs": {"transforms": "on_policy"}},
-    ):
-        with pytest.raises(RMTKDError):
-            make_trainer(**parts)
+def test_label_smoothing_shifts_the_labels_under_peft(make_trainer):
+    peft = pytest.importorskip("peft")
+    student = peft.get_peft_model(tiny_gpt2(), peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True))
+    data = {"train_dataset": ragged(16, kind="causal"), "eval_dataset": None}
+    recipe = {"schedule": "none", "target_reduction": None}
+    trainer = make_trainer(
+        student,
+        recipe,
+        teacher_model=tiny_gpt2(1),
+        objectives=["task"],
+        label_smoothing_factor=0.1,
+        trainer_kwargs=data,
+    )
+    batch = {name: torch.stack([row[name] for row in ragged(4, kind="causal")]) for name in ragged(1)[0]}
+    with torch.no_grad():
+        found, logits = trainer.compute_loss(student.eval(), dict(batch)), student(**batch).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, label_smoothing=0.1
+    )
+    assert trainer.distiller.shifted and found.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"objectives": ["task", "correlation"]}, r"over 2 class\(es\)"),
+        ({"objectives": [{"name": "projected_feature", "layers": {"nowhere": 0}}]}, "no module 'nowhere'"),
+        ({"trainer_kwargs": {"transforms": "on_policy"}}, "OnPolicy with BertFor"),
+    ],
+)
+def test_what_does_not_fit_the_models_is_refused_before_the_cut(make_trainer, parts, said):
+    with pytest.raises(RMTKDError, match=said):
+        make_trainer(**parts)
+
+
+def test_parts_of_a_users_own_are_described_or_refused(make_trainer):
+    class Plain(BatchTransform):
+        name = "plain"
+
+    class Forgetful(KLDivergence):
+        name = "forgetful"
+
+        def __init__(self, gain=1.0, **kwargs):
+            super().__init__(**kwargs)
+
+    saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    make_trainer(trainer_kwargs={"transforms": Plain()}, **saving).train()
+    with pytest.raises(RMTKDError, match="Forgetful does not say what its gain was"):
+        make_trainer(objectives=[Forgetful()])
 
 
 def test_bf16_autocast_survives_a_cut(make_trainer):

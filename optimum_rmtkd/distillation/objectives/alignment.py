@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from ...errors import RMTKDError
 from ...models import is_narrowed
 from ...reparameterization.mpo import MPOWeight, mpo_decompose
+from ...reparameterization.targets import block_lists
 from ..layers import blocks_of, uniform_map
 from ..step import DistillationStep
 from .base import DistillationObjective, register_objective
@@ -50,7 +51,8 @@ class TensorAlignment(DistillationObjective):
 
     Needs `reparameterization=MatrixProductOperator(...)`. The reference weight is decomposed with the student's modes,
     its gauge fixed once to the student's tensors (`fix_gauge`), and frozen. With the gauge fixed the loss of two
-    weights at relative distance e is at most about e^2; without, it is of order 1 for any two.
+    weights at relative distance e is at most about e^2 (of order e where bonds have null directions); without, it is
+    of order 1 for any two.
 
     The reference is the teacher's weight where both have the same shape. For a student that was narrowed from its
     teacher it is the student's own weight right after each cut: the projected and refitted teacher, at later cuts with
@@ -154,8 +156,15 @@ def _counterparts(student: nn.Module, teacher: nn.Module | None):
     """path in the student -> the teacher's weight there or None, blocks mapped uniformly where depths differ."""
     if teacher is None:
         return lambda path: None
-    ours, theirs = blocks_of(student), blocks_of(teacher)
-    pairs = {a: theirs[j] for a, j in zip(ours, uniform_map(len(ours), len(theirs)), strict=False)} if theirs else {}
+    stacks, others = block_lists(student), block_lists(teacher)
+    same = [(blocks, others[path]) for path, blocks in stacks.items() if path in others]
+    matched = [(blocks_of(student), blocks_of(teacher)), *same]
+    pairs = {
+        a: theirs[j]
+        for ours, theirs in matched
+        if theirs
+        for a, j in zip(ours, uniform_map(len(ours), len(theirs)), strict=True)
+    }
 
     def find(path: str) -> torch.Tensor | None:
         for block, other in pairs.items():

@@ -15,7 +15,7 @@ from ..counts import answered, token_labels
 from ..step import DistillationStep
 
 
-__all__ = ["Answers", "Divergence", "shifts_labels"]
+__all__ = ["Answers", "Divergence", "has_head", "shifts_labels"]
 
 # (log p teacher, log q student), each (..., classes) fp32 -> (...)
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -24,17 +24,30 @@ SPANS = ("start_logits", "end_logits")
 LOWEST = -1e30  # stands for log 0: finite, because 0 * -inf is NaN, in the loss or in its gradient
 
 
+def has_head(model: nn.Module, mapping: str) -> bool:
+    """Is this one of the classes that an auto class knows, or reduced from one, or wrapped by PEFT?
+
+    Args:
+        mapping: "CAUSAL_LM", "QUESTION_ANSWERING", "MULTIPLE_CHOICE", ... of transformers' auto mappings.
+    """
+    from transformers.models.auto import modeling_auto
+
+    known = set(getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values())
+    return any(cls.__name__ in known for cls in type(_unwrapped(model)).__mro__)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def shifts_labels(model: nn.Module) -> bool:
     """Whether the answer at one position is for the label at the next: causal language models, not
     encoder-decoders."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
     if getattr(model.config, "is_encoder_decoder", False):
         return False
     # Older classes (GPT2LMHeadModel) do not name their loss, and a reduced class has the name of none.
-    causal = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
-    named = getattr(model, "loss_type", None)
-    return named == "ForCausalLM" or named is None and any(cls.__name__ in causal for cls in type(model).__mro__)
+    named = getattr(_unwrapped(model), "loss_type", None)
+    return named == "ForCausalLM" or named is None and has_head(model, "CAUSAL_LM")
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,8 @@ def _build(item: Any) -> DistillationObjective:
     if isinstance(item, str):
         item = {"name": item}
     if isinstance(item, Mapping):
-        return DistillationObjective.from_dict(item)
+        short = "name" not in item and len(item) == 1
+        return DistillationObjective.from_dict(_labelled(*next(iter(item.items()))) if short else item)
     raise RMTKDError(
         f"objectives holds a {type(item).__name__}; expected DistillationObjective instances, names or dicts."
     )

@@ -12,7 +12,7 @@ from torch import nn
 
 from ...errors import RMTKDError
 from ..step import DistillationStep
-from .answers import Answers
+from .answers import Answers, has_head
 from .base import DistillationObjective, register_objective
 
 
@@ -97,10 +97,11 @@ class CorrelationDistance(DistillationObjective):
         self._answers, self._warned = Answers(), False
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        if getattr(student, "loss_type", None) == "ForQuestionAnswering":
+        if has_head(student, "QUESTION_ANSWERING"):
             raise RMTKDError(SPANS)
         classes = getattr(student, "num_labels", None)  # of a head over labels; a vocabulary's has none
-        if self.dim == "class" and isinstance(classes, int):
+        choices = has_head(student, "MULTIPLE_CHOICE")  # as many as a row has
+        if self.dim == "class" and isinstance(classes, int) and not choices:
             _refuse_vacuous(classes)
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
