@@ -4,8 +4,8 @@
         --train_file train.parquet --validation_file validation.parquet --output_dir out \\
         --num_train_epochs 3 --learning_rate 3e-5 --per_device_train_batch_size 32 --num_tensors 5
 
-    ... --first_layers 3                      # the student is made of the teacher's first 3 blocks
-    ... --first_layers 3 --alignment 1e-3     # and its tensors stay near the teacher's (equal widths only)
+    ... --keep_layers 3                      # the student is made of 3 blocks of the teacher, evenly spaced
+    ... --keep_layers 3 --alignment 1e3      # and its tensors stay near the teacher's (equal widths only)
 
 Nothing is cut, and what is saved is a plain checkpoint of the student's own size. Tune the learning rate of a plain
 student (--num_tensors 0) as well before you believe a difference. Lines that a plain Trainer script does not have are
@@ -17,12 +17,14 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
 from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments  # (~) Trainer, TrainingArguments
 from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import load_task
+from optimum_rmtkd.distillation.layers import uniform_map
 from optimum_rmtkd.objectives import KLDivergence, TaskLoss, TensorAlignment  # (+)
 from optimum_rmtkd.reparameterization import MatrixProductOperator, block_list  # (+)
 
@@ -35,8 +37,8 @@ class Arguments:
     student: str | None = field(
         default=None, metadata={"help": "Hub name or folder of a smaller model with the same vocabulary."}
     )
-    first_layers: int = field(
-        default=0, metadata={"help": "Instead of --student: so many first blocks of the teacher."}
+    keep_layers: int = field(
+        default=0, metadata={"help": "Instead of --student: so many blocks of the teacher, evenly spaced."}
     )
     num_tensors: int = field(default=3, metadata={"help": "Tensors a weight; 0: train the plain student."})
     alignment: float = field(default=0.0, metadata={"help": "Weight of the tensor alignment; 0: none."})
@@ -44,10 +46,13 @@ class Arguments:
 
 
 def truncated(teacher: nn.Module, layers: int) -> nn.Module:
-    """A copy of the teacher that keeps its first blocks."""
+    """A copy of the teacher that keeps evenly spaced blocks, the last one among them: those it is compared with."""
     student = copy.deepcopy(teacher)
-    path = block_list(student)[0].rpartition(".")[0]
-    student.get_submodule(path).__delitem__(slice(layers, None))
+    blocks = student.get_submodule(block_list(student)[0].rpartition(".")[0])
+    kept = uniform_map(layers, len(blocks))
+    for number in reversed(range(len(blocks))):
+        if number not in kept:
+            del blocks[number]
     student.config.num_hidden_layers = layers
     return student
 
@@ -55,20 +60,20 @@ def truncated(teacher: nn.Module, layers: int) -> nn.Module:
 def main() -> None:
     parser = HfArgumentParser((Arguments, DataArguments, RMTKDTrainingArguments))  # (~)
     arguments, data, training = parser.parse_args_into_dataclasses()
-    if (arguments.student is None) == (arguments.first_layers == 0):
-        parser.error("give either --student or --first_layers")
+    if (arguments.student is None) == (arguments.keep_layers == 0):
+        parser.error("give either --student or --keep_layers")
     with training.main_process_first(desc="reading and tokenizing"):
         task = load_task(arguments.teacher, data, training.seed)
-    if arguments.first_layers:
+    if arguments.keep_layers:
         depth = len(block_list(task.model))
-        if not 0 < arguments.first_layers <= depth:
-            parser.error(f"--first_layers {arguments.first_layers}: the teacher has {depth} blocks")
-        student = truncated(task.model, arguments.first_layers)
+        if not 0 < arguments.keep_layers <= depth:
+            parser.error(f"--keep_layers {arguments.keep_layers}: the teacher has {depth} blocks")
+        student = truncated(task.model, arguments.keep_layers)
     else:
         names = ("num_labels", "id2label", "label2id", "problem_type")
         labels = {name: getattr(task.model.config, name) for name in names}
         student = AutoModelForSequenceClassification.from_pretrained(
-            arguments.student, ignore_mismatched_sizes=True, **labels
+            arguments.student, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
         )
     objectives = [TaskLoss(weight=0.5), KLDivergence(weight=0.5, temperature=arguments.temperature)]  # (+)
     if arguments.alignment:

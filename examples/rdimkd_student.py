@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
 from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments  # (~) Trainer, TrainingArguments
@@ -47,7 +48,7 @@ def main() -> None:
         name: getattr(task.model.config, name) for name in ("num_labels", "id2label", "label2id", "problem_type")
     }
     student = AutoModelForSequenceClassification.from_pretrained(
-        arguments.student, ignore_mismatched_sizes=True, **labels
+        arguments.student, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
     )
     projection = None if arguments.projection == "none" else arguments.projection
     trainer = RMTKDTrainer(  # (~)

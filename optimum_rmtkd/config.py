@@ -243,12 +243,8 @@ class RMTKDConfig:
         for name in ("task_weight", "kl_weight", "hidden_weight", "speed_weight"):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise RMTKDError(f"{name}={getattr(self, name)}: expected a number of at least 0.")
-        terms = [n for n in ("task_weight", "kl_weight", "hidden_weight", "temperature") if self._was_set(n)]
-        if self.objectives is not None and terms:
-            raise RMTKDError(
-                f"{', '.join(terms)} and objectives: the former belong to the three terms that objectives replaces. "
-                "Say it there, for example {'kl': {'weight': 0.5, 'temperature': 2}}, or drop objectives."
-            )
+        if self.objectives is not None:
+            self.check_no_terms()
         for name in (
             "min_rank",
             "min_width",
@@ -266,8 +262,19 @@ class RMTKDConfig:
         if self.edge_estimator == "fixed" and self.fixed_rank is None:
             raise RMTKDError("edge_estimator='fixed' needs fixed_rank, the rank to keep at every site.")
 
-    def _was_set(self, name: str) -> bool:
-        return getattr(self, name) != next(f.default for f in dataclasses.fields(self) if f.name == name)
+    def check_no_terms(self) -> None:
+        """Nothing is said of the three terms that objectives replace.
+
+        Raises:
+            RMTKDError: a weight or the temperature differs from its default.
+        """
+        names = ("task_weight", "kl_weight", "hidden_weight", "temperature")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        if terms := [name for name in names if getattr(self, name) != defaults[name]]:
+            raise RMTKDError(
+                f"{', '.join(terms)} and objectives: the former belong to the three terms that objectives replaces. "
+                "Say it there, for example {'kl': {'weight': 0.5, 'temperature': 2}}, or drop objectives."
+            )
 
     def _check_number(self, name: str) -> None:
         value = getattr(self, name)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..errors import RMTKDError
 from .counts import UNITS, count_units, token_labels
 
 
@@ -62,6 +63,8 @@ class DistillationStep:
         has to weigh n_m / N * parts: the sum of all parts divided by their number is then the mean over all N units,
         however the batch was split. 1 where no totals are known.
         """
+        if unit not in UNITS:
+            raise RMTKDError(f"share({unit!r}): expected one of {', '.join(UNITS)}.")
         if self.totals is None:
             return 1.0
         index = UNITS.index(unit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
 from ..modeling_rmtkd import resolve_path
-from ..models import count_parameters
+from ..models import count_parameters, uncut_parameters
 from .budget import site_widths
 from .families import family_of
 from .processes import broadcast_model, from_main, one_for_all
@@ -33,6 +34,10 @@ __all__ = [
     "reduce",
     "stage_sites",
 ]
+
+logger = logging.getLogger(__name__)
+
+OVERSHOOT = 0.05  # of the parameters, beyond the target: said aloud
 
 
 @dataclass(frozen=True)
@@ -172,4 +177,14 @@ def reduce(
         for s in report.sites
         if s.name in widths
     )
+    asked = config.target_reduction if target_reduction is None else target_reduction
+    reached = 1 - count_parameters(student) / uncut_parameters(model)
+    if asked is not None and reached > asked + OVERSHOOT:
+        logger.warning(
+            "%.1f %% of the parameters are removed where target_reduction asks for %.1f %%: widths are multiples of "
+            "round_to=%d, coarse for a model this small. A smaller round_to comes nearer.",
+            100 * reached,
+            100 * asked,
+            config.round_to,
+        )
     return Reduction(student, projections, records, count_parameters(model), count_parameters(student), report)

@@ -20,7 +20,6 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
-from ..models import is_narrowed
 from .stages import write_json
 
 
@@ -99,25 +98,27 @@ def _write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     os.replace(beside, file)
 
 
-def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]] | None:
-    """Inverse of `write_state`; None where the folder holds no such state and an uncut model.
+def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Inverse of `write_state`.
 
     Raises:
-        RMTKDError: a reduced model without its state, or a state of another version.
+        RMTKDError: no such folder, no state in it, an unreadable one, or one of another version.
     """
     from safetensors.torch import load_file
 
     folder = Path(folder)
+    if not folder.is_dir():
+        raise RMTKDError(f"resume_from_checkpoint={str(folder)!r}: no such folder.")
     if not (folder / STATE).is_file():
-        config = folder / "config.json"
-        if config.is_file() and is_narrowed(json.loads(config.read_text(encoding="utf8")).get("model_type")):
-            raise RMTKDError(
-                f"{folder} holds a reduced model but no {STATE}: it was saved with save_only_model=True or by "
-                "save_model(). Resume from a checkpoint-N folder of a run with save_only_model=False, or start a new "
-                "run from this model."
-            )
-        return None
-    values = json.loads((folder / STATE).read_text(encoding="utf8"))
+        raise RMTKDError(
+            f"{folder} holds no {STATE}: it was saved with save_only_model=True, by save_model(), or by another "
+            "trainer. Resume from a checkpoint-N folder of an RMTKDTrainer run with save_only_model=False, or start a "
+            "new run from this model."
+        )
+    try:
+        values = json.loads((folder / STATE).read_text(encoding="utf8"))
+    except ValueError as error:
+        raise RMTKDError(f"{folder / STATE} cannot be read ({error}); resume from another checkpoint.") from error
     if values.get("version") != VERSION:
         raise RMTKDError(f"{folder / STATE} has version {values.get('version')!r}; expected {VERSION}.")
     return values, load_file(folder / TENSORS)

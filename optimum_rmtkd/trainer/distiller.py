@@ -183,6 +183,9 @@ class Distiller:
         total = None
         for objective in objectives:
             term = objective(step)
+            if not torch.is_tensor(term) or term.dim():
+                got = f"a tensor {tuple(term.shape)}" if torch.is_tensor(term) else type(term).__name__
+                raise RMTKDError(f"{type(objective).__name__}.forward returned {got}; expected a scalar tensor.")
             weighted = objective.weight_at(step.progress) * term
             total = weighted if total is None else total + weighted
             self.note(objective.label, term)

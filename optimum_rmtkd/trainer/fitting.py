@@ -16,20 +16,7 @@ if TYPE_CHECKING:
     from .trainer import RMTKDTrainer
 
 
-__all__ = ["check_parts", "fitted_state", "make_ready", "transforms_state"]
-
-
-def check_parts(trainer: RMTKDTrainer) -> None:
-    """Before anything is cut: do objectives and transforms fit the model and its teacher?
-
-    Raises:
-        RMTKDError: one of them does not, with the reason; or it cannot say its arguments.
-    """
-    given = trainer.staging.given_teacher
-    teacher = trainer.model if given is None else given.model
-    for part in (*trainer.objectives, *trainer.transforms):
-        part.check(trainer.model, teacher)
-        part.to_dict()  # every checkpoint holds it
+__all__ = ["fitted_state", "make_ready", "transforms_state"]
 
 
 def make_ready(

@@ -40,12 +40,20 @@ def described(**kinds: Iterable[Part]) -> dict[str, list[str]]:
 def parts_of(
     recipe: RMTKDConfig, objectives: Any = None, reparameterization: Any = None, transforms: Any = None
 ) -> Parts:
-    """Instances of what the recipe names; an argument that is given takes the place of the recipe's.
+    """Instances of what the recipe names, or of what was given in its place.
 
     Raises:
-        RMTKDError: unknown names (answered with the known ones), arguments they do not take, or parts that do not go
-            together.
+        RMTKDError: unknown names (answered with the known ones), arguments they do not take, parts that do not go
+            together, or that are given twice.
     """
+    given = {"objectives": objectives, "reparameterization": reparameterization, "transforms": transforms}
+    if twice := [name for name, part in given.items() if part is not None and getattr(recipe, name) is not None]:
+        raise RMTKDError(
+            f"{', '.join(twice)}: given in rmtkd_config and as an argument; expected one of both. The recipe's can be "
+            "written to JSON, the argument may be an instance."
+        )
+    if objectives is not None:
+        recipe.check_no_terms()
     chosen = recipe.objectives if objectives is None else objectives
     parts = Parts(
         default_objectives(recipe) if chosen is None else build_objectives(chosen),

@@ -356,13 +356,10 @@ class Staging:
         """Take up the run whose checkpoint lies in `folder`; the model gets its architecture, not yet its weights.
 
         Raises:
-            RMTKDError: no state for a reduced model, or another model than the run started from.
+            RMTKDError: no state of such a run, or another model or other parts than the run started with.
         """
-        found = checkpoint.read_state(folder)
-        if found is None:
-            return
+        values, tensors = checkpoint.read_state(folder)
         self.remember_initial()
-        values, tensors = found
         checkpoint.same_weights_or_raise(values["fingerprint"], self.initial_fingerprint, folder)
         checkpoint.same_recipe_or_raise(values["recipe"], self.config.to_dict(), folder)
         checkpoint.same_parts_or_raise(values["parts"], self._described(), folder)

@@ -19,17 +19,18 @@ from ..distillation import (
 )
 from ..distillation.cached import COLUMNS
 from ..distillation.teachers import clean_copy
-from ..errors import RMTKDError, UnsupportedArchitectureError
+from ..errors import RMTKDError
 from ..hub import write_card, write_results
 from ..hub.run import first, public_name
 from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
 from .checkpoint import write_process_state
+from .checks import check_first_batch, check_parts, check_setting, unsharded
 from .cores import Cores
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from .distiller import Distiller, LateBatches
 from .extras import Extras
-from .fitting import check_parts, transforms_state
+from .fitting import transforms_state
 from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
@@ -129,14 +130,19 @@ class RMTKDTrainer(Trainer):
         **kwargs,
     ):
         self.rmtkd_config = rmtkd_config if rmtkd_config is not None else RMTKDConfig()
+        if not isinstance(self.rmtkd_config, RMTKDConfig):
+            raise RMTKDError(
+                f"rmtkd_config is a {type(rmtkd_config).__name__}; expected an RMTKDConfig: RMTKDConfig(**values), "
+                "RMTKDConfig.from_json_file(path)."
+            )
         parts = parts_of(self.rmtkd_config, objectives, reparameterization, transforms)
         self.objectives, self.reparameterization, self.transforms = parts
         args = args if args is not None else RMTKDTrainingArguments("tmp_trainer")
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-            raise _unsharded("fsdp" if args.fsdp else "deepspeed")
+            raise unsharded("fsdp" if args.fsdp else "deepspeed")
         super().__init__(model, args, *positional, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self._refuse_unsupported()
+        check_setting(self)
         self.optimizer_was_given = self.optimizer is not None
         if self.optimizer_was_given and self.reparameterization is not None:
             logger.warning(
@@ -189,7 +195,8 @@ class RMTKDTrainer(Trainer):
         """As `Trainer.train`; the metrics also hold `parameters_before`, `parameters_after` and `reduction`.
 
         Raises:
-            RMTKDError: no train_dataset; a checkpoint of a run that started from another model.
+            RMTKDError: no train_dataset, an empty one, or batches without labels or cached answers that are needed; a
+                checkpoint of a run that started from another model or with other parts.
             BudgetError: the model is already as small as the target.
         """
         if self.train_dataset is None:
@@ -197,6 +204,7 @@ class RMTKDTrainer(Trainer):
                 "train() without train_dataset: it is needed to calibrate the cuts and to distil. Pass train_dataset "
                 "to RMTKDTrainer, or use optimum_rmtkd.narrow for a single cut without training."
             )
+        check_first_batch(self)
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             self.staging.reset()
         self.distiller.forget()
@@ -286,15 +294,18 @@ class RMTKDTrainer(Trainer):
 
     # -- what the staging asks for ------------------------------------------------------------------------------------
 
-    def calibration_batches(self) -> CalibrationBatches:
-        """This process's share of the calibration data, through the trainer's collator, the same in every pass."""
+    def calibration_batches(self, strip: bool = True) -> CalibrationBatches:
+        """This process's share of the calibration data, through the trainer's collator, the same in every pass.
+
+        Args:
+            strip: without what is meant for the teacher alone (columns of answers).
+        """
         dataset, collate = self.train_dataset, self.data_collator
         if is_hf_dataset(dataset):
             dataset = self._remove_unused_columns(dataset, description="calibration")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="calibration")
         config, given = self.rmtkd_config, self.staging.given_teacher
-        strip = (lambda batch: batch) if given is None else given.strip
         return CalibrationBatches(
             pick_samples(dataset, config.calibration_samples, config.seed),
             collate,
@@ -302,7 +313,7 @@ class RMTKDTrainer(Trainer):
             seed=config.seed,
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
-            prepare=lambda batch: self._prepare_inputs(strip(batch)),
+            prepare=lambda batch: self._prepare_inputs(given.strip(batch) if strip and given is not None else batch),
         )
 
     def measure(self) -> float | None:
@@ -409,33 +420,3 @@ class RMTKDTrainer(Trainer):
         super()._set_signature_columns_if_needed()
         if isinstance(self.staging.given_teacher, CachedTeacher):
             self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
-
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def _refuse_unsupported(self) -> None:
-        from .. import surgery
-
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise _unsharded("fsdp" if self.is_fsdp_enabled else "deepspeed")
-        if self.args.n_gpu > 1 or self.is_model_parallel:
-            raise RMTKDError(
-                f"{self.args.n_gpu} devices in one process (DataParallel or a device map): expected one device a "
-                "process. Launch with torchrun --nproc_per_node, or show the process one device "
-                "(CUDA_VISIBLE_DEVICES=0)."
-            )
-        wanted = [n for n in ("stage_threshold", "max_metric_drop") if getattr(self.rmtkd_config, n) is not None]
-        if wanted and self.eval_dataset is None:
-            raise RMTKDError(f"{wanted[0]} compares validation metrics; expected an eval_dataset, got none. Pass one.")
-        if not hasattr(self.model, "config"):
-            raise UnsupportedArchitectureError(
-                f"{type(self.model).__name__} is no transformers PreTrainedModel; expected one with a config."
-            )
-        if self.rmtkd_config.schedule != "none":
-            surgery.anatomy_of(self.model, self.rmtkd_config)
-
-
-def _unsharded(what: str) -> RMTKDError:
-    return RMTKDError(
-        f"{what} shards the parameters; a cut inside training needs whole ones on every process. Use DDP (torchrun), "
-        "or cut first with optimum_rmtkd.narrow and train the result sharded."
-    )

@@ -30,11 +30,13 @@ def test_from_the_command_line_and_back_through_json(tmp_path):
     parts = parts_of(again)
     assert [o.label for o in parts.objectives] == ["task", "skew_kl", "back"] and parts.objectives[0].weight == 0.5
     assert parts.reparameterization.num_tensors == 3 and parts.transforms[0].name == "embedding_mixup"
-    other = parts_of(again, objectives=["kl"], reparameterization={"name": "mpo", "num_tensors": 5})
     several = parse("--objectives", '["task", {"name": "kl", "reverse": true}]', "--transforms", '["embedding_mixup"]')
     assert [o.label for o in parts_of(several).objectives] == ["task", "kl"] and len(parts_of(several).transforms) == 1
     assert type(several).from_dict(several.to_dict()) == several
-    assert [o.label for o in other.objectives] == ["kl"] and other.reparameterization.num_tensors == 5
+    with pytest.raises(RMTKDError, match="objectives, reparameterization: given in rmtkd_config and as an argument"):
+        parts_of(again, objectives=["kl"], reparameterization="mpo")
+    with pytest.raises(RMTKDError, match="kl_weight and objectives: the former belong to"):
+        parts_of(RMTKDConfig(kl_weight=0.2), objectives=["kl"])
 
 
 def test_nothing_given_is_the_three_terms_of_the_recipe():

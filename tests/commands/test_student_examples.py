@@ -49,8 +49,8 @@ def call(monkeypatch, capsys, bert, table, validation_table, tmp_path):
         ("rdimkd_student.py", ("--student", "small", "--layers", "uniform")),
         ("rdimkd_student.py", ("--student", "small", "--projection", "none")),
         ("opdf_student.py", ("--student", "small", "--num_tensors", "5")),
-        ("opdf_student.py", ("--first_layers", "1", "--alignment", "1e-3")),
-        ("opdf_student.py", ("--first_layers", "1", "--num_tensors", "0")),
+        ("opdf_student.py", ("--keep_layers", "1", "--alignment", "1e3")),
+        ("opdf_student.py", ("--keep_layers", "1", "--num_tensors", "0")),
     ],
 )
 def test_a_plain_student_comes_out(call, small, tmp_path, script, options):
@@ -61,16 +61,16 @@ def test_a_plain_student_comes_out(call, small, tmp_path, script, options):
     assert "before_accuracy" in out and "after_accuracy" in out
     saved, found = BertForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not found["missing_keys"] and not found["unexpected_keys"]
-    assert saved.config.hidden_size == (32 if "--first_layers" in options else 16)
-    assert saved.config.num_hidden_layers == len(saved.bert.encoder.layer) == (1 if "--first_layers" in options else 2)
+    assert saved.config.hidden_size == (32 if "--keep_layers" in options else 16)
+    assert saved.config.num_hidden_layers == len(saved.bert.encoder.layer) == (1 if "--keep_layers" in options else 2)
 
 
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ((), "give either --student or --first_layers"),
-        (("--first_layers", "3"), "the teacher has 2 blocks"),
-        (("--first_layers", "-1"), "the teacher has 2 blocks"),
+        ((), "give either --student or --keep_layers"),
+        (("--keep_layers", "3"), "the teacher has 2 blocks"),
+        (("--keep_layers", "-1"), "the teacher has 2 blocks"),
     ],
 )
 def test_which_student_has_to_be_said(call, options, reason):

@@ -268,6 +268,15 @@ def test_heads_that_no_layout_declares_are_served_or_refused(name, task):
         assert zoo.outputs(small, data[0]).isfinite().all()
 
 
+def test_a_target_overshot_by_coarse_widths_is_said(bert, caplog):
+    model, batches = bert
+    narrow(model, batches, RECIPE.replace(target_reduction=0.1, round_to=64), progress=False)
+    assert "target_reduction asks for 10.0 %: widths are multiples of round_to=64" in caplog.text
+    caplog.clear()
+    narrow(model, batches, RECIPE, progress=False)
+    assert "asks for" not in caplog.text
+
+
 def test_narrow_cuts_or_refuses(bert):
     refused(RMTKDError, "schedule='none' cuts nothing", narrow, *bert, RMTKDConfig(schedule="none"))
 

@@ -108,6 +108,20 @@ def vit_and_data():
     return model, {"train_dataset": data, "eval_dataset": data[:16]}
 
 
+def test_what_is_no_checkpoint_of_such_a_run_is_refused(make_trainer, tmp_path):
+    whole = make_trainer(recipe=ROUNDS, out="whole", **SAVING)
+    whole.train()
+    state = folder(whole, 2) / STATE
+    text = state.read_text(encoding="utf8")
+    for change, said in (
+        (lambda: state.write_text(text[:100], encoding="utf8"), "rmtkd_state.json cannot be read"),
+        (state.unlink, "holds no rmtkd_state.json.*by another trainer"),
+    ):
+        change()
+        with pytest.raises(RMTKDError, match=said):
+            make_trainer(recipe=ROUNDS, out="other", **SAVING).train(resume_from_checkpoint=str(folder(whole, 2)))
+
+
 def test_a_resumed_run_of_a_model_with_other_names_on_disk(make_trainer, weights):
     model, data = vit_and_data()
     whole = make_trainer(model=model, recipe=ROUNDS, out="whole", trainer_kwargs=data, **SAVING)

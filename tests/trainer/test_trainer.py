@@ -8,9 +8,17 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, EarlyStoppingCallback
 
-from optimum_rmtkd.distillation import BatchTransform, HiddenStateLoss, KLDivergence, TaskLoss
+from optimum_rmtkd.distillation import (
+    BatchTransform,
+    CachedTeacher,
+    DistillationObjective,
+    HiddenStateLoss,
+    KLDivergence,
+    TaskLoss,
+)
 from optimum_rmtkd.errors import BudgetError, RMTKDError
 from optimum_rmtkd.surgery import count_parameters
+from optimum_rmtkd.trainer import RMTKDTrainer
 from optimum_rmtkd.trainer.stages import JOURNAL
 
 from .conftest import ragged, tiny_bert, toy_data
@@ -298,6 +306,80 @@ def test_label_smoothing_shifts_the_labels_under_peft(make_trainer):
 def test_what_does_not_fit_the_models_is_refused_before_the_cut(make_trainer, parts, said):
     with pytest.raises(RMTKDError, match=said):
         make_trainer(**parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts", "said"),
+    [
+        (
+            lambda row: {k: v for k, v in row.items() if k != "labels"},
+            {},
+            "The task loss needs labels; the batch holds",
+        ),
+        (lambda row: row, {"teacher_model": CachedTeacher(), "objectives": ["kl"]}, "The batch has no teacher_values"),
+        (None, {}, "train_dataset is empty"),
+    ],
+)
+def test_data_that_lacks_something_is_refused_before_the_cut(make_trainer, change, parts, said):
+    model, data = tiny_bert(), [] if change is None else [change(row) for row in toy_data()]
+    trainer = make_trainer(model, trainer_kwargs={"train_dataset": data, "eval_dataset": None}, **parts)
+    with pytest.raises(RMTKDError, match=said):
+        trainer.train()
+    assert not trainer.stages and trainer.model is model and type(model).__name__ == "BertForSequenceClassification"
+
+
+def test_what_would_train_badly_or_nothing_is_said(make_trainer, caplog):
+    make_trainer(tiny_bert().half())
+    assert "weights are float16 and would be trained in it" in caplog.text
+    caplog.clear()
+    make_trainer(recipe={"schedule": "none", "target_reduction": None})
+    assert "no teacher_model: nothing is cut" in caplog.text
+    caplog.clear()
+    make_trainer(recipe={"schedule": "none", "target_reduction": None}, teacher_model=tiny_bert(seed=3))
+    assert "nothing is cut" not in caplog.text and "float16" not in caplog.text
+    with pytest.raises(RMTKDError, match="rmtkd_config is a dict; expected an RMTKDConfig"):
+        RMTKDTrainer(tiny_bert(), rmtkd_config={"schedule": "none"})
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (lambda step: step.student_outputs["logits"], r"Own.forward returned a tensor \(8, 2\); expected a scalar"),
+        (lambda step: 1.0, "Own.forward returned float; expected a scalar"),
+        (lambda step: None, "Own.forward returned NoneType; expected a scalar"),
+        (lambda step: step.share("sample"), r"share\('sample'\): expected one of samples, tokens, labels"),
+    ],
+)
+def test_objectives_of_a_users_own_that_answer_wrongly(make_trainer, answer, said):
+    class Own(DistillationObjective):
+        name = "own"
+
+        def forward(self, step):
+            return answer(step)
+
+    with pytest.raises(RMTKDError, match=said):
+        make_trainer(objectives=[Own()], max_steps=1).train()
+
+
+def test_objectives_of_a_users_own_that_are_not_finished(make_trainer):
+    class Nameless(DistillationObjective):
+        pass
+
+    class Unmade(DistillationObjective):
+        name = "unmade"
+
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+    for given, said in (
+        (Nameless(), "Nameless has no name"),
+        (Unmade(), "Unmade has no label"),
+        (TaskLoss, r"the class TaskLoss; expected an instance: TaskLoss\(\)"),
+    ):
+        with pytest.raises(RMTKDError, match=said):
+            make_trainer(objectives=[given])
+    with pytest.raises(RMTKDError, match="expected each label once. Give the second one another"):
+        make_trainer(objectives=["kl", "kl"])
 
 
 def test_parts_of_a_users_own_are_described_or_refused(make_trainer):

@@ -170,9 +170,12 @@ def build_objectives(given: Mapping[str, Mapping[str, Any] | None] | Iterable) -
         )
     built = [_build(item) for item in given]
     labels = [item.label for item in built]
-    if not built or len(set(labels)) < len(labels):
+    if not built:
+        raise RMTKDError(f"objectives is empty; expected at least one of {', '.join(objective_names())}.")
+    if len(set(labels)) < len(labels):
         raise RMTKDError(
-            f"objectives={labels}: expected at least one, each label once. Known: {', '.join(objective_names())}."
+            f"objectives={labels}: expected each label once. Give the second one another: {{'again': {{'name': "
+            f"{labels[-1]!r}}}}}, or objective.labelled('again')."
         )
     return built
 
@@ -189,7 +192,14 @@ def _labelled(label: str, arguments: Mapping[str, Any] | None) -> dict[str, Any]
 
 def _build(item: Any) -> DistillationObjective:
     if isinstance(item, DistillationObjective):
+        if not item.name or not hasattr(item, "label"):
+            raise RMTKDError(
+                f"{type(item).__name__} has no {'label' if item.name else 'name'}; expected a class attribute `name` "
+                "(its log key) and a call of super().__init__(weight)."
+            )
         return item
+    if isinstance(item, type):
+        raise RMTKDError(f"objectives holds the class {item.__name__}; expected an instance: {item.__name__}().")
     if isinstance(item, str):
         item = {"name": item}
     if isinstance(item, Mapping):

@@ -74,10 +74,19 @@ class AttentionRelationLoss(DistillationObjective):
                 "AttentionRelationLoss needs a teacher whose attention can be read; cached answers have none."
             )
         letters = sorted(set("".join(self.relations)))
-        return [
+        pairs = [
             (_projections_in(student, ours, letters), _projections_in(teacher, theirs, letters))
             for ours, theirs in layer_pairs(student, teacher, self.layers)
         ]
+        for model, paths in ((model, pair[side]) for pair in pairs for side, model in enumerate((student, teacher))):
+            for path in paths.values():
+                width = getattr(model.get_submodule(path), "out_features", None)
+                if self.heads is not None and width is not None and width % self.heads:
+                    raise RMTKDError(
+                        f"AttentionRelationLoss(heads={self.heads}): {path!r} of {type(model).__name__} is {width} "
+                        "wide; expected a multiple of heads."
+                    )
+        return pairs
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
         self._pairs = self._paired(student, teacher)

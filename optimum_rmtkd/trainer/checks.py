@@ -1,0 +1,106 @@
+"""What cannot work is refused before anything is cut or trained."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..distillation import CachedTeacher, TaskLoss
+from ..distillation.cached import COLUMNS
+from ..errors import RMTKDError, UnsupportedArchitectureError
+
+
+if TYPE_CHECKING:
+    from .trainer import RMTKDTrainer
+
+
+__all__ = ["check_first_batch", "check_parts", "check_setting", "unsharded"]
+
+logger = logging.getLogger(__name__)
+
+
+def check_setting(trainer: RMTKDTrainer) -> None:
+    """Devices, recipe and model.
+
+    Raises:
+        RMTKDError: sharded parameters, several devices in one process, a recipe that needs an eval_dataset.
+        UnsupportedArchitectureError: no family is known for a model that is to be cut.
+    """
+    from .. import surgery
+
+    args, recipe, model = trainer.args, trainer.rmtkd_config, trainer.model
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise unsharded("fsdp" if trainer.is_fsdp_enabled else "deepspeed")
+    if args.n_gpu > 1 or trainer.is_model_parallel:
+        raise RMTKDError(
+            f"{args.n_gpu} devices in one process (DataParallel or a device map): expected one device a process. "
+            "Launch with torchrun --nproc_per_node, or show the process one device (CUDA_VISIBLE_DEVICES=0)."
+        )
+    wanted = [name for name in ("stage_threshold", "max_metric_drop") if getattr(recipe, name) is not None]
+    if wanted and trainer.eval_dataset is None:
+        raise RMTKDError(f"{wanted[0]} compares validation metrics; expected an eval_dataset, got none. Pass one.")
+    if not hasattr(model, "config"):
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} is no transformers PreTrainedModel; expected one with a config."
+        )
+    if recipe.schedule != "none":
+        surgery.anatomy_of(model, recipe)
+    half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
+    if half:
+        logger.warning(
+            "The model's weights are %s and would be trained in it: steps are rounded to its few digits. Load it with "
+            "from_pretrained(..., dtype=torch.float32); bf16=True computes in bfloat16 all the same.",
+            " and ".join(str(dtype).removeprefix("torch.") for dtype in half),
+        )
+
+
+def unsharded(what: str) -> RMTKDError:
+    """The refusal of trainers that shard."""
+    return RMTKDError(
+        f"{what} shards the parameters; a cut inside training needs whole ones on every process. Use DDP (torchrun), "
+        "or cut first with optimum_rmtkd.narrow and train the result sharded."
+    )
+
+
+def check_parts(trainer: RMTKDTrainer) -> None:
+    """Do objectives and transforms fit the model and its teacher?
+
+    Raises:
+        RMTKDError: one of them does not, with the reason; or it cannot say its arguments.
+    """
+    given = trainer.staging.given_teacher
+    teacher = trainer.model if given is None else given.model
+    for part in (*trainer.objectives, *trainer.transforms):
+        part.check(trainer.model, teacher)
+        part.to_dict()  # every checkpoint holds it
+    taught = any(objective.needs_teacher for objective in trainer.objectives)
+    if trainer.rmtkd_config.schedule == "none" and given is None and taught:
+        logger.warning(
+            "schedule='none' and no teacher_model: nothing is cut, and the model is distilled from itself as it is "
+            "now. Pass teacher_model=."
+        )
+
+
+def check_first_batch(trainer: RMTKDTrainer) -> None:
+    """Does the data hold what the objectives read?
+
+    Raises:
+        RMTKDError: no data, no labels for the task loss, or no cached answers for a `CachedTeacher`.
+    """
+    if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
+        raise RMTKDError("train_dataset is empty; expected rows to calibrate the cuts and to distil on.")
+    inputs = next(iter(trainer.calibration_batches(strip=False)))
+    missing = [name for name in COLUMNS if name not in inputs]
+    if isinstance(trainer.staging.given_teacher, CachedTeacher) and missing:
+        raise RMTKDError(
+            f"The batch has no {', '.join(missing)}: expected training data from cache_answers(teacher, dataset, ...)."
+        )
+    needed = any(isinstance(objective, TaskLoss) for objective in trainer.objectives)
+    without = trainer.can_return_loss or trainer.compute_loss_func is not None
+    if needed and not without and not any(name in inputs for name in trainer.label_names):
+        raise RMTKDError(
+            f"The task loss needs {' or '.join(trainer.label_names)}; the batch holds {', '.join(inputs)}. Give "
+            "labels, or leave TaskLoss out of the objectives to distil on unlabelled data."
+        )
