@@ -270,8 +270,8 @@ def test_heads_that_no_layout_declares_are_served_or_refused(name, task):
 
 def test_a_target_overshot_by_coarse_widths_is_said(bert, caplog):
     model, batches = bert
-    narrow(model, batches, RECIPE.replace(target_reduction=0.1, round_to=64), progress=False)
-    assert "target_reduction asks for 10.0 %: widths are multiples of round_to=64" in caplog.text
+    narrow(model, batches, RECIPE.replace(round_to=32), progress=False)
+    assert "target_reduction asks for 30.0 %: widths are multiples of round_to=32" in caplog.text
     caplog.clear()
     narrow(model, batches, RECIPE, progress=False)
     assert "asks for" not in caplog.text
