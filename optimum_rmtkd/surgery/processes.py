@@ -45,7 +45,7 @@ def one_for_all(accelerator: Any) -> Iterator[None]:
         told = gather_object([None if failure is None else f"{type(failure).__name__}: {failure}"])
         broken = [f"process {rank}: {text}" for rank, text in enumerate(told) if text is not None]
         if failure is None and broken:
-            raise RMTKDError(f"The surgery failed in another process. {broken[0]}")
+            raise RMTKDError(f"Another process failed, so all stop. {broken[0]}")
     if failure is not None:
         raise failure
 

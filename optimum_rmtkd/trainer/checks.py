@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -84,14 +85,20 @@ def check_parts(trainer: RMTKDTrainer) -> None:
 
 
 def check_first_batch(trainer: RMTKDTrainer) -> None:
-    """Does the data hold what the objectives read?
+    """Does the data hold what the objectives read? What one process lacks stops all of them.
 
     Raises:
         RMTKDError: no data, no labels for the task loss, or no cached answers for a `CachedTeacher`.
     """
+    from ..surgery.processes import one_for_all
+
     if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
         raise RMTKDError("train_dataset is empty; expected rows to calibrate the cuts and to distil on.")
-    inputs = next(iter(trainer.calibration_batches(strip=False)))
+    with one_for_all(trainer.accelerator):
+        _check_batch(trainer, next(iter(trainer.calibration_batches(strip=False))))
+
+
+def _check_batch(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:
     missing = [name for name in COLUMNS if name not in inputs]
     if isinstance(trainer.staging.given_teacher, CachedTeacher) and missing:
         raise RMTKDError(

@@ -15,6 +15,7 @@ from optimum_rmtkd.distillation import CachedTeacher, OnlineTeacher, cache_answe
 from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import ragged, tiny_bert
+from .leaving import leave
 
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
@@ -110,6 +111,7 @@ def main():
         "adapters": [p.detach().tolist() for p in trainer.extras.parameters],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
+    leave(trainer)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import ragged
 from ..trainer.test_accumulation import tiny_gpt2
+from .leaving import leave
 
 
 def main():
@@ -56,6 +57,7 @@ def main():
         "buffer": [batch["input_ids"].tolist() for batch in policy.buffer],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
+    leave(trainer)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     told = [(tmp_path / "out" / f"error-{rank}.txt").read_text() for rank in range(2)]
     assert told[1] == "no such column"
-    assert told[0] == "The surgery failed in another process. process 1: ValueError: no such column"
+    assert told[0] == "Another process failed, so all stop. process 1: ValueError: no such column"
 
 
 def test_distillation_of_ragged_batches_is_that_of_one_process(tmp_path):

@@ -9,24 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from accelerate import PartialState
 
 from optimum_rmtkd.config import RMTKDConfig
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import tiny_bert, toy_data
+from .leaving import leave
 
 
-def broken():
-    yield {"input_ids": torch.ones(2, 3, dtype=torch.long)}
+def broken(**options):
+    yield {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
     raise ValueError("no such column")
-
-
-def leave(trainer):
-    """Together, or the first process to go takes down the connections of the others."""
-    trainer.accelerator.wait_for_everyone()
-    PartialState().destroy_process_group()
 
 
 def main():
