@@ -70,7 +70,7 @@ def beside(name: str, **options) -> dict:
 
 
 # Of tensor alignment. The default of 1e-3 changes nothing here: for a cut student the term starts at 0 and is measured
-# relative to the weights, so it stays near 1e-6. This is about the strength of L2-SP (arXiv 1802.01483).
+# relative to the weights, so it stays near 1e-6. This is of the order of L2-SP (arXiv 1802.01483).
 ANCHOR = 1e3
 # arm -> (objectives, reparameterization, transforms)
 ARMS: dict[str, tuple] = {

@@ -57,7 +57,7 @@ class TensorAlignment(DistillationObjective):
     The reference is the teacher's weight where both have the same shape. For a student that was narrowed from its
     teacher it is the student's own weight right after each cut: the projected and refitted teacher, at later cuts with
     what was learnt between them. The loss then starts at 0 and is an anchor (L2-SP), and weights move so little, in
-    relation, that the default weight of 1e-3 is not felt; about 1e3 is L2-SP's strength. So it is, from the start of
+    relation, that the default weight of 1e-3 is not felt; about 1e3 is of L2-SP's order. So it is, from the start of
     the run on and with a warning, for a student that came narrowed and a teacher of other shapes. Any other shapes are
     refused; nothing is cropped.
 
