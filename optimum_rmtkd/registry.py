@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from .errors import RMTKDError
 
 
-__all__ = ["Part", "Registry", "check_flag"]
+__all__ = ["Part", "Registry", "check_flag", "with_name"]
 
 T = TypeVar("T")
 
@@ -23,6 +23,17 @@ def check_flag(value: Any, owner: str, name: str) -> bool:
     if isinstance(value, bool):
         return value
     raise RMTKDError(f"{owner}({name}={value!r}): expected true or false.")
+
+
+def with_name(kind: str, name: str, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
+    """{"name": name, arguments} from the short form {name: arguments}; a name among the arguments goes before.
+
+    Raises:
+        RMTKDError: arguments that are no mapping.
+    """
+    if arguments is not None and not isinstance(arguments, Mapping):
+        raise RMTKDError(f"{kind}: {name!r} has {arguments!r}; expected a mapping of its arguments, {{}} for none.")
+    return {"name": name, **(arguments or {})}
 
 
 class Part:
@@ -99,12 +110,7 @@ class Registry(Generic[T]):
         if not isinstance(given, Mapping):
             raise RMTKDError(f"{self.kind}: got a {type(given).__name__}; expected a name, a dict or an instance.")
         if "name" not in given and len(given) == 1:
-            ((name, arguments),) = given.items()
-            if arguments is not None and not isinstance(arguments, Mapping):
-                raise RMTKDError(
-                    f"{self.kind}: {name!r} has {arguments!r}; expected a mapping of its arguments, {{}} for none."
-                )
-            given = {"name": name, **(arguments or {})}
+            given = with_name(self.kind, *next(iter(given.items())))
         arguments = dict(given)
         cls = self.find(arguments.pop("name", None))
         known = [n for n in inspect.signature(cls.__init__).parameters if n != "self"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...errors import RMTKDError
-from ...registry import Part, Registry
+from ...registry import Part, Registry, with_name
 from ..step import DistillationStep
 from .schedules import check_weight, weight_at
 
@@ -181,13 +181,9 @@ def build_objectives(given: Mapping[str, Mapping[str, Any] | None] | Iterable) -
 
 
 def _labelled(label: str, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
-    if arguments is not None and not isinstance(arguments, Mapping):
-        raise RMTKDError(
-            f"objectives: {label!r} has {arguments!r}; expected a mapping of its arguments, {{}} for none."
-        )
-    arguments = dict(arguments or {})
+    named = with_name("objectives", label, arguments)
     # With a name of its own the key is a free label; else it is the name, and names its known ones when it is wrong.
-    return {"name": label, **arguments} | ({"label": label} if "name" in arguments else {})
+    return named | ({"label": label} if "name" in (arguments or {}) else {})
 
 
 def _build(item: Any) -> DistillationObjective:
