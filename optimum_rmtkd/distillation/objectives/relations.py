@@ -90,8 +90,7 @@ class AttentionRelationLoss(DistillationObjective):
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
         self._pairs = self._paired(student, teacher)
-        blocks = layer_pairs(student, teacher, self.layers)
-        self._decoding = [in_decoder(student, path) for path, _ in blocks]
+        self._decoding = [in_decoder(student, next(iter(paths.values()))) for paths, _ in self._pairs]
         self._causal = [
             any(_looks_back(model, pair[side]) for side, model in enumerate((student, teacher)))
             for pair in self._pairs
