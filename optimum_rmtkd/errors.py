@@ -10,6 +10,7 @@ __all__ = [
     "RMTKDError",
     "SpecMismatchError",
     "UnsupportedArchitectureError",
+    "check_matplotlib",
 ]
 
 
@@ -35,3 +36,14 @@ class MatchingError(RMTKDError):
 
 class SpecMismatchError(RMTKDError):
     """A checkpoint holds tensors that do not fit the widths its own config declares."""
+
+
+def check_matplotlib() -> None:
+    """
+    Raises:
+        RMTKDError: matplotlib (the extra `report`) is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise RMTKDError('Figures need matplotlib: pip install "optimum-rmtkd[report]".') from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from ..config import RMTKDConfig
+from ..errors import check_matplotlib
 from .base import Command, set_help
 from .data import DataArguments, check_files
 from .options import add_options, add_recipe_options, from_options, recipe_from_options
@@ -51,13 +52,11 @@ class AnalyzeCommand(Command):
         recipe: RMTKDConfig = recipe_from_options(self.args)
         data = from_options(DataArguments, self.args)
         check_files(data)
-        from ..hub.plots import check_installed
-
         for path in (self.args.json, self.args.html, self.args.plot):
             if path:
                 check_target(path)
         if self.args.html or self.args.plot:
-            check_installed()
+            check_matplotlib()
 
         from ..surgery import analyze
         from .task import load_task

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RMTKDError
+from ..errors import check_matplotlib
 from .run import Run
 
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = [
     "PALETTE",
     "bulk_law",
-    "check_installed",
     "draw_budget",
     "draw_curves",
     "draw_spectrum",
@@ -42,19 +41,8 @@ GRID_COLUMNS = 4
 MOST_IN_GRID = 24  # sites of one picture; the page shows all
 
 
-def check_installed() -> None:
-    """
-    Raises:
-        RMTKDError: matplotlib (the extra `report`) is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise RMTKDError('Figures need matplotlib: pip install "optimum-rmtkd[report]".') from error
-
-
 def _figure(width: float, height: float) -> Figure:
-    check_installed()
+    check_matplotlib()
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import check_matplotlib
 from ..files import write_text
 from ..spectra import SignalSubspace
 from .budget import BudgetPoint
@@ -153,9 +154,7 @@ class SpectralReport:
         Raises:
             RMTKDError: matplotlib (the extra `report`) is not installed.
         """
-        from ..hub.plots import check_installed  # upwards, on demand, as above
-
-        check_installed()
+        check_matplotlib()
         import matplotlib
 
         matplotlib.use("Agg")
