@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -108,13 +109,15 @@ def test_image_task(tmp_path):
     assert 0 <= evaluate(task, task.model) <= 1
 
 
-def refused(model, table, match, **more):
-    with pytest.raises(RMTKDError, match=match):
+def refusal(model, table, **more) -> str:
+    """What `load_task` says."""
+    with pytest.raises(RMTKDError) as caught:
         load_task(str(model), text_data(table, table, **more))
+    return str(caught.value)
 
 
 def test_model_that_is_not_there(tmp_path, table):
-    refused(tmp_path / "nowhere", table, "Cannot load model")
+    assert re.search("Cannot load model", refusal(tmp_path / "nowhere", table))
 
 
 def test_model_without_a_head(tmp_path, table):
@@ -123,7 +126,7 @@ def test_model_without_a_head(tmp_path, table):
     BertModel(BertConfig(vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(
         tmp_path / "bert"
     )
-    refused(tmp_path / "bert", table, "BertModel.*Fine-tune")
+    assert re.search("BertModel.*Fine-tune", refusal(tmp_path / "bert", table))
 
 
 def test_model_without_tokenizer(bert, tmp_path, table):
@@ -131,18 +134,18 @@ def test_model_without_tokenizer(bert, tmp_path, table):
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(bert / name, folder / name)
-    refused(folder, table, "no tokenizer")
+    assert re.search("no tokenizer", refusal(folder, table))
 
 
 def test_model_without_weights(bert, tmp_path, table):
     shutil.copytree(bert, tmp_path / "bert")
     (tmp_path / "bert" / "model.safetensors").unlink()
-    refused(tmp_path / "bert", table, "Cannot load the weights")
+    assert re.search("Cannot load the weights", refusal(tmp_path / "bert", table))
 
 
 def test_tokenizer_of_another_model(tmp_path, table):
     folder = save_bert(tmp_path / "bert", vocabulary=len(WORDS) - 10)
-    refused(folder, table, r"gives token \d+, its embedding table has 28 rows")
+    assert re.search(r"gives token \d+, its embedding table has 28 rows", refusal(folder, table))
 
 
 def test_rows_without_text(bert, tmp_path):
@@ -150,12 +153,12 @@ def test_rows_without_text(bert, tmp_path):
     path.write_text(
         "\n".join(json.dumps(row) for row in [{"sentence": "the film", "label": 0}, {"sentence": None, "label": 1}])
     )
-    refused(bert, path, "Column 'sentence' holds None")
+    assert re.search("Column 'sentence' holds None", refusal(bert, path))
 
 
 def test_labels_the_model_does_not_have(bert, tmp_path):
     path = write_csv(tmp_path / "rows.csv", [row | {"label": i % 3} for i, row in enumerate(sentence_rows(9))])
-    refused(bert, path, "the model has 2 classes")
+    assert re.search("the model has 2 classes", refusal(bert, path))
 
 
 def test_validation_data_with_other_columns(bert, table, tmp_path):
