@@ -14,8 +14,15 @@ from transformers import PreTrainedModel
 
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
-from ..modeling_rmtkd import reduced_class
-from ..models import count_parameters, model_inputs, provenance_of, uncut_parameters
+from ..models import (
+    carry_over,
+    check_behaviour,
+    check_structure,
+    count_parameters,
+    model_inputs,
+    provenance_of,
+    uncut_parameters,
+)
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from ..spectra.edges import find_estimator
 from .budget import (
@@ -45,6 +52,7 @@ from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
 from .sites import Anatomy, Point, Site, Unit, linear_layers, select_sites
+from .tracing import with_traced_reads
 
 
 __all__ = ["Surgeon", "anatomy_of", "check_recipe"]
@@ -63,10 +71,12 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
     """Refuse what cannot work before anything is computed.
 
     Raises:
-        UnsupportedArchitectureError, RMTKDError: no family; an unknown site or edge estimator.
+        UnsupportedArchitectureError, RMTKDError: a model that its class and config do not describe
+            (`models.check_structure`); no family; an unknown site or edge estimator.
         CalibrationError: weights that are not finite; names the first tensor.
         BudgetError: a model that is already as small as asked for.
     """
+    check_structure(model)
     select_sites(anatomy_of(model, config), config.sites)
     find_estimator(config.edge_estimator)
     broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
@@ -99,9 +109,7 @@ class Surgeon:
         progress: bool = True,
         thorough: bool = False,
     ):
-        if not isinstance(model, PreTrainedModel):
-            raise RMTKDError(f"Expected a transformers PreTrainedModel, got {type(model).__name__}.")
-        _check_reloadable(model)
+        check_structure(model)
         self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
@@ -110,7 +118,10 @@ class Surgeon:
             self.batches = collect_batches(dataloader, share_of(config.calibration_samples, accelerator), model.device)
             _check_tokens(model, self.batches)
             self.batches = [with_decoder_inputs(model, batch) for batch in self.batches]
+            check_behaviour(model, model_inputs(self.batches[0]))
             self.teacher = fold_norms(model, self.anatomy)
+            if any(site.kind == "hidden" for site in self.sites):
+                self.anatomy = with_traced_reads(self.teacher, self.anatomy, model_inputs(self.batches[0]))
             points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
             self.calibration = Calibration(
                 sorted(points, key=str), self._gradient_points(), config, null_moments=thorough
@@ -284,7 +295,7 @@ class Surgeon:
         self._try_out(student)
         if self.config.refit and self.config.form == "absorbed":
             refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
-        return student, self._stream_projection(cuts)
+        return carry_over(self.source, student), self._stream_projection(cuts)
 
     def _try_out(self, student: PreTrainedModel) -> None:
         """A head that reads the stream but is not declared shows at its first forward pass."""
@@ -334,17 +345,6 @@ def _check_tokens(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
             "rows: the data was made with the tokenizer of another model. Tokenize it with the one the model was "
             "trained with."
         )
-
-
-def _check_reloadable(model: PreTrainedModel) -> None:
-    """Before anything is paid for: the narrow class is generated from the one of transformers that has this name."""
-    try:
-        reduced_class(type(model))
-    except AttributeError as error:
-        raise UnsupportedArchitectureError(
-            f"{type(model).__name__} is no class of transformers, so that no checkpoint of it narrowed could be "
-            "reloaded. Load the weights into the transformers class it derives from, or contribute the class."
-        ) from error
 
 
 def _group_means(values: torch.Tensor, site: Site) -> torch.Tensor:

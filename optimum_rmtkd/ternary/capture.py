@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import CalibrationError, UnsupportedArchitectureError
-from ..models import model_inputs
+from ..models import check_behaviour, model_inputs
 from .config import TernaryConfig
 
 
@@ -76,6 +76,8 @@ def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: Te
             if not isinstance(batch, Mapping):
                 raise CalibrationError(f"A batch is a {type(batch).__name__}; expected a mapping of model inputs.")
             tensors = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            if not rows:
+                check_behaviour(model, model_inputs(tensors))
             calls.clear()
             model(**model_inputs(tensors))
             if not calls:

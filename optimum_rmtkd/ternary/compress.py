@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from .. import modeling_rmtkd
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
-from ..modeling_rmtkd import PREFIX, VERSION, TernaryMLP
-from ..models import provenance_of, rebuilt, uncut_parameters
+from ..modeling_rmtkd import VERSION, TernaryMLP
+from ..models import carry_over, check_structure, provenance_of, rebuilt, uncut_parameters
 from .build import as_model, build_network
 from .capture import capture_module, find_part
 from .config import TernaryConfig
@@ -90,17 +89,13 @@ def compress_head(
         (the copy, in eval mode; what was done)
 
     Raises:
-        UnsupportedArchitectureError: no such module (the message lists candidates), or one that shares weights with
-            another.
+        UnsupportedArchitectureError: a model that its class and config do not describe, no such module (the message
+            lists candidates), or one that shares weights with another.
         CalibrationError: no data; a part that is not called, or does more than map the last dimension.
         MatchingError: no step function matches the activation.
     """
     config = config or TernaryConfig()
-    if not hasattr(modeling_rmtkd, PREFIX + type(model).__name__.removeprefix(PREFIX)):
-        raise UnsupportedArchitectureError(
-            f"{type(model).__name__} is no class that transformers exports: the copy could not be reloaded. Pass a "
-            "stock model."
-        )
+    check_structure(model)
     get_activation(config.activation)  # what cannot work is refused before the first forward pass
     _refuse_tied(model, module_name)
     seen = capture_module(model, module_name, dataloader, config)
@@ -212,4 +207,4 @@ def _with_part(
     parent, _, leaf = name.rpartition(".")
     setattr(student.get_submodule(parent), leaf, mlp.to(device=model.device, dtype=model.dtype))
     student.tie_weights()
-    return student.eval()
+    return carry_over(model, student).eval()

@@ -11,6 +11,7 @@ import torch
 from ..distillation import CachedTeacher, TaskLoss
 from ..distillation.cached import COLUMNS
 from ..errors import RMTKDError, UnsupportedArchitectureError
+from ..models import check_structure
 
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ def check_setting(trainer: RMTKDTrainer) -> None:
 
     Raises:
         RMTKDError: sharded parameters, several devices in one process, a recipe that needs an eval_dataset.
-        UnsupportedArchitectureError: no family is known for a model that is to be cut.
+        UnsupportedArchitectureError: no family is known for a model that is to be cut, or its class and config do not
+            describe it.
     """
     from .. import surgery
 
@@ -47,6 +49,7 @@ def check_setting(trainer: RMTKDTrainer) -> None:
             f"{type(model).__name__} is no transformers PreTrainedModel; expected one with a config."
         )
     if recipe.schedule != "none":
+        check_structure(model)
         surgery.anatomy_of(model, recipe)
     half = {p.dtype for p in model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
     if half:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
-from ..models import is_narrowed
+from ..models import carry_over, is_narrowed, match_precision, widest_dtype
 from ..reparameterization import core_parameters
 from .data import isolated_rng
 
@@ -44,22 +44,20 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def become(model: nn.Module, other: nn.Module) -> set[str]:
     """Turn `model` into `other`, keeping the object. `other` must not be used afterwards: both share their inside.
 
-    Frozen parameters stay frozen by name (a factor that replaces one: by its nearest relatives), the training mode and
+    What the instance has beyond its class and config is carried over (`models.carry_over`), the training mode and
     hooks on the model itself are kept; whatever accelerate hung on it is gone with the old inside.
 
     Returns:
         Names of the parameters that the cut left as they were: same name, shape and values.
     """
     old = dict(model.named_parameters())
-    same = set()
-    for name, parameter in other.named_parameters():
-        before = old.get(name)
-        if before is None:
-            parameter.requires_grad_(not _relatives_frozen(name, old))
-            continue
-        parameter.requires_grad_(before.requires_grad)
-        if before.shape == parameter.shape and torch.equal(before.detach(), parameter.detach().to(before)):
-            same.add(name)
+    same = {
+        name
+        for name, parameter in carry_over(model, other).named_parameters()
+        if name in old
+        and old[name].shape == parameter.shape
+        and torch.equal(old[name].detach(), parameter.detach().to(old[name]))
+    }
     training = model.training
     hooks = {name: model.__dict__[name] for name in _HOOKS if model.__dict__.get(name)}
     model.__dict__.clear()
@@ -67,15 +65,6 @@ def become(model: nn.Module, other: nn.Module) -> set[str]:
     model.__class__ = other.__class__
     model.train(training)
     return same
-
-
-def _relatives_frozen(name: str, old: dict[str, nn.Parameter]) -> bool:
-    """Were all parameters of the nearest enclosing module that existed before frozen?"""
-    while "." in name:
-        name = name.rpartition(".")[0]
-        if family := [parameter for other, parameter in old.items() if other.startswith(name + ".")]:
-            return not any(parameter.requires_grad for parameter in family)
-    return False
 
 
 def install(trainer: RMTKDTrainer, replacement: nn.Module, prepare: bool = True) -> None:
@@ -208,8 +197,7 @@ def skeleton(template: PreTrainedModel, config: dict[str, Any]) -> PreTrainedMod
     built.use_cache = getattr(template.config, "use_cache", None)
     with isolated_rng(0):
         fresh = cls(built)
-    place = next(template.parameters())
-    return fresh.to(device=place.device, dtype=place.dtype)
+    return match_precision(fresh.to(device=template.device), template)
 
 
 def enable_checkpointing(model: PreTrainedModel, args: Any) -> None:
@@ -252,7 +240,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
         SpecMismatchError: the same for a narrowed model, or a tensor of another shape.
     """
     saved, found = type(model).from_pretrained(
-        folder, config=model.config, dtype=model.dtype, output_loading_info=True
+        folder, config=model.config, dtype=widest_dtype(model), output_loading_info=True
     )
     if found["missing_keys"]:
         raise RMTKDError(

@@ -1,0 +1,58 @@
+"""What several rooms ask of a model: its inputs, its size, its origin, and a new one of another architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..modeling_rmtkd import TYPE_PREFIX
+from .behaviour import check_behaviour, nearly_equal
+from .identity import check_structure
+from .rebuilding import carry_over, match_precision, rebuilt, twin_of, widest_dtype
+
+
+__all__ = [
+    "carry_over",
+    "check_behaviour",
+    "check_structure",
+    "count_parameters",
+    "is_narrowed",
+    "match_precision",
+    "model_inputs",
+    "nearly_equal",
+    "provenance_of",
+    "rebuilt",
+    "twin_of",
+    "uncut_parameters",
+    "widest_dtype",
+]
+
+LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
+
+
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch without labels: observing a model never needs them."""
+    return {k: v for k, v in batch.items() if k not in LABELS}
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters of a model, tied ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def is_narrowed(model_type: str | None) -> bool:
+    """Whether this `model_type` of a config is that of a narrowed model."""
+    return str(model_type).startswith(TYPE_PREFIX)
+
+
+def provenance_of(model: nn.Module) -> dict[str, Any]:
+    """Where a narrowed model comes from: base_model, parameters_before, rounds; empty for one that was never cut."""
+    return (getattr(model.config, "rmtkd", None) or {}).get("provenance", {})
+
+
+def uncut_parameters(model: nn.Module) -> int:
+    """Parameters before the first cut, which every `target_reduction` counts from; those of now where it is uncut."""
+    return max(int(provenance_of(model).get("parameters_before") or 0), count_parameters(model))

@@ -1,0 +1,174 @@
+"""Does a model compute what its class and config describe? Its outputs on one batch, beside those of a stock twin."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedArchitectureError
+from .differences import ON_THE_RESULT, differences, field_that_says_so
+from .rebuilding import blank, is_plain, is_users_hook, is_wrapped, sharing_tensors, with_computed_buffers
+
+
+__all__ = ["check_behaviour", "nearly_equal"]
+
+SAMPLED = 4096  # values of each output that are compared, evenly spaced
+
+
+def check_behaviour(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
+    """Run `inputs` (a batch without labels) through the model and through its twin, and compare the outputs of every
+    module, up to rounding.
+
+    Raises:
+        UnsupportedArchitectureError: they differ; names the first module that computes something else, and what of it
+            differs from what class and config describe.
+    """
+    stock = with_computed_buffers(model)
+    _check_buffers(model, stock)
+    twin = sharing_tensors(stock, model)
+    with evaluating(model), stock_forward(model):
+        ours = _outputs(model, inputs)
+    theirs = _outputs(twin, inputs)
+    for path in theirs:
+        if path not in ours or not _close(ours[path], theirs[path]):
+            raise _computes_something_else(model, twin, path)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; afterwards every module is in the mode that it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextlib.contextmanager
+def stock_forward(model: nn.Module) -> Iterator[None]:
+    """Without the wrapper (autocast) that accelerate puts around the forward of a prepared model."""
+    wrapper = vars(model).pop("forward", None) if is_wrapped(model) else None
+    try:
+        yield
+    finally:
+        if wrapper is not None:
+            model.forward = wrapper
+
+
+def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
+    """{path: values of what the module returned at its first call}, in the order in which modules return: parts
+    before the whole."""
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def keep(path: str, output: Any) -> None:
+        if path not in seen:
+            seen[path] = _values(output)
+
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output, path=path: keep(path, output))
+        for path, module in model.named_modules()
+    ]
+    devices = [model.device] if model.device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            torch.manual_seed(0)
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _values(output: Any) -> list[torch.Tensor]:
+    """At most SAMPLED evenly spaced values of each tensor in an output, on the CPU."""
+    if isinstance(output, torch.Tensor):
+        flat = output.detach().reshape(-1)
+        return [flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu()]
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    return [value for item in output for value in _values(item)] if isinstance(output, (tuple, list)) else []
+
+
+def _close(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    return len(ours) == len(theirs) and all(nearly_equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def nearly_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Two tensors of one shape, equal up to rounding: within the square root of the coarser machine epsilon of what is
+    expected, in the mean square. NaN equals NaN."""
+    if found.shape != expected.shape:
+        return False
+    if not (found.is_floating_point() and expected.is_floating_point()):
+        return torch.equal(found, expected)
+    epsilon = max(torch.finfo(found.dtype).eps, torch.finfo(expected.dtype).eps)
+    a, b = (torch.nan_to_num(x.double(), nan=1.0, posinf=2.0, neginf=-2.0) for x in (found, expected))
+    return bool((a - b).norm() <= epsilon**0.5 * b.norm().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _check_buffers(model: nn.Module, stock: nn.Module) -> None:
+    """What a class computes from its config and does not save must still be that."""
+    theirs = dict(stock.named_modules())
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            computed = theirs[path]._buffers.get(name) if path in theirs else None
+            held = module._buffers.get(name)
+            if computed is None or held is None or computed.is_meta:
+                continue
+            if not _close(_values(held), _values(computed.to(held.dtype))):
+                raise UnsupportedArchitectureError(
+                    f"Buffer {path}.{name} of {type(model).__name__} holds other values than its class computes from "
+                    f"the config; it is not saved, so that a narrow model would lose them. Put the change into the "
+                    f"config, or {ON_THE_RESULT}."
+                )
+
+
+def _computes_something_else(model: PreTrainedModel, twin: nn.Module, path: str) -> UnsupportedArchitectureError:
+    ours, theirs = dict(model.named_modules()), dict(twin.named_modules())
+    odd = {at: _oddities(ours[at], theirs[at], at) for at in theirs if at in ours}
+    reasons = [text for at in _around(path) for text in odd.get(at, ())] or [
+        t for texts in odd.values() for t in texts
+    ]
+    field = field_that_says_so(model, differences(model, blank(model), activations=True))
+    cure = (
+        f"Say so in the config: model.config.{field}."
+        if field
+        else f"Put the change into the config if it has a field for it; else {ON_THE_RESULT}."
+    )
+    return UnsupportedArchitectureError(
+        f"{type(model).__name__} computes something else than its class and config describe, from which a narrow "
+        f"model is rebuilt: the first module whose output differs is {path or 'the model itself'} "
+        f"({type(ours.get(path)).__name__}). {'; '.join(reasons[:3]) or 'None of its attributes tells why'}. {cure}"
+    )
+
+
+def _around(path: str) -> list[str]:
+    """The module and those it lies in."""
+    parts = path.split(".") if path else []
+    return [".".join(parts[:n]) for n in range(len(parts), -1, -1)]
+
+
+def _oddities(module: nn.Module, stock: nn.Module, path: str) -> list[str]:
+    """What of one module is not as its class makes it."""
+    where, found = path or "the model itself", []
+    if type(module) is not type(stock):
+        found.append(f"{where} is a {type(module).__name__}, the class builds a {type(stock).__name__}")
+    patch = vars(module).get("forward")
+    if isinstance(patch, types.MethodType) and not is_wrapped(module):
+        found.append(f"{where} has a forward of its own ({patch.__func__.__qualname__})")
+    hooks = [h for store in (module._forward_hooks, module._forward_pre_hooks) for h in store.values()]
+    if named := [getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks if is_users_hook(hook)]:
+        found.append(f"{where} has hooks ({', '.join(named)})")
+    for name, value in vars(stock).items():
+        given = vars(module).get(name, value)
+        told = (is_plain(value) and is_plain(given)) or callable(value)
+        if told and given != value and name != "training":
+            found.append(f"{where} has {name}={given!r}, class and config {value!r}")
+    return found

@@ -1,0 +1,258 @@
+"""A model made anew: as its class and config describe it, or narrower; and what an instance has beyond them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..modeling_rmtkd import reduced_class
+
+
+__all__ = [
+    "blank",
+    "carry_over",
+    "match_precision",
+    "rebuilt",
+    "sharing_tensors",
+    "twin_of",
+    "widest_dtype",
+    "with_computed_buffers",
+]
+
+logger = logging.getLogger(__name__)
+
+# What accelerate and transformers keep on an instance that is in use: it belongs to this instance, not to the model.
+RUNTIME = frozenset(
+    (
+        *vars(nn.Module()),
+        "config",
+        "generation_config",
+        "forward",
+        "hf_device_map",
+        "name_or_path",
+        "warnings_issued",
+        "all_tied_weights_keys",
+        "_tied_weights_keys",
+        "_original_forward",
+        "_old_forward",
+        "_hf_hook",
+        "_is_accelerate_prepared",
+        "_is_hf_initialized",
+        "_output_capturing_hooks_installed",
+        "_compiled_call_impl",
+    )
+)
+HOOKS = (
+    ("_forward_pre_hooks", "register_forward_pre_hook", "_forward_pre_hooks_with_kwargs"),
+    ("_forward_hooks", "register_forward_hook", "_forward_hooks_with_kwargs"),
+    ("_backward_pre_hooks", "register_full_backward_pre_hook", None),
+    ("_backward_hooks", "register_full_backward_hook", None),
+)
+RETURNING = ("transformers.utils.output_capturing", "accelerate.")  # whose hooks come back by themselves
+
+
+def blank(model: PreTrainedModel, config: Any = None) -> PreTrainedModel:
+    """What the class of `model` builds from its config (or from `config`), in eval mode, without memory: every tensor
+    is on the meta device, tied ones are tied."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config if config is None else config)).eval()
+
+
+def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
+    """As `blank`, but the buffers hold what the class computes from the config. Parameters that it ties by assignment
+    may be apart."""
+    with torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        return type(model)(copy.deepcopy(model.config)).eval()
+
+
+def sharing_tensors(stock: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
+    """`stock`, in place, with the memory of the parameters and buffers of `model`, and its ties; they must not be
+    changed in place. The two have the same modules (`identity.check_structure`)."""
+    parameters = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
+    ours = dict(model.named_modules())
+    for path, module in stock.named_modules():
+        for name in module._parameters:
+            if (tensor := ours[path]._parameters[name]) is not None:
+                module._parameters[name] = parameters[id(tensor)]
+        for name in module._buffers:
+            module._buffers[name] = ours[path]._buffers[name]
+    return stock
+
+
+def twin_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The stock model with the tensors of `model`: a new object in eval mode, without hooks, patches and attributes of
+    the user's. See `sharing_tensors`."""
+    return sharing_tensors(blank(model), model)
+
+
+def widest_dtype(model: nn.Module) -> torch.dtype:
+    """The floating dtype that holds the values of all parameters of a model."""
+    return functools.reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
+
+
+def match_precision(model: nn.Module, reference: nn.Module) -> nn.Module:
+    """`model` with the dtypes that `reference` has, in place: tensor by tensor where both have it, else that of the
+    nearest relative (the other tensors of the smallest module around it)."""
+    known = {name: t for name, t in _tensors(reference) if t.is_floating_point()}
+    for name, tensor in _tensors(model):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(_nearest(name, known))
+    return model
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _nearest(name: str, known: Mapping[str, torch.Tensor]) -> torch.dtype:
+    if name in known:
+        return known[name].dtype
+    family = _relatives(name, known)
+    return family[0].dtype if family else next(iter(known.values())).dtype
+
+
+def _relatives(name: str, known: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of the smallest module around `name` of which `known` has any."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if family := [tensor for other, tensor in known.items() if other.startswith(name + ".")]:
+            return family
+    return []
+
+
+def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A new model of the architecture that `rmtkd` (spec and all) describes, in eval mode, in the dtypes and on the
+    device of `model`; tensors of the same name and shape are copied, the others are as initialised.
+
+    What `model` is beyond its class and config comes along with `carry_over`.
+
+    Args:
+        fields: fields of the config that change.
+    """
+    model_class = reduced_class(type(model))
+    values = model.config.to_dict()
+    for name in ("model_type", "transformers_version", "architectures", "auto_map"):
+        values.pop(name, None)
+    config = model_class.config_class(**values)
+    for name, value in (fields or {}).items():
+        setattr(config, name, value)
+    config.rmtkd = rmtkd
+    config._attn_implementation = model.config._attn_implementation
+    student = match_precision(model_class(config).to(device=model.device), model).eval()
+    old, new = model.state_dict(), student.state_dict()
+    with torch.no_grad():
+        for name, tensor in new.items():
+            if name in old and old[name].shape == tensor.shape:
+                tensor.copy_(old[name])
+    return student
+
+
+def carry_over(old: PreTrainedModel, new: PreTrainedModel) -> PreTrainedModel:
+    """`new`, in place, with what the instance `old` has beyond its class and config and beyond its weights.
+
+    Carried are, module by module at the same path: `requires_grad`; attributes that the class does not set, or sets
+    otherwise (dropout rates, a loss function, tags); methods bound to the instance, bound anew; modules without
+    parameters; buffers of the user's; forward and backward hooks; and the generation config.
+    """
+    stock = blank(old)
+    twins, students = dict(stock.named_modules()), dict(new.named_modules())
+    _carry_frozen(old, new)
+    if getattr(old, "generation_config", None) is not None:
+        new.generation_config = copy.deepcopy(old.generation_config)
+    for path, module in old.named_modules():
+        if path not in twins or path not in students:
+            continue
+        _carry_modules(module, twins[path], students[path])
+        _carry_buffers(module, twins[path], students[path])
+        _carry_attributes(module, twins[path], students[path])
+        _carry_hooks(module, students[path])
+    if hooked := [name for name, parameter in old.named_parameters() if parameter._backward_hooks]:
+        logger.warning(
+            "%d parameter(s) have hooks of their own, the first is %s: they do not follow into the new model, whose "
+            "tensors are others. Register them again.",
+            len(hooked),
+            hooked[0],
+        )
+    return new
+
+
+def _carry_frozen(old: nn.Module, new: nn.Module) -> None:
+    """Frozen parameters stay frozen by name; a new one (a factor in place of a layer) where its relatives all are."""
+    known = dict(old.named_parameters())
+    for name, parameter in new.named_parameters():
+        if name in known:
+            parameter.requires_grad_(known[name].requires_grad)
+        elif family := _relatives(name, known):
+            parameter.requires_grad_(any(other.requires_grad for other in family))
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Without a tensor of its own or beneath it: an activation, a dropout, a criterion."""
+    return next(module.parameters(), None) is None and next(module.buffers(), None) is None
+
+
+def _carry_modules(module: nn.Module, stock: nn.Module, new: nn.Module) -> None:
+    for name, child in module.named_children():
+        other = stock._modules.get(name)
+        if is_bare(child) and (other is None or (is_bare(other) and type(child) is not type(other))):
+            setattr(new, name, copy.deepcopy(child))
+
+
+def _carry_buffers(module: nn.Module, stock: nn.Module, new: nn.Module) -> None:
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in stock._buffers and name not in new._buffers:
+            new.register_buffer(name, buffer.detach().clone(), name not in module._non_persistent_buffers_set)
+
+
+def _carry_attributes(module: nn.Module, stock: nn.Module, new: nn.Module) -> None:
+    theirs = vars(stock)
+    for name, value in vars(module).items():
+        if name in RUNTIME and not (name == "forward" and _own_method(module, value)):
+            continue
+        if name not in theirs or (is_plain(value) and is_plain(theirs[name]) and value != theirs[name]):
+            if isinstance(value, types.MethodType) and value.__self__ is module:
+                value = types.MethodType(value.__func__, new)
+            new.__dict__[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+
+
+def _own_method(module: nn.Module, value: Any) -> bool:
+    """A forward that a user bound to this instance; what accelerate wraps it in comes and goes with `prepare`."""
+    return isinstance(value, types.MethodType) and value.__self__ is module and not is_wrapped(module)
+
+
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether accelerate has wrapped the forward of this module (autocast, or hooks of a device map)."""
+    return "_original_forward" in vars(module) or "_hf_hook" in vars(module)
+
+
+def is_plain(value: Any) -> bool:
+    """A value that says all of itself: numbers, words, and tuples of them."""
+    return (
+        value is None
+        or isinstance(value, (bool, int, float, str, torch.dtype))
+        or (isinstance(value, (tuple, list)) and all(map(is_plain, value)))
+    )
+
+
+def _carry_hooks(module: nn.Module, new: nn.Module) -> None:
+    for store, register, with_kwargs in HOOKS:
+        takes_kwargs = getattr(module, with_kwargs) if with_kwargs else {}
+        for number, hook in getattr(module, store).items():
+            if is_users_hook(hook) and hook not in getattr(new, store).values():
+                options = {"with_kwargs": True} if number in takes_kwargs else {}
+                getattr(new, register)(hook, **options)
+
+
+def is_users_hook(hook: Any) -> bool:
+    """Whether a hook was put there on purpose, and not by a library that puts it back where it needs it."""
+    return not f"{getattr(hook, '__module__', None) or type(hook).__module__}.".startswith(RETURNING)
