@@ -34,7 +34,10 @@ def check_behaviour(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     twin = sharing_tensors(stock, model)
     with evaluating(model), stock_forward(model):
         ours = _outputs(model, inputs)
-    theirs = _outputs(twin, inputs)
+    try:
+        theirs = _outputs(twin, inputs)
+    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise _computes_something_else(model, twin, "", f"its class alone cannot run the batch: {error}") from error
     for path in theirs:
         if path not in ours or not _close(ours[path], theirs[path]):
             raise _computes_something_else(model, twin, path)
@@ -130,7 +133,9 @@ def _check_buffers(model: nn.Module, stock: nn.Module) -> None:
                 )
 
 
-def _computes_something_else(model: PreTrainedModel, twin: nn.Module, path: str) -> UnsupportedArchitectureError:
+def _computes_something_else(
+    model: PreTrainedModel, twin: nn.Module, path: str, how: str | None = None
+) -> UnsupportedArchitectureError:
     ours, theirs = dict(model.named_modules()), dict(twin.named_modules())
     odd = {at: _oddities(ours[at], theirs[at], at) for at in theirs if at in ours}
     reasons = [text for at in _around(path) for text in odd.get(at, ())] or [
@@ -142,10 +147,12 @@ def _computes_something_else(model: PreTrainedModel, twin: nn.Module, path: str)
         if field
         else f"Put the change into the config if it has a field for it; else {ON_THE_RESULT}."
     )
+    how = how or (
+        f"the first module whose output differs is {path or 'the model itself'} ({type(ours.get(path)).__name__})"
+    )
     return UnsupportedArchitectureError(
         f"{type(model).__name__} computes something else than its class and config describe, from which a narrow "
-        f"model is rebuilt: the first module whose output differs is {path or 'the model itself'} "
-        f"({type(ours.get(path)).__name__}). {'; '.join(reasons[:3]) or 'None of its attributes tells why'}. {cure}"
+        f"model is rebuilt: {how}. {'; '.join(reasons[:3]) or 'None of its attributes tells why'}. {cure}"
     )
 
 

@@ -19,12 +19,12 @@ __all__ = ["ON_THE_RESULT", "Difference", "differences", "field_that_says_so", "
 
 # Plain attributes that decide what a module computes. Others are carried over where the outputs are equal.
 MEANING = frozenset(
-    "eps variance_epsilon scaling scale softmax_scale num_labels num_heads num_attention_heads n_heads n_head "
+    "eps variance_epsilon scaling scale softmax_scale num_heads num_attention_heads n_heads n_head "
     "num_key_value_heads num_key_value_groups head_dim attention_head_size all_head_size is_causal is_decoder "
     "padding_idx max_norm norm_type scale_grad_by_freq negative_slope approximate kernel_size stride padding dilation "
     "groups padding_mode momentum track_running_stats sliding_window logit_scale".split()
 )
-ON_THE_RESULT = "narrow the stock model and put the change on the result"
+ON_THE_RESULT = "narrow the stock model, and put the change on the result"
 
 
 @dataclass(frozen=True)

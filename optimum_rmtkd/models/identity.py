@@ -84,7 +84,7 @@ def _check_class(cls: type) -> None:
     )
     raise UnsupportedArchitectureError(
         f"{why}, from which a narrowed checkpoint would be rebuilt: what it does differently would be lost. Load the "
-        f"weights into transformers.{parent}, which it derives from, and {ON_THE_RESULT}; or contribute the class."
+        f"weights into transformers.{parent}, which it derives from: {ON_THE_RESULT}; or contribute the class."
     )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ..errors import RMTKDError
 from ..modeling_rmtkd import VERSION, TernaryMLP
-from ..models import rebuilt, twin_of
+from ..models import rebuilt
 from .bases import Projection
 from .budget import site_widths
 from .directions import dense_table, dense_weight
@@ -39,15 +39,14 @@ class Cuts:
 
 
 def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
-    """The stock twin of a model, of a pre-norm one with a stream that can be rotated: same outputs, other weights.
+    """A copy of a pre-norm model whose stream can be rotated: same outputs, other weights.
 
     Scales of layer norms go into the layers that read them, shifts too where those have a bias, and the mean over
     features is subtracted by whatever writes the stream (Ashkboos et al. 2024, SliceGPT, section 3.2, for layer norm).
     The last norm of a model without a head keeps its own, for what it gives is the model's output: there a rotation is
     not exact.
-    The twin of a post-norm model shares its tensors, which nothing may change in place.
+    Post-norm models are given back as they are.
     """
-    model = twin_of(model)
     if not anatomy.pre_norm:
         return model
     model = copy.deepcopy(model)

@@ -21,6 +21,7 @@ from ..models import (
     count_parameters,
     model_inputs,
     provenance_of,
+    twin_of,
     uncut_parameters,
 )
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
@@ -119,9 +120,11 @@ class Surgeon:
             _check_tokens(model, self.batches)
             self.batches = [with_decoder_inputs(model, batch) for batch in self.batches]
             check_behaviour(model, model_inputs(self.batches[0]))
-            self.teacher = fold_norms(model, self.anatomy)
+            twin = twin_of(model)
             if any(site.kind == "hidden" for site in self.sites):
-                self.anatomy = with_traced_reads(self.teacher, self.anatomy, model_inputs(self.batches[0]))
+                self.anatomy = with_traced_reads(twin, self.anatomy, model_inputs(self.batches[0]))
+                self.sites = select_sites(self.anatomy, wanted)
+            self.teacher = fold_norms(twin, self.anatomy)
             points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
             self.calibration = Calibration(
                 sorted(points, key=str), self._gradient_points(), config, null_moments=thorough

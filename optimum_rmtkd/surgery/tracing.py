@@ -21,7 +21,7 @@ from torch import nn
 from ..errors import UnsupportedArchitectureError
 from ..modeling_rmtkd import resolve_path
 from ..models import nearly_equal
-from .sites import Anatomy, Unit, get_module, is_layer, linear_layers
+from .sites import Anatomy, Point, Unit, get_module, is_layer, linear_layers
 
 
 __all__ = ["with_traced_reads"]
@@ -98,8 +98,13 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, inputs: Mapping
     for name, value in turned_outputs.items():
         if not nearly_equal(value, outputs[name]) and not _turns_with(source, value, outputs[name]):
             raise _refused(model, f"its output {name!r} depends on it without a linear layer that reads it")
+    if not found:
+        return anatomy
+    site = anatomy.sites[source.site]
+    if site.kind == "pooled":  # its features are chosen behind the activation, where they are read
+        site = dataclasses.replace(site, points=(Point(found[0], "input"),))
     units = tuple(Unit(path, source.site) for path in found)
-    return dataclasses.replace(anatomy, units=anatomy.units + units) if units else anatomy
+    return dataclasses.replace(anatomy, units=anatomy.units + units, sites={**anatomy.sites, source.site: site})
 
 
 def _refused(model: nn.Module, how: str) -> UnsupportedArchitectureError:

@@ -1,0 +1,240 @@
+"""What an instance has beyond its class and config is there again after a cut."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+import transformers as tf
+from torch import nn
+
+from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments, narrow
+from optimum_rmtkd.models import match_precision, twin_of, widest_dtype
+
+from ..surgery import zoo
+
+
+RECIPE = RMTKDConfig(target_reduction=0.5, round_to=4, min_width=4, calibration_samples=16)
+
+
+def small(model, name="bert"):
+    return narrow(model, zoo.batches(name, count=2), RECIPE, progress=False)
+
+
+def trained(model, folder, resume=None, **options):
+    """The same object, cut inside a Trainer."""
+    rows = [{k: v[0] for k, v in b.items()} | {"labels": i % 3} for i, b in enumerate(zoo.batches("bert", 12, 1))]
+    args = RMTKDTrainingArguments(
+        str(folder), **{"max_steps": 2, "report_to": [], "use_cpu": True, "save_strategy": "no"} | options
+    )
+    RMTKDTrainer(model=model, args=args, rmtkd_config=RECIPE, train_dataset=rows).train(resume_from_checkpoint=resume)
+    return model
+
+
+@pytest.fixture
+def bert():
+    return zoo.make("bert", "ForSequenceClassification")
+
+
+@pytest.fixture(params=["narrow", "train"])
+def cut(request, tmp_path):
+    """Both ways to a narrow model."""
+    return small if request.param == "narrow" else lambda model: trained(model, tmp_path)
+
+
+def test_the_twin_shares_the_memory_of_the_model(bert):
+    twin = twin_of(bert)
+    assert twin is not bert and type(twin) is type(bert)
+    for (name, ours), (other, theirs) in zip(bert.named_parameters(), twin.named_parameters(), strict=True):
+        assert name == other and ours is not theirs and ours.data_ptr() == theirs.data_ptr()
+
+
+@pytest.mark.parametrize("name, task", [("bert", "ForMaskedLM"), ("electra", "ForMaskedLM"), ("deit", "Model")])
+def test_the_twin_computes_the_same(name, task):
+    model = zoo.make(name, task)
+    assert zoo.same(twin_of(model), model, zoo.batches(name, 1)[0])
+
+
+def test_the_twin_has_none_of_the_users_things(bert):
+    bert.note, bert.forward = "mine", types.MethodType(lambda self, *a, **k: 1 / 0, bert)
+    twin = twin_of(bert)
+    assert not hasattr(twin, "note")
+    twin(**zoo.batches("bert", 1)[0])
+
+
+def test_frozen_parameters_stay_frozen(bert, cut):
+    bert.bert.embeddings.requires_grad_(False)
+    bert.bert.encoder.layer[0].requires_grad_(False)
+    bert.bert.pooler.dense.bias.requires_grad_(False)
+    found = cut(bert)
+    for name, parameter in found.named_parameters():
+        frozen = name.startswith(("bert.embeddings", "bert.encoder.layer.0.")) or name == "bert.pooler.dense.bias"
+        assert parameter.requires_grad is not frozen, name
+
+
+def test_factors_of_a_frozen_layer_are_frozen(bert):
+    bert.bert.encoder.layer[0].requires_grad_(False)
+    found = narrow(bert, zoo.batches("bert", 2), RECIPE.replace(form="factored", target_reduction=0.2), progress=False)
+    layer = found.bert.encoder.layer
+    assert any(hasattr(m, "down") for m in layer[0].modules())
+    assert not any(p.requires_grad for p in layer[0].parameters())
+    assert all(p.requires_grad for p in layer[1].parameters())
+
+
+def my_loss(logits, labels, **kwargs):
+    return logits.sum()
+
+
+def test_things_on_the_model(bert, cut):
+    bert.loss_function = my_loss
+    bert.add_model_tags(["mine"])
+    bert.note, bert.table, bert._private = "kept", {"a": [1]}, 7
+    bert.bert.encoder.layer[1].name = "second"
+    found = cut(bert)
+    assert found.loss_function is my_loss and found.model_tags == ["mine"]
+    assert (found.note, found.table, found._private) == ("kept", {"a": [1]}, 7)
+    assert found.bert.encoder.layer[1].name == "second"
+
+
+def test_lists_are_not_shared_with_the_old_model(bert):
+    bert.seen = []
+    found = small(bert)
+    found.seen.append(1)
+    assert bert.seen == []
+
+
+def test_rates_of_dropout(bert, cut):
+    bert.dropout.p = 0.37
+    bert.bert.encoder.layer[0].output.dropout = nn.Dropout(0.42)
+    found = cut(bert)
+    assert found.dropout.p == 0.37 and found.bert.encoder.layer[0].output.dropout.p == 0.42
+
+
+def test_generation_config():
+    model = tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=61, n_positions=32))
+    model.generation_config.max_new_tokens = 7
+    data = [{"input_ids": torch.randint(0, 61, (4, 8))}]
+    found = narrow(model, data, RECIPE.replace(form="factored", target_reduction=0.1), progress=False)
+    assert found.generation_config.max_new_tokens == 7
+    assert found.generation_config is not model.generation_config
+
+
+def test_buffers_of_the_users(bert, cut):
+    bert.register_buffer("class_weights", torch.tensor([1.0, 5.0, 1.0]))
+    bert.bert.register_buffer("scratch", torch.ones(2), persistent=False)
+    found = cut(bert)
+    assert torch.equal(found.class_weights, torch.tensor([1.0, 5.0, 1.0]))
+    assert torch.equal(found.bert.scratch, torch.ones(2))
+    assert "class_weights" in found.state_dict() and "bert.scratch" not in found.state_dict()
+    assert found.class_weights.data_ptr() != bert.class_weights.data_ptr() or found is bert
+
+
+def test_hooks_that_look_on(bert, cut):
+    seen = []
+    bert.register_forward_hook(lambda module, args, output: seen.append(("model", module)))
+    bert.bert.encoder.layer[1].register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(("layer", module)), with_kwargs=True
+    )
+    found = cut(bert)
+    seen.clear()
+    with torch.no_grad():
+        found(**zoo.batches("bert", 1)[0])
+    assert seen == [("layer", found.bert.encoder.layer[1]), ("model", found)]
+
+
+def test_hooks_do_not_run_in_calibration(bert):
+    calls = []
+    bert.bert.encoder.layer[0].register_forward_hook(lambda module, args, output: calls.append(module))
+    small(bert)
+    assert set(calls) <= {bert.bert.encoder.layer[0]} and len(calls) <= 1  # the look at the first batch
+
+
+def test_a_bound_method_is_bound_anew(bert):
+    def width(self):
+        return self.config.hidden_size
+
+    def forward(self, *args, **kwargs):
+        return type(self).forward(self, *args, **kwargs)
+
+    bert.width, bert.forward = types.MethodType(width, bert), types.MethodType(forward, bert)
+    found = small(bert)
+    assert found.forward.__self__ is found and found.width() == found.config.hidden_size
+    with torch.no_grad():
+        found(**zoo.batches("bert", 1)[0])
+
+
+def test_things_that_cannot_be_copied_are_no_hindrance(bert):
+    import threading
+
+    bert.lock = threading.Lock()
+    assert small(bert).lock is bert.lock
+
+
+def test_hooks_on_parameters_are_said_to_be_lost(bert, caplog):
+    bert.classifier.weight.register_hook(lambda gradient: gradient)
+    small(bert)
+    assert "classifier.weight" in caplog.text and "Register them again" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["absorbed", "factored"])
+def test_precision_of_every_parameter(bert, form):
+    bert = bert.to(torch.bfloat16)
+    for module in bert.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    recipe = RECIPE.replace(form=form, target_reduction=0.3)
+    found = narrow(bert, zoo.batches("bert", 2), recipe, progress=False)
+    for name, parameter in found.named_parameters():
+        assert parameter.dtype == (torch.float32 if "LayerNorm" in name else torch.bfloat16), name
+
+
+def test_a_resumed_run_has_the_precision_of_the_first(bert, tmp_path):
+    for module in bert.to(torch.bfloat16).modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()
+    start = copy.deepcopy(bert)
+    options = {"save_strategy": "steps", "save_steps": 1}
+    whole = trained(bert, tmp_path, **options)
+    again = trained(start, tmp_path, resume=str(tmp_path / "checkpoint-1"), **options)
+    for (name, ours), theirs in zip(again.named_parameters(), whole.parameters(), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), name
+
+
+def test_precision_by_name_and_by_relatives():
+    reference = nn.ModuleDict({"a": nn.Linear(2, 2).double(), "b": nn.Linear(2, 2).bfloat16()})
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.ModuleDict({"down": nn.Linear(2, 1), "up": nn.Linear(1, 2)})})
+    match_precision(model, reference)
+    assert {p.dtype for p in model["a"].parameters()} == {torch.float64}
+    assert {p.dtype for p in model["b"].parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    "dtypes, widest",
+    [
+        ([torch.float32], torch.float32),
+        ([torch.bfloat16, torch.float32], torch.float32),
+        ([torch.bfloat16], torch.bfloat16),
+        ([torch.bfloat16, torch.float16], torch.float32),
+        ([torch.float16, torch.float64], torch.float64),
+    ],
+)
+def test_the_widest_precision(dtypes, widest):
+    assert widest_dtype(nn.ModuleList(nn.Linear(1, 1, dtype=dtype) for dtype in dtypes)) == widest
+
+
+def test_a_second_cut_carries_on(bert):
+    bert.note = "kept"
+    bert.bert.embeddings.requires_grad_(False)
+    once = small(bert)
+    twice = narrow(once, zoo.batches("bert", 2), RECIPE.replace(target_reduction=0.6), progress=False)
+    assert twice.note == "kept" and not twice.bert.embeddings.word_embeddings.weight.requires_grad
+
+
+def test_the_old_model_is_left_bit_identical(bert):
+    bert.note = ["mine"]
+    before, things = copy.deepcopy(bert.state_dict()), dict(vars(bert))
+    small(bert)
+    assert all(torch.equal(value, before[name]) for name, value in bert.state_dict().items())
+    assert vars(bert) == things
