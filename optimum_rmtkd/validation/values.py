@@ -163,7 +163,7 @@ def _items(value: Any, hint: Any) -> list:
             return [fitted(value, hint)]
         except Misfit as misfit:
             if not misfit.of_its_kind:
-                misfit.hint = misfit.hint or advice(value, "a list")
+                misfit.hint = advice(value, "a list") or misfit.hint
                 misfit.words = (f"a list (each {alternatives(misfit.words)})",)
             raise
     return [_inside(item, hint, f"[{number}]") for number, item in enumerate(value)]
@@ -237,4 +237,5 @@ _PLAIN: dict[Any, Callable[[Any], Any]] = {
     list: _json_list,
     Any: lambda value: value,
 }
-_NOUNS = {int: "a whole number", float: "a number", tuple: "a list", list: "a list", dict: "a mapping"}
+_NOUNS = {int: "a whole number", float: "a number", tuple: "a list", list: "a list", Sequence: "a list"}
+_NOUNS |= {dict: "a mapping", Mapping: "a mapping"}
