@@ -59,8 +59,8 @@ def test_ten_thousand_times_any_values(values):
         (
             "target_reduction",
             "0.8",
-            "target_reduction='0.8': expected a share of the parameters to remove, for example 0.8, in (0, 1), or None; "
-            "got a str. Write 0.8, without quotes.",
+            "target_reduction='0.8': expected a share of the parameters to remove, for example 0.8, in (0, 1), or "
+            "None; got a str. Write 0.8, without quotes.",
         ),
         (
             "target_reduction",

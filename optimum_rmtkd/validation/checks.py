@@ -122,6 +122,6 @@ def _hints_of(owner: Any) -> dict[str, Any]:
         try:
             single = types.SimpleNamespace(__annotations__={name: written})
             hints |= typing.get_type_hints(single, inspect.unwrap(owner).__globals__, include_extras=True)
-        except (NameError, TypeError):  # a name that only type checkers know, or words that are no type
+        except (NameError, TypeError, AttributeError, SyntaxError):  # known to type checkers alone, or no type at all
             continue
     return hints

@@ -203,7 +203,7 @@ def test_a_part_of_ones_own_is_checked_by_its_own_annotations():
     class Scaled(DistillationObjective):
         name = "scaled_of_a_test"
 
-        def __init__(self, factor: float, near: "Unknown" = 1, weight: float = 1.0):  # noqa: F821
+        def __init__(self, factor: float, near: Unknown = 1, weight: float = 1.0):  # noqa: F821
             super().__init__(weight)
             self.factor, self.near = factor, near
 
