@@ -7,22 +7,13 @@ from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 from .errors import RMTKDError
+from .validation import checked
+from .validation.wording import a_kind, close, shown
 
 
-__all__ = ["Part", "Registry", "check_flag", "with_name"]
+__all__ = ["Part", "Registry", "with_name"]
 
 T = TypeVar("T")
-
-
-def check_flag(value: Any, owner: str, name: str) -> bool:
-    """A truth value as it is: the text "false" is none, and would count as true.
-
-    Raises:
-        RMTKDError: something else than True or False.
-    """
-    if isinstance(value, bool):
-        return value
-    raise RMTKDError(f"{owner}({name}={value!r}): expected true or false.")
 
 
 def with_name(kind: str, name: str, arguments: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -32,15 +23,22 @@ def with_name(kind: str, name: str, arguments: Mapping[str, Any] | None) -> dict
         RMTKDError: arguments that are no mapping.
     """
     if arguments is not None and not isinstance(arguments, Mapping):
-        raise RMTKDError(f"{kind}: {name!r} has {arguments!r}; expected a mapping of its arguments, {{}} for none.")
+        raise RMTKDError(
+            f"{kind}: {name!r} has {shown(arguments)}; expected a mapping of its arguments, {{}} for none."
+        )
     return {"name": name, **(arguments or {})}
 
 
 class Part:
     """What a registry holds: known by its `name`, described by its constructor arguments, which it stores under their
-    own names."""
+    own names. They are checked by their annotations (see `validation`) before the constructor runs."""
 
     name: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = checked(cls.__init__)
 
     def to_dict(self) -> dict[str, Any]:
         """{"name": ..., constructor arguments}, JSON-able.
@@ -95,7 +93,10 @@ class Registry(Generic[T]):
             RMTKDError: unknown; the message lists the known names.
         """
         if not isinstance(name, str) or name not in self._classes:
-            raise RMTKDError(f"No {self.kind} {name!r}; expected one of {', '.join(self)}.")
+            meant = close(name, self)
+            raise RMTKDError(
+                f"No {self.kind} {shown(name)}; expected one of {', '.join(self)}.{' ' * bool(meant)}{meant}"
+            )
         return self._classes[name]
 
     def build(self, given: str | Mapping[str, Any]) -> T:
@@ -108,21 +109,24 @@ class Registry(Generic[T]):
         if isinstance(given, str):
             given = {"name": given}
         if not isinstance(given, Mapping):
-            raise RMTKDError(f"{self.kind}: got a {type(given).__name__}; expected a name, a dict or an instance.")
+            raise RMTKDError(f"{self.kind}: got {a_kind(given)}; expected a name, a dict or an instance.")
         if "name" not in given and len(given) == 1:
             given = with_name(self.kind, *next(iter(given.items())))
         arguments = dict(given)
         cls = self.find(arguments.pop("name", None))
         known = [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
-        unknown = sorted(set(arguments) - set(known))
-        if unknown:
-            raise RMTKDError(f"{cls.name} takes no {', '.join(unknown)}; expected among {', '.join(known)}.")
+        if unknown := [name for name in arguments if name not in known]:
+            meant = close(unknown[0], known)
+            words = ", ".join(sorted(name if isinstance(name, str) else shown(name) for name in unknown))
+            raise RMTKDError(
+                f"{cls.name} takes no {words}; expected among {', '.join(known)}.{' ' * bool(meant)}{meant}"
+            )
         try:
             return cls(**arguments)
         except RMTKDError:
             raise
-        except (TypeError, ValueError) as error:  # "2" for 2, a list for a number: JSON holds anything
-            given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        except (TypeError, ValueError) as error:  # an argument is missing; or what its annotation does not tell
+            given = ", ".join(f"{key}={shown(value)}" for key, value in arguments.items())
             raise RMTKDError(
                 f"{cls.name} cannot take {given}: {error}. Expected values as in {cls.__name__}."
             ) from error

@@ -20,7 +20,14 @@ def run_python(code: str) -> str:
 
 @pytest.mark.parametrize(
     "module",
-    ["optimum_rmtkd", "optimum_rmtkd.config", "optimum_rmtkd.errors", "optimum_rmtkd.commands.cli"],
+    [
+        "optimum_rmtkd",
+        "optimum_rmtkd.config",
+        "optimum_rmtkd.errors",
+        "optimum_rmtkd.recipe",
+        "optimum_rmtkd.validation",
+        "optimum_rmtkd.commands.cli",
+    ],
 )
 def test_import_takes_nothing_heavy(module):
     loaded = run_python(f"import sys, json, {module}; print(json.dumps(sorted(sys.modules)))")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
 from ..files import write_text
+from ..validation import Count, check_fields
 from .base import Command, set_help
 from .measuring import NOT_MEASURABLE, count_flops, energy_meter, peak_memory
 from .options import add_options, from_options, option
@@ -47,22 +48,18 @@ for is "not measurable here".
 class BenchOptions:
     """What is measured, and on what."""
 
-    batch_sizes: list[int] = option(None, "Batch sizes. None: 1 and 32.")
-    lengths: list[int] = option(
+    batch_sizes: list[Count] | None = option(None, "Batch sizes. None: 1 and 32.")
+    lengths: list[Count] | None = option(
         None, "Tokens of a text. None: 128, or what the model takes at most. Images have one size."
     )
-    repeats: int = option(12, "Pairs of blocks of four passes.")
-    threads: int | None = option(None, "CPU threads. None: torch's choice.")
+    repeats: Count = option(12, "Pairs of blocks of four passes.")
+    threads: Count | None = option(None, "CPU threads. None: torch's choice.")
     dtype: str = option("float32", "Number format of the weights.", ("float32", "bfloat16", "float16"))
     device: str = option("auto", "auto: the GPU where there is one.", ("auto", "cpu", "cuda"))
     energy: bool = option(False, "Also measure energy: about 20 seconds for each batch size and length.")
 
     def __post_init__(self):
-        for name in ("batch_sizes", "lengths", "repeats", "threads"):
-            value = getattr(self, name)
-            values = value if isinstance(value, list) else [value]
-            if any(v is not None and v < 1 for v in values):
-                raise RMTKDError(f"--{name.replace('_', '-')} {value}: expected whole numbers of at least 1.")
+        check_fields(self, as_options=True)
 
 
 class BenchCommand(Command):

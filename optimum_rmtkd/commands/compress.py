@@ -8,10 +8,11 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
+from ..validation import AtLeastZero, Count, Interval, Positive, check_fields
 from .base import Command, set_help
 from .data import DataArguments, check_files
 from .options import add_options, add_recipe_options, from_options, option, recipe_from_options
@@ -71,14 +72,16 @@ class TrainingOptions:
     """How the narrowed model is distilled."""
 
     train: bool = option(True, "Distil after the cut. --no-train: one cut, no training.")
-    epochs: float = option(1.0, "Passes over the training rows.")
-    max_steps: int = option(-1, "Stop after so many optimizer steps; -1: as many as the epochs need.")
-    batch_size: int = option(32, "Rows in one step on one device.")
-    eval_batch_size: int = option(64, "Rows in one forward pass when evaluating.")
-    learning_rate: float = option(3e-4, "Peak learning rate of AdamW. For cuts up to about 65 % try 1e-4.")
-    weight_decay: float = option(0.01, "Weight decay of AdamW.")
-    warmup_steps: int = option(0, "Steps of linear warm-up.")
-    gradient_accumulation_steps: int = option(1, "Batches summed up into one step.")
+    epochs: Positive = option(1.0, "Passes over the training rows.")
+    max_steps: Annotated[int, Interval(-1)] = option(
+        -1, "Stop after so many optimizer steps; -1: as many as the epochs need."
+    )
+    batch_size: Count = option(32, "Rows in one step on one device.")
+    eval_batch_size: Count = option(64, "Rows in one forward pass when evaluating.")
+    learning_rate: Positive = option(3e-4, "Peak learning rate of AdamW. For cuts up to about 65 % try 1e-4.")
+    weight_decay: AtLeastZero = option(0.01, "Weight decay of AdamW.")
+    warmup_steps: Annotated[int, Interval(0)] = option(0, "Steps of linear warm-up.")
+    gradient_accumulation_steps: Count = option(1, "Batches summed up into one step.")
     bf16: bool = option(False, "Train in bfloat16 mixed precision.")
     attn_implementation: str | None = option(
         None,
@@ -86,16 +89,14 @@ class TrainingOptions:
         "quicker.",
         choices=("eager", "sdpa"),
     )
-    logging_steps: int = option(100, "Steps between two lines of the training log.")
+    logging_steps: Count = option(100, "Steps between two lines of the training log.")
     checkpoints: str | None = option(
         None, "Folder for checkpoints: kept, and continued from if it already holds one. None: no checkpoints."
     )
-    save_steps: int = option(500, "Steps between two checkpoints.")
+    save_steps: Count = option(500, "Steps between two checkpoints.")
 
     def __post_init__(self):
-        for name in ("epochs", "batch_size", "eval_batch_size", "learning_rate", "save_steps"):
-            if getattr(self, name) <= 0:
-                raise RMTKDError(f"--{name.replace('_', '-')} {getattr(self, name):g}: expected a number above 0.")
+        check_fields(self, as_options=True)
         if self.checkpoints is not None and not self.train:
             raise RMTKDError("--checkpoints and --no-train: a cut alone has no checkpoints. Drop one of them.")
 

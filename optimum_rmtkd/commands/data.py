@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import RMTKDError
+from ..validation import Count, Length, check_fields
 from .metrics import METRICS
 from .options import option
 
@@ -44,26 +45,25 @@ class DataArguments:
         None,
         "The same for validation. None: the dataset's own validation split, or a tenth of the training rows held out.",
     )
-    text_column: list[str] | None = option(None, "One or two text columns. None: the columns that hold strings.")
+    text_column: Annotated[list[str], Length(1, 2)] | None = option(
+        None, "One or two text columns. None: the columns that hold strings."
+    )
     label_column: str | None = option(None, f"Column of the labels. None: the first of {', '.join(LABEL_COLUMNS)}.")
     metric: str | None = option(
         None, "What is measured on the validation rows. None: accuracy, or pearson for regression.", tuple(METRICS)
     )
-    max_length: int = option(128, "Longer texts are cut to this many tokens.")
-    max_train_samples: int | None = option(None, "Use only so many training rows, drawn at random with a fixed seed.")
-    max_eval_samples: int | None = option(None, "Use only so many validation rows, the first ones.")
+    max_length: Count = option(128, "Longer texts are cut to this many tokens.")
+    max_train_samples: Count | None = option(
+        None, "Use only so many training rows, drawn at random with a fixed seed."
+    )
+    max_eval_samples: Count | None = option(None, "Use only so many validation rows, the first ones.")
 
     def __post_init__(self):
+        check_fields(self, as_options=True)
         if self.dataset is None and self.train_file is None:
             raise RMTKDError("No data: pass --train-file FILE (csv, json, parquet, image folder) or --dataset NAME.")
         if self.dataset is not None and (self.train_file or self.validation_file):
             raise RMTKDError(f"Both --dataset {self.dataset} and a local file were given: drop one of them.")
-        if self.text_column is not None and len(self.text_column) not in (1, 2):
-            raise RMTKDError(f"--text-column names {len(self.text_column)} columns; expected one or two.")
-        for name in ("max_length", "max_train_samples", "max_eval_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RMTKDError(f"--{name.replace('_', '-')} {value}: expected a whole number of at least 1.")
 
     def described(self) -> dict[str, Any]:
         """What a model card says about the data; names of files without their paths."""

@@ -6,10 +6,11 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
+from ..validation import Count, Interval, Seed, check_fields
 from .base import Command, set_help
 from .options import add_options, from_options, option
 from .output import comparison, format_table, weight_bytes, writing_beside
@@ -66,13 +67,18 @@ with torch.inference_mode():
 class DemoOptions:
     """Size of the demonstration; the defaults take a few minutes on two cores."""
 
-    target_reduction: float = option(0.8, "Share of the parameters to remove.")
-    epochs: int = option(25, "Epochs of the training of the original model.")
-    distil_epochs: int = option(20, "Epochs of the distillation of the narrowed one.")
-    hidden_size: int = option(128, "Width of the vision transformer; a multiple of 4.")
-    layers: int = option(6, "Its number of layers.")
-    train_samples: int = option(1198, "Training images, at most 1198; the other 599 of the 1797 are held out.")
-    seed: int = option(0, "Seed of the whole demonstration.")
+    target_reduction: Annotated[float, Interval(0, 1, "neither", "a share of the parameters")] = option(
+        0.8, "Share of the parameters to remove."
+    )
+    epochs: Count = option(25, "Epochs of the training of the original model.")
+    distil_epochs: Count = option(20, "Epochs of the distillation of the narrowed one.")
+    hidden_size: Count = option(128, "Width of the vision transformer; a multiple of 4.")
+    layers: Count = option(6, "Its number of layers.")
+    train_samples: Count = option(1198, "Training images, at most 1198; the other 599 of the 1797 are held out.")
+    seed: Seed = option(0, "Seed of the whole demonstration.")
+
+    def __post_init__(self):
+        check_fields(self, as_options=True)
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,16 @@ import dataclasses
 import types
 import typing
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..config import RMTKDConfig
-from ..errors import RMTKDError
+from ..recipe import option
 
 
 __all__ = ["add_options", "add_recipe_options", "from_options", "option", "recipe_from_options"]
 
 T = TypeVar("T")
 METAVARS = {int: "N", float: "X"}
-
-
-def option(default: Any, help: str, choices: tuple | None = None) -> Any:
-    """A dataclass field that `add_options` turns into a command-line option."""
-    return dataclasses.field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
 
 
 def add_options(
@@ -55,6 +49,7 @@ def _argument(hint: Any, choices: tuple | None) -> dict[str, Any]:
     """Keyword arguments of `add_argument` for a field annotated `hint`."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     kinds = [k for k in (typing.get_args(hint) if is_union else (hint,)) if k is not types.NoneType]
+    kinds = [str if typing.get_origin(k) is typing.Literal else k for k in kinds]
     if kinds == [bool]:
         return {"action": argparse.BooleanOptionalAction}
     if typing.get_origin(kinds[0]) in (tuple, list):
@@ -95,6 +90,4 @@ def recipe_from_options(args: argparse.Namespace) -> RMTKDConfig:
     path = getattr(args, "recipe", None)
     if path is None:
         return from_options(RMTKDConfig, args)
-    if not Path(path).is_file():
-        raise RMTKDError(f"--recipe {path}: no such file; expected what RMTKDConfig.to_json_file writes.")
     return from_options(RMTKDConfig, args, base=RMTKDConfig.from_json_file(path))

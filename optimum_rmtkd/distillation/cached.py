@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
+from ..validation import Count, checked
 from .step import token_mask
 from .teachers import Teacher
 
@@ -90,13 +91,14 @@ def _padded(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True) if tensors[0].dim() else torch.stack(tensors)
 
 
+@checked
 @torch.no_grad()
 def cache_answers(
     teacher: nn.Module,
     dataset: Any,
     collator: Callable[[list], dict],
-    k: int = 64,
-    batch_size: int = 64,
+    k: Count = 64,
+    batch_size: Count = 64,
     progress: bool = True,
 ) -> Any:
     """The dataset with four more columns: the teacher's k largest logits of each sample (token), and what is left
@@ -122,8 +124,6 @@ def cache_answers(
 
     if not isinstance(dataset, datasets.Dataset):
         raise RMTKDError(f"cache_answers got a {type(dataset).__name__}; expected a datasets.Dataset (not a stream).")
-    if k < 1:
-        raise RMTKDError(f"cache_answers(k={k}): expected at least 1.")
     if not len(dataset):
         raise RMTKDError("cache_answers got an empty dataset; expected rows to ask the teacher about.")
     training, place, names = teacher.training, next(teacher.parameters()).device, set(_input_names(teacher))

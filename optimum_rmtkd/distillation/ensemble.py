@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
+from ..validation import Positive, checked
 from .teachers import FrozenTeacher, Teacher
 
 
@@ -48,11 +49,11 @@ class WeightedTeachers(Teacher):
         RMTKDError: none, or weights that do not fit.
     """
 
-    def __init__(self, teachers: Sequence[nn.Module | Teacher], weights: Sequence[float] | None = None):
+    @checked
+    def __init__(self, teachers: Iterable[nn.Module | Teacher], weights: Sequence[Positive] | None = None):
         members = [t if isinstance(t, Teacher) else FrozenTeacher(t) for t in teachers]
         weights = [1.0] * len(members) if weights is None else list(weights)
-        positive = all(isinstance(w, (int, float)) and 0 < w < float("inf") for w in weights)
-        if not members or len(weights) != len(members) or not positive:
+        if not members or len(weights) != len(members):
             raise RMTKDError(
                 f"WeightedTeachers: {len(members)} teachers, weights {weights}; expected one positive weight each."
             )

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Annotated, Literal
 
 from torch import nn
 
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..reparameterization.targets import block_list
+from ..validation import Length, check_value
 
 
-__all__ = ["blocks_of", "check_layers", "in_decoder", "layer_pairs", "uniform_map"]
+__all__ = ["Layers", "blocks_of", "check_layers", "in_decoder", "layer_pairs", "uniform_map"]
+
+Layers = Literal["last", "uniform"] | Annotated[Mapping[str | int, str | int], Length(1)]
 
 
 def blocks_of(model: nn.Module) -> tuple[str, ...]:
@@ -30,18 +34,16 @@ def uniform_map(student: int, teacher: int) -> list[int]:
     return [max(0, (layer + 1) * teacher // student - 1) for layer in range(student)]
 
 
-def check_layers(layers: str | Mapping) -> str | Mapping:
+def check_layers(layers: Layers) -> Layers:
     """The same, if `layer_pairs` can read it.
 
     Raises:
         RMTKDError: neither a known word nor a mapping with anything in it.
     """
-    if layers in ("last", "uniform") or isinstance(layers, Mapping) and layers:
-        return layers
-    raise RMTKDError(f"layers={layers!r}: expected 'last', 'uniform' or a mapping of student to teacher modules.")
+    return check_value(layers, Layers, "layers")
 
 
-def layer_pairs(student: nn.Module, teacher: nn.Module, layers: str | Mapping) -> tuple[tuple[str, str], ...]:
+def layer_pairs(student: nn.Module, teacher: nn.Module, layers: Layers) -> tuple[tuple[str, str], ...]:
     """(student path, teacher path) of the layers to compare.
 
     Args:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
+from ..validation import AtLeastZero, Count, Positive, Seed, checked
 from .features import capture
 from .objectives.divergences import KLDivergence
 from .objectives.task import TaskLoss
@@ -39,14 +40,15 @@ class OnlineTeacher(Teacher):
     reading of its abstract.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
-        rank: int = 8,
+        rank: Count = 8,
         target_modules: str | Sequence[str] | None = None,
-        pull: float = 1.0,
-        learning_rate: float = 1e-4,
-        seed: int = 0,
+        pull: AtLeastZero = 1.0,
+        learning_rate: Positive = 1e-4,
+        seed: Seed = 0,
     ):
         try:
             from peft import LoraConfig, inject_adapter_in_model
@@ -54,11 +56,6 @@ class OnlineTeacher(Teacher):
             raise RMTKDError(
                 'OnlineTeacher needs PEFT for its modules; install it with pip install "optimum-rmtkd[peft]".'
             ) from error
-        if rank < 1 or not pull >= 0 or not learning_rate > 0:
-            raise RMTKDError(
-                f"OnlineTeacher(rank={rank}, pull={pull}, learning_rate={learning_rate}): expected a rank of at least "
-                "1, pull of at least 0 and a learning rate above 0."
-            )
         self._origin = fingerprint(model)
         model = copy.deepcopy(model).requires_grad_(False)
         targets = target_modules or _backbone_layers(model)
@@ -72,7 +69,7 @@ class OnlineTeacher(Teacher):
             torch.manual_seed(seed)
             model = inject_adapter_in_model(config, model)
         super().__init__(model)
-        self.pull, self.learning_rate = float(pull), float(learning_rate)
+        self.pull, self.learning_rate = pull, learning_rate
         self.rank, self.target_modules, self.seed = rank, target_modules, seed
         self._trained = [p for name, p in model.named_parameters() if "lora_" in name]
         for parameter in self._trained:

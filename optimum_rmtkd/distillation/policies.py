@@ -6,13 +6,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import RMTKDError
+from ..validation import AtLeastZero, Count, Interval
 from .counts import IGNORED
 from .objectives.answers import shifts_labels
 from .transforms import BatchTransform, register_transform
@@ -44,13 +45,13 @@ class OnPolicy(BatchTransform):
 
     name = "on_policy"
 
-    def __init__(self, fraction: float = 0.5, max_new_tokens: int = 64, source: str = "student"):
-        if not 0 <= fraction <= 1 or max_new_tokens < 1 or source not in ("student", "teacher"):
-            raise RMTKDError(
-                f"OnPolicy(fraction={fraction}, max_new_tokens={max_new_tokens}, source={source!r}): expected a share "
-                "in [0, 1], at least one token, and 'student' or 'teacher'."
-            )
-        self.fraction, self.max_new_tokens, self.source = float(fraction), int(max_new_tokens), source
+    def __init__(
+        self,
+        fraction: Annotated[float, Interval(0, 1, what="a share of the batches")] = 0.5,
+        max_new_tokens: Count = 64,
+        source: Literal["student", "teacher"] = "student",
+    ):
+        self.fraction, self.max_new_tokens, self.source = fraction, max_new_tokens, source
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
         if not shifts_labels(student):
@@ -87,11 +88,15 @@ class AdaptiveOffPolicy(OnPolicy):
 
     name = "adaptive_off_policy"
 
-    def __init__(self, max_new_tokens: int = 64, capacity: int = 1000, increase: float = 0.1, tolerance: float = 0.1):
+    def __init__(
+        self,
+        max_new_tokens: Count = 64,
+        capacity: Count = 1000,
+        increase: Annotated[float, Interval(0, 1)] = 0.1,
+        tolerance: AtLeastZero = 0.1,
+    ):
         super().__init__(0.0, max_new_tokens)
-        if capacity < 1:
-            raise RMTKDError(f"AdaptiveOffPolicy(capacity={capacity}): expected at least one batch.")
-        self.capacity, self.increase, self.tolerance = int(capacity), float(increase), float(tolerance)
+        self.capacity, self.increase, self.tolerance = capacity, increase, tolerance
         self.threshold, self.reference = 0.0, float("inf")
         self.buffer: list[dict[str, torch.Tensor]] = []
         self._warned = False

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 
 from ..errors import RMTKDError
-from ..registry import Part, Registry, check_flag
+from ..registry import Part, Registry
 from ..spectra import EDGE_ESTIMATORS, SecondMoments, signal_subspace, spectrum_of
-from ..spectra.edges import needs_null_moments
+from ..spectra.edges import check_options, needs_null_moments
+from ..validation import Count, Interval, Positive, Seed
 
 
 __all__ = [
@@ -64,12 +65,6 @@ def build_projection(given: Any) -> SubspaceProjection | None:
     return PROJECTIONS.build(given)
 
 
-def _whole(dim: Any, who: str) -> int | None:
-    if dim is None or isinstance(dim, int) and not isinstance(dim, bool) and dim >= 1:
-        return dim
-    raise RMTKDError(f"{who}(dim={dim!r}): expected a whole number of at least 1, or None.")
-
-
 def _dimension(wanted: int | None, features: int, default: int, who: str) -> int:
     dim = default if wanted is None else wanted
     if not 1 <= dim <= features:
@@ -93,8 +88,8 @@ class RandomProjection(SubspaceProjection):
 
     name = "random"
 
-    def __init__(self, dim: int | None = None, seed: int = 0):
-        self.dim, self.seed = _whole(dim, "RandomProjection"), int(seed)
+    def __init__(self, dim: Count | None = None, seed: Seed = 0):
+        self.dim, self.seed = dim, seed
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
         dim = _dimension(self.dim, moments.dim, max(1, moments.dim // 2), "RandomProjection")
@@ -112,10 +107,12 @@ class PCAProjection(SubspaceProjection):
 
     name = "pca"
 
-    def __init__(self, dim: int | None = None, energy: float = 0.95):
-        if not 0 < energy <= 1:
-            raise RMTKDError(f"PCAProjection(energy={energy}): expected a share in (0, 1].")
-        self.dim, self.energy = _whole(dim, "PCAProjection"), float(energy)
+    def __init__(
+        self,
+        dim: Count | None = None,
+        energy: Annotated[float, Interval(0, 1, "right", "a share of the variance")] = 0.95,
+    ):
+        self.dim, self.energy = dim, energy
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
         spectrum = spectrum_of(moments)
@@ -142,20 +139,15 @@ class AutoencoderProjection(SubspaceProjection):
 
     def __init__(
         self,
-        dim: int | None = None,
-        hidden: int = 256,
-        steps: int = 500,
-        learning_rate: float = 3e-3,
-        batch: int = 512,
-        seed: int = 0,
+        dim: Count | None = None,
+        hidden: Annotated[int, Interval(0)] = 256,
+        steps: Count = 500,
+        learning_rate: Positive = 3e-3,
+        batch: Count = 512,
+        seed: Seed = 0,
     ):
-        if hidden < 0 or steps < 1 or batch < 1 or not learning_rate > 0:
-            raise RMTKDError(
-                f"AutoencoderProjection(hidden={hidden}, steps={steps}, batch={batch}, "
-                f"learning_rate={learning_rate}): expected hidden of at least 0 and the others positive."
-            )
-        self.dim, self.hidden, self.steps = _whole(dim, "AutoencoderProjection"), int(hidden), int(steps)
-        self.learning_rate, self.batch, self.seed = float(learning_rate), int(batch), int(seed)
+        self.dim, self.hidden, self.steps = dim, hidden, steps
+        self.learning_rate, self.batch, self.seed = learning_rate, batch, seed
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:
         from torch import nn
@@ -209,9 +201,9 @@ class MarchenkoPasturProjection(SubspaceProjection):
     def __init__(
         self,
         estimator: str = "mp_median",
-        dim: int | None = None,
+        dim: Count | None = None,
         wiener: bool = False,
-        n_effective: str | int = "auto",
+        n_effective: Literal["none", "auto"] | Annotated[int, Interval(1, closed="right")] = "auto",
         options: Mapping[str, Any] | None = None,
     ):
         if estimator not in tuple(EDGE_ESTIMATORS):
@@ -219,9 +211,8 @@ class MarchenkoPasturProjection(SubspaceProjection):
                 f"MarchenkoPasturProjection(estimator={estimator!r}): expected one of "
                 f"{', '.join(sorted(EDGE_ESTIMATORS))}."
             )
-        self.estimator, self.dim = estimator, _whole(dim, "MarchenkoPasturProjection")
-        self.wiener = check_flag(wiener, "MarchenkoPasturProjection", "wiener")
-        self.n_effective, self.options = n_effective, dict(options or {})
+        self.estimator, self.dim, self.wiener = estimator, dim, wiener
+        self.n_effective, self.options = n_effective, check_options(estimator, options or {})
         self.null_moments = needs_null_moments(estimator)
 
     def fit(self, moments: SecondMoments, samples: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,13 +6,14 @@ import copy
 import hashlib
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
 
 from ..errors import RMTKDError
 from ..reparameterization.base import plain_parameters
+from ..validation import Interval, checked
 from .features import capture
 from .step import DistillationStep
 
@@ -109,7 +110,10 @@ class EMATeacher(SnapshotTeacher):
     cut has to come back through the other objectives.
     """
 
-    def __init__(self, student: nn.Module, decay: float = 0.999):
+    @checked
+    def __init__(
+        self, student: nn.Module, decay: Annotated[float, Interval(0, 1, "left", "a decay per step")] = 0.999
+    ):
         super().__init__(student)
         self.decay = decay
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..errors import RMTKDError
 from ..registry import Part, Registry
+from ..validation import Positive
 from .objectives.answers import has_head, shifts_labels
 
 
@@ -92,10 +93,8 @@ class EmbeddingMixup(BatchTransform):
 
     name = "embedding_mixup"
 
-    def __init__(self, alpha: float = 0.4):
-        if not alpha > 0:
-            raise RMTKDError(f"EmbeddingMixup(alpha={alpha}): expected a number above 0.")
-        self.alpha = float(alpha)
+    def __init__(self, alpha: Positive = 0.4):
+        self.alpha = alpha
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
         if getattr(student.config, "is_encoder_decoder", False) or shifts_labels(student):

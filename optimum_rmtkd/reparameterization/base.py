@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import nn
@@ -13,11 +13,13 @@ from torch.nn.utils import parametrize
 
 from ..errors import RMTKDError
 from ..registry import Part, Registry
+from ..validation import Length, Positive
 from .targets import target_paths
 
 
 __all__ = [
     "Reparameterization",
+    "Targets",
     "build_reparameterization",
     "core_parameters",
     "fold",
@@ -27,6 +29,9 @@ __all__ = [
     "plain_parameters",
     "register_reparameterization",
 ]
+
+
+Targets = str | Annotated[Sequence[str], Length(1)]
 
 
 class Reparameterization(Part):
@@ -42,17 +47,13 @@ class Reparameterization(Part):
         lr_scale: factor on the learning rate of the new parameters; they get no weight decay.
     """
 
-    def __init__(self, target_modules: str | Sequence[str] | None = None, lr_scale: float = 1.0):
-        if not lr_scale > 0:
-            raise RMTKDError(f"{type(self).__name__}(lr_scale={lr_scale}): expected a number above 0.")
-        words = target_modules is None or isinstance(target_modules, str)
+    def __init__(self, target_modules: Targets | None = None, lr_scale: Positive = 1.0):
         if isinstance(target_modules, str):
             try:
                 re.compile(target_modules)
             except re.error as error:
                 raise RMTKDError(f"target_modules={target_modules!r} is no regular expression: {error}.") from error
-        self.target_modules = target_modules if words else list(target_modules)
-        self.lr_scale = float(lr_scale)
+        self.target_modules, self.lr_scale = target_modules, lr_scale
 
     def parametrization(self, weight: torch.Tensor) -> nn.Module:
         """A module with `forward(*originals) -> weight` and `right_inverse(weight) -> originals` for this weight."""

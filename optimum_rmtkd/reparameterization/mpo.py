@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
 from ..errors import RMTKDError
-from .base import Reparameterization, register_reparameterization
+from ..validation import Count, Interval, Positive
+from .base import Reparameterization, Targets, register_reparameterization
 
 
 __all__ = [
@@ -182,7 +184,7 @@ class MatrixProductOperator(Reparameterization):
     one.
 
     Args:
-        num_tensors: n, at least 2.
+        num_tensors: n, from 2 to 64.
         modes: "unit", "balanced" (hardly more parameters), or {side: modes}, for example the authors' {768: [32, 1, 1,
             1, 24], 3072: [64, 1, 1, 1, 48]}, which "unit" chooses by itself.
         lr_scale: None: 1 / (n - 1), which about undoes the larger step.
@@ -194,22 +196,17 @@ class MatrixProductOperator(Reparameterization):
 
     def __init__(
         self,
-        num_tensors: int = 3,
-        modes: str | Mapping = "unit",
-        target_modules: str | Sequence[str] | None = None,
-        lr_scale: float | None = None,
+        num_tensors: Annotated[int, Interval(2, 64)] = 3,
+        modes: Literal["unit", "balanced"] | Mapping[str | int, Sequence[Count]] = "unit",
+        target_modules: Targets | None = None,
+        lr_scale: Positive | None = None,
     ):
-        if isinstance(num_tensors, bool) or not isinstance(num_tensors, int) or num_tensors < 2:
-            raise RMTKDError(
-                f"MatrixProductOperator(num_tensors={num_tensors!r}): expected a whole number of at least 2."
-            )
-        if not isinstance(modes, Mapping) and modes not in ("unit", "balanced"):
-            raise RMTKDError(
-                f"MatrixProductOperator(modes={modes!r}): expected 'unit', 'balanced' or a mapping of sizes to modes."
-            )
-        if isinstance(modes, Mapping):
-            for size, given in modes.items():
-                check_modes(int(size), num_tensors, given)
+        for size, given in modes.items() if isinstance(modes, Mapping) else ():
+            if not str(size).isdecimal():
+                raise RMTKDError(
+                    f"MatrixProductOperator(modes of {size!r}): expected the size of a side, for example 768."
+                )
+            check_modes(int(size), num_tensors, given)
         super().__init__(target_modules, 1 / (num_tensors - 1) if lr_scale is None else lr_scale)
         self.num_tensors, self.modes = num_tensors, modes
 

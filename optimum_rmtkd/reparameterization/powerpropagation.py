@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 from torch import nn
 
-from ..errors import RMTKDError
-from .base import Reparameterization, register_reparameterization
+from ..validation import Interval, Positive
+from .base import Reparameterization, Targets, register_reparameterization
 
 
 __all__ = ["Powerpropagation"]
@@ -52,18 +52,13 @@ class Powerpropagation(Reparameterization):
 
     def __init__(
         self,
-        exponent: float = 2.0,
-        sparsity: float = 0.0,
-        target_modules: str | Sequence[str] | None = None,
-        lr_scale: float = 1.0,
+        exponent: Annotated[float, Interval(1, closed="neither")] = 2.0,
+        sparsity: Annotated[float, Interval(0, 1, "left", "a share of the entries")] = 0.0,
+        target_modules: Targets | None = None,
+        lr_scale: Positive = 1.0,
     ):
         super().__init__(target_modules, lr_scale)
-        if not exponent > 1 or not 0 <= sparsity < 1:
-            raise RMTKDError(
-                f"Powerpropagation(exponent={exponent}, sparsity={sparsity}): expected an exponent above 1 and a "
-                "share in [0, 1)."
-            )
-        self.exponent, self.sparsity = float(exponent), float(sparsity)
+        self.exponent, self.sparsity = exponent, sparsity
 
     def kinds(self) -> tuple[type, ...]:
         return (*super().kinds(), nn.Conv1d, nn.Conv2d)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from ..errors import RMTKDError
+from ..validation import Count, Interval, Share, check_arguments, checked
+from ..validation.wording import close
 from . import marchenko_pastur as mp
 
 
@@ -137,10 +139,10 @@ def register_edge_estimator(
     def register(function: Callable[..., Edge]) -> Callable[..., Edge]:
         if name in EDGE_ESTIMATORS:
             raise RMTKDError(f"Edge estimator {name!r} is already registered; choose another name.")
-        EDGE_ESTIMATORS[name] = function
+        EDGE_ESTIMATORS[name] = checked(function)
         if null_moments:
             NEED_NULL_MOMENTS.add(name)
-        return function
+        return EDGE_ESTIMATORS[name]
 
     return register
 
@@ -169,20 +171,29 @@ def estimate_edge(spectrum: Spectrum, estimator: str = "screenot", **options: An
         RMTKDError: unknown estimator or option, one that is missing, or the estimator cannot be applied to this
             spectrum.
     """
-    known = estimator_options(estimator)
-    unknown = sorted(set(options) - set(known))
-    if unknown:
+    return find_estimator(estimator)(spectrum, **check_options(estimator, options))
+
+
+def check_options(estimator: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a registered estimator, checked and normalised by its annotations.
+
+    Raises:
+        RMTKDError: unknown estimator or option, one that is missing, or a value that does not fit.
+    """
+    function, known = find_estimator(estimator), estimator_options(estimator)
+    if unknown := [name for name in options if name not in known]:
+        meant = close(unknown[0], known)
         raise RMTKDError(
-            f"Unknown option(s) {', '.join(unknown)} of edge estimator {estimator!r}. It takes: "
-            f"{', '.join(known) or 'none'}."
+            f"Unknown option(s) {', '.join(map(str, unknown))} of edge estimator {estimator!r}. It takes: "
+            f"{', '.join(known) or 'none'}.{' ' * bool(meant)}{meant}"
         )
-    parameters = inspect.signature(find_estimator(estimator)).parameters
+    parameters = inspect.signature(function).parameters
     missing = [name for name in known if name not in options and parameters[name].default is inspect.Parameter.empty]
     if missing:
         raise RMTKDError(
             f"Edge estimator {estimator!r} needs the option(s) {', '.join(missing)}; got none. Pass them."
         )
-    return find_estimator(estimator)(spectrum, **options)
+    return check_arguments(function, options)
 
 
 def _bulk_edge(spectrum: Spectrum, sigma2: float, alpha: float | None) -> float:
@@ -199,7 +210,7 @@ def _noise_below(spectrum: Spectrum, edge: float) -> float:
 
 @register_edge_estimator("mp_quantile")
 def mp_quantile(
-    spectrum: Spectrum, tau: float = 0.5, refine: bool = True, tracy_widom_alpha: float | None = None
+    spectrum: Spectrum, tau: Share = 0.5, refine: bool = True, tracy_widom_alpha: Share | None = None
 ) -> Edge:
     """The RMT-KD paper's rule: sigma2 = tau-quantile of the eigenvalues, refined; edge sigma2 (1 + sqrt q)^2.
 
@@ -212,11 +223,7 @@ def mp_quantile(
         always fits better, the integral being proportional to 1 / sigma2) and searches within the Marchenko-Pastur
         band around the quantile: with q near 0 the band closes and the rule is the quantile itself.
 
-    Raises:
-        RMTKDError: tau outside (0, 1).
     """
-    if not 0 < tau < 1:
-        raise RMTKDError(f"tau={tau}: expected a quantile in (0, 1).")
     start = float(torch.quantile(spectrum.positive, tau))
     sigma2 = _histogram_fit(spectrum, start) if refine else start
     details = {"tau": tau, "sigma2_quantile": start}
@@ -237,7 +244,7 @@ def _histogram_fit(spectrum: Spectrum, start: float, grid: int = 201) -> float:
 
 
 @register_edge_estimator("mp_median")
-def mp_median(spectrum: Spectrum, tracy_widom_alpha: float | None = None) -> Edge:
+def mp_median(spectrum: Spectrum, tracy_widom_alpha: Share | None = None) -> Edge:
     """sigma2 = median / mu_q, edge sigma2 (1 + sqrt q)^2. Right for white noise; keeps more as n grows otherwise."""
     sigma2 = float(torch.quantile(spectrum.positive, 0.5)) / mp.median(spectrum.q)
     return Edge(_bulk_edge(spectrum, sigma2, tracy_widom_alpha), sigma2)
@@ -269,7 +276,7 @@ def signflip(spectrum: Spectrum) -> Edge:
 
 
 @register_edge_estimator("dpa")
-def dpa(spectrum: Spectrum, deflate: bool = True, tracy_widom_alpha: float | None = None) -> Edge:
+def dpa(spectrum: Spectrum, deflate: bool = True, tracy_widom_alpha: Share | None = None) -> Edge:
     """Deterministic parallel analysis: edge of the generalised Marchenko-Pastur law of the channel variances.
 
     Args:
@@ -341,7 +348,7 @@ def _generalised_edge(variances: Tensor, n: float, alpha: float | None) -> float
 
 
 @register_edge_estimator("screenot")
-def screenot(spectrum: Spectrum, rank_bound: int | None = None) -> Edge:
+def screenot(spectrum: Spectrum, rank_bound: Count | None = None) -> Edge:
     """Optimal hard threshold for low rank plus noise of unknown, possibly correlated, spectrum.
 
     Args:
@@ -412,14 +419,14 @@ def _screenot_threshold(noise: Tensor, aspect: float) -> float:
 
 
 @register_edge_estimator("energy")
-def energy(spectrum: Spectrum, share: float = 0.95) -> Edge:
+def energy(
+    spectrum: Spectrum, share: Annotated[float, Interval(0, 1, "right", "a share of the variance")] = 0.95
+) -> Edge:
     """Control without a noise model: the fewest directions that hold `share` of the variance.
 
     Raises:
         RMTKDError: share outside (0, 1].
     """
-    if not 0 < share <= 1:
-        raise RMTKDError(f"share={share}: expected a share of the variance in (0, 1].")
     kept = torch.cumsum(spectrum.positive, 0) / spectrum.positive.sum()
     # At share = 1 rounding may leave the last sum a hair below 1.
     rank = min(len(kept), int((kept < share * (1 - 1e-12)).sum()) + 1)
@@ -427,7 +434,7 @@ def energy(spectrum: Spectrum, share: float = 0.95) -> Edge:
 
 
 @register_edge_estimator("fixed")
-def fixed(spectrum: Spectrum, rank: int) -> Edge:
+def fixed(spectrum: Spectrum, rank: Count) -> Edge:
     """Control without a noise model: the `rank` largest directions.
 
     Raises:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ..validation import check_fields
+
 
 __all__ = ["RMTKDTrainingArguments"]
 
@@ -21,3 +23,7 @@ class RMTKDTrainingArguments(TrainingArguments):
             "the loss, and the search costs a pass over the graph at every step."
         },
     )
+
+    def __post_init__(self):
+        check_fields(self, names=RMTKDTrainingArguments.__annotations__)  # the others are transformers' own
+        super().__post_init__()

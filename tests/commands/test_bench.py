@@ -207,7 +207,7 @@ def test_memory_of_a_process_of_its_own(tmp_path):
     "options, message",
     [
         (["--lengths", 99], "at most 32 tokens"),
-        (["--repeats", 0], "whole numbers of at least 1"),
+        (["--repeats", 0], "expected a whole number of at least 1"),
         (["--device", "cuda"], "no GPU"),
     ],
 )

@@ -213,6 +213,30 @@ def test_overwrite(compress, tmp_path):
     assert not (folder / "stale").exists() and (folder / "config.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target-reduction", "80"], "target_reduction=80.0: expected a share of the parameters to remove"),
+        (["--seed", "-1"], "seed=-1: expected a whole number in [0, 4294967295]"),
+        (["--temperature", "inf"], "temperature=inf: expected a number above 0. It has to be finite."),
+        (["--max-metric-drop", "nan"], "max_metric_drop=nan: expected a number of at least 0"),
+        (["--round-to", "99999999999999999999"], "It has to fit into 64 bits."),
+        (["--objectives", '{"kl": {"weight": NaN}}'], "NaN is no number of JSON"),
+        (["--objectives", '{"kl": {"reverse": "no"}}'], "KLDivergence(reverse='no'): expected True or False"),
+        (["--recipe", "missing.json"], "missing.json cannot be read"),
+        (["--learning-rate", "nan"], "--learning-rate nan: expected a number above 0"),
+        (
+            ["--gradient-accumulation-steps", "0"],
+            "--gradient-accumulation-steps 0: expected a whole number of at least 1",
+        ),
+        (["--max-train-samples", "-5"], "--max-train-samples -5: expected a whole number of at least 1"),
+    ],
+)
+def test_wrong_values_are_one_line_before_any_work(compress, no_work, options, message):
+    code, _, err = compress(*options)
+    assert code == 2 and message in err and len(err.strip().splitlines()) == 1
+
+
 def test_unknown_objective_is_refused_before_any_work(compress, no_work):
     code, _, err = compress("--objectives", '{"klx": {}}')
     assert code == 2 and "No objective 'klx'; expected one of attention_relation" in err

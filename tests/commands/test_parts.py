@@ -49,8 +49,12 @@ def test_nothing_given_is_the_three_terms_of_the_recipe():
     ("field", "value", "message"),
     [
         ("objectives", '{"klx": {}}', "No objective 'klx'; expected one of attention_relation, correlation, hidden"),
-        ("objectives", '{"kl": {"temperature": "2"}}', "kl cannot take temperature='2': "),
-        ("reparameterization", '["mpo"]', "expected a name, or a mapping"),
+        (
+            "objectives",
+            '{"kl": {"temperature": "2"}}',
+            "KLDivergence\\(temperature='2'\\): expected a number above 0; got a str. Write 2,",
+        ),
+        ("reparameterization", '["mpo"]', "expected a mapping, a string or None; got a list"),
         ("objectives", '{"kl": {"temp": 2}}', "kl takes no temp; expected among weight, temperature, reverse"),
         ("reparameterization", "mpoo", "No reparameterization 'mpoo'; expected one of mpo, powerpropagation"),
         ("reparameterization", '{"name": "mpo", "n": 3}', "mpo takes no n; expected among num_tensors"),

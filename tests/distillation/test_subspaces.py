@@ -93,7 +93,7 @@ def test_wiener_weights_shrink_the_columns():
     hard, soft = (MarchenkoPasturProjection(wiener=w).fit(moments) for w in (False, True))
     norms = soft.norm(dim=0)
     assert torch.allclose(soft / norms, hard) and (norms < 1).all() and norms.min() > 0.8
-    with pytest.raises(RMTKDError, match="expected true or false"):
+    with pytest.raises(RMTKDError, match="expected True or False; got a str. Write False, without quotes"):
         MarchenkoPasturProjection(wiener="no")
     with pytest.raises(RMTKDError, match="'fixed' needs the option.* rank"):
         MarchenkoPasturProjection("fixed").fit(moments)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import nn
@@ -17,6 +17,7 @@ from ...reparameterization.targets import block_lists
 from ..layers import blocks_of, uniform_map
 from ..step import DistillationStep
 from .base import DistillationObjective, register_objective
+from .schedules import Weight
 
 
 __all__ = ["TensorAlignment", "fix_gauge"]
@@ -71,10 +72,8 @@ class TensorAlignment(DistillationObjective):
     name = "tensor_alignment"
     needs_teacher = False  # its weights are read in setup, its answers never
 
-    def __init__(self, tensors: str = "auxiliary", weight: float | Mapping[str, Any] = 1e-3):
+    def __init__(self, tensors: Literal["auxiliary", "outer", "all"] = "auxiliary", weight: Weight = 1e-3):
         super().__init__(weight)
-        if tensors not in ("auxiliary", "outer", "all"):
-            raise RMTKDError(f"TensorAlignment(tensors={tensors!r}): expected 'auxiliary', 'outer' or 'all'.")
         self.tensors = tensors
         self._aligned: dict[str, nn.Module] = {}  # path -> its chain of tensors
 

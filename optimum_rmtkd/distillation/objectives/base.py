@@ -11,8 +11,9 @@ from torch import nn
 
 from ...errors import RMTKDError
 from ...registry import Part, Registry, with_name
+from ...validation import check_value
 from ..step import DistillationStep
-from .schedules import check_weight, weight_at
+from .schedules import Weight, check_weight, weight_at
 
 
 __all__ = [
@@ -72,14 +73,14 @@ class DistillationObjective(Part, nn.Module):
     needs_projection: bool = False
     observes: bool = False
 
-    def __init__(self, weight: float | Mapping[str, Any] = 1.0):
+    def __init__(self, weight: Weight = 1.0):
         super().__init__()
         self.weight = check_weight(weight, type(self).__name__)
         self.label, self.active = self.name, True
 
     def labelled(self, label: str) -> DistillationObjective:
         """Set the label; returns self."""
-        self.label = str(label)
+        self.label = check_value(label, str, "label", type(self).__name__)
         return self
 
     def weight_at(self, progress: float) -> float:

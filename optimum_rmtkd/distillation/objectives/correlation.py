@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...errors import RMTKDError
+from ...validation import Interval, Positive
 from ..step import DistillationStep
 from .answers import Answers, has_head
 from .base import DistillationObjective, register_objective
+from .schedules import Weight
 
 
 __all__ = ["CorrelationDistance", "pearson", "soft_ranks"]
@@ -74,26 +76,16 @@ class CorrelationDistance(DistillationObjective):
 
     def __init__(
         self,
-        kind: str = "pearson",
-        dim: str = "class",
-        weight: float | Mapping[str, Any] = 0.5,
-        temperature: float = 1.0,
-        rank_width: float = 0.1,
-        top_k: int = 100,
+        kind: Literal["pearson", "spearman"] = "pearson",
+        dim: Literal["class", "batch"] = "class",
+        weight: Weight = 0.5,
+        temperature: Positive = 1.0,
+        rank_width: Positive = 0.1,
+        top_k: Annotated[int, Interval(3)] = 100,
     ):
         super().__init__(weight)
-        if kind not in ("pearson", "spearman") or dim not in ("class", "batch"):
-            raise RMTKDError(
-                f"CorrelationDistance(kind={kind!r}, dim={dim!r}): expected 'pearson' or 'spearman', over 'class' or "
-                "'batch'."
-            )
-        if not (temperature > 0 and rank_width > 0 and top_k >= 3):
-            raise RMTKDError(
-                f"CorrelationDistance(temperature={temperature}, rank_width={rank_width}, top_k={top_k}): expected "
-                "numbers above 0, and top_k of at least 3."
-            )
-        self.kind, self.dim, self.top_k = kind, dim, int(top_k)
-        self.temperature, self.rank_width = float(temperature), float(rank_width)
+        self.kind, self.dim, self.top_k = kind, dim, top_k
+        self.temperature, self.rank_width = temperature, rank_width
         self._answers, self._warned = Answers(), False
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:

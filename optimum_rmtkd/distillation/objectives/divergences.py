@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ...errors import RMTKDError
-from ...registry import check_flag
+from ...validation import Interval, Positive
 from ..step import DistillationStep
 from .answers import Answers
 from .base import DistillationObjective, register_objective
+from .schedules import Weight
 
 
 __all__ = [
@@ -58,11 +58,9 @@ def skew_kl(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Ten
 class _AnswerDivergence(DistillationObjective):
     """An objective that is a divergence of the softened answers; `Answers` says over what it is a mean."""
 
-    def __init__(self, weight: float, temperature: float):
+    def __init__(self, weight: Weight, temperature: Positive):
         super().__init__(weight)
-        if not temperature > 0:
-            raise RMTKDError(f"{type(self).__name__}(temperature={temperature}): expected a number above 0.")
-        self.temperature = float(temperature)
+        self.temperature = temperature
         self._answers = Answers()
 
     def setup(self, student: nn.Module, teacher: nn.Module | None, projections: Mapping[str, torch.Tensor]) -> None:
@@ -88,9 +86,9 @@ class KLDivergence(_AnswerDivergence):
 
     name = "kl"
 
-    def __init__(self, weight: float | Mapping[str, Any] = 0.5, temperature: float = 1.0, reverse: bool = False):
+    def __init__(self, weight: Weight = 0.5, temperature: Positive = 1.0, reverse: bool = False):
         super().__init__(weight, temperature)
-        self.reverse = check_flag(reverse, "KLDivergence", "reverse")
+        self.reverse = reverse
 
     def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return kl_divergence(log_q, log_p) if self.reverse else kl_divergence(log_p, log_q)
@@ -111,15 +109,13 @@ class JensenShannonDivergence(_AnswerDivergence):
 
     def __init__(
         self,
-        weight: float | Mapping[str, Any] = 0.5,
-        beta: float = 0.5,
-        temperature: float = 1.0,
+        weight: Weight = 0.5,
+        beta: Annotated[float, Interval(0, 1)] = 0.5,
+        temperature: Positive = 1.0,
         rescale: bool = False,
     ):
         super().__init__(weight, temperature)
-        if not 0 <= beta <= 1:
-            raise RMTKDError(f"JensenShannonDivergence(beta={beta}): expected a number in [0, 1].")
-        self.beta, self.rescale = float(beta), check_flag(rescale, "JensenShannonDivergence", "rescale")
+        self.beta, self.rescale = beta, rescale
 
     def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         value = jensen_shannon(log_p, log_q, self.beta)
@@ -140,18 +136,13 @@ class SkewKLDivergence(_AnswerDivergence):
 
     def __init__(
         self,
-        weight: float | Mapping[str, Any] = 0.5,
-        alpha: float = 0.1,
-        temperature: float = 1.0,
+        weight: Weight = 0.5,
+        alpha: Annotated[float, Interval(0, 1, "neither", "a share (0 is KLDivergence, 1 always 0)")] = 0.1,
+        temperature: Positive = 1.0,
         reverse: bool = False,
     ):
         super().__init__(weight, temperature)
-        if not 0 < alpha < 1:
-            raise RMTKDError(
-                f"SkewKLDivergence(alpha={alpha}): expected a number in (0, 1); alpha=0 is KLDivergence, alpha=1 "
-                "always 0."
-            )
-        self.alpha, self.reverse = float(alpha), check_flag(reverse, "SkewKLDivergence", "reverse")
+        self.alpha, self.reverse = alpha, reverse
 
     def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return skew_kl(log_q, log_p, self.alpha) if self.reverse else skew_kl(log_p, log_q, self.alpha)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from ..layers import blocks_of
 from ..projections import projection_for
 from ..step import DistillationStep
 from .base import DistillationObjective, FeatureRequest, register_objective
+from .schedules import Weight
 
 
 __all__ = ["HiddenStateLoss"]
@@ -38,7 +38,7 @@ class HiddenStateLoss(DistillationObjective):
     needs_projection = True
     observes = True
 
-    def __init__(self, weight: float | Mapping[str, Any] = 1.0):
+    def __init__(self, weight: Weight = 1.0):
         super().__init__(weight)
         self._blocks: tuple[tuple[str, str], ...] = ()
         self._left_out: set[str] = set()

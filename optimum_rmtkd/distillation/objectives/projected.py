@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,12 +11,14 @@ from torch import nn
 
 from ...errors import RMTKDError
 from ...spectra import SecondMoments, sample_tokens
-from ..layers import check_layers, in_decoder, layer_pairs
+from ...validation import Count, Seed
+from ..layers import Layers, check_layers, in_decoder, layer_pairs
 from ..projections import projection_for
 from ..step import DistillationStep
 from ..subspaces import build_projection
 from .base import DistillationObjective, FeatureRequest, register_objective
 from .hidden import positions, unit_of
+from .schedules import Weight
 
 
 __all__ = ["ProjectedFeatureLoss"]
@@ -56,19 +58,15 @@ class ProjectedFeatureLoss(DistillationObjective):
     def __init__(
         self,
         projection: Any = "marchenko_pastur",
-        layers: str | Mapping = "last",
-        weight: float | Mapping[str, Any] = 1.0,
-        normalize: str | None = None,
-        tokens_per_sequence: int = 8,
-        seed: int = 0,
+        layers: Layers = "last",
+        weight: Weight = 1.0,
+        normalize: Literal["layernorm"] | None = None,
+        tokens_per_sequence: Count = 8,
+        seed: Seed = 0,
     ):
         super().__init__(weight)
-        if normalize not in (None, "layernorm"):
-            raise RMTKDError(f"ProjectedFeatureLoss(normalize={normalize!r}): expected None or 'layernorm'.")
-        if tokens_per_sequence < 1:
-            raise RMTKDError(f"ProjectedFeatureLoss(tokens_per_sequence={tokens_per_sequence}): expected at least 1.")
         self.projection, self.layers, self.normalize = build_projection(projection), check_layers(layers), normalize
-        self.tokens_per_sequence, self.seed = int(tokens_per_sequence), int(seed)
+        self.tokens_per_sequence, self.seed = tokens_per_sequence, seed
         self._pairs: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ...errors import RMTKDError
-from ..layers import check_layers, in_decoder, layer_pairs
+from ...validation import Count, Length
+from ..layers import Layers, check_layers, in_decoder, layer_pairs
 from ..step import DistillationStep
 from .answers import shifts_labels
 from .base import DistillationObjective, FeatureRequest, register_objective
 from .divergences import kl_divergence
+from .schedules import Weight
 
 
 __all__ = ["AttentionRelationLoss"]
@@ -48,19 +50,17 @@ class AttentionRelationLoss(DistillationObjective):
 
     def __init__(
         self,
-        relations: Sequence[str] = ("qk", "vv"),
-        layers: str | Mapping = "last",
-        heads: int | None = None,
-        weight: float | Mapping[str, Any] = 1.0,
+        relations: Annotated[Sequence[str], Length(1)] = ("qk", "vv"),
+        layers: Layers = "last",
+        heads: Count | None = None,
+        weight: Weight = 1.0,
     ):
         super().__init__(weight)
-        relations = [relations] if isinstance(relations, str) else list(relations)
-        if not relations or any(len(r) != 2 or set(r) - set(WORDS) for r in relations):
+        relations = list(relations)
+        if any(len(r) != 2 or set(r) - set(WORDS) for r in relations):
             raise RMTKDError(
                 f"AttentionRelationLoss(relations={relations}): expected pairs of q, k and v, for example 'qk'."
             )
-        if heads is not None and heads < 1:
-            raise RMTKDError(f"AttentionRelationLoss(heads={heads}): expected at least one.")
         self.relations, self.layers, self.heads = relations, check_layers(layers), heads
         self._pairs: list[tuple[dict[str, str], dict[str, str]]] = []
 

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 from ...errors import RMTKDError
+from ...validation import AtLeastZero, Interval, Length, check_value
+from ...validation.wording import shown
 
 
-__all__ = ["SCHEDULES", "check_weight", "weight_at"]
+__all__ = ["SCHEDULES", "Weight", "check_weight", "weight_at"]
+
+Weight = Annotated[float, Interval(0, what="a weight")] | Mapping[str, Any]  # a number or a schedule
+Shares = Annotated[tuple[Annotated[float, Interval(0, 1, what="a share of the training steps")], ...], Length(2, 2)]
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: x,
@@ -32,22 +37,18 @@ def check_weight(weight: Any, owner: str) -> float | dict[str, Any]:
     """
     if isinstance(weight, Mapping):
         rule = {"schedule": "linear", "over": (0.0, 1.0), **weight}
-        if set(rule) != KEYS or rule["schedule"] not in tuple(
-            SCHEDULES
-        ):  # a tuple: what cannot be hashed is refused too
+        word = rule["schedule"]
+        if set(rule) != KEYS or not isinstance(word, str) or word not in SCHEDULES:
             raise RMTKDError(
-                f"{owner}(weight={dict(weight)}): expected start, end, and perhaps over=[from, to] and schedule, one "
-                f"of {', '.join(SCHEDULES)}."
+                f"{owner}(weight={shown(dict(weight))}): expected start, end, and perhaps over=[from, to] and "
+                f"schedule, one of {', '.join(SCHEDULES)}."
             )
-        try:
-            begin, stop = (float(x) for x in rule["over"])
-        except (TypeError, ValueError) as error:
-            raise RMTKDError(f"{owner}(weight over={rule['over']!r}): expected two shares, [from, to].") from error
-        values = [_number(rule[key], owner) for key in ("start", "end")]
-        if not 0 <= begin < stop <= 1:
-            raise RMTKDError(f"{owner}(weight over={list(rule['over'])}): expected shares 0 <= from < to <= 1.")
-        return {"schedule": rule["schedule"], "start": values[0], "end": values[1], "over": [begin, stop]}
-    return _number(weight, owner)
+        start, end = (check_value(rule[key], AtLeastZero, f"weight[{key!r}]", owner) for key in ("start", "end"))
+        begin, stop = check_value(rule["over"], Shares, "weight['over']", owner)
+        if not begin < stop:
+            raise RMTKDError(f"{owner}(weight over={[begin, stop]}): expected shares 0 <= from < to <= 1.")
+        return {"schedule": word, "start": start, "end": end, "over": [begin, stop]}
+    return check_value(weight, Weight, "weight", owner)
 
 
 def weight_at(weight: float | Mapping[str, Any], progress: float) -> float:
@@ -57,9 +58,3 @@ def weight_at(weight: float | Mapping[str, Any], progress: float) -> float:
     begin, stop = weight["over"]
     x = min(1.0, max(0.0, (progress - begin) / (stop - begin)))
     return weight["start"] + (weight["end"] - weight["start"]) * SCHEDULES[weight["schedule"]](x)
-
-
-def _number(value: Any, owner: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise RMTKDError(f"{owner}(weight={value!r}): expected a number of at least 0, or a schedule.")
-    return float(value)

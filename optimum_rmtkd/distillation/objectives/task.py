@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from ...errors import RMTKDError
 from ..counts import token_labels
 from ..step import DistillationStep
 from .base import DistillationObjective, register_objective
+from .schedules import Weight
 
 
 __all__ = ["TaskLoss"]
@@ -27,7 +25,7 @@ class TaskLoss(DistillationObjective):
     name = "task"
     needs_teacher = False
 
-    def __init__(self, weight: float | Mapping[str, Any] = 0.5):
+    def __init__(self, weight: Weight = 0.5):
         super().__init__(weight)
 
     def forward(self, step: DistillationStep) -> torch.Tensor:

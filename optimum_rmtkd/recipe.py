@@ -1,0 +1,131 @@
+"""What all recipes share: checked fields, copies with changes, JSON both ways."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from .errors import RMTKDError
+from .files import write_text
+from .validation import check_fields
+from .validation.wording import a_kind, close, shown
+
+
+__all__ = ["Recipe", "option", "parse_json"]
+
+R = TypeVar("R", bound="Recipe")
+
+
+def option(default: Any, help: str, choices: tuple | None = None) -> Any:
+    """A dataclass field with the help text of its command-line option and the words it may hold."""
+    return dataclasses.field(default=default, metadata={"help": help} | ({"choices": choices} if choices else {}))
+
+
+class Recipe:
+    """Base of frozen dataclasses whose fields are checked by their declared types (see `validation`)."""
+
+    def __post_init__(self):
+        check_fields(self)
+        self.check_together()
+
+    def check_together(self) -> None:
+        """Fields that contradict each other; each is in its own range by now.
+
+        Raises:
+            RMTKDError: with the fields and a way out.
+        """
+
+    def replace(self: R, **changes: Any) -> R:
+        """A copy with some fields changed, validated again.
+
+        Raises:
+            RMTKDError: a name that is no field, or a value that does not fit.
+        """
+        self._refuse_unknown(changes)
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-able dictionary of every field."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls: type[R], values: Mapping[str, Any]) -> R:
+        """Inverse of `to_dict`.
+
+        Raises:
+            RMTKDError: no mapping; a key that is no field of the recipe, answered with the known ones; a value that
+                does not fit.
+        """
+        if not isinstance(values, Mapping):
+            raise RMTKDError(
+                f"{cls.__name__}.from_dict got {a_kind(values)}, {shown(values)}; expected a mapping of its fields, "
+                "as to_dict gives it."
+            )
+        cls._refuse_unknown(values)
+        return cls(**values)
+
+    @classmethod
+    def _refuse_unknown(cls, names: Iterable[Any]) -> None:
+        known = [item.name for item in dataclasses.fields(cls)]
+        if unknown := [name for name in names if name not in known]:
+            words = ", ".join(sorted(name if isinstance(name, str) else shown(name) for name in unknown))
+            meant = close(unknown[0], known)
+            raise RMTKDError(
+                f"Unknown {cls.__name__} key(s) {words}. Known keys: {', '.join(known)}.{' ' + meant if meant else ''}"
+            )
+
+    def to_json_file(self, path: str | Path) -> None:
+        """Write the recipe as JSON."""
+        write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
+
+    @classmethod
+    def from_json_file(cls: type[R], path: str | Path) -> R:
+        """Read a recipe written by `to_json_file`.
+
+        Raises:
+            RMTKDError: a file that cannot be read, is not JSON or holds no object; unknown keys; values that do not
+                fit.
+        """
+        wanted = f"expected the file that {cls.__name__}.to_json_file writes"
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")  # editors of Windows begin with a mark
+        except UnicodeDecodeError as error:
+            raise RMTKDError(f"{path} is not UTF-8 text ({error}); {wanted}. Save it as UTF-8.") from error
+        except (OSError, ValueError, TypeError) as error:
+            raise RMTKDError(f"{path} cannot be read ({error}); {wanted}.") from error
+        values = parse_json(text, str(path), wanted)
+        if not isinstance(values, dict):
+            raise RMTKDError(
+                f"{path} holds a JSON {type(values).__name__}; expected an object of {cls.__name__} fields."
+            )
+        return cls.from_dict(values)
+
+
+def parse_json(text: str, what: str, wanted: str) -> Any:
+    """Values of a JSON text as the standard has it: without NaN and infinities, each key once.
+
+    Args:
+        what, wanted: how the text is called and what was expected of it, for the message.
+
+    Raises:
+        RMTKDError: anything else.
+    """
+    try:
+        return json.loads(text, parse_constant=_no_number, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:  # a JSONDecodeError is a ValueError, as are too many digits
+        raise RMTKDError(f"{what} is not JSON ({error}); {wanted}.") from error
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return values
