@@ -36,8 +36,8 @@ def check_structure(model: Any) -> None:
     """
     _check_kind(model)
     _check_class(type(model))
-    _check_weights(model)
     stock = blank(model)
+    _check_weights(model, stock)
     if found := differences(model, stock):
         raise not_its_config(model, found)
     _check_ties(model, stock)
@@ -91,8 +91,8 @@ def _check_class(cls: type) -> None:
 # -- the weights ------------------------------------------------------------------------------------------------------
 
 
-def _check_weights(model: PreTrainedModel) -> None:
-    """Weights that are something else than plain tensors on one device."""
+def _check_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
+    """Weights that are something else than plain tensors on one device, unless the class makes them so."""
     if getattr(model, "_hf_peft_config_loaded", False) or any(hasattr(m, "base_layer") for m in model.modules()):
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} carries an adapter (PEFT), whose layers a narrow model would not have. Merge it "
@@ -110,7 +110,10 @@ def _check_weights(model: PreTrainedModel) -> None:
             "Load it with device_map=None and move it with model.to(device)."
         )
     _check_quantised(model)
-    changed = {path: how for path, module in model.named_modules() if (how := _reparametrised(module))}
+    usual = {path for path, module in stock.named_modules() if _reparametrised(module)}
+    changed = {
+        path: how for path, module in model.named_modules() if path not in usual and (how := _reparametrised(module))
+    }
     if changed:
         path, (what, cure) = next(iter(changed.items()))
         raise UnsupportedArchitectureError(

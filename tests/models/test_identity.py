@@ -154,6 +154,14 @@ def test_weights_computed_from_others(bert, change, words):
     assert words in message and "bert.encoder.layer.1.intermediate.dense" in message
 
 
+def test_weights_that_the_class_itself_computes_from_others():
+    sizes = {"conv_dim": [8], "conv_kernel": [4], "conv_stride": [2], "num_feat_extract_layers": 1}
+    config = tf.Wav2Vec2Config(**zoo.BODY, **sizes, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2)
+    model = tf.Wav2Vec2ForCTC(config).eval()
+    check_structure(model)
+    check_behaviour(model, {"input_values": torch.randn(2, 200)})
+
+
 def test_masks_that_were_made_permanent_are_plain_weights(bert):
     layer = bert.bert.encoder.layer[1].intermediate.dense
     prune.l1_unstructured(layer, "weight", 0.5)
