@@ -29,6 +29,7 @@ from .bases import (
     value_directions,
 )
 from .calibration import Calibration
+from .linalg import eigh, qr
 from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
 
 
@@ -127,7 +128,7 @@ def hidden_directions(
         # The folded stream has no mean over its features; that direction must stay, for layer norm to subtract
         # nothing.
         ranked = torch.cat([ones, (ranked - ones @ (ones.T @ ranked))], dim=1)
-    nested = torch.linalg.qr(ranked)[0]
+    nested = qr(ranked, "Basis of the stream")[0]
     # tr(M (1 - P) S (1 - P)) for every nested P at once: sums over the lower right corner of a Hadamard product
     corner = torch.zeros(dim, dim, dtype=torch.float64)
     for point, second in zip(site.points, seconds, strict=True):
@@ -142,7 +143,7 @@ def hidden_directions(
         kept = polar_alignment(nested[:, :width])
         if width < dim:
             inside = kept.T @ joint @ kept
-            quiet = (kept.T @ ones)[:, 0] if anatomy.pre_norm else torch.linalg.eigh(inside)[1][:, 0]
+            quiet = (kept.T @ ones)[:, 0] if anatomy.pre_norm else eigh(inside, "Rotation of the stream")[1][:, 0]
             kept = rotate_onto_ones(kept, quiet / quiet.norm())
         return {"": Projection(kept, kept)}
 
@@ -289,7 +290,7 @@ def factored_directions(
     # without a bias there is nowhere to put the mean back: it is then one of the directions
     moment = (moments.second_moment if module.bias is None else moments.covariance).cpu()
     mean = None if module.bias is None else moments.mean.cpu()
-    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = eigh(moment, f"Directions of {site.name}")
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if basis == "random":
         generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)

@@ -210,7 +210,7 @@ class EncoderLayout:
         units += [Unit(path, reads) for path in self.pooled_by]
         units += [Unit(path, "hidden") for path in self.head_reads]
         if self._ties(model):
-            units.append(Unit(self.decoder, factor="hidden"))
+            units.append(Unit(self.decoder, factor="hidden", full=width))
         return units, sites
 
 
