@@ -20,6 +20,7 @@ __all__ = [
     "head_projection",
     "identity_projection",
     "natural_gauge",
+    "never_free",
     "neuron_order",
     "neuron_projection",
     "pivoted_cholesky",
@@ -156,6 +157,27 @@ def neuron_order(moment: torch.Tensor, weight_norm: torch.Tensor) -> tuple[torch
         (order (m,), residual (m + 1,)): see `pivoted_cholesky`; the residual is the consumer's lost output energy.
     """
     return pivoted_cholesky(moment * torch.outer(weight_norm, weight_norm), len(moment))
+
+
+def never_free(moment: torch.Tensor, effect: torch.Tensor, samples: int) -> torch.Tensor:
+    """The moment with a variance for features that never varied in `samples` samples.
+
+    By the rule of succession such a feature varies in one of samples + 2 cases. So its energy, seen through its
+    consumer, is taken for that share of the others' mean, and for half of the smallest one at most, because what was
+    seen to vary comes first. No other feature can make up for it.
+
+    Args:
+        moment: (m, m) fp64 second moment, or covariance.
+        effect: (m,) >= 0: what a unit of variance is worth to the consumer.
+    """
+    variance = moment.diagonal()
+    silent = (variance <= 1e-12 * variance.mean()) & (effect > 0)
+    energy = (variance * effect)[~silent]
+    energy = energy[energy > 0]
+    if not len(energy) or not bool(silent.any()):
+        return moment
+    guess = torch.minimum(energy.mean() / (samples + 2), energy.min() / 2)
+    return torch.where(torch.diag(silent), torch.diag(guess / effect.clamp_min(1e-300)), moment)
 
 
 def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:

@@ -23,6 +23,7 @@ from .bases import (
     natural_gauge,
     neuron_order,
     neuron_projection,
+    never_free,
     polar_alignment,
     query_key_directions,
     rotate_onto_ones,
@@ -94,10 +95,31 @@ def _unit_reading(model: nn.Module, anatomy: Anatomy, site: Site) -> Unit | None
     return next((u for u in anatomy.units if u.reads == site.name and is_layer(model, u.path)), None)
 
 
-def _metric_behind(model: nn.Module, unit: Unit | None, calibration: Calibration) -> torch.Tensor | None:
-    if unit is None:
-        return None
-    return stream_metric(calibration, unit.lands, dense_weight(get_module(model, unit.path)).shape[0])
+def _weight_behind(model: nn.Module, unit: Unit) -> torch.Tensor:
+    """(out, in, positions) fp64 weight of a unit, through the scale of the batch norm that follows: where that divides
+    by running statistics, the scale of the weight itself means nothing."""
+    weight = dense_weight(get_module(model, unit.path)).cpu()
+    weight = weight.flatten(2) if weight.dim() == 4 else weight[..., None]
+    norm = get_module(model, unit.norm) if unit.norm and is_layer(model, unit.norm) else None
+    if norm is None or norm.running_var is None:
+        return weight
+    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.detach().double()
+    return weight * scale.cpu()[:, None, None]
+
+
+def _metric_behind(model: nn.Module, anatomy: Anatomy, unit: Unit, calibration: Calibration) -> torch.Tensor:
+    """(out, out) metric of errors of a unit's output. Between two convolutions of a block it is that of the next one,
+    seen through its weight: an activation between them passes errors on, at most."""
+    dim = len(_weight_behind(model, unit))
+    following = (
+        None if unit.lands or unit.writes is None else _unit_reading(model, anatomy, anatomy.sites[unit.writes])
+    )
+    if following is None or following.norm is None:
+        return stream_metric(calibration, unit.lands, dim)
+    weight = _weight_behind(model, following)
+    metric = _metric_behind(model, anatomy, following, calibration)
+    return torch.einsum("oik,op,pjk->ij", weight, metric, weight)
 
 
 def _moment(model: nn.Module, reader: Unit | None, moments: SecondMoments) -> torch.Tensor:
@@ -155,18 +177,15 @@ def neuron_directions(
 ) -> Directions:
     """Element-wise sites (feed-forward neurons, channels, a pooler): select by pivoted Cholesky, compensate."""
     reader = _unit_reading(model, anatomy, site)
-    moment = _moment(model, reader, calibration.moments[site.points[0]])
+    moments = calibration.moments[site.points[0]]
+    moment = _moment(model, reader, moments)
     if reader is None:
         effect = torch.ones(site.width, dtype=torch.float64)
     else:
-        weight = dense_weight(get_module(model, reader.path)).cpu()
-        metric = _metric_behind(model, reader, calibration)
-        effect = torch.einsum(
-            "oik,op,pik->i",
-            weight.flatten(2) if weight.dim() == 4 else weight[..., None],
-            metric,
-            weight.flatten(2) if weight.dim() == 4 else weight[..., None],
-        ).clamp_min(0)
+        weight = _weight_behind(model, reader)
+        metric = _metric_behind(model, anatomy, reader, calibration)
+        effect = torch.einsum("oik,op,pik->i", weight, metric, weight).clamp_min(0)
+    moment = never_free(moment, effect, moments.count)
     if basis == "random":
         generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
         order = torch.randperm(site.width, generator=generator)
@@ -195,7 +214,7 @@ def _random_head_bases(site: Site, calibration: Calibration) -> torch.Tensor:
 def _values(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration):
     unit = next(u for u in anatomy.units if u.reads == site.name)
     weight = dense_weight(get_module(model, unit.path)).cpu()
-    effect = weight.T @ _metric_behind(model, unit, calibration) @ weight
+    effect = weight.T @ _metric_behind(model, anatomy, unit, calibration) @ weight
     context = _moment(model, unit, calibration.moments[site.points[0]])
     return value_directions(_per_head(context, site.groups), _per_head(effect, site.groups))
 

@@ -1,7 +1,7 @@
-"""Decompositions of moments that fail in words: diagnose, climb a ladder of jitters, say how far, then a named error.
+"""Decompositions of moments that fail in words: diagnose, climb a ladder of jitters, say how far, or give up.
 
-The ladder is that of linear_operator's `psd_safe_cholesky` (Gardner et al. 2018, GPyTorch): try as it is; count what is
-not finite; add more and more to the diagonal, with a warning that states the amount; give up with an error that does.
+The ladder is that of linear_operator's `psd_safe_cholesky` (Gardner et al. 2018, GPyTorch): count what is not finite,
+try as it is, add more and more to the diagonal, warn with the amount; give up with an error that names it.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ def check_finite(matrix: torch.Tensor, what: str) -> None:
 
 
 def _climb(
-    matrix: torch.Tensor, what: str, steps: Iterable[float], attempt: Callable[[torch.Tensor], Found | None], asked: str
+    matrix: torch.Tensor,
+    what: str,
+    steps: Iterable[float],
+    attempt: Callable[[torch.Tensor], Found | None],
+    asked: str,
 ) -> Found:
-    """The first result of `attempt` on (..., d, d) `matrix` plus a step of the mean of its diagonal; None is a failure.
+    """The first result of `attempt` on `matrix` (..., d, d) plus a step of the mean of its diagonal; None: it failed.
 
     Raises:
         CalibrationError: entries that are not finite; no step was enough.

@@ -21,6 +21,7 @@ from ..spectra.edges import find_estimator
 from .budget import (
     BudgetPoint,
     Couple,
+    Plan,
     allocate,
     already_met,
     couple_grid,
@@ -112,6 +113,7 @@ class Surgeon:
             self.batches = [with_decoder_inputs(model, batch) for batch in self.batches]
             self.teacher = fold_norms(model, self.anatomy)
             points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
+            points |= {unit.lands for unit in self.anatomy.units if unit.lands is not None and unit.norm is not None}
             self.calibration = Calibration(
                 sorted(points, key=str), self._gradient_points(), config, null_moments=thorough
             )
@@ -179,7 +181,7 @@ class Surgeon:
     def _observed(self, site: Site) -> SecondMoments:
         """Moments of the place that stands for a site: for the stream, behind the norm at half its depth. Several
         places together would count the same tokens as independent samples."""
-        points = [p for p in site.points if p.side == "output"] or list(site.points)
+        points = [p for p in site.points if p.side == "output"] or [p for p in site.points if not p.whole]
         return self.calibration.moments[points[len(points) // 2]]
 
     def couples(self) -> list[Couple]:
@@ -199,8 +201,8 @@ class Surgeon:
         rank = min(lead.group_width, max(floor, -(-rank // step) * step))
         return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
 
-    def plan(self, target_reduction: float | None = None) -> tuple[dict[str, int], list[BudgetPoint]]:
-        """({couple: features of a group}, curve): by budget where there is a target, else by the spectral edges.
+    def plan(self, target_reduction: float | None = None) -> Plan:
+        """Widths by budget where there is a target, else by the spectral edges.
 
         Raises:
             BudgetError: the target cannot be reached, or already is.
@@ -211,7 +213,8 @@ class Surgeon:
         if target is None and self.config.target_flops is None:
             # two factors of a rank near the full one hold more parameters than the layer they replace
             whole = parameters({})
-            return {c.name: c.rank if parameters({c.name: c.rank}) < whole else c.width for c in couples}, []
+            widths = {c.name: c.rank if parameters({c.name: c.rank}) < whole else c.width for c in couples}
+            return Plan(widths, [], self.config.round_to)
         positions = self._positions()
         flops = flops_of(self.teacher, self.anatomy, positions)
         if target is not None:
@@ -256,8 +259,8 @@ class Surgeon:
             self.teacher(**model_inputs(batch))
         return positions
 
-    def report(self, couples: dict[str, int], curve: list[BudgetPoint]) -> SpectralReport:
-        """The spectra of all sites in question and what the plan makes of them."""
+    def report(self, couples: dict[str, int], curve: list[BudgetPoint], round_to: int | None = None) -> SpectralReport:
+        """The spectra of all sites in question and what a `Plan` makes of them."""
         widths = site_widths(couples, self.anatomy)
         spectra = [
             SiteSpectrum(s.name, s.kind, s.width, widths.get(s.name, s.width), self.subspace_of(s))
@@ -266,7 +269,7 @@ class Surgeon:
         ]
         after = parameters_of(self.teacher, self.anatomy)(couples)
         return SpectralReport(
-            tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict()
+            tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict(), round_to
         )
 
     def operate(self, couples: dict[str, int]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
