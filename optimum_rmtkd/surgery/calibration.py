@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+GOLDEN = (5**0.5 - 1) / 2
+
+
 def collect_batches(dataloader: Iterable, samples: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
     """The first batches of a dataloader that hold `samples` samples together, on `device`.
 
@@ -140,13 +143,13 @@ def features_last(x: torch.Tensor) -> torch.Tensor:
 
 
 def turned(x: torch.Tensor) -> torch.Tensor:
-    """As `features_last`, each row of an image turned one column further than the one above: evenly spaced positions
-    then lie along a diagonal and not all in one column, which would be the border of most images."""
+    """As `features_last`, each row of an image turned further than the one above, by the golden ratio of its width:
+    evenly spaced positions then lie in many columns and not all in one, which would be the border of most images."""
     if x.dim() != 4:
         return x
     height, width = x.shape[2:]
     rows = torch.arange(height, device=x.device)[:, None]
-    columns = (torch.arange(width, device=x.device) + rows * width // height) % width
+    columns = (torch.arange(width, device=x.device) + (rows * (width * GOLDEN)).long()) % width
     return features_last(x.flatten(2)[..., (rows * width + columns).flatten()].unflatten(2, (height, width)))
 
 

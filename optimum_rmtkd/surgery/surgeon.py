@@ -3,9 +3,10 @@ itself."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,10 @@ class Surgeon:
     def directions_of(self, site: Site) -> Directions:
         """Directions of a site, computed once."""
         if site.name not in self.directions:
-            self.directions[site.name] = site_directions(
-                self.teacher, site, self.anatomy, self.calibration, self.config.basis
-            )
+            with _naming(site):
+                self.directions[site.name] = site_directions(
+                    self.teacher, site, self.anatomy, self.calibration, self.config.basis
+                )
         return self.directions[site.name]
 
     def subspace_of(self, site: Site) -> SignalSubspace:
@@ -306,7 +308,8 @@ class Surgeon:
         order = sorted(self.anatomy.sites.values(), key=lambda site: site.kind != "hidden")
         for site in order:
             if site.name in cut:
-                chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
+                with _naming(site):
+                    chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
                 if site.kind == "hidden":
                     stream = chosen[site.name][""]
         return Cuts(chosen)
@@ -318,6 +321,17 @@ class Surgeon:
         # the folded stream of a pre-norm model is the old one less its mean over features
         basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
         return {"hidden": basis.float().to(self.source.device)}
+
+
+@contextlib.contextmanager
+def _naming(site: Site) -> Iterator[None]:
+    """Failures of decompositions say of which site."""
+    try:
+        yield
+    except CalibrationError as error:
+        if repr(site.name) in str(error):
+            raise
+        raise CalibrationError(f"Site {site.name!r}: {error}") from error
 
 
 def _origin(name: str) -> str:
