@@ -23,6 +23,7 @@ __all__ = [
     "Couple",
     "Plan",
     "allocate",
+    "check_reachable",
     "flops_of",
     "parameters_of",
     "site_widths",
@@ -214,6 +215,31 @@ def already_met(size: float, goal: float, what: str) -> BudgetError:
         f"The model has {size:,.0f} {what}, already no more than the {goal:,.0f} that were asked for: nothing is left "
         "to narrow. Ask for a larger reduction, or leave the model as it is."
     )
+
+
+def check_reachable(
+    sites: list[Site], cost: Callable[[Mapping[str, int]], float], goal: float, whole: float, config: RMTKDConfig
+) -> None:
+    """Refuse a number of parameters that no widths can give, before anything is computed.
+
+    Args:
+        sites: those that may be cut. cost: {couple: width} -> parameters. goal, whole: as for `allocate`.
+
+    Raises:
+        BudgetError: the model is no larger than `goal` now, or larger than that with every site at its floor.
+    """
+    size = cost({})
+    if size <= goal:
+        raise already_met(size, goal, "parameters")
+    finest = config.replace(round_to=1)
+    leads = {site.couple: site for site in sites if site.kind != "pooled"}
+    widths = {name: site.group_width for name, site in leads.items()}
+    for _ in range(2):  # two thin factors can be larger than the layer that they replace: each site is tried
+        for name, site in leads.items():
+            tries = [{**widths, name: width} for width in (site.group_width, couple_grid(site, finest)[0])]
+            widths = min(tries, key=cost)
+    if cost(widths) > goal:
+        raise _beyond_reach(goal, cost(widths), whole, config, "parameters")
 
 
 def allocate(

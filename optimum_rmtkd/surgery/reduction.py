@@ -101,7 +101,9 @@ def analyze(
     Raises:
         UnsupportedArchitectureError, CalibrationError, BudgetError: see `optimum_rmtkd.errors`.
     """
-    surgeon = Surgeon(model, dataloader, config or RMTKDConfig(), progress=progress, thorough=True)
+    config = config or RMTKDConfig()
+    target = config.target_reduction
+    surgeon = Surgeon(model, dataloader, config, progress=progress, thorough=True, target_reduction=target)
     return surgeon.report(*surgeon.plan())
 
 
@@ -158,7 +160,8 @@ def reduce(
     Raises:
         UnsupportedArchitectureError, CalibrationError, BudgetError, RMTKDError: see `optimum_rmtkd.errors`.
     """
-    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress)
+    asked = config.target_reduction if target_reduction is None else target_reduction
+    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, target_reduction=asked)
     with one_for_all(accelerator):
         plan = surgeon.plan(target_reduction)
     plan = from_main(plan, accelerator)

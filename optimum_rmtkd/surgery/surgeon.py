@@ -25,6 +25,7 @@ from .budget import (
     Plan,
     allocate,
     already_met,
+    check_reachable,
     couple_grid,
     flops_of,
     parameters_of,
@@ -88,7 +89,8 @@ class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
 
     `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
-    that the estimator "signflip" needs.
+    that the estimator "signflip" needs. A `target_reduction` that is out of reach is refused (BudgetError) before any
+    data is read; `plan` is asked for it again.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Surgeon:
         accelerator: Any = None,
         progress: bool = True,
         thorough: bool = False,
+        target_reduction: float | None = None,
     ):
         if not isinstance(model, PreTrainedModel):
             raise RMTKDError(f"Expected a transformers PreTrainedModel, got {type(model).__name__}.")
@@ -108,6 +111,9 @@ class Surgeon:
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
+        if target_reduction is not None:
+            whole, count = uncut_parameters(model), parameters_of(model, self.anatomy)
+            check_reachable(self.sites, count, (1 - target_reduction) * whole, whole, config)
         with one_for_all(accelerator):
             self.batches = collect_batches(dataloader, share_of(config.calibration_samples, accelerator), model.device)
             _check_tokens(model, self.batches)

@@ -171,6 +171,22 @@ def test_target_beyond_reach_names_what_can_be_reached(case):
         assert 1 - count_parameters(small) / count_parameters(model) == pytest.approx(reachable, abs=1e-4)
 
 
+@pytest.mark.parametrize("case", [case for case in REACHES if REACHES[case][3] == "parameters"])
+def test_a_target_beyond_reach_is_refused_before_data_is_read(case):
+    name, task, changes, _ = REACHES[case]
+    model = zoo.make(name, task)
+
+    def unread():
+        raise AssertionError("data was read")
+        yield
+
+    for compute in (narrow, analyze, reduce):
+        refused(BudgetError, "the model cannot get below", compute, model, unread(), RECIPE.replace(**changes))
+    some, less = (RECIPE.replace(**changes | {"target_reduction": share}) for share in (0.05, 0.01))
+    cut = narrow(model, zoo.batches(name), some, progress=False)
+    refused(BudgetError, "already no more than", narrow, cut, unread(), less)
+
+
 def test_targets_count_from_the_uncut_model(bert):
     model, data = bert
     before = count_parameters(model)
