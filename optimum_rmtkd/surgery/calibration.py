@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 
-GOLDEN = (5**0.5 - 1) / 2
+GOLDEN = (5**0.5 - 1) / 2  # the turn after which few others come near the same place
 
 
 def collect_batches(dataloader: Iterable, samples: int, device: torch.device) -> list[dict[str, torch.Tensor]]:

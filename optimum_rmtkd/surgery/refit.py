@@ -268,7 +268,7 @@ def _fit_scope(units: list[Unit], student: Scope, teacher: Scope, cuts: Cuts, ri
         for unit, module in zip(group, modules, strict=True):
             wants = [_wanted(unit, target, skip, cuts) for target, skip in zip(targets, skips, strict=True)]
             if _is_norm(student, unit):
-                _fit_norm(module, entries, wants)
+                _fit_norm(module, entries, wants, f"Refit of {unit.path}")
             else:
                 _fit_linear(module, entries, wants, ridge, f"Refit of {unit.path}")
 
@@ -345,8 +345,9 @@ def _fit_linear(
             last.bias.copy_(last.bias.double() + shift)
 
 
-def _fit_norm(module: nn.Module, entries: list[torch.Tensor], wants: list[torch.Tensor]) -> None:
+def _fit_norm(module: nn.Module, entries: list[torch.Tensor], wants: list[torch.Tensor], what: str) -> None:
     scale, shift, usable = norm_fit(torch.cat(entries), torch.cat(wants))
+    check_finite(torch.stack([scale, shift]), what)
     with torch.no_grad():
         module.weight.copy_(torch.where(usable, scale, module.weight.double()))
         if module.bias is not None:
