@@ -95,7 +95,11 @@ class RMTKDConfig(Recipe):
     min_width: Count = _option(
         8, "No site is narrower than this (heads: no head narrower than an eighth of it, rounded up)."
     )
-    round_to: Count = _option(16, "Widths are multiples of this: odd widths cost the speed they should bring.")
+    round_to: Count = _option(
+        16,
+        "Widths are multiples of this: odd widths cost the speed they should bring. Where a target would be missed by "
+        "more than 1 % of the model, of half of this, and so on; the report says so.",
+    )
     allocation: str = _option(
         "loss",
         "How a budget is spread over the sites. loss: directions are ranked by the predicted loss of removing them, "

@@ -21,8 +21,8 @@ def test_budgets_are_met_without_a_width_by_hand(sst2):
     surgeon = Surgeon(sst2.model, sst2.calibration_loader(32, 0), config, progress=False)
     whole = count_parameters(sst2.model)
     for target in (0.3, 0.5, 0.63, 0.8, 0.9):
-        couples, curve = surgeon.plan(target)
-        assert abs(1 - surgeon.report(couples, curve).planned_parameters / whole - target) < 0.01
+        plan = surgeon.plan(target)
+        assert abs(1 - surgeon.report(*plan).planned_parameters / whole - target) < 0.01
     with pytest.raises(BudgetError, match="cannot get below"):
         surgeon.plan(0.999)
 

@@ -90,7 +90,7 @@ def speed(task: Task) -> None:
     )
     for target, step, weight in itertools.product((0.63, 0.8), (8, 16), (0.0, 2.0, 4.0, 10.0)):
         surgeon.config = RMTKDConfig(target_reduction=target, speed_weight=weight, round_to=step)
-        couples, curve = surgeon.plan()
+        couples, curve, _ = surgeon.plan()
         student = surgeon.operate(couples)[0]
         ratios = []
         for batch in (1, 32):

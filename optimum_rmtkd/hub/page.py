@@ -89,6 +89,7 @@ def _spectra_sections(report: Mapping[str, Any], prefix: str, key: str) -> list[
         figure = plots.new_figure()
         plots.draw_budget(report, figure.subplots())
         text = "Each point is a move of the allocation; the dot is the size that was taken."
+        text += f" Widths are {report['steps']}." if report.get("steps") else ""
         picture = _picture(figure, f"{key}-budget", text)
         sections.append({"title": f"{prefix}Budget", "figures": [picture]})
     chosen = report["recipe"]["edge_estimator"]

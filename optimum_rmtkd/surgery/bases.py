@@ -7,12 +7,11 @@ encode_out.T @ W @ decode_in.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 import torch
 
-from ..errors import CalibrationError
+from .linalg import check_finite, cholesky, eigh, qr, svd
 
 
 __all__ = [
@@ -21,6 +20,7 @@ __all__ = [
     "head_projection",
     "identity_projection",
     "natural_gauge",
+    "never_free",
     "neuron_order",
     "neuron_projection",
     "pivoted_cholesky",
@@ -31,11 +31,6 @@ __all__ = [
     "value_directions",
 ]
 
-logger = logging.getLogger(__name__)
-
-# Of the mean variance. Products are fp32, so a moment of fewer samples than features has eigenvalues down to -1e-5 of
-# it.
-JITTERS = (1e-10, 1e-8, 1e-6, 1e-5, 1e-4, 1e-3)
 EIGENVALUE_FLOOR = 1e-9  # share of the largest eigenvalue below which a square root is not inverted
 
 
@@ -62,7 +57,7 @@ def symmetric_root(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Eigenvalues under EIGENVALUE_FLOOR of the largest are raised to it in both, so that the two stay inverse to each
     other.
     """
-    values, vectors = torch.linalg.eigh(matrix)
+    values, vectors = eigh(matrix, "Square root of a second moment")
     top = values[..., -1:].clamp_min(torch.finfo(torch.float64).tiny)
     roots = values.clamp_min(0).maximum(EIGENVALUE_FLOOR * top).sqrt()
     return (vectors * roots[..., None, :]) @ vectors.mT, (vectors / roots[..., None, :]) @ vectors.mT
@@ -80,12 +75,12 @@ def fisher_directions(moment: torch.Tensor, gradient: torch.Tensor | None) -> tu
         (basis (d, d), not orthonormal, columns in order; scores (d,) descending).
     """
     if gradient is None:
-        values, vectors = torch.linalg.eigh(moment)
+        values, vectors = eigh(moment, "Directions of the stream")
         return vectors.flip(1), values.flip(0).clamp_min(0)
     root, _ = symmetric_root(moment)
     dim = len(moment)
     shrunk = gradient + 1e-3 * gradient.trace() / dim * torch.eye(dim, dtype=gradient.dtype)
-    values, vectors = torch.linalg.eigh(root @ shrunk @ root)
+    values, vectors = eigh(root @ shrunk @ root, "Directions of the stream")
     return root @ vectors.flip(1), values.flip(0).clamp_min(0)
 
 
@@ -99,6 +94,7 @@ def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
     Returns:
         (pivots (rank,) in order of choice, residual (rank + 1,): the trace of what 0, 1, ... rank pivots leave).
     """
+    check_finite(gram, "Choice of features")
     size = len(gram)
     factor = torch.zeros(rank, size, dtype=gram.dtype)
     left = gram.diagonal().clone()
@@ -125,7 +121,7 @@ def polar_alignment(basis: torch.Tensor) -> torch.Tensor:
     result is the identity.
     """
     pivots, _ = pivoted_cholesky(basis @ basis.T, basis.shape[1])
-    left, _, right = torch.linalg.svd(basis[pivots.sort().values])
+    left, _, right = svd(basis[pivots.sort().values], "Alignment of a basis")
     return basis @ (left @ right).T
 
 
@@ -163,33 +159,45 @@ def neuron_order(moment: torch.Tensor, weight_norm: torch.Tensor) -> tuple[torch
     return pivoted_cholesky(moment * torch.outer(weight_norm, weight_norm), len(moment))
 
 
+def never_free(moment: torch.Tensor, effect: torch.Tensor, samples: int) -> torch.Tensor:
+    """The moment with a variance for features that never varied in `samples` samples.
+
+    By the rule of succession such a feature varies in one of samples + 2 cases. So its energy, seen through its
+    consumer, is taken for that share of the others' mean, and for half of the smallest one at most, because what was
+    seen to vary comes first. No other feature can make up for it.
+
+    Args:
+        moment: (m, m) fp64 second moment, or covariance.
+        effect: (m,) >= 0: what a unit of variance is worth to the consumer.
+    """
+    variance = moment.diagonal()
+    silent = (variance <= 1e-12 * variance.mean()) & (effect > 0)
+    energy = (variance * effect)[~silent]
+    energy = energy[energy > 0]
+    if not len(energy) or not bool(silent.any()):
+        return moment
+    guess = torch.minimum(energy.mean() / (samples + 2), energy.min() / 2)
+    return torch.where(torch.diag(silent), torch.diag(guess / effect.clamp_min(1e-300)), moment)
+
+
 def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
     """Keep the features `index` (k,); the consumer is compensated by the best linear prediction of all from those
     kept.
 
-    decode = S[:, index] S[index, index]^-1 (Nystrom), with the first jitter of JITTERS under which the kept block is
-    positive definite.
+    decode = S[:, index] S[index, index]^-1 (Nystrom), with the first jitter under which the kept block is positive
+    definite; it does not depend on the scale that each feature is measured in.
 
     Raises:
-        CalibrationError: the kept features have no finite second moment.
+        CalibrationError: the moment is not finite, or not positive definite.
     """
     if len(index) == len(moment):
         return Projection(*[torch.eye(len(moment), dtype=moment.dtype)[:, index]] * 2, index)
-    kept = moment[index][:, index]
-    mean = kept.diagonal().mean().clamp_min(torch.finfo(moment.dtype).tiny)
-    for jitter in JITTERS:
-        factor, info = torch.linalg.cholesky_ex(kept + jitter * mean * torch.eye(len(index), dtype=moment.dtype))
-        if not info:
-            break
-    else:
-        raise CalibrationError(
-            f"The second moment of {len(index)} kept features is not positive definite even with a jitter of "
-            f"{JITTERS[-1]:g} of its mean variance; expected finite activations. Check the calibration data, or use "
-            "more of it."
-        )
-    if jitter > JITTERS[0]:
-        logger.info("A jitter of %g of the mean variance was needed to compensate %d features.", jitter, len(moment))
-    decode = torch.cholesky_solve(moment[:, index].T.contiguous(), factor).T
+    # in units of each feature's own size, so that jitter means the same to all of them
+    size = moment.diagonal().clamp_min(0).sqrt()
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    alike = moment / torch.outer(size, size)
+    factor = cholesky(alike[index][:, index], f"Compensation of {len(moment)} features by {len(index)} of them")
+    decode = torch.cholesky_solve(alike[:, index].T.contiguous(), factor).T * size[:, None] / size[index]
     # what is kept predicts itself, also where it was silent in the data and its moment is null
     decode[index] = torch.eye(len(index), dtype=moment.dtype)
     encode = torch.zeros(len(moment), len(index), dtype=moment.dtype)
@@ -209,7 +217,7 @@ def value_directions(context: torch.Tensor, effect: torch.Tensor) -> tuple[torch
         S^(1/2) effect S^(1/2).
     """
     root, inverse = symmetric_root(context)
-    values, vectors = torch.linalg.eigh(root @ effect @ root)
+    values, vectors = eigh(root @ effect @ root, "Directions of values")
     vectors = vectors.flip(-1)
     return inverse @ vectors, root @ vectors, values.flip(-1).clamp_min(0)
 
@@ -227,7 +235,7 @@ def query_key_directions(query: torch.Tensor, key: torch.Tensor) -> tuple[torch.
     """
     query_root, query_inverse = symmetric_root(query)
     key_root, key_inverse = symmetric_root(key)
-    left, singular, right = torch.linalg.svd(query_root @ key_root)
+    left, singular, right = svd(query_root @ key_root, "Directions of queries and keys")
     split = singular.sqrt()[..., None, :]
     return query_inverse @ left * split, key_inverse @ right.mT * split, singular.square()
 
@@ -238,7 +246,7 @@ def natural_gauge(encode: torch.Tensor, decode: torch.Tensor) -> tuple[torch.Ten
     decode @ encode.mT does not change. Whitened coordinates would give one factor entries a hundred times those of the
     other; an optimizer that moves all weights by the same step then destroys the small ones.
     """
-    orthonormal, upper = torch.linalg.qr(decode)
+    orthonormal, upper = qr(decode, "Gauge of two factors")
     return encode @ upper.mT, orthonormal
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,12 +21,16 @@ from .sites import Anatomy, Site, Unit, get_module, is_layer, linear_shape, modu
 __all__ = [
     "BudgetPoint",
     "Couple",
+    "Plan",
     "allocate",
+    "check_reachable",
     "flops_of",
     "parameters_of",
     "site_widths",
     "speed_weight_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 SPEED_WEIGHT, DEEP_SPEED_WEIGHT, DEEP = (
     4.0,
@@ -31,6 +38,8 @@ SPEED_WEIGHT, DEEP_SPEED_WEIGHT, DEEP = (
     0.85,
 )  # docs/surgery.md, section 3: by latency, by accuracy, beyond that
 TOLERANCE = 0.005  # overshoot of a share that a step may leave while another step fits better
+HEADS = 8  # a head may be narrower than another site by this factor
+MET = 0.01  # of the uncut model: a plan that goes further beyond its target than this is made again in smaller steps
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,12 @@ class Couple:
     score: torch.Tensor
     rank: int
 
+    def on_grid(self, config: RMTKDConfig) -> Couple:
+        """The same with the floor, step and stride of another recipe."""
+        lead = next(site for site in self.sites if site.kind != "pooled")
+        floor, step, stride = couple_grid(lead, config)
+        return dataclasses.replace(self, floor=floor, step=step, stride=stride)
+
 
 @dataclass(frozen=True)
 class BudgetPoint:
@@ -71,15 +86,30 @@ class BudgetPoint:
     width: int
 
 
+class Plan(NamedTuple):
+    """What an allocation decides.
+
+    Attributes:
+        couples: {couple: features of a group}.
+        curve: the moves in order; empty where the spectral edges decide.
+        round_to: what widths are multiples of: the recipe's, or less where that would have missed the target.
+    """
+
+    couples: dict[str, int]
+    curve: list[BudgetPoint]
+    round_to: int
+
+
 def couple_grid(site: Site, config: RMTKDConfig) -> tuple[int, int, int]:
     """(floor, step, stride) of the widths of one group of a site.
 
     Heads are cut in multiples of `round_to` where they are at least four times as wide, else of a quarter of their
-    width, so that narrow heads can be cut at all.
+    width, so that narrow heads can be cut at all; none is narrower than an eighth of `min_width`.
     """
     full = site.group_width
     step = min(config.round_to, max(1, full // 4)) if site.groups > 1 else min(config.round_to, full)
-    floor = step if site.groups > 1 else min(full, -(-config.min_width // step) * step)
+    least = -(-config.min_width // HEADS) if site.groups > 1 else config.min_width
+    floor = min(full, -(-least // step) * step)
     stride = max(step, full // 64 // step * step)
     return floor, step, stride
 
@@ -187,6 +217,31 @@ def already_met(size: float, goal: float, what: str) -> BudgetError:
     )
 
 
+def check_reachable(
+    sites: list[Site], cost: Callable[[Mapping[str, int]], float], goal: float, whole: float, config: RMTKDConfig
+) -> None:
+    """Refuse a number of parameters that no widths can give, before anything is computed.
+
+    Args:
+        sites: those that may be cut. cost: {couple: width} -> parameters. goal, whole: as for `allocate`.
+
+    Raises:
+        BudgetError: the model is no larger than `goal` now, or larger than that with every site at its floor.
+    """
+    size = cost({})
+    if size <= goal:
+        raise already_met(size, goal, "parameters")
+    finest = config.replace(round_to=1)
+    leads = {site.couple: site for site in sites if site.kind != "pooled"}
+    widths = {name: site.group_width for name, site in leads.items()}
+    for _ in range(2):  # two thin factors can be larger than the layer that they replace: each site is tried
+        for name, site in leads.items():
+            tries = [{**widths, name: width} for width in (site.group_width, couple_grid(site, finest)[0])]
+            widths = min(tries, key=cost)
+    if cost(widths) > goal:
+        raise _beyond_reach(goal, cost(widths), whole, config, "parameters")
+
+
 def allocate(
     couples: list[Couple],
     cost: Callable[[Mapping[str, int]], float],
@@ -195,12 +250,14 @@ def allocate(
     whole: float,
     config: RMTKDConfig,
     what: str,
-) -> tuple[dict[str, int], list[BudgetPoint]]:
-    """Narrow greedily until `cost` is at most `goal`.
+) -> Plan:
+    """Narrow greedily until `cost` is at most `goal`, and no more than MET beyond it.
 
     Each move narrows the couple whose move is cheapest: predicted loss per unit of worth saved ("loss": the discrete
     form of one common Lagrange multiplier), eigenvalue over edge ("edge": one common multiple c of the noise edge,
-    above which all sites keep), or the widest share ("uniform").
+    above which all sites keep), or the widest share ("uniform"). Where multiples of `round_to` miss the goal, it is
+    planned anew with multiples of half of it, and so on; the last resort is to put the move that went too far first
+    and to keep more of all others.
 
     Args:
         cost: {couple: width} -> size of the model.
@@ -210,42 +267,131 @@ def allocate(
         what: "parameters" or "FLOPs", for the message.
 
     Returns:
-        ({couple: width}, the moves in order).
+        The plan nearest to the goal: where single features are too coarse for it, it may be further off than MET.
 
     Raises:
         BudgetError: every couple is at its floor; names the largest reduction that can be reached.
     """
-    widths = {c.name: c.width for c in couples}
-    local = {c.name: worth(c) for c in couples}
-    size, curve = cost(widths), []
+    size = cost({c.name: c.width for c in couples})
     if size <= goal:
         raise already_met(size, goal, what)
+    local = {c.name: worth(c) for c in couples}
+    nearest, last, failure = None, None, None
+    for round_to, pinned in _tries(config.round_to, lambda: last):
+        recipe = config.replace(round_to=round_to)
+        try:
+            curve, widths = _descend([c.on_grid(recipe) for c in couples], pinned, cost, local, goal, whole, recipe)
+        except _Stuck as stuck:
+            failure, last = stuck, None
+            continue
+        last = curve[-1]
+        if nearest is None or last.cost > nearest.curve[-1].cost:
+            nearest = Plan(widths, curve, round_to)
+        if last.cost >= goal - MET * whole:
+            break
+    if nearest is None:
+        raise _beyond_reach(goal, failure.size, whole, config, what)
+    _say(nearest, goal, whole, config, what)
+    return nearest
+
+
+class _Stuck(Exception):
+    """Every couple is at its floor; `size` is what is left of the model then."""
+
+    def __init__(self, size: float):
+        super().__init__(size)
+        self.size = size
+
+
+def _tries(round_to: int, last_move: Callable[[], BudgetPoint | None]) -> Iterator[tuple[int, dict[str, int]]]:
+    """(round_to, {couple: width taken first and kept}): halves down to 1, then with the moves that went too far
+    pinned one by one."""
+    while True:
+        yield round_to, {}
+        if round_to == 1:
+            break
+        round_to //= 2
+    pinned: dict[str, int] = {}
+    while (move := last_move()) and move.couple not in pinned:
+        pinned = {**pinned, move.couple: move.width}
+        yield 1, pinned
+
+
+def _beyond_reach(goal: float, size: float, whole: float, config: RMTKDConfig, what: str) -> BudgetError:
+    return BudgetError(
+        f"A reduction to {goal:,.0f} {what} was asked for; with min_width={config.min_width} and the chosen sites the "
+        f"model cannot get below {size:,.0f} (a reduction of {math.floor(1e4 * (1 - size / whole)) / 1e4:.4f}). Ask "
+        "for at most that, allow more sites, or lower min_width."
+    )
+
+
+def _say(plan: Plan, goal: float, whole: float, config: RMTKDConfig, what: str) -> None:
+    if plan.round_to < config.round_to:
+        logger.warning(
+            "Widths are multiples of %d: with round_to=%d the target would have been missed by more than %g %% of the "
+            "%s.",
+            plan.round_to,
+            config.round_to,
+            100 * MET,
+            what,
+        )
+    reached = plan.curve[-1].cost
+    if reached < goal - MET * whole:
+        logger.warning(
+            "%.1f %% of the %s are removed where %.1f %% were asked for: single features of the chosen sites are too "
+            "coarse for less. More sites come nearer.",
+            100 * (1 - reached / whole),
+            what,
+            100 * (1 - goal / whole),
+        )
+
+
+def _descend(
+    couples: list[Couple],
+    pinned: Mapping[str, int],
+    cost: Callable[[Mapping[str, int]], float],
+    local: Mapping[str, Callable[[Mapping[str, int]], float]],
+    goal: float,
+    whole: float,
+    config: RMTKDConfig,
+) -> tuple[list[BudgetPoint], dict[str, int]]:
+    """(moves, widths) from full width down to `goal`; `pinned` couples are moved at once and then left alone.
+
+    Raises:
+        _Stuck: every couple is at its floor.
+    """
+    widths = {c.name: c.width for c in couples}
+    size, curve = cost(widths), []
     lost = sum(float(c.damage[c.width]) for c in couples)
-    while size > goal:
-        moves = [m for c in couples for m in _moves(c, widths, size, cost, local[c.name], config)]
-        if not moves:
-            raise BudgetError(
-                f"A reduction to {goal:,.0f} {what} was asked for; with min_width={config.min_width} and the chosen "
-                f"sites the model cannot get below {size:,.0f} (a reduction of "
-                f"{math.floor(1e4 * (1 - size / whole)) / 1e4:.4f}). Ask for at most that, allow more sites, or lower "
-                "min_width."
-            )
-        fitting = [m for m in moves if size - m[1] >= goal - TOLERANCE * whole]
-        if fitting:
-            _, saved, couple, width, price = min(fitting, key=lambda m: m[0])
-        else:
-            _, saved, couple, width, price = min(moves, key=lambda m: m[1])
+
+    def take(couple: Couple, width: int, saved: float) -> None:
+        nonlocal size, lost
+        lost += float(couple.damage[width] - couple.damage[widths[couple.name]])
         widths[couple.name] = width
         size -= saved
-        lost += price
         curve.append(BudgetPoint(float(size), lost, couple.name, width))
-    return widths, curve
+
+    for couple in couples:
+        if couple.name in pinned:
+            take(couple, pinned[couple.name], size - cost({**widths, couple.name: pinned[couple.name]}))
+    free = [c for c in couples if c.name not in pinned]
+    while size > goal:
+        moves = [m for c in free for m in _moves(c, widths, size, cost, local[c.name], config)]
+        if not moves:
+            raise _Stuck(size)
+        fitting = [m for m in moves if size - m[1] >= goal - TOLERANCE * whole]
+        if fitting:
+            _, saved, couple, width = min(fitting, key=lambda m: m[0])
+        else:
+            _, saved, couple, width = min(moves, key=lambda m: m[1])
+        take(couple, width, saved)
+    return curve, widths
 
 
 def _moves(
     couple: Couple, widths: dict[str, int], size: float, cost: Callable, worth: Callable, config: RMTKDConfig
 ) -> list[tuple]:
-    """(priority, saved, couple, new width, damage) of the one-stride and one-step moves of a couple."""
+    """(priority, saved, couple, new width) of the one-stride and one-step moves of a couple."""
     old = widths[couple.name]
     moves = []
     for stride in {couple.stride, couple.step}:
@@ -260,12 +406,11 @@ def _moves(
         if saved <= 0:
             continue
         price = _move_price(couple, old, new, config)
-        damage = float(couple.damage[new] - couple.damage[old])
         if config.allocation == "loss":
             priority = price / (worth(widths) - worth({**widths, couple.name: new}))
         elif config.allocation == "edge":
             priority = price
         else:
             priority = -old / couple.width
-        moves.append((priority, saved, couple, new, damage))
+        moves.append((priority, saved, couple, new))
     return moves

@@ -30,6 +30,9 @@ __all__ = [
 ]
 
 
+GOLDEN = (5**0.5 - 1) / 2  # the turn after which few others come near the same place
+
+
 def collect_batches(dataloader: Iterable, samples: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
     """The first batches of a dataloader that hold `samples` samples together, on `device`.
 
@@ -139,6 +142,17 @@ def features_last(x: torch.Tensor) -> torch.Tensor:
     return x.flatten(2).mT if x.dim() == 4 else x
 
 
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """As `features_last`, each row of an image turned further than the one above, by the golden ratio of its width:
+    evenly spaced positions then lie in many columns and not all in one, which would be the border of most images."""
+    if x.dim() != 4:
+        return x
+    height, width = x.shape[2:]
+    rows = torch.arange(height, device=x.device)[:, None]
+    columns = (torch.arange(width, device=x.device) + (rows * (width * GOLDEN)).long()) % width
+    return features_last(x.flatten(2)[..., (rows * width + columns).flatten()].unflatten(2, (height, width)))
+
+
 @contextlib.contextmanager
 def observed(model: nn.Module, points: Iterable[Point], see: Callable[[Point, torch.Tensor], None]) -> Iterator[None]:
     """Call `see(point, activation)` at each point of every forward pass; the hooks are gone afterwards."""
@@ -199,7 +213,7 @@ class Calibration:
     def _moments_at(self, point: Point, dim: int, device: torch.device) -> SecondMoments:
         if point not in self.moments:
             self.moments[point] = SecondMoments(
-                dim, null_moments=self.null_moments, device=device, seed=self.config.seed
+                dim, null_moments=self.null_moments and not point.whole, device=device, seed=self.config.seed
             )
         return self.moments[point]
 
@@ -218,9 +232,10 @@ class Calibration:
             mask = token_mask(batch, x)
             positions = mask.sum().item() if mask is not None else features_last(x)[..., 0].numel()
             tokens = max(tokens, float(positions))
-            flat, kept = sample_tokens(
-                features_last(x.detach()), mask, self.config.sample_unit, self.config.tokens_per_sequence
-            )
+            unit = "token" if point.whole else self.config.sample_unit
+            flat, kept = sample_tokens(turned(x.detach()), mask, unit, self.config.tokens_per_sequence)
+            if point.whole and mask is None:
+                flat = flat.flatten(0, -2)  # positions as rows: their autocorrelation is of no use here
             moments = self._moments_at(point, flat.shape[-1], flat.device)
             with self._naming(model, point):
                 moments.update(flat, kept)
@@ -268,7 +283,7 @@ class Calibration:
             "batches_seen": self.batches_seen,
             "samples_seen": self.samples_seen,
             "tokens_seen": self.tokens_seen,
-            "moments": {f"{p.path}|{p.side}": m.state_dict() for p, m in self.moments.items()},
+            "moments": {f"{p.path}|{p.side}" + "|whole" * p.whole: m.state_dict() for p, m in self.moments.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
@@ -276,9 +291,9 @@ class Calibration:
         self.batches_seen, self.samples_seen = state["batches_seen"], state["samples_seen"]
         self.tokens_seen = state["tokens_seen"]
         for key, moments in state["moments"].items():
-            path, _, side = key.rpartition("|")
+            path, side, *whole = key.split("|")
             dim = moments["dim"] if isinstance(moments["dim"], int) else int(moments["dim"])
-            restored = self._moments_at(Point(path, side), dim, torch.device(device))
+            restored = self._moments_at(Point(path, side, bool(whole)), dim, torch.device(device))
             restored.load_state_dict(moments)
 
 

@@ -23,12 +23,14 @@ from .bases import (
     natural_gauge,
     neuron_order,
     neuron_projection,
+    never_free,
     polar_alignment,
     query_key_directions,
     rotate_onto_ones,
     value_directions,
 )
 from .calibration import Calibration
+from .linalg import eigh, qr
 from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
 
 
@@ -93,10 +95,31 @@ def _unit_reading(model: nn.Module, anatomy: Anatomy, site: Site) -> Unit | None
     return next((u for u in anatomy.units if u.reads == site.name and is_layer(model, u.path)), None)
 
 
-def _metric_behind(model: nn.Module, unit: Unit | None, calibration: Calibration) -> torch.Tensor | None:
-    if unit is None:
-        return None
-    return stream_metric(calibration, unit.lands, dense_weight(get_module(model, unit.path)).shape[0])
+def _weight_behind(model: nn.Module, unit: Unit) -> torch.Tensor:
+    """(out, in, positions) fp64 weight of a unit, through the scale of the batch norm that follows: where that divides
+    by running statistics, the scale of the weight itself means nothing."""
+    weight = dense_weight(get_module(model, unit.path)).cpu()
+    weight = weight.flatten(2) if weight.dim() == 4 else weight[..., None]
+    norm = get_module(model, unit.norm) if unit.norm and is_layer(model, unit.norm) else None
+    if norm is None or norm.running_var is None:
+        return weight
+    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight.detach().double()
+    return weight * scale.cpu()[:, None, None]
+
+
+def _metric_behind(model: nn.Module, anatomy: Anatomy, unit: Unit, calibration: Calibration) -> torch.Tensor:
+    """(out, out) metric of errors of a unit's output. Between two convolutions of a block it is that of the next one,
+    seen through its weight: an activation between them passes errors on, at most."""
+    dim = len(_weight_behind(model, unit))
+    following = (
+        None if unit.lands or unit.writes is None else _unit_reading(model, anatomy, anatomy.sites[unit.writes])
+    )
+    if following is None or following.norm is None:
+        return stream_metric(calibration, unit.lands, dim)
+    weight = _weight_behind(model, following)
+    metric = _metric_behind(model, anatomy, following, calibration)
+    return torch.einsum("oik,op,pjk->ij", weight, metric, weight)
 
 
 def _moment(model: nn.Module, reader: Unit | None, moments: SecondMoments) -> torch.Tensor:
@@ -127,7 +150,7 @@ def hidden_directions(
         # The folded stream has no mean over its features; that direction must stay, for layer norm to subtract
         # nothing.
         ranked = torch.cat([ones, (ranked - ones @ (ones.T @ ranked))], dim=1)
-    nested = torch.linalg.qr(ranked)[0]
+    nested = qr(ranked, "Basis of the stream")[0]
     # tr(M (1 - P) S (1 - P)) for every nested P at once: sums over the lower right corner of a Hadamard product
     corner = torch.zeros(dim, dim, dtype=torch.float64)
     for point, second in zip(site.points, seconds, strict=True):
@@ -142,7 +165,7 @@ def hidden_directions(
         kept = polar_alignment(nested[:, :width])
         if width < dim:
             inside = kept.T @ joint @ kept
-            quiet = (kept.T @ ones)[:, 0] if anatomy.pre_norm else torch.linalg.eigh(inside)[1][:, 0]
+            quiet = (kept.T @ ones)[:, 0] if anatomy.pre_norm else eigh(inside, "Rotation of the stream")[1][:, 0]
             kept = rotate_onto_ones(kept, quiet / quiet.norm())
         return {"": Projection(kept, kept)}
 
@@ -154,18 +177,15 @@ def neuron_directions(
 ) -> Directions:
     """Element-wise sites (feed-forward neurons, channels, a pooler): select by pivoted Cholesky, compensate."""
     reader = _unit_reading(model, anatomy, site)
-    moment = _moment(model, reader, calibration.moments[site.points[0]])
+    moments = calibration.moments[site.points[0]]
+    moment = _moment(model, reader, moments)
     if reader is None:
         effect = torch.ones(site.width, dtype=torch.float64)
     else:
-        weight = dense_weight(get_module(model, reader.path)).cpu()
-        metric = _metric_behind(model, reader, calibration)
-        effect = torch.einsum(
-            "oik,op,pik->i",
-            weight.flatten(2) if weight.dim() == 4 else weight[..., None],
-            metric,
-            weight.flatten(2) if weight.dim() == 4 else weight[..., None],
-        ).clamp_min(0)
+        weight = _weight_behind(model, reader)
+        metric = _metric_behind(model, anatomy, reader, calibration)
+        effect = torch.einsum("oik,op,pik->i", weight, metric, weight).clamp_min(0)
+    moment = never_free(moment, effect, moments.count)
     if basis == "random":
         generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
         order = torch.randperm(site.width, generator=generator)
@@ -194,7 +214,7 @@ def _random_head_bases(site: Site, calibration: Calibration) -> torch.Tensor:
 def _values(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration):
     unit = next(u for u in anatomy.units if u.reads == site.name)
     weight = dense_weight(get_module(model, unit.path)).cpu()
-    effect = weight.T @ _metric_behind(model, unit, calibration) @ weight
+    effect = weight.T @ _metric_behind(model, anatomy, unit, calibration) @ weight
     context = _moment(model, unit, calibration.moments[site.points[0]])
     return value_directions(_per_head(context, site.groups), _per_head(effect, site.groups))
 
@@ -289,7 +309,7 @@ def factored_directions(
     # without a bias there is nowhere to put the mean back: it is then one of the directions
     moment = (moments.second_moment if module.bias is None else moments.covariance).cpu()
     mean = None if module.bias is None else moments.mean.cpu()
-    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = eigh(moment, f"Directions of {site.name}")
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     if basis == "random":
         generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)

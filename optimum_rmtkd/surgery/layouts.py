@@ -210,7 +210,7 @@ class EncoderLayout:
         units += [Unit(path, reads) for path in self.pooled_by]
         units += [Unit(path, "hidden") for path in self.head_reads]
         if self._ties(model):
-            units.append(Unit(self.decoder, factor="hidden"))
+            units.append(Unit(self.decoder, factor="hidden", full=width))
         return units, sites
 
 
@@ -221,6 +221,7 @@ class ResidualConvLayout:
     Attributes:
         stages: the ModuleList of stages; `blocks` the Sequential of blocks in a stage.
         inner: the Sequential of convolution layers in a block, each with `convolution` and `normalization`.
+        sum: a module of a block whose input is the sum of the convolutions and the shortcut.
     """
 
     stages: str
@@ -228,6 +229,7 @@ class ResidualConvLayout:
     inner: str
     convolution: str = "convolution"
     normalization: str = "normalization"
+    sum: str = "activation"
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Sites and units of `model`; raises UnsupportedArchitectureError where it lacks a declared module."""
@@ -239,13 +241,19 @@ class ResidualConvLayout:
                 names = [f"stage.{s}.{b}.channels.{i}" for i in range(len(inner) - 1)]
                 for i, name in enumerate(names):
                     width = linear_shape(get_module(model, f"{inner[i]}.{self.convolution}"))[1]
-                    point = Point(f"{inner[i + 1]}.{self.convolution}", "input")
-                    sites[name] = Site(name, "channels", width, (point,), depth=len(blocks), couple=name)
+                    # all positions cost less than the convolution behind; a few would miss channels that fire rarely
+                    reader = f"{inner[i + 1]}.{self.convolution}"
+                    points = Point(reader, "input", whole=True), Point(reader, "input")
+                    sites[name] = Site(name, "channels", width, points, depth=len(blocks), couple=name)
                 for i, layer in enumerate(inner):
                     reads = names[i - 1] if i else None
                     writes = names[i] if i < len(names) else None
-                    units.append(Unit(f"{layer}.{self.convolution}", reads, writes, block=block))
-                    units.append(Unit(f"{layer}.{self.normalization}", None, writes, block=block))
+                    norm = f"{layer}.{self.normalization}"
+                    lands = Point(f"{block}.{self.sum}", "input") if writes is None else None
+                    units.append(
+                        Unit(f"{layer}.{self.convolution}", reads, writes, lands=lands, block=block, norm=norm)
+                    )
+                    units.append(Unit(norm, None, writes, block=block))
                 blocks.append(block)
         return Anatomy(sites, tuple(units), tuple(blocks))
 

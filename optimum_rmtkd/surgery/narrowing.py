@@ -176,10 +176,11 @@ def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: C
             if not is_layer(teacher, unit.path):
                 continue
             reads, writes = cuts.of(unit.reads, unit.path), cuts.of(unit.writes, unit.path)
-            factor = cuts.of(unit.factor, unit.path)
+            old, new = get_module(teacher, unit.path), get_module(student, unit.path)
+            # a decoder tied to a table of full width stays one layer
+            factor = cuts.of(unit.factor, unit.path) if hasattr(new, "up") else None
             if reads is None and writes is None and factor is None:
                 continue
-            old, new = get_module(teacher, unit.path), get_module(student, unit.path)
             if isinstance(new, nn.Parameter):
                 new.copy_(old.double() @ writes.encode.to(old.device))
                 touched.add(id(new))

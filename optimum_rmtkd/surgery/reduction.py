@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
 from ..modeling_rmtkd import resolve_path
-from ..models import count_parameters, uncut_parameters
+from ..models import count_parameters
 from .budget import site_widths
 from .families import family_of
 from .processes import broadcast_model, from_main, one_for_all
@@ -34,10 +33,6 @@ __all__ = [
     "reduce",
     "stage_sites",
 ]
-
-logger = logging.getLogger(__name__)
-
-OVERSHOOT = 0.05  # of the parameters, beyond the target: said aloud
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,9 @@ def analyze(
     Raises:
         UnsupportedArchitectureError, CalibrationError, BudgetError: see `optimum_rmtkd.errors`.
     """
-    surgeon = Surgeon(model, dataloader, config or RMTKDConfig(), progress=progress, thorough=True)
+    config = config or RMTKDConfig()
+    target = config.target_reduction
+    surgeon = Surgeon(model, dataloader, config, progress=progress, thorough=True, target_reduction=target)
     return surgeon.report(*surgeon.plan())
 
 
@@ -163,28 +160,19 @@ def reduce(
     Raises:
         UnsupportedArchitectureError, CalibrationError, BudgetError, RMTKDError: see `optimum_rmtkd.errors`.
     """
-    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress)
+    asked = config.target_reduction if target_reduction is None else target_reduction
+    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, target_reduction=asked)
     with one_for_all(accelerator):
         plan = surgeon.plan(target_reduction)
-    couples, curve = from_main(plan, accelerator)
+    plan = from_main(plan, accelerator)
     with one_for_all(accelerator):
-        student, projections = surgeon.operate(couples)
+        student, projections = surgeon.operate(plan.couples)
     broadcast_model(student, projections, accelerator)
-    report = surgeon.report(couples, curve)
-    widths = site_widths(couples, surgeon.anatomy)
+    report = surgeon.report(*plan)
+    widths = site_widths(plan.couples, surgeon.anatomy)
     records = tuple(
         SiteRecord(s.name, s.kind, s.width, s.planned, s.subspace.edge, s.subspace.rank)
         for s in report.sites
         if s.name in widths
     )
-    asked = config.target_reduction if target_reduction is None else target_reduction
-    reached = 1 - count_parameters(student) / uncut_parameters(model)
-    if asked is not None and reached > asked + OVERSHOOT:
-        logger.warning(
-            "%.1f %% of the parameters are removed where target_reduction asks for %.1f %%: widths are multiples of "
-            "round_to=%d, coarse for a model this small. A smaller round_to comes nearer.",
-            100 * reached,
-            100 * asked,
-            config.round_to,
-        )
     return Reduction(student, projections, records, count_parameters(model), count_parameters(student), report)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from ..models import model_inputs
 from .calibration import features_last, observed, token_mask
+from .linalg import JITTERS, check_finite, cholesky
 from .narrowing import Cuts
 from .sites import Anatomy, Point, Unit, get_module, is_layer
 
@@ -27,6 +28,7 @@ from .sites import Anatomy, Point, Unit, get_module, is_layer
 __all__ = ["least_squares_update", "norm_fit", "refit"]
 
 MAX_TOKENS = 32768  # rows of a regression; ten times the widest input that is common
+FP32 = torch.finfo(torch.float32).eps  # share of a matrix's size under which fp32 products tell nothing
 
 
 class _Stop(Exception):
@@ -64,18 +66,30 @@ class Scope:
 
 
 def least_squares_update(
-    inputs: list[torch.Tensor], residuals: list[torch.Tensor], ridge: float, intercept: bool
+    inputs: list[torch.Tensor],
+    residuals: list[torch.Tensor],
+    ridge: float,
+    intercept: bool,
+    unit: int | None = None,
+    what: str = "Refit",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The change of a linear layer that best explains what it still misses.
 
     Solves min |R - X D^T - 1 e^T|^2 + n lambda |D|^2, lambda = ridge * mean variance of X; ridge regression shrinks
-    towards the layer as it is, not towards zero, so a layer that fits exactly is left exactly as it is.
+    towards the layer as it is, not towards zero, so a layer that fits exactly is left exactly as it is. Products are
+    fp32, so a ridge that is too small for what they can tell apart is raised, with a warning that says to what.
 
     Args:
         inputs: chunks (n_i, a); residuals: chunks (n_i, o), any float dtype. Products in fp32, sums in fp64.
+        unit: this many neighbouring columns of X are measured in one unit, and lambda is taken from their variance
+            alone: the result then does not depend on the units. None: all of them are.
+        what: what is fitted, for messages.
 
     Returns:
         D (o, a) and e (o,), fp64; e is zero without `intercept`.
+
+    Raises:
+        CalibrationError: inputs or residuals that are not finite.
     """
     count = sum(len(x) for x in inputs)
     zero = torch.zeros((), dtype=torch.float64, device=inputs[0].device)
@@ -87,10 +101,22 @@ def least_squares_update(
         r = (r.float() - mean_r.float()) if intercept else r.float()
         gram = gram + (x.T @ x).double()
         cross = cross + (x.T @ r).double()
-    scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    gram = gram + ridge * scale * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    update = torch.cholesky_solve(cross, torch.linalg.cholesky(gram)).T
+    check_finite(cross, what)
+    size = _sizes(gram.diagonal(), unit)
+    gram = gram / torch.outer(size, size) + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    jitters = (0.0, *[jitter for jitter in JITTERS if jitter > max(ridge, FP32)])
+    factor = cholesky(gram, f"{what}, ridge={ridge:g}", jitters, resolution=FP32)
+    update = (torch.cholesky_solve(cross / size[:, None], factor) / size[:, None]).T
     return update, (mean_r - update @ mean_x) if intercept else update.new_zeros(len(update))
+
+
+def _sizes(squares: torch.Tensor, unit: int | None) -> torch.Tensor:
+    """(a,) root of the mean of the sums of squares (a,), over each `unit` columns; of all where they are silent."""
+    mean = squares.mean().clamp_min(torch.finfo(torch.float64).tiny)
+    if unit is None:
+        return mean.sqrt().expand(len(squares))
+    each = squares.reshape(-1, unit).mean(1).repeat_interleave(unit)
+    return torch.where(each > 0, each, mean).sqrt()
 
 
 def norm_fit(normalised: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -242,9 +268,9 @@ def _fit_scope(units: list[Unit], student: Scope, teacher: Scope, cuts: Cuts, ri
         for unit, module in zip(group, modules, strict=True):
             wants = [_wanted(unit, target, skip, cuts) for target, skip in zip(targets, skips, strict=True)]
             if _is_norm(student, unit):
-                _fit_norm(module, entries, wants)
+                _fit_norm(module, entries, wants, f"Refit of {unit.path}")
             else:
-                _fit_linear(module, entries, wants, ridge)
+                _fit_linear(module, entries, wants, ridge, f"Refit of {unit.path}")
 
 
 def _reads_alone(scope: Scope, unit: Unit) -> bool:
@@ -264,9 +290,13 @@ def _rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def _spaced(rows: torch.Tensor, batches: int) -> torch.Tensor:
-    """At most MAX_TOKENS / batches of the rows, evenly spaced: the same ones of every activation of a batch."""
-    stride = max(1, -(-len(rows) * batches // MAX_TOKENS))
-    return rows if stride == 1 else rows[::stride].contiguous()
+    """At most MAX_TOKENS / batches of the rows, one drawn from each of as many equal stretches: the same ones of every
+    activation of a batch. Rows at a constant stride would be one column of the images, mostly their border."""
+    most = max(1, MAX_TOKENS // batches)
+    if len(rows) <= most:
+        return rows
+    within = torch.rand(most, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return rows[((torch.arange(most) + within) * (len(rows) / most)).long().to(rows.device)]
 
 
 def _entry(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -301,18 +331,23 @@ def _project(rows: torch.Tensor, cut) -> torch.Tensor:
     return rows @ cut.encode.to(rows)
 
 
-def _fit_linear(module: nn.Module, entries: list[torch.Tensor], wants: list[torch.Tensor], ridge: float) -> None:
+def _fit_linear(
+    module: nn.Module, entries: list[torch.Tensor], wants: list[torch.Tensor], ridge: float, what: str
+) -> None:
     last = module.up if hasattr(module, "down") else module
+    # each channel of a convolution has a scale of its own, which the norms around it make arbitrary
+    unit = last.kernel_size[0] * last.kernel_size[1] if isinstance(last, nn.Conv2d) else None
     with torch.no_grad():
         residuals = [y - F.linear(x, last.weight.flatten(1), last.bias) for x, y in zip(entries, wants, strict=True)]
-        update, shift = least_squares_update(entries, residuals, ridge, last.bias is not None)
+        update, shift = least_squares_update(entries, residuals, ridge, last.bias is not None, unit, what)
         last.weight.copy_(last.weight.double() + update.reshape(last.weight.shape))
         if last.bias is not None:
             last.bias.copy_(last.bias.double() + shift)
 
 
-def _fit_norm(module: nn.Module, entries: list[torch.Tensor], wants: list[torch.Tensor]) -> None:
+def _fit_norm(module: nn.Module, entries: list[torch.Tensor], wants: list[torch.Tensor], what: str) -> None:
     scale, shift, usable = norm_fit(torch.cat(entries), torch.cat(wants))
+    check_finite(torch.stack([scale, shift]), what)
     with torch.no_grad():
         module.weight.copy_(torch.where(usable, scale, module.weight.double()))
         if module.bias is not None:

@@ -52,6 +52,8 @@ class SpectralReport:
         budget: the moves of the allocation (`BudgetPoint`), which is the curve of size against predicted loss; empty
             where the edge decides.
         recipe: RMTKDConfig.to_dict().
+        round_to: what planned widths are multiples of: less than the recipe says where that would have missed the
+            target. None: not known.
     """
 
     sites: tuple[SiteSpectrum, ...]
@@ -59,6 +61,7 @@ class SpectralReport:
     planned_parameters: int
     budget: tuple[BudgetPoint, ...]
     recipe: dict[str, Any]
+    round_to: int | None = None
 
     def table(self) -> str:
         """One line a site: width, planned width, rank under the chosen and every other estimator, and the fit of the
@@ -99,9 +102,18 @@ class SpectralReport:
         lines += [
             "",
             f"parameters {self.parameters:,} -> {self.planned_parameters:,} ({-share:+.1%})",
+            *([f"widths: {self.steps}"] if self.steps else []),
             *self.warnings(),
         ]
         return "\n".join(lines)
+
+    @property
+    def steps(self) -> str:
+        """What is to be said of the steps of the widths; empty where they are the recipe's."""
+        asked = self.recipe.get("round_to")
+        if self.round_to is None or self.round_to == asked:
+            return ""
+        return f"multiples of {self.round_to}, because multiples of {asked} would have missed the target"
 
     def warnings(self) -> list[str]:
         """Each distinct warning once, with the number of sites it concerns."""
@@ -123,6 +135,8 @@ class SpectralReport:
         return {
             "parameters": self.parameters,
             "planned_parameters": self.planned_parameters,
+            "round_to": self.round_to,
+            "steps": self.steps,
             "recipe": self.recipe,
             "sites": [site.to_dict() for site in self.sites],
             "budget": [vars(point) for point in self.budget],

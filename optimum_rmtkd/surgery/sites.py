@@ -36,10 +36,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Point:
-    """Where an activation is seen: the input or the output of the module at `path`."""
+    """Where an activation is seen: the input or the output of the module at `path`; at all positions where `whole`,
+    else at those that the recipe's sample unit takes."""
 
     path: str
     side: str = "output"
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Unit:
         block: path of the residual block it belongs to; None before and after the blocks.
         factor: name of a site whose width becomes the rank of this layer (a decoder tied to a table of that width; a
             factored layer; a factorised table).
+        full: the width of `factor` at which nothing is inserted: the layer stays as it is.
+        norm: path of the batch norm that follows at once, whose scale is part of what this layer does.
     """
 
     path: str
@@ -92,6 +96,8 @@ class Unit:
     lands: Point | None = None
     block: str | None = None
     factor: str | None = None
+    full: int | None = None
+    norm: str | None = None
 
 
 @dataclass(frozen=True)
@@ -233,7 +239,7 @@ def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, i
             delta["in"] = widths[unit.reads]
         if unit.writes in widths:
             delta["out"] = widths[unit.writes]
-    if unit.factor in widths:
+    if unit.factor in widths and widths[unit.factor] != unit.full:
         delta["rank"] = widths[unit.factor]
     elif isinstance(module, LowRankEmbedding) and delta.get("dim", module.output_dim) <= module.rank:
         delta["rank"] = None  # no thinner than the stream it feeds any more: multiplied out

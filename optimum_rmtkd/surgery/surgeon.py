@@ -3,9 +3,10 @@ itself."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,10 @@ from ..spectra.edges import find_estimator
 from .budget import (
     BudgetPoint,
     Couple,
+    Plan,
     allocate,
     already_met,
+    check_reachable,
     couple_grid,
     flops_of,
     parameters_of,
@@ -97,7 +100,8 @@ class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
 
     `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
-    that the estimator "signflip" needs.
+    that the estimator "signflip" needs. A `target_reduction` that is out of reach is refused (BudgetError) before any
+    data is read; `plan` is asked for it again.
     """
 
     def __init__(
@@ -109,12 +113,16 @@ class Surgeon:
         accelerator: Any = None,
         progress: bool = True,
         thorough: bool = False,
+        target_reduction: float | None = None,
     ):
         check_structure(model)
         self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
+        if target_reduction is not None:
+            whole, count = uncut_parameters(model), parameters_of(model, self.anatomy)
+            check_reachable(self.sites, count, (1 - target_reduction) * whole, whole, config)
         with one_for_all(accelerator):
             self.batches = collect_batches(dataloader, share_of(config.calibration_samples, accelerator), model.device)
             _check_tokens(model, self.batches)
@@ -126,6 +134,7 @@ class Surgeon:
                 self.sites = select_sites(self.anatomy, wanted)
             self.teacher = fold_norms(twin, self.anatomy)
             points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
+            points |= {unit.lands for unit in self.anatomy.units if unit.lands is not None and unit.norm is not None}
             self.calibration = Calibration(
                 sorted(points, key=str), self._gradient_points(), config, null_moments=thorough
             )
@@ -163,9 +172,10 @@ class Surgeon:
     def directions_of(self, site: Site) -> Directions:
         """Directions of a site, computed once."""
         if site.name not in self.directions:
-            self.directions[site.name] = site_directions(
-                self.teacher, site, self.anatomy, self.calibration, self.config.basis
-            )
+            with _naming(site):
+                self.directions[site.name] = site_directions(
+                    self.teacher, site, self.anatomy, self.calibration, self.config.basis
+                )
         return self.directions[site.name]
 
     def subspace_of(self, site: Site) -> SignalSubspace:
@@ -193,7 +203,7 @@ class Surgeon:
     def _observed(self, site: Site) -> SecondMoments:
         """Moments of the place that stands for a site: for the stream, behind the norm at half its depth. Several
         places together would count the same tokens as independent samples."""
-        points = [p for p in site.points if p.side == "output"] or list(site.points)
+        points = [p for p in site.points if p.side == "output"] or [p for p in site.points if not p.whole]
         return self.calibration.moments[points[len(points) // 2]]
 
     def couples(self) -> list[Couple]:
@@ -213,8 +223,8 @@ class Surgeon:
         rank = min(lead.group_width, max(floor, -(-rank // step) * step))
         return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
 
-    def plan(self, target_reduction: float | None = None) -> tuple[dict[str, int], list[BudgetPoint]]:
-        """({couple: features of a group}, curve): by budget where there is a target, else by the spectral edges.
+    def plan(self, target_reduction: float | None = None) -> Plan:
+        """Widths by budget where there is a target, else by the spectral edges.
 
         Raises:
             BudgetError: the target cannot be reached, or already is.
@@ -225,7 +235,8 @@ class Surgeon:
         if target is None and self.config.target_flops is None:
             # two factors of a rank near the full one hold more parameters than the layer they replace
             whole = parameters({})
-            return {c.name: c.rank if parameters({c.name: c.rank}) < whole else c.width for c in couples}, []
+            widths = {c.name: c.rank if parameters({c.name: c.rank}) < whole else c.width for c in couples}
+            return Plan(widths, [], self.config.round_to)
         positions = self._positions()
         flops = flops_of(self.teacher, self.anatomy, positions)
         if target is not None:
@@ -270,8 +281,8 @@ class Surgeon:
             self.teacher(**model_inputs(batch))
         return positions
 
-    def report(self, couples: dict[str, int], curve: list[BudgetPoint]) -> SpectralReport:
-        """The spectra of all sites in question and what the plan makes of them."""
+    def report(self, couples: dict[str, int], curve: list[BudgetPoint], round_to: int | None = None) -> SpectralReport:
+        """The spectra of all sites in question and what a `Plan` makes of them."""
         widths = site_widths(couples, self.anatomy)
         spectra = [
             SiteSpectrum(s.name, s.kind, s.width, widths.get(s.name, s.width), self.subspace_of(s))
@@ -280,7 +291,7 @@ class Surgeon:
         ]
         after = parameters_of(self.teacher, self.anatomy)(couples)
         return SpectralReport(
-            tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict()
+            tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict(), round_to
         )
 
     def operate(self, couples: dict[str, int]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
@@ -317,7 +328,8 @@ class Surgeon:
         order = sorted(self.anatomy.sites.values(), key=lambda site: site.kind != "hidden")
         for site in order:
             if site.name in cut:
-                chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
+                with _naming(site):
+                    chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
                 if site.kind == "hidden":
                     stream = chosen[site.name][""]
         return Cuts(chosen)
@@ -329,6 +341,17 @@ class Surgeon:
         # the folded stream of a pre-norm model is the old one less its mean over features
         basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
         return {"hidden": basis.float().to(self.source.device)}
+
+
+@contextlib.contextmanager
+def _naming(site: Site) -> Iterator[None]:
+    """Failures of decompositions say of which site."""
+    try:
+        yield
+    except CalibrationError as error:
+        if repr(site.name) in str(error):
+            raise
+        raise CalibrationError(f"Site {site.name!r}: {error}") from error
 
 
 def _origin(name: str) -> str:

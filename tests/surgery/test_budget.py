@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ import transformers
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from optimum_rmtkd import RMTKDConfig, count_parameters, narrow
+from optimum_rmtkd import BudgetError, RMTKDConfig, count_parameters, narrow
 from optimum_rmtkd.surgery import narrow_to, reduce
-from optimum_rmtkd.surgery.budget import couple_grid, flops_of, parameters_of, speed_weight_of
+from optimum_rmtkd.surgery.budget import Couple, allocate, couple_grid, flops_of, parameters_of, speed_weight_of
 from optimum_rmtkd.surgery.reduction import anatomy_of
 from optimum_rmtkd.surgery.sites import Site
+from optimum_rmtkd.surgery.surgeon import Surgeon
 
 from . import zoo
 
@@ -218,6 +220,72 @@ def test_uniform_takes_the_same_share_of_every_site(realistic):
     assert max(shares) < 0.8 and max(shares) - min(shares) <= 8 / 32
 
 
+SMALL = [
+    ("bert", "ForSequenceClassification"),
+    ("bert", "ForMaskedLM"),
+    ("distilbert", "ForSequenceClassification"),
+    ("electra-projected", "ForTokenClassification"),
+    ("vit", "ForImageClassification"),
+    ("deit", "ForImageClassification"),
+    ("resnet-basic", "ForImageClassification"),
+    ("resnet-bottleneck", "ForImageClassification"),
+]
+
+
+@pytest.mark.parametrize("name, task", SMALL)
+@pytest.mark.parametrize("allocation", ["loss", "edge", "uniform"])
+def test_small_models_meet_every_target_that_can_be_met(name, task, allocation):
+    """At the default round_to of 16, on models 32 wide: in smaller steps, or with an error that names the limit."""
+    model, data = zoo.make(name, task), zoo.batches(name, count=2)
+    surgeon = Surgeon(model, data, RMTKDConfig(calibration_samples=16), progress=False)
+    count = parameters_of(model, surgeon.anatomy)
+    work = flops_of(model, surgeon.anatomy, surgeon._positions())
+    met = set()
+    for kind, size in (("target_reduction", count), ("target_flops", work)):
+        for target in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):
+            surgeon.config = RMTKDConfig(allocation=allocation, **{kind: target})
+            try:
+                plan = surgeon.plan()
+            except BudgetError as error:
+                reachable = float(re.search(r"\(a reduction of ([0-9.]+)\)", str(error)).group(1))
+                assert reachable < target
+                continue
+            assert -1e-9 <= 1 - size(plan.couples) / size({}) - target <= 0.01, (kind, target)
+            assert plan.curve[-1].cost == pytest.approx(size(plan.couples))
+            for couple in surgeon.couples():
+                grid = couple.on_grid(surgeon.config.replace(round_to=plan.round_to))
+                width = plan.couples[couple.name]
+                assert width == couple.width or (width % grid.step == 0 and width >= grid.floor)
+            met.add(plan.round_to)
+    assert met and min(met) < 16
+
+
+def test_a_target_that_is_met_keeps_the_steps_that_were_asked_for(realistic):
+    model, data = realistic
+    found = reduce(model, data, REALISTIC.replace(target_reduction=0.5), progress=False)
+    assert found.report.round_to == 16 and found.report.steps == ""
+    assert all(s.width_after % 16 == 0 for s in found.sites if s.kind in ("hidden", "intermediate"))
+
+
+def test_moves_that_went_too_far_come_first():
+    """One couple in steps of 30 % beside one in steps of 1 %: the coarse one is cut at most once, the other closes the
+    gap."""
+    sites = [Site(n, "intermediate", w, (), couple=n) for n, w in (("coarse", 3), ("fine", 10))]
+    damages = torch.tensor([30.0, 2.0, 1.0, 0.0]).double(), torch.linspace(50, 0, 11).double()
+    couples = [Couple(s.name, (s,), s.width, 1, 1, 1, d, torch.ones(s.width), s.width) for s, d in zip(sites, damages)]
+
+    def cost(widths):
+        return 30 * widths.get("coarse", 3) + widths.get("fine", 10)
+
+    for goal, coarse in ((69, 2), (64, 2), (38, 1), (35, 1)):
+        plan = allocate(
+            couples, cost, lambda c: cost, goal, 100.0, RMTKDConfig(min_width=1, allocation="loss"), "parameters"
+        )
+        assert plan.couples["coarse"] == coarse and goal - 1 <= cost(plan.couples) <= goal
+        assert [p.cost for p in plan.curve] == sorted((p.cost for p in plan.curve), reverse=True)
+        assert plan.curve[-1].cost == cost(plan.couples)
+
+
 # The grid
 
 
@@ -246,6 +314,9 @@ def test_widths_are_multiples_and_heads_are_cut_alike(realistic, round_to):
         (20, 1, 8, 100, (20, 8, 8)),
         (5, 1, 8, 1, (5, 5, 5)),
         (128, 4, 8, 64, (8, 8, 8)),
+        (128, 4, 8, 130, (24, 8, 8)),
+        (128, 4, 2, 64, (8, 2, 2)),
+        (128, 4, 8, 1000, (32, 8, 8)),
         (32, 4, 8, 8, (2, 2, 2)),
         (12, 4, 8, 8, (1, 1, 1)),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -177,6 +178,22 @@ def test_target_beyond_reach_names_what_can_be_reached(case):
         assert 1 - count_parameters(small) / count_parameters(model) == pytest.approx(reachable, abs=1e-4)
 
 
+@pytest.mark.parametrize("case", [case for case in REACHES if REACHES[case][3] == "parameters"])
+def test_a_target_beyond_reach_is_refused_before_data_is_read(case):
+    name, task, changes, _ = REACHES[case]
+    model = zoo.make(name, task)
+
+    def unread():
+        raise AssertionError("data was read")
+        yield
+
+    for compute in (narrow, analyze, reduce):
+        refused(BudgetError, "the model cannot get below", compute, model, unread(), RECIPE.replace(**changes))
+    some, less = (RECIPE.replace(**changes | {"target_reduction": share}) for share in (0.05, 0.01))
+    cut = narrow(model, zoo.batches(name), some, progress=False)
+    refused(BudgetError, "already no more than", narrow, cut, unread(), less)
+
+
 def test_targets_count_from_the_uncut_model(bert):
     model, data = bert
     before = count_parameters(model)
@@ -275,13 +292,26 @@ def test_heads_that_no_layout_declares_are_served_or_refused(name, task):
         assert zoo.outputs(small, data[0]).isfinite().all()
 
 
-def test_a_target_overshot_by_coarse_widths_is_said(bert, caplog):
+def test_steps_that_had_to_shrink_are_said(bert, caplog):
     model, batches = bert
-    narrow(model, batches, RECIPE.replace(round_to=32), progress=False)
-    assert "target_reduction asks for 30.0 %: widths are multiples of round_to=32" in caplog.text
+    found = reduce(model, batches, RECIPE.replace(round_to=32), progress=False)
+    assert "with round_to=32 the target would have been missed by more than 1 % of the parameters" in caplog.text
+    assert 1 - found.parameters_after / found.parameters_before == pytest.approx(0.3, abs=0.01)
+    step, widths = found.report.round_to, [s.width_after for s in found.sites if s.kind in ("hidden", "intermediate")]
+    assert step < 32 and all(width % step == 0 for width in widths) and any(width % 32 for width in widths)
+    assert f"multiples of {step}, because multiples of 32 would have missed" in found.report.table()
+    values = json.loads(found.report.to_json())
+    assert values["round_to"] == step and "multiples of 32" in values["steps"]
     caplog.clear()
-    narrow(model, batches, RECIPE, progress=False)
-    assert "asks for" not in caplog.text
+    report = reduce(model, batches, RECIPE, progress=False).report
+    assert not caplog.text and report.round_to == 4 and report.steps == "" and "multiples" not in report.table()
+
+
+def test_a_target_finer_than_single_features_is_said(bert, caplog):
+    model, batches = bert
+    found = reduce(model, batches, RECIPE.replace(sites="hidden", target_reduction=0.3), progress=False)
+    assert 0.31 < 1 - found.parameters_after / found.parameters_before < 0.34
+    assert "single features of the chosen sites are too coarse" in caplog.text
 
 
 def test_narrow_cuts_or_refuses(bert):

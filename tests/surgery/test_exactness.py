@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from optimum_rmtkd import RMTKDConfig
+from optimum_rmtkd import RMTKDConfig, count_parameters
 from optimum_rmtkd.surgery import narrow_to
+from optimum_rmtkd.surgery.budget import flops_of, parameters_of
+from optimum_rmtkd.surgery.sites import linear_layers
+from optimum_rmtkd.surgery.surgeon import anatomy_of
 
 from . import zoo
 
@@ -23,6 +27,27 @@ def test_duplicate_neurons_cost_nothing():
     small = narrow_to(model, data, {f"layer.{i}.intermediate": 32 for i in (0, 1)}, RECIPE, progress=False)
     assert small.bert.encoder.layer[0].intermediate.dense.out_features == 32
     assert (zoo.outputs(small, data[0]) - zoo.outputs(model, data[0])).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra"])
+def test_a_tied_decoder_gets_no_second_factor_where_the_stream_is_whole(name):
+    model, data = zoo.make(name, "ForMaskedLM"), zoo.batches(name)
+    anatomy = anatomy_of(model, RECIPE)
+    count = parameters_of(model, anatomy)
+    for widths in ({"hidden": 32}, {"hidden": 32, "layer.0.intermediate": 40}):
+        same = narrow_to(model, data, widths, RECIPE, progress=False)
+        decoder = same.get_output_embeddings()
+        assert type(decoder) is nn.Linear and decoder.weight is same.get_input_embeddings().weight
+        assert count(widths) == count_parameters(same) <= count_parameters(model)
+    assert count({"hidden": 32}) == count_parameters(model)
+    work = flops_of(model, anatomy, dict.fromkeys(linear_layers(model), 1.0))
+    assert work({"hidden": 32}) == work({}) > work({"hidden": 16})
+    cut = narrow_to(same, data, {"hidden": 20}, RECIPE, progress=False)
+    again = narrow_to(cut, data, {"hidden": 20, "layer.0.intermediate": 32}, RECIPE, progress=False)
+    assert again.get_output_embeddings().rank == cut.get_output_embeddings().rank == 20
+    assert zoo.outputs(again, data[0]).isfinite().all()
+    saved = narrow_to(zoo.make(name, "ForSequenceClassification"), data, {"hidden": 32}, RECIPE, progress=False)
+    assert not [path for path, entry in saved.config.rmtkd["spec"]["modules"].items() if "rank" in entry]
 
 
 def test_low_rank_heads_cost_nothing():

@@ -1,0 +1,51 @@
+"""Targets are met over several cuts, too, at the default steps of widths and on a model for which they are coarse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from optimum_rmtkd import count_parameters
+from optimum_rmtkd.surgery.budget import flops_of
+from optimum_rmtkd.surgery.sites import linear_layers
+from optimum_rmtkd.surgery.surgeon import anatomy_of
+
+from .conftest import tiny_bert, toy_data
+
+
+COARSE = {"round_to": 16, "min_width": 8, "refit": False}
+
+
+@pytest.mark.parametrize("schedule", ["rounds", "layerwise"])
+@pytest.mark.parametrize("target", [0.3, 0.55, 0.8])
+def test_a_schedule_ends_at_its_target(make_trainer, schedule, target):
+    recipe = COARSE | {"schedule": schedule, "target_reduction": target}
+    if schedule == "rounds":
+        recipe["rounds"] = 3
+    else:  # edges that ask for more than the target, so that it has to trim the last cut
+        recipe |= {"edge_estimator": "fixed", "fixed_rank": 4}
+    model = tiny_bert()
+    before = count_parameters(model)
+    trainer = make_trainer(model, recipe=recipe)
+    trainer.train()
+    reached = 1 - count_parameters(trainer.model) / before
+    assert len(trainer.stages) >= 1 if schedule == "layerwise" else len(trainer.stages) == 3
+    assert -1e-9 <= reached - target <= 0.01
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_rounds_of_flops_end_near_their_target(make_trainer, rounds):
+    model = tiny_bert()
+    rows = [row | {"attention_mask": torch.ones_like(row["attention_mask"])} for row in toy_data()]  # of one length
+    recipe = COARSE | {"target_reduction": None, "target_flops": 0.6, "rounds": rounds}
+    trainer = make_trainer(model, recipe=recipe, trainer_kwargs={"train_dataset": rows})
+
+    def flops(model):
+        anatomy = anatomy_of(model, trainer.rmtkd_config)
+        positions = {path: 1.0 if "pooler" in path or "classifier" in path else 10.0 for path in linear_layers(model)}
+        return flops_of(model, anatomy, positions)({})
+
+    before = flops(model)
+    trainer.train()
+    assert len(trainer.stages) == rounds
+    assert 0 <= 1 - flops(trainer.model) / before - 0.6 <= 0.01
