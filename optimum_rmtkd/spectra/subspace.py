@@ -12,7 +12,10 @@ from torch import Tensor
 from ..errors import CalibrationError, RMTKDError
 from . import marchenko_pastur as mp
 from .covariance import SecondMoments
-from .edges import EDGE_ESTIMATORS, Edge, Spectrum, estimate_edge, estimator_options
+from .edges import EDGE_ESTIMATORS, estimate_edge, estimator_options
+from .laws import TimeSpectrum, spread
+from .products import eigh
+from .spectrum import Edge, Spectrum
 
 
 __all__ = ["SignalSubspace", "signal_subspace", "spectrum_of"]
@@ -164,16 +167,19 @@ def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spec
         raise CalibrationError(
             f"Got {moments.count} sample(s): a covariance needs at least 2; pass more calibration data."
         )
-    values, vectors = _eigh(covariance)
+    values, vectors = eigh(covariance)
     if not values[0] > 0:
         raise CalibrationError(
             f"The {moments.count} samples of {moments.dim} channels are all equal: no variance, no spectrum. Check "
             "that the hook sits on an activation that depends on the input."
         )
     null = moments.null_covariance
+    n, times = _sample_size(moments, n_effective, values, vectors)
     return Spectrum(
         eigenvalues=values,
-        n=_sample_size(moments, n_effective),
+        n=n,
+        rows=moments.count,
+        times=times,
         count=moments.count,
         diagonal=covariance.diagonal().clone(),
         vectors=vectors,
@@ -182,40 +188,40 @@ def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spec
 
 
 def bulk_distance(spectrum: Spectrum, rank: int) -> float:
-    """Kolmogorov-Smirnov distance between the eigenvalues beyond `rank` and the Marchenko-Pastur law of their
-    median."""
-    bulk = spectrum.positive[rank:].flip(0)
+    """Kolmogorov-Smirnov distance between the eigenvalues beyond `rank` and the law of noise in as many directions,
+    scaled to their median (to their mean, for dependent samples).
+
+    Notes:
+        Zeros that few samples make are left out of both. Where an effective size says that there should be more of
+        them than there are, they count.
+    """
+    bulk, law = spectrum.positive[rank:].flip(0), spectrum.law_beyond(rank)
     if len(bulk) < 2:
         return math.nan
-    q = max(1, spectrum.width - rank) / spectrum.n
-    atom = max(0.0, 1 - 1 / q)
-    sigma2 = float(torch.quantile(bulk, 0.5)) / mp.median(q)
-    fitted = (mp.cdf(bulk, q, sigma2) - atom) / (1 - atom)
+    width = max(len(bulk), spectrum.width - rank)
+    if spectrum.independent:
+        sigma2, absent = float(torch.quantile(bulk, 0.5)) / law.quantile(0.5), max(0.0, 1 - 1 / law.q)
+    else:
+        sigma2, absent = float(bulk.sum()) / width, max(0.0, 1 - spectrum.samples / width)
+    fitted = (law.cdf(bulk / sigma2) - absent) / (1 - absent)
     steps = torch.arange(len(bulk) + 1, dtype=torch.float64, device=bulk.device) / len(bulk)
     return float(torch.maximum((fitted - steps[:-1]).abs().max(), (fitted - steps[1:]).abs().max()))
 
 
-def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Descending eigenvalues (d,) clipped at 0 and eigenvectors (d, d) of deterministic sign."""
-    if not bool(torch.isfinite(covariance).all()):
-        bad = int((~torch.isfinite(covariance)).sum())
-        raise CalibrationError(
-            f"{bad} of {covariance.numel()} entries of the covariance are NaN or infinite; expected finite sums."
-        )
-    values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    # An eigenvector is defined up to its sign only; LAPACK's choice differs between builds.
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return values, vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors)
-
-
-def _sample_size(moments: SecondMoments, n_effective: str | int) -> float:
+def _sample_size(
+    moments: SecondMoments, n_effective: str | int, values: Tensor, vectors: Tensor
+) -> tuple[float, TimeSpectrum | None]:
+    """(size for the formulas, correlation of the samples where it is measured)."""
     if n_effective == "none":
-        return moments.sample_size
+        return moments.sample_size, None
     if n_effective == "auto":
-        return max(2.0, moments.n_effective)
+        times = moments.time_spectrum(values, vectors)
+        if times is None:
+            return moments.sample_size, None
+        # Weights have a law of their own, which is not kept: then the size alone is known.
+        return max(2.0, moments.sample_size / spread(times)), times if moments.sample_size == moments.count else None
     if isinstance(n_effective, (int, float)) and not isinstance(n_effective, bool) and n_effective > 1:
-        return float(n_effective)
+        return float(n_effective), None
     raise RMTKDError(f"n_effective={n_effective!r}: expected 'none', 'auto' or a number above 1.")
 
 
@@ -242,7 +248,7 @@ def _split_half_overlap(moments: SecondMoments, rank: int) -> float:
     halves = moments.half_covariances()
     if halves is None:
         return math.nan
-    first, second = (_eigh(half)[1][:, :rank] for half in halves)
+    first, second = (eigh(half)[1][:, :rank] for half in halves)
     return float((first.T @ second).square().sum() / rank)
 
 
