@@ -2,9 +2,9 @@
 
 With C_k = E[x_t x_{t+k}^T] over the pairs (t, t + k) of unmasked positions of one sequence, symmetrised, and a few
 fixed random directions G (d, PROJECTIONS), three sums per lag k are kept: C_k G, the sum of x_t + x_{t+k}, and the
-number of pairs, for as many lags as were seen and MAX_LAG at most. They are additive over sequences, can be moved to another pivot exactly, and give autocovariances about the mean
-of all samples. A mean per sequence would be wrong here: it removes what the tokens of a sequence share, which is the
-very dependence to be measured.
+number of pairs, for as many lags as were seen and MAX_LAG at most. They are additive over sequences, can be moved to
+another pivot exactly, and give autocovariances about the mean of all samples. A mean per sequence would be wrong here:
+it removes what the tokens of a sequence share, which is the very dependence to be measured.
 
 That one side of C_k is whole is what lets the leading eigenvectors be taken out afterwards, when they are known: the
 trace of C_k over any set of directions V is the mean of g^T V V^T C_k g over Gaussian g (Hutchinson 1989).

@@ -29,11 +29,11 @@ def time_spectrum_of(
     Notes:
         Signal has its own correlation in time and would hide that of the noise. So leading directions are left out,
         one after the other (an eighth more at a time), until what remains is explained by the law of its own
-        correlation: no eigenvalue beyond doubt above its edge. The first number that does is wanted, for a bulk without its upper
-        end looks too little correlated, and never explains itself as well again. In a simulation of 12 to 15 spikes
-        (AR(0.8) and AR(0.9) noise, channels over samples 0.5 to 1.9) the largest of the rest was at 3 to 10 times the
-        edge while a spike was among it, at 0.97 to 1.16 without, and at 1.05 to 2 inside the bulk. Where nothing is
-        explained, up to half of the directions, the closest counts.
+        correlation: no eigenvalue above its edge beyond doubt. The first number that does is wanted, for a bulk
+        without its upper end looks too little correlated, and hardly explains itself again. In a simulation of 12 to
+        15 spikes (AR(0.8) and AR(0.9) noise, channels over samples 0.5 to 1.9) the largest of the rest was at 1.5 to
+        10 times the edge while two or more spikes were among it, at 0.97 to 1.16 without, and at 1 to 2 inside the
+        bulk. Where nothing is explained, up to half of the directions, the closest counts.
     """
     spectrum = Spectrum(eigenvalues, n=count)
     values = spectrum.positive

@@ -13,7 +13,7 @@ from ..errors import CalibrationError, RMTKDError
 from . import marchenko_pastur as mp
 from .covariance import SecondMoments
 from .edges import EDGE_ESTIMATORS, estimate_edge, estimator_options
-from .laws import TimeSpectrum, spread
+from .laws import NoiseLaw, TimeSpectrum, spread
 from .products import eigh
 from .spectrum import Edge, Spectrum
 
@@ -38,8 +38,8 @@ class SignalSubspace:
         q: channels over n_eff, null directions left out.
         null_directions: number of numerically null eigenvalues.
         variance_kept: share of the variance inside the basis.
-        ks_distance: Kolmogorov-Smirnov distance between the eigenvalues below the edge and the Marchenko-Pastur law
-            fitted to their median; NaN with fewer than two of them.
+        ks_distance: Kolmogorov-Smirnov distance between the eigenvalues below the edge and the law of noise (laws.py)
+            fitted to their median, for dependent samples to their mean; NaN with fewer than two of them.
         split_half_overlap: ||U1^T U2||_F^2 / rank of the leading subspaces of two halves of the samples, in [0, 1];
             NaN when not computed.
         last_overlap: squared cosine to be expected between the last direction above the edge and the truth, under the
@@ -47,6 +47,8 @@ class SignalSubspace:
         ranks: spectral rank under every other estimator that applies.
         skipped: estimator -> why it does not apply.
         details: of the edge.
+        times: (eigenvalues, shares) of the correlation between the samples, mean 1, where n_effective="auto" measured
+            one; None otherwise.
         warnings: sentences for the user.
     """
 
@@ -68,6 +70,7 @@ class SignalSubspace:
     ranks: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    times: TimeSpectrum | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -99,8 +102,10 @@ def signal_subspace(
     Args:
         moments: with at least 2 samples.
         estimator: a name in EDGE_ESTIMATORS.
-        n_effective: sample size in the formulas. "none": `moments.sample_size`; "auto": `moments.n_effective`; or a
-            number.
+        n_effective: what the samples are worth. "none": `moments.sample_size` independent ones; "auto": what their
+            correlation in time, measured on the bulk, makes of them (laws.py); or a number of independent ones. In the
+            last two cases mp_median, gavish_donoho and mp_quantile take the noise variance from the mean of what lies
+            below the edge; screenot and signflip need no size and stay as they are.
         tracy_widom_alpha: level of the finite-size correction, for the estimators that have one (a warning for the
             others).
         min_rank: the rank is at least this, and at most d.
@@ -120,7 +125,8 @@ def signal_subspace(
     found = edge.rank(spectrum)
     rank = min(spectrum.dim, math.ceil(max(found, min_rank) / round_to) * round_to)
     ranks, skipped = _compare(spectrum, estimator, tracy_widom_alpha) if compare else ({}, {})
-    distance = bulk_distance(spectrum, found)
+    fit = bulk_fit(spectrum, found)
+    distance = math.nan if fit is None else fit.distance()
     eigenvalues = spectrum.eigenvalues
     last = math.nan
     if found and edge.noise_variance > 0:
@@ -147,6 +153,7 @@ def signal_subspace(
         ranks=ranks,
         skipped=skipped,
         details=edge.details,
+        times=spectrum.times,
         warnings=_warnings(spectrum, estimator, edge, found, distance, tracy_widom_alpha),
     )
 
@@ -187,25 +194,47 @@ def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spec
     )
 
 
-def bulk_distance(spectrum: Spectrum, rank: int) -> float:
-    """Kolmogorov-Smirnov distance between the eigenvalues beyond `rank` and the law of noise in as many directions,
-    scaled to their median (to their mean, for dependent samples).
+@dataclass(frozen=True)
+class BulkFit:
+    """The law of noise scaled to the eigenvalues beyond the signal.
 
-    Notes:
-        Zeros that few samples make are left out of both. Where an effective size says that there should be more of
-        them than there are, they count.
+    Attributes:
+        eigenvalues: fp64, ascending, those taken as bulk.
+        law: of noise of unit variance in as many directions.
+        sigma2: scale, by their median (by their mean, for dependent samples).
+        absent: share of the law that is exactly zero because there are fewer samples than directions; no such
+            eigenvalue is among those above.
     """
+
+    eigenvalues: Tensor
+    law: NoiseLaw
+    sigma2: float
+    absent: float
+
+    def share_below(self, x: Tensor) -> Tensor:
+        """Share of the bulk that the law expects below x. Where an effective size says that there should be more
+        zeros than there are, they count."""
+        return (self.law.cdf(x / self.sigma2) - self.absent) / (1 - self.absent)
+
+    def distance(self) -> float:
+        """Kolmogorov-Smirnov distance between both."""
+        bulk = self.eigenvalues
+        fitted = self.share_below(bulk)
+        steps = torch.arange(len(bulk) + 1, dtype=torch.float64, device=bulk.device) / len(bulk)
+        return float(torch.maximum((fitted - steps[:-1]).abs().max(), (fitted - steps[1:]).abs().max()))
+
+
+def bulk_fit(spectrum: Spectrum, rank: int) -> BulkFit | None:
+    """The fit to what follows the `rank` leading eigenvalues; None with fewer than two of them."""
     bulk, law = spectrum.positive[rank:].flip(0), spectrum.law_beyond(rank)
     if len(bulk) < 2:
-        return math.nan
-    width = max(len(bulk), spectrum.width - rank)
+        return None
     if spectrum.independent:
         sigma2, absent = float(torch.quantile(bulk, 0.5)) / law.quantile(0.5), max(0.0, 1 - 1 / law.q)
     else:
+        width = max(len(bulk), spectrum.width - rank)
         sigma2, absent = float(bulk.sum()) / width, max(0.0, 1 - spectrum.samples / width)
-    fitted = (law.cdf(bulk / sigma2) - absent) / (1 - absent)
-    steps = torch.arange(len(bulk) + 1, dtype=torch.float64, device=bulk.device) / len(bulk)
-    return float(torch.maximum((fitted - steps[:-1]).abs().max(), (fitted - steps[1:]).abs().max()))
+    return BulkFit(bulk, law, sigma2, absent)
 
 
 def _sample_size(
