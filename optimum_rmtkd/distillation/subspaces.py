@@ -193,7 +193,8 @@ class MarchenkoPasturProjection(SubspaceProjection):
         options: of the estimator, for example {"tau": 0.5}.
 
     Notes:
-        Median form: sigma^2 = median(eigenvalues) / median of the unit law, edge sigma^2 (1 + sqrt(p / n))^2.
+        Median form, independent positions: sigma^2 = median(eigenvalues) / median of the unit law, edge sigma^2 (1 +
+        sqrt(p / n))^2. Correlated ones: `n_effective` of `signal_subspace`.
     """
 
     name = "marchenko_pastur"
@@ -219,12 +220,13 @@ class MarchenkoPasturProjection(SubspaceProjection):
         found = signal_subspace(
             moments, estimator=self.estimator, n_effective=self.n_effective, compare=False, **self.options
         )
-        if moments.n_effective < 0.5 * moments.count:
+        worth = found.n_eff if self.n_effective == "auto" else moments.n_effective
+        if worth < 0.5 * moments.count:
             logger.warning(
                 "MarchenkoPasturProjection: %d positions are worth %.0f independent ones, they are correlated: the "
                 "edge is a heuristic. Take fewer positions a sequence.",
                 moments.count,
-                moments.n_effective,
+                worth,
             )
         for text in found.warnings:
             logger.warning("MarchenkoPasturProjection: %s", text)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ..spectra.subspace import BulkFit
+
 __all__ = [
     "PALETTE",
     "bulk_law",
@@ -62,32 +64,28 @@ def _legend(axes: Axes, size: int = 8, **options: Any) -> None:
     axes.legend(fontsize=size, frameon=False, labelcolor=PALETTE["ink"], **options)
 
 
-def bulk_law(site: Mapping[str, Any]) -> tuple[list[float], float, float] | None:
-    """(eigenvalues taken as bulk, descending; q; sigma^2) of the Marchenko-Pastur law fitted to their median.
+def bulk_law(site: Mapping[str, Any]) -> BulkFit | None:
+    """The eigenvalues of a site taken as bulk and the law fitted to them, as in `SignalSubspace.ks_distance`.
 
-    None with fewer than two of them. The fit is that of `SignalSubspace.ks_distance`.
+    None with fewer than two of them.
     """
     import torch
 
-    from ..spectra import marchenko_pastur as mp
+    from ..spectra import Spectrum
+    from ..spectra.subspace import bulk_fit
 
-    values = [value for value in site["eigenvalues"] if value > 0]
-    positive = values[: len(site["eigenvalues"]) - site["null_directions"]]
-    bulk = positive[site["spectral_rank"] :]
-    if len(bulk) < 2 or not site.get("n_eff"):
+    if not site.get("n_eff"):
         return None
-    dim = len(site["eigenvalues"])
-    width = dim if site["n_eff"] > dim else len(positive)
-    q = max(1, width - site["spectral_rank"]) / site["n_eff"]
-    return bulk, q, float(torch.tensor(bulk, dtype=torch.float64).quantile(0.5)) / mp.median(q)
+    values, times = torch.tensor(site["eigenvalues"], dtype=torch.float64), site.get("times")
+    samples = site.get("n", site["n_eff"])
+    times = None if times is None else (tuple(times[0]), tuple(times[1]))
+    return bulk_fit(Spectrum(values, site["n_eff"], count=samples, rows=samples, times=times), site["spectral_rank"])
 
 
 def draw_spectrum(site: Mapping[str, Any], axes: Axes, legend: bool = True) -> None:
     """Histogram of a site's eigenvalues in logarithmic bins, signal and bulk apart, the fitted law and the edge."""
     import numpy as np
     import torch
-
-    from ..spectra import marchenko_pastur as mp
 
     values = np.array([v for v in site["eigenvalues"] if v > FLOOR * site["eigenvalues"][0]])
     rank = site["spectral_rank"]
@@ -104,11 +102,9 @@ def draw_spectrum(site: Mapping[str, Any], axes: Axes, legend: bool = True) -> N
         label="above the edge",
     )
     if law := bulk_law(site):
-        bulk, q, sigma2 = law
         half = (bins[1] / bins[0]) ** 0.5
         at = torch.tensor(np.geomspace(bins[0], bins[-1], 400))
-        atom = max(0.0, 1 - 1 / q)
-        expected = len(bulk) * (mp.cdf(at * half, q, sigma2) - mp.cdf(at / half, q, sigma2)) / (1 - atom)
+        expected = len(law.eigenvalues) * (law.share_below(at * half) - law.share_below(at / half))
         axes.plot(at, expected, color=PALETTE["law"], lw=1.3, label="Marchenko-Pastur fit")
     axes.set_xscale("log")
     # A law far narrower than the bulk would flatten the histogram it is compared with.

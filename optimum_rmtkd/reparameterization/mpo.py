@@ -106,9 +106,11 @@ def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
     W[(i_1..i_n), (j_1..j_n)] = sum over the bonds of T_1[1, i_1, j_1, a_1] T_2[a_1, i_2, j_2, a_2] ... T_n[.., i_n,
     j_n, 1].
 
-    A sweep of SVDs in fp64 from the left; singular values are split as square roots on both sides of each bond. A bond
-    next to a unit mode is not decomposed again: its tensor is exactly the identity. A null direction is 0 on the right
-    only: were it 0 on both sides, neither would have a gradient, and it could never be trained.
+    A sweep of SVDs in fp64 from the left, in the symmetric gauge: the square roots of the singular values of each bond
+    go to both of its sides. With s those of the matrix unfolded there, L the product of the tensors before the bond
+    and R of those behind, L^T L = diag(s) = R R^T. A bond next to a unit mode is not decomposed again: its tensor is
+    exactly the identity. A null direction is 0 on the right only: were it 0 on both sides, neither would have a
+    gradient, and it could never be trained.
 
     Args:
         weight: (rows, columns), rows and columns the products of the modes.
@@ -117,7 +119,7 @@ def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
     number = len(outs)
     interleaved = [axis for k in range(number) for axis in (k, number + k)]
     rest = weight.detach().double().reshape(*outs, *ins).permute(*interleaved).reshape(1, -1)  # (d, what is left)
-    tensors = []
+    tensors, left = [], rest.new_ones(1)  # what the left side of the bond before has taken of the singular values
     for k in range(number - 1):
         bond, mode = rest.shape[0], outs[k] * ins[k]
         unfolded = rest.reshape(bond * mode, -1)
@@ -125,10 +127,11 @@ def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
             tensors.append(torch.eye(bond, dtype=rest.dtype, device=rest.device).reshape(bond, 1, 1, bond))
             continue
         u, s, vt = torch.linalg.svd(unfolded, full_matrices=False)
-        left = _left_share(s)
-        tensors.append((u * left).reshape(bond, outs[k], ins[k], -1))
-        rest = (s / left)[:, None] * vt
-    tensors.append(rest.reshape(-1, outs[-1], ins[-1], 1))
+        former, left = left, _left_share(s)
+        isometry = u.reshape(bond, mode, -1) / former[:, None, None]
+        tensors.append((isometry * left).reshape(bond, outs[k], ins[k], -1))
+        rest = s[:, None] * vt
+    tensors.append((rest / left[:, None]).reshape(-1, outs[-1], ins[-1], 1))
     return [tensor.float().contiguous() for tensor in tensors]
 
 
@@ -179,7 +182,7 @@ class MatrixProductOperator(Reparameterization):
 
     With "unit" modes, OPDF's own, that is a deep linear factorisation of the index-permuted weight: two outer tensors
     and `num_tensors - 2` square ones, which start as identities. The function class does not grow; what changes is the
-    step: at equal learning rate Adam moves the weight 2 to 5 times further (n = 3 to 7), hence `lr_scale`. Training
+    step: at equal learning rate Adam moves the weight 1.6 to 4 times further (n = 3 to 7), hence `lr_scale`. Training
     memory and optimizer state grow by `mpo_factor`, time by about d / (tokens per batch); the saved model is the plain
     one.
 
@@ -187,7 +190,8 @@ class MatrixProductOperator(Reparameterization):
         num_tensors: n, from 2 to 64.
         modes: "unit", "balanced" (hardly more parameters), or {side: modes}, for example the authors' {768: [32, 1, 1,
             1, 24], 3072: [64, 1, 1, 1, 48]}, which "unit" chooses by itself.
-        lr_scale: None: 1 / (n - 1), which about undoes the larger step.
+        lr_scale: None: 1 / (n - 1). That more than undoes the larger step: a random 256 x 192 matrix moved 1.63, 2.53
+            and 3.49 times as far as under the plain rate (n = 3, 5, 7), so 0.82, 0.63 and 0.58 times remain.
 
     Reference: Zhan et al., "Over-parameterized distillation framework" (OPDF), arXiv 2411.06448.
     """

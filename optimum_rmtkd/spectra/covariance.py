@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, RMTKDError
-from .autocorrelation import LAGGED_SHAPES, inflation, lagged_sums, projections, shift_lagged_sums
-from .products import symmetric_product
+from .autocorrelation import added, lagged_shapes, lagged_sums, longer, shift_lagged_sums
+from .dependence import time_spectrum_of
+from .laws import TimeSpectrum, spread
+from .products import eigh, symmetric_product
 from .samples import check_finite, checked, select, work_dtype
 
 
@@ -94,7 +96,7 @@ class SecondMoments:
             if null is not None:
                 self._sums["null"] += null.to(self.device)
         for name, value in (lagged or {}).items():
-            self._sums[name] += value.to(self.device)
+            self._sums[name] = added(self._sums[name], value.to(self.device))
 
     @torch.no_grad()
     def update_gradient(self, g: Tensor, mask: Tensor | None = None) -> None:
@@ -151,7 +153,7 @@ class SecondMoments:
         self._pivot = pivot.to(self.device, torch.float64)
         shapes = {"scalars": (2, 3), "sum": (2, self.dim), "outer": (2, self.dim, self.dim)}
         shapes |= {"null": (self.dim, self.dim)} if self.null_moments else {}
-        self._sums |= {name: self._zeros(*shape) for name, shape in (shapes | LAGGED_SHAPES).items()}
+        self._sums |= {name: self._zeros(*shape) for name, shape in (shapes | lagged_shapes(self.dim)).items()}
 
     def _zeros(self, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
@@ -241,15 +243,27 @@ class SecondMoments:
             return None
         return _symmetric(self._sums["gradient"] / self.gradient_count)
 
+    def time_spectrum(self, eigenvalues: Tensor, vectors: Tensor) -> TimeSpectrum | None:
+        """(eigenvalues, shares) of the correlation between samples, mean 1; None if they count as independent.
+
+        Measured on the bulk, the directions below a first edge (dependence.py).
+
+        Args:
+            eigenvalues: (dim,) of `covariance`, descending.
+            vectors: (dim, dim) its eigenvectors.
+        """
+        return time_spectrum_of(self._require(), self._offset(), eigenvalues, vectors, self.count)
+
     @property
     def n_effective(self) -> float:
-        """Number of independent samples worth as much as these: sample_size / (1 + 2 sum_k (1 - k/L) rho_k).
+        """Number of independent samples whose covariance spreads its noise eigenvalues as these do.
 
-        rho_k is the autocorrelation at lag k within sequences (autocorrelation.py); samples given as (n, dim) count as
-        independent.
+        sample_size / (1 + 2 sum_k (1 - k/L) rho_k^2), rho_k the autocorrelation at lag k within sequences, of the
+        directions that are no signal. (The size for a mean has rho_k in place of its square.) Samples given as
+        (n, dim) count as independent. Costs an eigendecomposition.
         """
-        offset = self._offset() @ projections(self.dim).to(self.device)
-        return self.sample_size / inflation(self._sums, offset)
+        times = self.time_spectrum(*eigh(self.covariance))
+        return self.sample_size / (1.0 if times is None else spread(times))
 
     # Combination
 
@@ -272,7 +286,7 @@ class SecondMoments:
             self._pivot = other._pivot.to(self.device, copy=True)
         for name, value in theirs.items():
             mine = self._sums.get(name)
-            self._sums[name] = value.to(self.device, copy=True) if mine is None else mine.add_(value.to(self.device))
+            self._sums[name] = value.to(self.device, copy=True) if mine is None else added(mine, value.to(self.device))
         return self
 
     def _rebased(self, pivot: Tensor | None) -> dict[str, Tensor]:
@@ -286,7 +300,7 @@ class SecondMoments:
         square = weight[:, None, None] * torch.outer(delta, delta)
         sums["outer"] = sums["outer"] + cross + cross.transpose(1, 2) + square
         sums["sum"] = total + weight[:, None] * delta
-        return sums | shift_lagged_sums(sums, delta @ projections(self.dim).to(self.device))
+        return sums | shift_lagged_sums(sums, delta)
 
     @torch.no_grad()
     def all_reduce(self, accelerator_or_group: Any = None) -> SecondMoments:
@@ -316,7 +330,8 @@ class SecondMoments:
             self._prepare(common, common.device)
             self._sums, self._pivot = self._rebased(common), common.to(self.device)
         for name in sorted(self._sums):
-            self._sums[name] = reduce(self._sums[name])
+            value = self._sums[name]
+            self._sums[name] = reduce(longer(value) if name.startswith("lag_") else value)
         return self
 
     # Persistence

@@ -1,11 +1,14 @@
-"""Matrix products that only symmetric results allow."""
+"""Products and eigenvectors of symmetric matrices."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
 
-__all__ = ["symmetric_product"]
+
+__all__ = ["eigh", "symmetric_product"]
 
 BLOCKS = 4  # 10 of 16 blocks are computed
 BLOCKED_FROM = 512  # channels under which one product is quicker than ten
@@ -29,3 +32,17 @@ def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
             if rows != columns:
                 result[columns, rows] = block.T
     return result
+
+
+def eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
+    """Descending eigenvalues (d,) clipped at 0 and eigenvectors (d, d) of deterministic sign."""
+    if not bool(torch.isfinite(covariance).all()):
+        bad = int((~torch.isfinite(covariance)).sum())
+        raise CalibrationError(
+            f"{bad} of {covariance.numel()} entries of the covariance are NaN or infinite; expected finite sums."
+        )
+    values, vectors = torch.linalg.eigh(covariance)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    # An eigenvector is defined up to its sign only; LAPACK's choice differs between builds.
+    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return values, vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors)

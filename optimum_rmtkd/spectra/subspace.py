@@ -12,7 +12,10 @@ from torch import Tensor
 from ..errors import CalibrationError, RMTKDError
 from . import marchenko_pastur as mp
 from .covariance import SecondMoments
-from .edges import EDGE_ESTIMATORS, Edge, Spectrum, estimate_edge, estimator_options
+from .edges import EDGE_ESTIMATORS, estimate_edge, estimator_options
+from .laws import NoiseLaw, TimeSpectrum, spread
+from .products import eigh
+from .spectrum import Edge, Spectrum
 
 
 __all__ = ["SignalSubspace", "signal_subspace", "spectrum_of"]
@@ -35,8 +38,8 @@ class SignalSubspace:
         q: channels over n_eff, null directions left out.
         null_directions: number of numerically null eigenvalues.
         variance_kept: share of the variance inside the basis.
-        ks_distance: Kolmogorov-Smirnov distance between the eigenvalues below the edge and the Marchenko-Pastur law
-            fitted to their median; NaN with fewer than two of them.
+        ks_distance: Kolmogorov-Smirnov distance between the eigenvalues below the edge and the law of noise (laws.py)
+            fitted to their median, for dependent samples to their mean; NaN with fewer than two of them.
         split_half_overlap: ||U1^T U2||_F^2 / rank of the leading subspaces of two halves of the samples, in [0, 1];
             NaN when not computed.
         last_overlap: squared cosine to be expected between the last direction above the edge and the truth, under the
@@ -44,6 +47,8 @@ class SignalSubspace:
         ranks: spectral rank under every other estimator that applies.
         skipped: estimator -> why it does not apply.
         details: of the edge.
+        times: (eigenvalues, shares) of the correlation between the samples, mean 1, where n_effective="auto" measured
+            one; None otherwise.
         warnings: sentences for the user.
     """
 
@@ -65,6 +70,7 @@ class SignalSubspace:
     ranks: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     details: dict[str, Any] = field(default_factory=dict)
+    times: TimeSpectrum | None = None
     warnings: tuple[str, ...] = ()
 
     @property
@@ -96,8 +102,10 @@ def signal_subspace(
     Args:
         moments: with at least 2 samples.
         estimator: a name in EDGE_ESTIMATORS.
-        n_effective: sample size in the formulas. "none": `moments.sample_size`; "auto": `moments.n_effective`; or a
-            number.
+        n_effective: what the samples are worth. "none": `moments.sample_size` independent ones; "auto": what their
+            correlation in time, measured on the bulk, makes of them (laws.py); or a number of independent ones. In the
+            last two cases mp_median, gavish_donoho and mp_quantile take the noise variance from the mean of what lies
+            below the edge; screenot and signflip need no size and stay as they are.
         tracy_widom_alpha: level of the finite-size correction, for the estimators that have one (a warning for the
             others).
         min_rank: the rank is at least this, and at most d.
@@ -117,7 +125,8 @@ def signal_subspace(
     found = edge.rank(spectrum)
     rank = min(spectrum.dim, math.ceil(max(found, min_rank) / round_to) * round_to)
     ranks, skipped = _compare(spectrum, estimator, tracy_widom_alpha) if compare else ({}, {})
-    distance = bulk_distance(spectrum, found)
+    fit = bulk_fit(spectrum, found)
+    distance = math.nan if fit is None else fit.distance()
     eigenvalues = spectrum.eigenvalues
     last = math.nan
     if found and edge.noise_variance > 0:
@@ -144,6 +153,7 @@ def signal_subspace(
         ranks=ranks,
         skipped=skipped,
         details=edge.details,
+        times=spectrum.times,
         warnings=_warnings(spectrum, estimator, edge, found, distance, tracy_widom_alpha),
     )
 
@@ -164,16 +174,19 @@ def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spec
         raise CalibrationError(
             f"Got {moments.count} sample(s): a covariance needs at least 2; pass more calibration data."
         )
-    values, vectors = _eigh(covariance)
+    values, vectors = eigh(covariance)
     if not values[0] > 0:
         raise CalibrationError(
             f"The {moments.count} samples of {moments.dim} channels are all equal: no variance, no spectrum. Check "
             "that the hook sits on an activation that depends on the input."
         )
     null = moments.null_covariance
+    n, times = _sample_size(moments, n_effective, values, vectors)
     return Spectrum(
         eigenvalues=values,
-        n=_sample_size(moments, n_effective),
+        n=n,
+        rows=moments.count,
+        times=times,
         count=moments.count,
         diagonal=covariance.diagonal().clone(),
         vectors=vectors,
@@ -181,41 +194,63 @@ def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spec
     )
 
 
-def bulk_distance(spectrum: Spectrum, rank: int) -> float:
-    """Kolmogorov-Smirnov distance between the eigenvalues beyond `rank` and the Marchenko-Pastur law of their
-    median."""
-    bulk = spectrum.positive[rank:].flip(0)
+@dataclass(frozen=True)
+class BulkFit:
+    """The law of noise scaled to the eigenvalues beyond the signal.
+
+    Attributes:
+        eigenvalues: fp64, ascending, those taken as bulk.
+        law: of noise of unit variance in as many directions.
+        sigma2: scale, by their median (by their mean, for dependent samples).
+        absent: share of the law that is exactly zero because there are fewer samples than directions; no such
+            eigenvalue is among those above.
+    """
+
+    eigenvalues: Tensor
+    law: NoiseLaw
+    sigma2: float
+    absent: float
+
+    def share_below(self, x: Tensor) -> Tensor:
+        """Share of the bulk that the law expects below x. Where an effective size says that there should be more
+        zeros than there are, they count."""
+        return (self.law.cdf(x / self.sigma2) - self.absent) / (1 - self.absent)
+
+    def distance(self) -> float:
+        """Kolmogorov-Smirnov distance between both."""
+        bulk = self.eigenvalues
+        fitted = self.share_below(bulk)
+        steps = torch.arange(len(bulk) + 1, dtype=torch.float64, device=bulk.device) / len(bulk)
+        return float(torch.maximum((fitted - steps[:-1]).abs().max(), (fitted - steps[1:]).abs().max()))
+
+
+def bulk_fit(spectrum: Spectrum, rank: int) -> BulkFit | None:
+    """The fit to what follows the `rank` leading eigenvalues; None with fewer than two of them."""
+    bulk, law = spectrum.positive[rank:].flip(0), spectrum.law_beyond(rank)
     if len(bulk) < 2:
-        return math.nan
-    q = max(1, spectrum.width - rank) / spectrum.n
-    atom = max(0.0, 1 - 1 / q)
-    sigma2 = float(torch.quantile(bulk, 0.5)) / mp.median(q)
-    fitted = (mp.cdf(bulk, q, sigma2) - atom) / (1 - atom)
-    steps = torch.arange(len(bulk) + 1, dtype=torch.float64, device=bulk.device) / len(bulk)
-    return float(torch.maximum((fitted - steps[:-1]).abs().max(), (fitted - steps[1:]).abs().max()))
+        return None
+    if spectrum.independent:
+        sigma2, absent = float(torch.quantile(bulk, 0.5)) / law.quantile(0.5), max(0.0, 1 - 1 / law.q)
+    else:
+        width = max(len(bulk), spectrum.width - rank)
+        sigma2, absent = float(bulk.sum()) / width, max(0.0, 1 - spectrum.samples / width)
+    return BulkFit(bulk, law, sigma2, absent)
 
 
-def _eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
-    """Descending eigenvalues (d,) clipped at 0 and eigenvectors (d, d) of deterministic sign."""
-    if not bool(torch.isfinite(covariance).all()):
-        bad = int((~torch.isfinite(covariance)).sum())
-        raise CalibrationError(
-            f"{bad} of {covariance.numel()} entries of the covariance are NaN or infinite; expected finite sums."
-        )
-    values, vectors = torch.linalg.eigh(covariance)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    # An eigenvector is defined up to its sign only; LAPACK's choice differs between builds.
-    largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return values, vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors)
-
-
-def _sample_size(moments: SecondMoments, n_effective: str | int) -> float:
+def _sample_size(
+    moments: SecondMoments, n_effective: str | int, values: Tensor, vectors: Tensor
+) -> tuple[float, TimeSpectrum | None]:
+    """(size for the formulas, correlation of the samples where it is measured)."""
     if n_effective == "none":
-        return moments.sample_size
+        return moments.sample_size, None
     if n_effective == "auto":
-        return max(2.0, moments.n_effective)
+        times = moments.time_spectrum(values, vectors)
+        if times is None:
+            return moments.sample_size, None
+        # Weights have a law of their own, which is not kept: then the size alone is known.
+        return max(2.0, moments.sample_size / spread(times)), times if moments.sample_size == moments.count else None
     if isinstance(n_effective, (int, float)) and not isinstance(n_effective, bool) and n_effective > 1:
-        return float(n_effective)
+        return float(n_effective), None
     raise RMTKDError(f"n_effective={n_effective!r}: expected 'none', 'auto' or a number above 1.")
 
 
@@ -242,7 +277,7 @@ def _split_half_overlap(moments: SecondMoments, rank: int) -> float:
     halves = moments.half_covariances()
     if halves is None:
         return math.nan
-    first, second = (_eigh(half)[1][:, :rank] for half in halves)
+    first, second = (eigh(half)[1][:, :rank] for half in halves)
     return float((first.T @ second).square().sum() / rank)
 
 

@@ -218,7 +218,7 @@ class Surgeon:
         floor, step, stride = couple_grid(lead, self.config)
         damage = sum(self.directions_of(site).damage for site in members if site.kind != "pooled")
         subspaces = [self.subspace_of(site) for site in members if site.kind != "pooled"]
-        score = torch.stack([_group_means(s.eigenvalues / s.edge, lead) for s in subspaces]).mean(0)
+        score = torch.stack([_group_means(_over_edge(s), lead) for s in subspaces]).mean(0)
         rank = max(math.ceil(s.rank / lead.groups) for s in subspaces)
         rank = min(lead.group_width, max(floor, -(-rank // step) * step))
         return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
@@ -371,6 +371,13 @@ def _check_tokens(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]
             "rows: the data was made with the tokenizer of another model. Tokenize it with the one the model was "
             "trained with."
         )
+
+
+def _over_edge(subspace: SignalSubspace) -> torch.Tensor:
+    """(width,) eigenvalues in units of the noise edge. Where there is no edge (a site too narrow for a bulk, or a rule
+    that takes everything as signal) the mean variance stands for it, which an edge lies a little above."""
+    values = subspace.eigenvalues
+    return values / (subspace.edge if subspace.edge > 0 else values.mean())
 
 
 def _group_means(values: torch.Tensor, site: Site) -> torch.Tensor:

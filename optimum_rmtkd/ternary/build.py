@@ -58,7 +58,7 @@ def build_network(
     factor = factor * math.sqrt(x.shape[1])  # the layers carry 1 / sqrt(fan-in): inputs have variance 1, not norm 1
     h = ((x.double() - mean) * factor).float()
     diagnostics = diagnose(h)
-    layers, options, records, functionals = [], [], [], []
+    layers, activations, options, records, functionals = [], [], [], [], []
     dense_t, activation = 1.0, get_activation(config.activation)
     for number, width in enumerate(config.hidden):
         layer = _drawn(h.shape[1], width, number, config)
@@ -72,16 +72,18 @@ def build_network(
         module, record, found = _activation(config, dense_t, t, u, number == len(config.hidden) - 1)
         h = module(u)
         layers.append(layer)
+        activations.append(module)
         options.append(record[0])
         records.append(LayerReport(width, dense_t, t, record[1], found.mean, record[2]))
         functionals.append((target, found))
         dense_t = math.sqrt(target.tau2)
-    mlp = TernaryMLP(
-        x.shape[1], targets.shape[1], config.hidden, options, config.storage, config.sparsity, config.seed
-    ).eval()
-    mlp.layers = nn.ModuleList(layers)
-    mlp.input_mean.copy_(mean)
-    mlp.input_factor.copy_(factor)
+    with torch.device("meta"):  # its own layers would be drawn once more, to be thrown away
+        mlp = TernaryMLP(
+            x.shape[1], targets.shape[1], config.hidden, options, config.storage, config.sparsity, config.seed
+        ).eval()
+    mlp.layers, mlp.activations = nn.ModuleList(layers).eval(), nn.ModuleList(activations).eval()
+    mlp.readout = nn.Linear(h.shape[1], targets.shape[1])
+    mlp.input_mean, mlp.input_factor = mean.float(), factor.float()
     fit = fit_readout(h, targets, config.ridge)
     scale = 1.0 if labels is None else probability_scale(fit.left_out, labels)
     mlp.readout.weight.copy_(fit.weight * scale)
@@ -166,15 +168,15 @@ def as_model(
     """A network as a model of its own, in eval mode."""
     kind = TernaryMLPForRegression if regression else TernaryMLPForClassification
     names = list(label_names) if label_names is not None else [f"LABEL_{i}" for i in range(mlp.out_features)]
-    model = kind(
-        TernaryMLPConfig(
-            network=network_options(mlp),
-            recipe=config.to_dict(),
-            report=None if report is None else report.to_dict(),
-            id2label=dict(enumerate(names)),
-            label2id={name: i for i, name in enumerate(names)},
-            problem_type="regression" if regression else "single_label_classification",
-        )
+    options = TernaryMLPConfig(
+        network=network_options(mlp),
+        recipe=config.to_dict(),
+        report=None if report is None else report.to_dict(),
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+        problem_type="regression" if regression else "single_label_classification",
     )
+    with torch.device("meta"):  # the network takes the place of its only part
+        model = kind(options)
     model.mlp = mlp
     return model.eval()

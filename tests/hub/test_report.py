@@ -121,11 +121,12 @@ def test_the_fitted_law_recovers_the_noise():
     x[:, :2] *= 10
     values = torch.linalg.eigvalsh(x.T @ x / n).flip(0)
     site = {"eigenvalues": values.tolist(), "null_directions": 0, "spectral_rank": 2, "n_eff": n}
-    bulk, q, sigma2 = bulk_law(site)
+    fit = bulk_law(site)
+    bulk, q = fit.eigenvalues, fit.law.q
     assert len(bulk) == d - 2 and q == pytest.approx((d - 2) / n)
-    assert sigma2 == pytest.approx(2.5, rel=0.02)
-    low, high = mp.edges(q, sigma2)
-    assert low * 0.97 < bulk[-1] and bulk[0] < high * 1.03
+    assert fit.sigma2 == pytest.approx(2.5, rel=0.02)
+    low, high = mp.edges(q, fit.sigma2)
+    assert low * 0.97 < bulk[0] and bulk[-1] < high * 1.03
 
 
 def test_a_law_needs_a_bulk():
