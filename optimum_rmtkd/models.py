@@ -1,4 +1,4 @@
-"""What several rooms ask of a model: its inputs, its size, its origin, and a new one of another architecture."""
+"""What several rooms ask of a model: its size, its origin, and a new one of another architecture."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ from transformers import PreTrainedModel
 from .modeling_rmtkd import TYPE_PREFIX, reduced_class
 
 
-__all__ = ["count_parameters", "is_narrowed", "model_inputs", "provenance_of", "rebuilt", "uncut_parameters"]
-
-LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
-
-
-def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch without labels: observing a model never needs them."""
-    return {k: v for k, v in batch.items() if k not in LABELS}
+__all__ = ["count_parameters", "is_narrowed", "provenance_of", "rebuilt", "uncut_parameters"]
 
 
 def count_parameters(model: nn.Module) -> int:

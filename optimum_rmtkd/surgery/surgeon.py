@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..batches import batch_size, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import reduced_class
-from ..models import count_parameters, model_inputs, provenance_of, uncut_parameters
+from ..models import count_parameters, provenance_of, uncut_parameters
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from ..spectra.edges import find_estimator
+from .batches import check_batches, check_cross_attention, collect_batches
 from .budget import (
     BudgetPoint,
     Couple,
@@ -29,15 +31,10 @@ from .budget import (
     site_widths,
     speed_weight_of,
 )
-from .calibration import (
-    Calibration,
-    calibrate,
-    collect_batches,
-    observed,
-    with_decoder_inputs,
-)
+from .calibration import Calibration, calibrate, observed
 from .directions import Directions, site_directions
 from .families import family_of
+from .grouping import by_length
 from .layouts import factored_anatomy
 from .likelihood import gives_likelihood
 from .narrowing import Cuts, build_student, fold_norms, initialise
@@ -45,6 +42,7 @@ from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
 from .sites import Anatomy, Point, Site, Unit, linear_layers, select_sites
+from .tryout import try_out
 
 
 __all__ = ["Surgeon", "anatomy_of", "check_recipe"]
@@ -107,20 +105,23 @@ class Surgeon:
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
         with one_for_all(accelerator):
-            self.batches = collect_batches(dataloader, share_of(config.calibration_samples, accelerator), model.device)
-            _check_tokens(model, self.batches)
-            self.batches = [with_decoder_inputs(model, batch) for batch in self.batches]
+            batches = collect_batches(model, dataloader, share_of(config.calibration_samples, accelerator))
+            check_batches(model, batches)
+            check_cross_attention(model, batches, self.anatomy, self.sites)
             self.teacher = fold_norms(model, self.anatomy)
-            points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
-            self.calibration = Calibration(
-                sorted(points, key=str), self._gradient_points(), config, null_moments=thorough
-            )
+            points = sorted(self._points(), key=str)
+            try_out(self.teacher, batches, points)
+            self.batches = by_length(self.teacher, batches, points)
+            self.calibration = Calibration(points, self._gradient_points(), config, null_moments=thorough)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
         self.batches = all_batches(self.batches, model.device, accelerator)
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
+
+    def _points(self) -> set[Point]:
+        return {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
 
     def _needed(self, site: Site) -> bool:
         """The stream is observed in any case where there is one: its loss gradients price all other cuts."""
@@ -247,13 +248,13 @@ class Surgeon:
         length."""
         positions: dict[str, float] = {}
         batch = self.batches[len(self.batches) // 2]
-        size = len(next(iter(batch.values())))
+        size = batch_size(batch)
 
         def see(point: Point, x: torch.Tensor) -> None:
             positions[point.path] = (x.numel() / x.shape[1] if x.dim() == 4 else x.numel() / x.shape[-1]) / size
 
         with observed(self.teacher, [Point(p) for p in linear_layers(self.teacher)], see), torch.no_grad():
-            self.teacher(**model_inputs(batch))
+            run(self.teacher, batch)
         return positions
 
     def report(self, couples: dict[str, int], curve: list[BudgetPoint]) -> SpectralReport:
@@ -290,7 +291,7 @@ class Surgeon:
         """A head that reads the stream but is not declared shows at its first forward pass."""
         try:
             with torch.no_grad():
-                student(**model_inputs(self.batches[0]))
+                run(student, self.batches[0])
         except RuntimeError as error:
             raise UnsupportedArchitectureError(
                 f"The narrowed {type(self.source).__name__} cannot run ({error}): it has a layer at the cut widths "
@@ -320,20 +321,6 @@ class Surgeon:
 def _origin(name: str) -> str:
     """Name of the uncut model; of a folder its last part, for paths of somebody's machine do not belong on the Hub."""
     return Path(name).name if Path(name).exists() else name
-
-
-def _check_tokens(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> None:
-    """A tokenizer of another model shows in its ids, which would otherwise fail deep inside an embedding."""
-    rows = getattr(model.config, "vocab_size", None)
-    highest = max(
-        (int(b["input_ids"].max()) for b in batches if "input_ids" in b and b["input_ids"].numel()), default=0
-    )
-    if rows is not None and highest >= rows:
-        raise CalibrationError(
-            f"The calibration data holds token id {highest}, the embedding table of {type(model).__name__} has {rows} "
-            "rows: the data was made with the tokenizer of another model. Tokenize it with the one the model was "
-            "trained with."
-        )
 
 
 def _check_reloadable(model: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..errors import CalibrationError, UnsupportedArchitectureError
-from ..models import model_inputs
+from ..batches import run, to_device
 from .config import TernaryConfig
 
 
@@ -75,12 +75,12 @@ def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: Te
         for batch in tqdm(dataloader, desc=f"features of {name}", leave=False):
             if not isinstance(batch, Mapping):
                 raise CalibrationError(f"A batch is a {type(batch).__name__}; expected a mapping of model inputs.")
-            tensors = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            on_device = to_device(dict(batch), model.device)
             calls.clear()
-            model(**model_inputs(tensors))
+            run(model, on_device)
             if not calls:
                 raise CalibrationError(f"The forward pass does not call {name!r}: nothing can be learned about it.")
-            found = [_rows_of(name, part, *call, tensors, config.targets == "labels") for call in calls]
+            found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in calls]
             count += sum(len(inputs) for inputs, _, _ in found)
             rows += found
             if count >= config.calibration_samples:

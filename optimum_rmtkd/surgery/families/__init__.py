@@ -28,11 +28,14 @@ class Family:
         name: for messages.
         model_types: the `config.model_type` values it serves.
         layout: anything with `anatomy(model) -> Anatomy`.
+        inert_padding: padding on the right, behind an attention mask of zeros and ones, changes no activation at real
+            tokens, however much of it there is; calibration may then regroup texts by length, which is quicker.
     """
 
     name: str
     model_types: tuple[str, ...]
     layout: EncoderLayout | ResidualConvLayout | Any
+    inert_padding: bool = False
 
 
 def register_family(family: Family) -> Family:
