@@ -20,6 +20,7 @@ __all__ = [
     "LABELS",
     "accepted_names",
     "batch_size",
+    "decoder_mask",
     "described",
     "first_samples",
     "main_input",
@@ -127,6 +128,18 @@ def padding_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
     return mask.bool()
 
 
+def decoder_mask(model: nn.Module, batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """Which positions of an encoder-decoder's decoder hold real tokens, (batch, length) bool; None where nothing says
+    so, and for other models."""
+    given, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if not getattr(model.config, "is_encoder_decoder", False):
+        return None
+    if isinstance(given, torch.Tensor) and given.dim() == 2:
+        return given.bool()
+    made = _makes_decoder_inputs(model, batch) and labels.dim() == 2 and not labels.is_floating_point()
+    return labels != -100 if made else None
+
+
 def run(model: nn.Module, batch: Mapping[str, Any]) -> Any:
     """One forward pass as observing wants it: the batch as it is but for its labels, no cache, named outputs, and the
     feed-forward layers over all positions at once.
@@ -193,7 +206,8 @@ def described(value: Any) -> str:
         kind = "" if isinstance(value, torch.Tensor) else f"{type(value).__name__} "
         return f"{kind}{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of {len(value)}" + (f" ({described(value[0])}, ...)" if len(value) else "")
+        first = f" ({described(value[0])}{', ...' if len(value) > 1 else ''})" if len(value) else ""
+        return f"a {type(value).__name__} of {len(value)}{first}"
     if isinstance(value, (bool, int, float, type(None))):
         return repr(value)
     return f"a {type(value).__name__}"

@@ -29,6 +29,7 @@ __all__ = ["check_batches", "check_cross_attention", "collect_batches", "cure_of
 logger = logging.getLogger(__name__)
 
 ROW_AXES = {"input_ids": 1, "inputs_embeds": 2, "input_values": 1}  # of one sample; a batch has one more
+CACHES = ("past_key_values", "cache", "cache_params", "mems")
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
 
 
@@ -41,7 +42,7 @@ def collect_batches(model: nn.Module, dataloader: Iterable, samples: int) -> lis
 
     Raises:
         CalibrationError: nothing to iterate over, no batch, a batch that is no mapping of names to tensors, a row in
-            place of a batch.
+            place of a batch, a cache.
     """
     accepted = accepted_names(model) | set(LABELS)
     batches: list[dict[str, Any]] = []
@@ -92,11 +93,11 @@ def _iterated(dataloader: Iterable) -> Iterable:
 
 
 def _no_mapping(batch: Any) -> str:
-    inside = f" ({described(batch)})" if isinstance(batch, (list, tuple)) or hasattr(batch, "shape") else ""
+    inside = f" Got {described(batch)}." if isinstance(batch, (list, tuple)) or hasattr(batch, "shape") else ""
     return (
-        f"A calibration batch is a {type(batch).__name__}{inside}; expected a mapping of model inputs, as a "
-        "transformers data collator returns. A DataLoader over a TensorDataset or over tuples needs a collate_fn "
-        'that names them, for example {"input_ids": ..., "attention_mask": ...}.'
+        f"A calibration batch is a {type(batch).__name__}; expected a mapping of model inputs, as a transformers data "
+        f"collator returns.{inside} A DataLoader over tuples, or over tensors, needs a collate_fn that names them, for "
+        'example {"input_ids": ..., "attention_mask": ...}.'
     )
 
 
@@ -123,6 +124,12 @@ def cure_of_lists(name: str, value: Any) -> str:
 
 
 def _check_columns(model: nn.Module, given: Mapping[str, Any], kept: Mapping[str, Any]) -> None:
+    cache = next((name for name in CACHES if given.get(name) is not None), None)
+    if cache is not None:
+        raise CalibrationError(
+            f"A calibration batch holds {cache}: every pass of the surgery would find another state of it. Leave it "
+            "out; texts are calibrated whole."
+        )
     if not any(name not in LABELS for name in kept):
         raise CalibrationError(
             f"A calibration batch holds {', '.join(map(str, given)) or 'nothing'}, of which {type(model).__name__} "
@@ -150,7 +157,7 @@ def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
 
     Raises:
         CalibrationError: all padding; token ids, or types of tokens, outside their tables; a mask shorter than its
-            tokens; a cache.
+            tokens.
     """
     masks = [padding_mask(batch) for batch in batches]
     if all(mask is not None and not bool(mask.any()) for mask in masks):
@@ -172,11 +179,6 @@ def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
             raise CalibrationError(
                 f"attention_mask has the shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}: expected a mask for "
                 "every token. Pad both alike."
-            )
-        cache = next((n for n in ("past_key_values", "cache", "cache_params") if batch.get(n) is not None), None)
-        if cache is not None:
-            raise CalibrationError(
-                f"A calibration batch holds {cache}: every pass of the surgery would find another cache. Leave it out."
             )
 
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
-from ..batches import batch_size, padding_mask, run
+from ..batches import batch_size, decoder_mask, padding_mask, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError
-from ..modeling_rmtkd import resolve_path
+from ..modeling_rmtkd import LowRankLinear, resolve_path
 from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
 from .explaining import explained
 from .likelihood import log_likelihood
-from .sites import Point, get_module
+from .sites import Anatomy, Point, Site, get_module
 
 
 __all__ = [
@@ -27,19 +28,42 @@ __all__ = [
     "evaluating",
     "features_last",
     "observed",
+    "points_of",
     "token_mask",
 ]
 
-
-def token_mask(batch: Mapping[str, Any], x: torch.Tensor) -> torch.Tensor | None:
-    """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded."""
-    mask = padding_mask(batch)
-    return mask if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2] else None
+FEATURES_LAST = (nn.Linear, Conv1D, LowRankLinear, nn.LayerNorm)
 
 
-def features_last(x: torch.Tensor) -> torch.Tensor:
-    """(batch, channels, h, w) -> (batch, h * w, channels); everything else as it is."""
-    return x.flatten(2).mT if x.dim() == 4 else x
+def points_of(anatomy: Anatomy, sites: Sequence[Site]) -> list[Point]:
+    """Where activations are to be observed in order to cut `sites`. The stream is in any case, where there is one: its
+    loss gradients price all other cuts."""
+    needed = [s for s in anatomy.sites.values() if s in sites or s.kind == "hidden"]
+    return sorted({point for site in needed for point in site.points}, key=str)
+
+
+def token_mask(batch: Mapping[str, Any], x: torch.Tensor, decoder: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded.
+
+    Args:
+        decoder: the mask of the decoder, see `decoder_mask`. Where sources and targets are of one length, positions
+            have to be real in both: an activation does not say whose it is, and padding must never count.
+    """
+    masks = [padding_mask(batch), decoder]
+    fitting = [mask for mask in masks if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]]
+    return torch.stack(fitting).all(0) if fitting else None
+
+
+def features_last(x: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
+    """(batch, channels, h, w) -> (batch, h * w, channels); everything else as it is.
+
+    Args:
+        module: what made or reads x; behind a linear layer the features of four axes are last already, and all
+            positions come on one axis.
+    """
+    if x.dim() != 4:
+        return x
+    return x.flatten(1, 2) if isinstance(module, FEATURES_LAST) else x.flatten(2).mT
 
 
 @contextlib.contextmanager
@@ -113,17 +137,17 @@ class Calibration:
             CalibrationError: non-finite activations or gradients; names the module, the batch and how many. A batch
                 that the model cannot run on.
         """
-        tokens = 0.0
+        tokens, decoder = 0.0, decoder_mask(model, batch)
 
         def see(point: Point, x: torch.Tensor) -> None:
             nonlocal tokens
             if point in self.gradients and not x.requires_grad:
                 x.requires_grad_()
-            mask = token_mask(batch, x)
-            positions = mask.sum().item() if mask is not None else features_last(x)[..., 0].numel()
+            mask, module = token_mask(batch, x, decoder), get_module(model, point.path)
+            positions = mask.sum().item() if mask is not None else features_last(x, module)[..., 0].numel()
             tokens = max(tokens, float(positions))
             flat, kept = sample_tokens(
-                features_last(x.detach()), mask, self.config.sample_unit, self.config.tokens_per_sequence
+                features_last(x.detach(), module), mask, self.config.sample_unit, self.config.tokens_per_sequence
             )
             moments = self._moments_at(point, flat.shape[-1], flat.device)
             with self._naming(model, point):
@@ -146,7 +170,8 @@ class Calibration:
     def _see_gradient(self, model: nn.Module, point: Point, g: torch.Tensor, mask: torch.Tensor | None) -> None:
         # all positions: a head may read one token alone, and only that one then has a gradient in the last block
         with self._naming(model, point):
-            self.moments[point].update_gradient(features_last(g.detach()), mask)
+            module = get_module(model, point.path)
+            self.moments[point].update_gradient(features_last(g.detach(), module), mask)
 
     @contextlib.contextmanager
     def _naming(self, model: nn.Module, point: Point) -> Iterator[None]:

@@ -127,6 +127,9 @@ def _hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
     lengths = [t.shape[1] for t in text if isinstance(t, torch.Tensor) and t.dim() > 1]
     if limit is not None and max(lengths, default=0) > limit:
         yield _too_long(model, max(lengths), limit)
+    places = batch.get("position_ids")
+    if limit is not None and isinstance(places, torch.Tensor) and places.numel() and int(places.max()) >= limit:
+        yield f"position_ids go up to {int(places.max())}, {type(model).__name__} has {limit} positions."
     dtype = getattr(model, "dtype", torch.float32)
     if isinstance(first, torch.Tensor) and first.is_floating_point() and first.dtype != dtype:
         yield f"The data is {first.dtype}, the weights are {dtype}: cast one to the other."

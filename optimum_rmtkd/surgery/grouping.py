@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import padding_mask, run
+from ..batches import run
 from ..errors import UnsupportedArchitectureError
 from .calibration import evaluating, observed, token_mask
 from .families import family_of
@@ -41,7 +41,9 @@ def by_length(model: nn.Module, batches: list[dict[str, Any]], points: Iterable[
     names = _over_tokens(batches)
     if names is None:
         return batches
-    samples = [{k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
+    samples = [
+        {k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))
+    ]
     lengths = [int(sample["attention_mask"].sum()) for sample in samples]
     order = sorted(range(len(samples)), key=lengths.__getitem__)
     room = max(batch["attention_mask"].numel() for batch in batches)
@@ -61,9 +63,7 @@ def _allows(model: nn.Module) -> bool:
         inert = family_of(model).inert_padding
     except UnsupportedArchitectureError:
         return False
-    over_batch = any(
-        isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None for m in model.modules()
-    )
+    over_batch = any(isinstance(m, nn.modules.batchnorm._NormBase) and m.running_mean is None for m in model.modules())
     return inert and not over_batch and not getattr(model.config, "is_encoder_decoder", False)
 
 

@@ -60,9 +60,7 @@ def from_main(value: Any, accelerator: Any) -> Any:
     return broadcast_object_list([value], from_process=0)[0]
 
 
-def all_batches(
-    batches: list[dict[str, Any]], device: torch.device, accelerator: Any
-) -> list[dict[str, Any]]:
+def all_batches(batches: list[dict[str, Any]], device: torch.device, accelerator: Any) -> list[dict[str, Any]]:
     """The batches of all processes, rank after rank: the refit runs where all data are."""
     if not several(accelerator):
         return batches

@@ -141,9 +141,7 @@ def _cap(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _scopes(student, teacher, anatomy, batches, masks) -> Iterator[tuple[list[Unit], Scope, Scope]]:
     """What comes before the blocks, each block, and what comes after, with both networks ready to run."""
-    whole = [
-        Scope(model, lambda i, model=model: run(model, batches[i]), masks) for model in (student, teacher)
-    ]
+    whole = [Scope(model, lambda i, model=model: run(model, batches[i]), masks) for model in (student, teacher)]
     positions = [i for i, unit in enumerate(anatomy.units) if unit.block is not None]
     first, last = (positions[0], positions[-1] + 1) if positions else (len(anatomy.units), len(anatomy.units))
     yield list(anatomy.units[:first]), *whole

@@ -19,7 +19,6 @@ from ..modeling_rmtkd import reduced_class
 from ..models import count_parameters, provenance_of, uncut_parameters
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from ..spectra.edges import find_estimator
-from .batches import check_batches, check_cross_attention, collect_batches
 from .budget import (
     BudgetPoint,
     Couple,
@@ -31,7 +30,7 @@ from .budget import (
     site_widths,
     speed_weight_of,
 )
-from .calibration import Calibration, calibrate, observed
+from .calibration import Calibration, calibrate, features_last, observed, points_of
 from .directions import Directions, site_directions
 from .families import family_of
 from .grouping import by_length
@@ -41,11 +40,11 @@ from .narrowing import Cuts, build_student, fold_norms, initialise
 from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
-from .sites import Anatomy, Point, Site, Unit, linear_layers, select_sites
-from .tryout import try_out
+from .sites import Anatomy, Point, Site, Unit, get_module, linear_layers, select_sites
+from .tryout import checked_batches
 
 
-__all__ = ["Surgeon", "anatomy_of", "check_recipe"]
+__all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
 
 TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
 
@@ -80,6 +79,16 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
             raise already_met(now, goal, "parameters")
 
 
+def check_data(model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig) -> None:
+    """Refuse data that cannot calibrate a cut of `model`, by its first batches and forward passes over a few of them.
+
+    Raises:
+        CalibrationError, UnsupportedArchitectureError: names what the data holds, what was expected, what to do.
+    """
+    anatomy = anatomy_of(model, config)
+    checked_batches(model, dataloader, config.calibration_samples, anatomy, select_sites(anatomy, config.sites))
+
+
 class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
 
@@ -105,12 +114,10 @@ class Surgeon:
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
         with one_for_all(accelerator):
-            batches = collect_batches(model, dataloader, share_of(config.calibration_samples, accelerator))
-            check_batches(model, batches)
-            check_cross_attention(model, batches, self.anatomy, self.sites)
+            share = share_of(config.calibration_samples, accelerator)
+            batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
             self.teacher = fold_norms(model, self.anatomy)
-            points = sorted(self._points(), key=str)
-            try_out(self.teacher, batches, points)
+            points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
             self.calibration = Calibration(points, self._gradient_points(), config, null_moments=thorough)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
@@ -119,13 +126,6 @@ class Surgeon:
         self.batches = all_batches(self.batches, model.device, accelerator)
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
-
-    def _points(self) -> set[Point]:
-        return {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
-
-    def _needed(self, site: Site) -> bool:
-        """The stream is observed in any case where there is one: its loss gradients price all other cuts."""
-        return site in self.sites or site.kind == "hidden"
 
     def _gradient_points(self) -> list[Point]:
         hidden = self.anatomy.sites.get("hidden")
@@ -251,7 +251,8 @@ class Surgeon:
         size = batch_size(batch)
 
         def see(point: Point, x: torch.Tensor) -> None:
-            positions[point.path] = (x.numel() / x.shape[1] if x.dim() == 4 else x.numel() / x.shape[-1]) / size
+            features = features_last(x, get_module(self.teacher, point.path)).shape[-1]
+            positions[point.path] = x.numel() / features / size
 
         with observed(self.teacher, [Point(p) for p in linear_layers(self.teacher)], see), torch.no_grad():
             run(self.teacher, batch)

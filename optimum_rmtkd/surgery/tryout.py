@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,32 @@ from torch import nn
 from ..batches import first_samples, padding_mask, run
 from ..errors import CalibrationError
 from ..modeling_rmtkd import resolve_path
-from .calibration import evaluating, observed
+from .batches import check_batches, check_cross_attention, collect_batches
+from .calibration import evaluating, observed, points_of
 from .explaining import explained, guarded_tables
-from .sites import Point
+from .sites import Anatomy, Point, Site
 
 
-__all__ = ["try_out"]
+__all__ = ["checked_batches", "try_out"]
+
+
+def checked_batches(
+    model: nn.Module, dataloader: Iterable, samples: int, anatomy: Anatomy, sites: Sequence[Site]
+) -> list[dict[str, Any]]:
+    """The first `samples` samples of a dataloader, on the device of `model`, which can run on them and be cut by them.
+
+    Args:
+        sites: those that are to be cut.
+
+    Raises:
+        CalibrationError, UnsupportedArchitectureError: see `collect_batches`, `check_batches`,
+            `check_cross_attention` and `try_out`.
+    """
+    batches = collect_batches(model, dataloader, samples)
+    check_batches(model, batches)
+    check_cross_attention(model, batches, anatomy, sites)
+    try_out(model, batches, points_of(anatomy, sites))
+    return batches
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..batches import described, padding_mask, run, to_device
 from ..errors import CalibrationError, UnsupportedArchitectureError
-from ..batches import run, to_device
 from .config import TernaryConfig
 
 
@@ -107,20 +107,17 @@ def _rows_of(name, part, args, kwargs, output, batch, with_labels) -> tuple[torc
             + (f" Choose a part inside it: {', '.join(inside)}." if inside else "")
         )
     x, leading = given[0], given[0].shape[:-1]
-    mask = batch.get("attention_mask")
-    kept = (
-        mask.bool()
-        if mask is not None and mask.shape == leading
-        else torch.ones(leading, dtype=torch.bool, device=x.device)
-    )
+    mask = padding_mask(batch)
+    fits = mask is not None and mask.shape == leading
+    kept = mask if fits else torch.ones(leading, dtype=torch.bool, device=x.device)
     labels = torch.zeros(leading, dtype=torch.int64, device=x.device)
     if with_labels:
         labels = batch.get("labels")
-        if labels is None or labels.shape != leading or labels.is_floating_point():
+        tensor = isinstance(labels, torch.Tensor)
+        if not tensor or labels.shape != leading or labels.is_floating_point():
             raise CalibrationError(
                 f"targets='labels' needs a class index for each of the {tuple(leading)} positions of {name!r}; the "
-                f"batch has {'no labels' if labels is None else f'labels {tuple(labels.shape)}, {labels.dtype}'}. Use "
-                "targets='outputs'."
+                f"batch has {'no labels' if labels is None else f'labels {described(labels)}'}. Use targets='outputs'."
             )
         kept = kept & (labels >= 0)
     return x[kept].float().cpu(), output[kept].float().cpu(), labels[kept].cpu()
