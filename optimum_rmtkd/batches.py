@@ -44,8 +44,8 @@ def model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
 def accepted_names(model: nn.Module) -> set[str]:
     """The keywords that a model's forward does something with.
 
-    Those it names; where it hands on all others (`**kwargs`), also those that the models inside it name, and the common
-    ones of transformers.
+    Those it names; where it hands on all others (`**kwargs`), also those that the models inside it name, and the
+    common ones of transformers.
     """
     from transformers import PreTrainedModel
     from transformers.utils import TransformersKwargs
@@ -115,8 +115,8 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 def padding_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
     """Which positions hold real tokens, (rows, length) bool; None where no mask says so.
 
-    A mask (batch, choices, length) of multiple choice is flattened, as the models do with their ids; masks that say who
-    may look at whom, (batch, length, length) or four-dimensional, know nothing of padding.
+    A mask (batch, choices, length) of multiple choice is flattened, as the models do with their ids; masks that say
+    who may look at whom, (batch, length, length) or four-dimensional, know nothing of padding.
     """
     mask, ids = batch.get("attention_mask"), batch.get("input_ids")
     if not isinstance(mask, torch.Tensor) or mask.dim() not in (2, 3):

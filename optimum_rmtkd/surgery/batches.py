@@ -36,8 +36,8 @@ TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "deco
 def collect_batches(model: nn.Module, dataloader: Iterable, samples: int) -> list[dict[str, Any]]:
     """The first batches of a dataloader that hold `samples` samples together, on the device of `model`.
 
-    They are kept, because surgery goes over the same data more than once and a dataloader may shuffle, or give its data
-    once only. Arrays of numpy become tensors, columns that the forward does not take are left out (as the Trainer
+    They are kept, because surgery goes over the same data more than once and a dataloader may shuffle, or give its
+    data once only. Arrays of numpy become tensors, columns that the forward does not take are left out (as the Trainer
     does) and named in the log; everything else stays what the collator made it.
 
     Raises:
@@ -96,8 +96,8 @@ def _no_mapping(batch: Any) -> str:
     inside = f" Got {described(batch)}." if isinstance(batch, (list, tuple)) or hasattr(batch, "shape") else ""
     return (
         f"A calibration batch is a {type(batch).__name__}; expected a mapping of model inputs, as a transformers data "
-        f"collator returns.{inside} A DataLoader over tuples, or over tensors, needs a collate_fn that names them, for "
-        'example {"input_ids": ..., "attention_mask": ...}.'
+        f"collator returns.{inside} A DataLoader over tuples, or over tensors, needs a collate_fn that names them, "
+        'for example {"input_ids": ..., "attention_mask": ...}.'
     )
 
 
@@ -143,8 +143,8 @@ def _check_columns(model: nn.Module, given: Mapping[str, Any], kept: Mapping[str
         if isinstance(kept.get(name), torch.Tensor) and kept[name].dim() <= axes:
             raise CalibrationError(
                 f"{name} of a calibration batch has the shape {tuple(kept[name].shape)}, that of one row: expected a "
-                "batch of rows. Pass a DataLoader(dataset, batch_size=32, collate_fn=...) in place of the dataset or a "
-                "list of rows."
+                "batch of rows. Pass a DataLoader(dataset, batch_size=32, collate_fn=...) in place of the dataset or "
+                "a list of rows."
             )
     if not any(isinstance(v, torch.Tensor) and v.dim() for k, v in kept.items() if k not in LABELS):
         lists = next((k for k, v in kept.items() if isinstance(v, (list, tuple))), None)
@@ -165,11 +165,10 @@ def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
             f"All tokens of the {len(batches)} calibration batches are padding (attention_mask is 0 everywhere): "
             "expected real tokens. Check the tokenizer and the collator."
         )
-    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     rows = {
-        "input_ids": getattr(text, "vocab_size", None),
-        "decoder_input_ids": getattr(text, "vocab_size", None),
-        "token_type_ids": getattr(text, "type_vocab_size", None) or None,
+        "input_ids": _table_rows(model),
+        "decoder_input_ids": None,
+        "token_type_ids": getattr(model.config, "type_vocab_size", None) or None,
     }
     for name, count in rows.items():
         _check_ids(model, name, count, [b[name] for b in batches if isinstance(b.get(name), torch.Tensor)])
@@ -184,6 +183,13 @@ def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
 
 def _falls_short(mask: torch.Tensor, ids: torch.Tensor) -> bool:
     return len(mask) != len(ids) or mask.shape[1] < ids.shape[1]
+
+
+def _table_rows(model: nn.Module) -> int | None:
+    try:
+        return getattr(model.get_input_embeddings(), "num_embeddings", None)
+    except (NotImplementedError, AttributeError):  # models of several inputs do not always name one
+        return None
 
 
 def _check_ids(model: nn.Module, name: str, rows: int | None, found: list[torch.Tensor]) -> None:
@@ -212,9 +218,9 @@ def _check_ids(model: nn.Module, name: str, rows: int | None, found: list[torch.
             "leave the column out (return_token_type_ids=False), or use the tokenizer the model was trained with."
         )
     raise CalibrationError(
-        f"The calibration data holds token id {highest}{'' if name == 'input_ids' else f' in {name}'}, the embedding "
-        f"table of {type(model).__name__} has {rows} rows: the data was made with the tokenizer of another model. "
-        "Tokenize it with the one the model was trained with."
+        f"The calibration data holds token id {highest}, the embedding table of {type(model).__name__} has {rows} "
+        "rows: the data was made with the tokenizer of another model. Tokenize it with the one the model was trained "
+        "with."
     )
 
 

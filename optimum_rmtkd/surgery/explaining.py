@@ -64,8 +64,8 @@ def _offset(table: nn.Embedding) -> int:
 
 @contextlib.contextmanager
 def guarded_tables(model: nn.Module) -> Iterator[None]:
-    """Check what every table is asked for before it is looked up: on a GPU a row that does not exist ends the process's
-    use of the device, and names nothing.
+    """Check what every table is asked for before it is looked up: on a GPU a row that does not exist ends the
+    process's use of the device, and names nothing.
 
     Raises:
         CalibrationError: inside this context; names the table, the row and how many there are.
@@ -157,8 +157,8 @@ def _image_hints(config: Any, pixels: torch.Tensor) -> Iterator[str]:
     if isinstance(channels, int) and pixels.shape[1] != channels:
         last = " (they seem to be last)" if pixels.shape[3] == channels else ""
         yield (
-            f"The images have {pixels.shape[1]} channels on the second axis{last}, the model takes {channels}: process "
-            "them with the model's image processor."
+            f"The images have {pixels.shape[1]} channels on the second axis{last}, the model takes {channels}: "
+            "process them with the model's image processor."
         )
     expected = (size, size) if isinstance(size, int) else size
     if isinstance(expected, (list, tuple)) and tuple(pixels.shape[2:]) != tuple(expected):

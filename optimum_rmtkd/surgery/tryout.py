@@ -65,8 +65,8 @@ def try_out(model: nn.Module, batches: list[dict[str, Any]], points: Iterable[Po
         paths = sorted({resolve_path(model, point.path) for point in missing})
         raise CalibrationError(
             f"{len(paths)} module(s) of {type(model).__name__} that are to be cut never ran on the calibration data, "
-            f"the first is {paths[0]}: expected batches that use the whole model. Add the inputs that this part reads, "
-            "or leave it out of `sites`."
+            f"the first is {paths[0]}: expected batches that use the whole model. Add the inputs that this part "
+            "reads, or leave it out of `sites`."
         )
 
 

@@ -158,7 +158,7 @@ def test_every_mode_of_every_module_is_restored(bert):
         (TABLE, ["'input_ids'", "list of 12", "DataLoader", "collator"]),
         (TABLE.with_format("torch"), ["input_ids", "(12,)", "one row", "DataLoader"]),
         (TABLE.batch(8), ["'input_ids'", "a list of 8 (a list of 12", 'set_format("torch")']),
-        (DataLoader(TABLE, batch_size=8), ["'input_ids'", "a list of 12 (int64 (8,)", "tensor", 'set_format("torch")']),
+        (DataLoader(TABLE, batch_size=8), ["'input_ids'", "a list of 12 (int64 (8,)", "tensor", 'format("torch")']),
         (
             DataLoader(TensorDataset(TEXT[0]["input_ids"], TEXT[0]["attention_mask"]), batch_size=4),
             ["is a list", "a list of 2 (int64 (4, 12)", "collate_fn"],

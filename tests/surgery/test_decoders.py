@@ -220,9 +220,8 @@ def test_padding_of_the_decoder_never_counts(length):
 
 def test_features_of_a_linear_layer_over_a_map_are_the_last_axis():
     torch.manual_seed(0)
-    config = tf.ConvNextConfig(
-        num_channels=1, hidden_sizes=[16, 32], depths=[1, 1], image_size=32, patch_size=2, num_labels=3, num_stages=2
-    )
+    sizes = {"num_channels": 1, "hidden_sizes": [16, 32], "depths": [1, 1], "image_size": 32, "patch_size": 2}
+    config = tf.ConvNextConfig(**sizes, num_labels=3, num_stages=2)
     model = tf.ConvNextForImageClassification(config).eval()
     data = [{"pixel_values": torch.randn(8, 1, 32, 32)} for _ in range(3)]
     point = Point("@.encoder.stages.0.layers.0.pwconv1")
