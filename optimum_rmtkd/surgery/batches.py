@@ -21,14 +21,24 @@ from ..batches import (
     to_device,
 )
 from ..errors import CalibrationError, UnsupportedArchitectureError
-from .sites import Anatomy, Site, linear_layers
+from .families import family_of
+from .sites import Anatomy, Site, get_module, has_module, linear_layers
 
 
-__all__ = ["check_batches", "check_cross_attention", "collect_batches", "cure_of_lists"]
+__all__ = [
+    "POSITION_TABLES",
+    "check_batches",
+    "check_cross_attention",
+    "collect_batches",
+    "cure_of_lists",
+    "rows_before",
+    "too_long",
+]
 
 logger = logging.getLogger(__name__)
 
 ROW_AXES = {"input_ids": 1, "inputs_embeds": 2, "input_values": 1}  # of one sample; a batch has one more
+POSITION_TABLES = ("position_embeddings", "embed_positions", "position_embedding", "wpe")
 CACHES = ("past_key_values", "cache", "cache_params", "mems")
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
 
@@ -156,8 +166,8 @@ def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
     """What can be said of the data without running it.
 
     Raises:
-        CalibrationError: all padding; token ids, or types of tokens, outside their tables; a mask shorter than its
-            tokens.
+        CalibrationError: all padding; token ids, or types of tokens, outside their tables; texts beyond the positions
+            of a declared family; a mask shorter than its tokens.
     """
     masks = [padding_mask(batch) for batch in batches]
     if all(mask is not None and not bool(mask.any()) for mask in masks):
@@ -172,13 +182,66 @@ def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
     }
     for name, count in rows.items():
         _check_ids(model, name, count, [b[name] for b in batches if isinstance(b.get(name), torch.Tensor)])
+    if getattr(model.config, "is_encoder_decoder", False):
+        answers = [
+            b["labels"] for b in batches if isinstance(b.get("labels"), torch.Tensor) and b["labels"].dim() == 2
+        ]
+        _check_labels(model, [labels for labels in answers if not labels.is_floating_point()])
     for batch, mask in zip(batches, masks, strict=True):
+        _check_length(model, batch, mask)
         ids = main_input(batch)
         if mask is not None and batch.get("input_ids") is ids and ids.dim() == 2 and _falls_short(mask, ids):
             raise CalibrationError(
                 f"attention_mask has the shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}: expected a mask for "
                 "every token. Pad both alike."
             )
+
+
+def _check_length(model: nn.Module, batch: Mapping[str, Any], mask: torch.Tensor | None) -> None:
+    """Where the positions are counted by real tokens, a GPU would not survive the look-up."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or batch.get("position_ids") is not None:
+        return
+    longest = ids.shape[1] if mask is None else int(mask.sum(-1).max())
+    for table in _declared_positions(model):
+        limit = table.num_embeddings - rows_before(table)
+        if longest > limit:
+            raise CalibrationError(too_long(model, longest, limit))
+
+
+def _declared_positions(model: nn.Module) -> list[nn.Embedding]:
+    """Tables of absolute positions that the model's family declares."""
+    try:
+        paths = getattr(family_of(model).layout, "stream", ())
+    except UnsupportedArchitectureError:
+        return []
+    named = [path for path in paths if path.rpartition(".")[2] in POSITION_TABLES and has_module(model, path)]
+    return [table for path in named if isinstance(table := get_module(model, path), nn.Embedding)]
+
+
+def rows_before(table: nn.Embedding) -> int:
+    """Rows of a table of positions before that of the first token: RoBERTa starts behind the padding token, BART at
+    2."""
+    return getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def too_long(model: nn.Module, length: int, limit: int) -> str:
+    """The refusal of texts beyond the positions."""
+    return (
+        f"A text of the calibration data has {length} tokens, {type(model).__name__} has positions for {limit}: "
+        f"tokenize with truncation=True, max_length={limit}."
+    )
+
+
+def _check_labels(model: nn.Module, found: list[torch.Tensor]) -> None:
+    head = model.get_output_embeddings()
+    highest = max((int(labels.max()) for labels in found if labels.numel()), default=0)
+    if isinstance(head, nn.Linear) and highest >= head.out_features:
+        raise CalibrationError(
+            f"The labels of the calibration data go up to {highest}, {type(model).__name__} has {head.out_features} "
+            "outputs: the data was made with the tokenizer of another model. Tokenize it with the one the model was "
+            "trained with."
+        )
 
 
 def _falls_short(mask: torch.Tensor, ids: torch.Tensor) -> bool:

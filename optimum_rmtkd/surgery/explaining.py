@@ -11,14 +11,13 @@ from torch import nn
 
 from ..batches import LABELS, accepted_names, described, main_input
 from ..errors import CalibrationError, RMTKDError
-from .batches import cure_of_lists
+from .batches import POSITION_TABLES, cure_of_lists, rows_before, too_long
 
 
 __all__ = ["explained", "guarded_tables", "position_limit"]
 
 # what a forward raises where its input is wrong; errors of ours (ValueErrors, too) pass as they are
 RAW = (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError, AssertionError)
-POSITION_TABLES = ("position_embeddings", "embed_positions", "position_embedding", "wpe")
 
 
 @contextlib.contextmanager
@@ -50,16 +49,11 @@ def explained(model: nn.Module, batch: Mapping[str, Any], number: int) -> Iterat
 def position_limit(model: nn.Module) -> int | None:
     """Tokens that the longest text may have, by the tables of absolute positions inside a model; None without one."""
     rows = [
-        module.num_embeddings - _offset(module)
+        module.num_embeddings - rows_before(module)
         for name, module in model.named_modules()
         if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding)
     ]
     return min(rows, default=None)
-
-
-def _offset(table: nn.Embedding) -> int:
-    """Rows before that of the first token: RoBERTa starts behind the padding token, BART at 2."""
-    return getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
 
 
 @contextlib.contextmanager
@@ -94,17 +88,12 @@ def _check_rows(model: nn.Module, name: str, table: nn.Embedding, rows: torch.Te
         return
     wrong = highest if highest >= table.num_embeddings else lowest
     if name.rpartition(".")[2] in POSITION_TABLES and wrong > 0:
-        raise CalibrationError(_too_long(model, wrong + 1 - _offset(table), table.num_embeddings - _offset(table)))
+        raise CalibrationError(
+            too_long(model, wrong + 1 - rows_before(table), table.num_embeddings - rows_before(table))
+        )
     raise CalibrationError(
         f"The calibration data asks {name} of {type(model).__name__} for row {wrong}, it has {table.num_embeddings}: "
         "expected ids of the model's own tokenizer or processor."
-    )
-
-
-def _too_long(model: nn.Module, length: int, limit: int) -> str:
-    return (
-        f"A text of the calibration data has {length} tokens, {type(model).__name__} has positions for {limit}: "
-        f"tokenize with truncation=True, max_length={limit}."
     )
 
 
@@ -122,12 +111,8 @@ def _hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
             "This is an encoder-decoder, and the batch has neither labels (one a token) nor decoder_input_ids: add "
             "labels, as DataCollatorForSeq2Seq does, and the model shifts them as in training."
         )
-    limit = position_limit(model)
-    text = [batch[n] for n in ("input_ids", "inputs_embeds", "decoder_input_ids", "labels") if n in batch]
-    lengths = [t.shape[1] for t in text if isinstance(t, torch.Tensor) and t.dim() > 1]
-    if limit is not None and max(lengths, default=0) > limit:
-        yield _too_long(model, max(lengths), limit)
-    places = batch.get("position_ids")
+    yield from _length_hints(model, batch)
+    limit, places = position_limit(model), batch.get("position_ids")
     if limit is not None and isinstance(places, torch.Tensor) and places.numel() and int(places.max()) >= limit:
         yield f"position_ids go up to {int(places.max())}, {type(model).__name__} has {limit} positions."
     dtype = getattr(model, "dtype", torch.float32)
@@ -135,6 +120,19 @@ def _hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
         yield f"The data is {first.dtype}, the weights are {dtype}: cast one to the other."
     if isinstance(batch.get("pixel_values"), torch.Tensor):
         yield from _image_hints(config, batch["pixel_values"])
+
+
+def _length_hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
+    """Sequences beyond the positions of the stack that reads them."""
+    both = getattr(model.config, "is_encoder_decoder", False)
+    encoder, decoder = (model.get_encoder(), model.get_decoder()) if both else (model, model)
+    for stack, names in ((encoder, ("input_ids", "inputs_embeds")), (decoder, ("decoder_input_ids", "labels"))):
+        limit = position_limit(stack)
+        given = [batch[name] for name in names if isinstance(batch.get(name), torch.Tensor) and batch[name].dim() > 1]
+        longest = max((tensor.shape[1] for tensor in given), default=0)
+        if limit is not None and longest > limit:
+            yield too_long(model, longest, limit)
+            return
 
 
 def _has_decoder_inputs(batch: Mapping[str, Any]) -> bool:

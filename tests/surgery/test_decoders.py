@@ -207,6 +207,13 @@ def test_labels_longer_than_the_decoder():
         narrow(whisper(), data_for("whisper", length=30), FACTORED, progress=False)
 
 
+@pytest.mark.parametrize("name", ["whisper", "bart", "t5"])
+def test_labels_of_another_tokenizer(name):
+    data = [batch | {"labels": batch["labels"] + 40} for batch in data_for(name)]
+    with pytest.raises(CalibrationError, match="labels .* go up to .* has 61 outputs: .*tokenizer of another model"):
+        narrow(MODELS[name][0](), data, FACTORED, progress=False)
+
+
 @pytest.mark.parametrize("length", [7, 10], ids=["another length", "the source's length"])
 def test_padding_of_the_decoder_never_counts(length):
     model, data = MODELS["bart"][0](), data_for("bart", length=length)
