@@ -147,7 +147,7 @@ def _check_columns(model: nn.Module, given: Mapping[str, Any], kept: Mapping[str
             "images first, and name the columns as the model's forward does."
         )
     for name in TOKENS:
-        if isinstance(kept.get(name), (list, tuple)):
+        if not isinstance(kept.get(name), (torch.Tensor, type(None))):
             raise CalibrationError(cure_of_lists(name, kept[name]))
     for name, axes in ROW_AXES.items():
         if isinstance(kept.get(name), torch.Tensor) and kept[name].dim() <= axes:

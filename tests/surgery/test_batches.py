@@ -192,6 +192,11 @@ def test_data_that_is_no_iterable_of_batches(bert, data, words):
         (lambda b: {"attention_mask": b["attention_mask"][:, :9]}, ["(8, 9)", "(8, 12)", "Pad both alike"]),
         (lambda b: {"attention_mask": b["attention_mask"][:4]}, ["(4, 12)", "(8, 12)"]),
         (lambda b: {"position_ids": b["input_ids"] * 0 + 40}, ["position_ids go up to 40", "has 40 positions"]),
+        (lambda b: {"input_ids": "a text"}, ["Column 'input_ids'", "a str", "expected a tensor"]),
+        (
+            lambda b: {"input_ids": np.array([[5, 6], [7]], dtype=object)},
+            ["'input_ids'", "ndarray object", "a tensor"],
+        ),
         (lambda b: {"position_ids": torch.arange(5)}, ["cannot run on calibration batch 0", "int64 (5,)"]),
         (lambda b: {"inputs_embeds": torch.randn(8, 12, 32)}, ["cannot run", "inputs_embeds float32 (8, 12, 32)"]),
     ],
