@@ -23,7 +23,8 @@ class UnsupportedArchitectureError(RMTKDError):
 
 
 class CalibrationError(RMTKDError):
-    """The calibration data cannot carry a spectrum: none, all padding, non-finite, or labels missing."""
+    """The calibration data cannot carry a spectrum (none, all padding, non-finite, or labels missing), or the model
+    cannot run on it."""
 
 
 class BudgetError(RMTKDError):

@@ -21,12 +21,14 @@ import torch
 from transformers.utils import logging
 
 from optimum_rmtkd import RMTKDConfig, count_parameters, narrow
+from optimum_rmtkd.batches import model_inputs
 from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import Task, evaluate, load_task
 from optimum_rmtkd.commands.timing import compare_latency
-from optimum_rmtkd.models import model_inputs
-from optimum_rmtkd.surgery.calibration import Calibration, calibrate, collect_batches
+from optimum_rmtkd.surgery.batches import collect_batches
+from optimum_rmtkd.surgery.calibration import Calibration, calibrate
 from optimum_rmtkd.surgery.directions import site_directions
+from optimum_rmtkd.surgery.grouping import by_length
 from optimum_rmtkd.surgery.surgeon import Surgeon, anatomy_of
 
 
@@ -68,10 +70,10 @@ def calibration_cost(task: Task) -> None:
                 task.model.eval()(**model_inputs(batch))
 
     def moments(gradients) -> None:
-        batches = collect_batches(given, config.calibration_samples, task.model.device)
+        batches = by_length(task.model, collect_batches(task.model, given, config.calibration_samples), points)
         calibrate(task.model, batches, Calibration(points, gradients, config), progress=False)
 
-    regrouped = collect_batches(given, config.calibration_samples, task.model.device)
+    regrouped = by_length(task.model, collect_batches(task.model, given, config.calibration_samples), points)
     forward(given)
     runs = ((forward, given), (forward, regrouped), (moments, ()), (moments, hidden))
     rounds = [[seconds(*run) for run in runs] for _ in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 import sys
@@ -185,7 +186,7 @@ def _compress(
     """Fill `folder` with the reduced model and return the table before / after."""
     from ..hub import write_results
     from ..hub.run import public_name
-    from ..surgery import check_recipe, count_parameters, uncut_parameters
+    from ..surgery import check_data, check_recipe, count_parameters, uncut_parameters
     from ..trainer.parts import parts_of
     from ..trainer.stages import write_journal
     from .task import evaluate, load_task, stored_dtype, weights_folder
@@ -193,6 +194,9 @@ def _compress(
     parts_of(recipe)  # an unknown objective is refused before anything is loaded
     task = load_task(name, data, recipe.seed, training.attn_implementation)
     check_recipe(task.model, recipe)  # what cannot work is refused before the first forward pass
+    if recipe.schedule != "none":
+        loader = task.calibration_loader(training.batch_size, recipe.seed)
+        check_data(task.model, itertools.islice(loader, 1), recipe)
     parameters = count_parameters(task.model)
     before = evaluate(task, task.model, training.eval_batch_size)
     distil = _distil if training.train else _cut

@@ -1,4 +1,5 @@
-"""What several rooms ask of a model: its inputs, its size, its origin, and a new one of another architecture."""
+"""What several rooms ask of a model: its size, its origin, whether it is what it says it is, and a new one of another
+architecture."""
 
 from __future__ import annotations
 
@@ -21,7 +22,6 @@ __all__ = [
     "count_parameters",
     "is_narrowed",
     "match_precision",
-    "model_inputs",
     "nearly_equal",
     "provenance_of",
     "rebuilt",
@@ -29,13 +29,6 @@ __all__ = [
     "uncut_parameters",
     "widest_dtype",
 ]
-
-LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
-
-
-def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch without labels: observing a model never needs them."""
-    return {k: v for k, v in batch.items() if k not in LABELS}
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..batches import evaluating, run
 from ..errors import UnsupportedArchitectureError
 from .differences import ON_THE_RESULT, differences, field_that_says_so
 from .rebuilding import blank, is_plain, is_users_hook, is_wrapped, sharing_tensors, with_computed_buffers
@@ -21,8 +22,8 @@ __all__ = ["check_behaviour", "nearly_equal"]
 SAMPLED = 4096  # values of each output that are compared, evenly spaced
 
 
-def check_behaviour(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
-    """Run `inputs` (a batch without labels) through the model and through its twin, and compare the outputs of every
+def check_behaviour(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """Run a batch through the model and through its twin, and compare the outputs of every
     module, up to rounding.
 
     Raises:
@@ -33,26 +34,14 @@ def check_behaviour(model: PreTrainedModel, inputs: Mapping[str, Any]) -> None:
     _check_buffers(model, stock)
     twin = sharing_tensors(stock, model)
     with evaluating(model), stock_forward(model):
-        ours = _outputs(model, inputs)
+        ours = _outputs(model, batch)
     try:
-        theirs = _outputs(twin, inputs)
+        theirs = _outputs(twin, batch)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise _computes_something_else(model, twin, "", f"its class alone cannot run the batch: {error}") from error
     for path in theirs:
         if path not in ours or not _close(ours[path], theirs[path]):
             raise _computes_something_else(model, twin, path)
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; afterwards every module is in the mode that it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 @contextlib.contextmanager
@@ -66,7 +55,7 @@ def stock_forward(model: nn.Module) -> Iterator[None]:
             model.forward = wrapper
 
 
-def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
+def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list[torch.Tensor]]:
     """{path: values of what the module returned at its first call}, in the order in which modules return: parts
     before the whole."""
     seen: dict[str, list[torch.Tensor]] = {}
@@ -83,7 +72,7 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, list[torc
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
-            model(**inputs)
+            run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -7,7 +7,7 @@ from .families import Family, family_of, register_family
 from .layouts import EncoderLayout, ResidualConvLayout
 from .reduction import Reduction, SiteRecord, analyze, block_paths, narrow, narrow_to, reduce, stage_sites
 from .report import SpectralReport
-from .surgeon import anatomy_of, check_recipe
+from .surgeon import anatomy_of, check_data, check_recipe
 
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "analyze",
     "anatomy_of",
     "block_paths",
+    "check_data",
     "check_recipe",
     "count_parameters",
     "family_of",

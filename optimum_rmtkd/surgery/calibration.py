@@ -3,150 +3,78 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
+from ..batches import batch_size, decoder_mask, evaluating, padding_mask, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError
-from ..modeling_rmtkd import resolve_path
-from ..models import model_inputs
+from ..modeling_rmtkd import LowRankLinear, resolve_path
 from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
+from .explaining import explained
 from .likelihood import log_likelihood
-from .sites import Point, get_module
+from .sites import Anatomy, Point, Site, get_module
 
 
 __all__ = [
     "Calibration",
     "calibrate",
-    "collect_batches",
     "features_last",
     "observed",
+    "points_of",
     "token_mask",
 ]
 
 
+FEATURES_LAST = (nn.Linear, Conv1D, LowRankLinear, nn.LayerNorm)
 GOLDEN = (5**0.5 - 1) / 2  # the turn after which few others come near the same place
 
 
-def collect_batches(dataloader: Iterable, samples: int, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """The first batches of a dataloader that hold `samples` samples together, on `device`.
-
-    They are kept, because surgery goes over the same data more than once and a dataloader may shuffle.
-
-    Raises:
-        CalibrationError: no batch, a batch that is no mapping, token ids outside the vocabulary being the model's
-            business.
+def points_of(anatomy: Anatomy, sites: Sequence[Site]) -> list[Point]:
+    """Where activations are to be observed in order to cut `sites`. The stream is in any case, where there is one: its
+    loss gradients price all other cuts. So are sums that a norm of a unit lands in: they say what its effect is worth.
     """
-    batches, seen = [], 0
-    for batch in dataloader:
-        if not isinstance(batch, Mapping):
-            raise CalibrationError(
-                f"A calibration batch is a {type(batch).__name__}; expected a mapping of model inputs, as a "
-                "transformers data collator returns."
-            )
-        tensors = {k: v.to(device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
-        if not tensors or not len(next(iter(tensors.values()))):
-            continue
-        size = len(next(iter(tensors.values())))
-        if seen + size > samples:
-            tensors = {k: v[: samples - seen] if v.dim() and len(v) == size else v for k, v in tensors.items()}
-        batches.append(tensors)
-        seen += min(size, samples - seen)
-        if seen >= samples:
-            break
-    if not batches:
-        raise CalibrationError(
-            "The calibration data is empty: expected at least one batch. Check the dataset and its filters."
-        )
-    masks = [batch["attention_mask"] for batch in batches if "attention_mask" in batch]
-    if masks and not any(bool(mask.any()) for mask in masks):
-        raise CalibrationError(
-            f"All tokens of the {len(batches)} calibration batches are padding (attention_mask is 0 everywhere): "
-            "expected real tokens. Check the tokenizer and the collator."
-        )
-    return _by_length(batches)
+    needed = [s for s in anatomy.sites.values() if s in sites or s.kind == "hidden"]
+    points = {point for site in needed for point in site.points}
+    points |= {unit.lands for unit in anatomy.units if unit.lands is not None and unit.norm is not None}
+    return sorted(points, key=str)
 
 
-def _by_length(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
-    """The same samples in batches of like length, without the padding that those then have in common; no batch has
-    more positions than the largest had before, so short sentences come in larger batches.
-
-    Only for text padded on the right: elsewhere absolute positions would move. On short sentences in random order this
-    halves the work, and more.
-    """
-    mask = batches[0].get("attention_mask")
-    if mask is None or mask.dim() != 2 or not all(_is_plain_text(batch) for batch in batches):
-        return batches
-    samples = [{k: v[i] for k, v in batch.items()} for batch in batches for i in range(len(batch["attention_mask"]))]
-    lengths = [int(sample["attention_mask"].sum()) for sample in samples]
-    if any(not bool(s["attention_mask"][:n].all()) for s, n in zip(samples, lengths, strict=True)):
-        return batches
-    room = max(batch["attention_mask"].numel() for batch in batches)
-    chunks: list[list[int]] = [[]]
-    for i in sorted(range(len(samples)), key=lengths.__getitem__):
-        if chunks[-1] and (len(chunks[-1]) + 1) * lengths[i] > room:
-            chunks.append([])
-        chunks[-1].append(i)
-    return [_stack([samples[i] for i in chunk], lengths[chunk[-1]]) for chunk in chunks]
-
-
-def _is_plain_text(batch: dict[str, torch.Tensor]) -> bool:
-    """Nothing but tensors over the positions of the attention mask, or over the samples."""
-    mask = batch.get("attention_mask")
-    return mask is not None and all(
-        v.shape[:2] == mask.shape or (v.dim() == 1 and len(v) == len(mask)) for v in batch.values()
-    )
-
-
-def _stack(samples: list[dict[str, torch.Tensor]], length: int) -> dict[str, torch.Tensor]:
-    """Samples as one batch of `length` positions; what is added is masked, in the labels too."""
-    length = max(length, 1)
-
-    def fitted(name: str, x: torch.Tensor) -> torch.Tensor:
-        if not x.dim():
-            return x
-        missing = length - min(len(x), length)
-        return nn.functional.pad(
-            x[:length], (0, 0) * (x.dim() - 1) + (0, missing), value=-100 if name == "labels" else 0
-        )
-
-    return {name: torch.stack([fitted(name, sample[name]) for sample in samples]) for name in samples[0]}
-
-
-def with_decoder_inputs(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The batch of an encoder-decoder as surgery runs it, without labels: what its decoder reads is made from them."""
-    make = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if "labels" not in batch or "decoder_input_ids" in batch or make is None or not model.config.is_encoder_decoder:
-        return batch
-    return {**batch, "decoder_input_ids": make(labels=batch["labels"])}
-
-
-def token_mask(batch: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor | None:
+def token_mask(batch: Mapping[str, Any], x: torch.Tensor, decoder: torch.Tensor | None = None) -> torch.Tensor | None:
     """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded.
 
-    Multiple choice has masks (batch, choices, length) and runs its backbone on (batch * choices, length, d).
+    Args:
+        decoder: the mask of the decoder, see `decoder_mask`. Where sources and targets are of one length, positions
+            have to be real in both: an activation does not say whose it is, and padding must never count.
     """
-    mask = batch.get("attention_mask")
-    if mask is not None and mask.dim() == 3 and mask.shape[:2].numel() == len(x):
-        mask = mask.flatten(0, 1)
-    return mask.bool() if mask is not None and mask.dim() == 2 and x.dim() == 3 and mask.shape == x.shape[:2] else None
+    masks = [padding_mask(batch), decoder]
+    fitting = [mask for mask in masks if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]]
+    return torch.stack(fitting).all(0) if fitting else None
 
 
-def features_last(x: torch.Tensor) -> torch.Tensor:
-    """(batch, channels, h, w) -> (batch, h * w, channels); everything else as it is."""
-    return x.flatten(2).mT if x.dim() == 4 else x
+def features_last(x: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
+    """(batch, channels, h, w) -> (batch, h * w, channels); everything else as it is.
 
-
-def turned(x: torch.Tensor) -> torch.Tensor:
-    """As `features_last`, each row of an image turned further than the one above, by the golden ratio of its width:
-    evenly spaced positions then lie in many columns and not all in one, which would be the border of most images."""
+    Args:
+        module: what made or reads x; behind a linear layer the features of four axes are last already, and all
+            positions come on one axis.
+    """
     if x.dim() != 4:
         return x
+    return x.flatten(1, 2) if isinstance(module, FEATURES_LAST) else x.flatten(2).mT
+
+
+def turned(x: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
+    """As `features_last`, each row of an image turned further than the one above, by the golden ratio of its width:
+    evenly spaced positions then lie in many columns and not all in one, which would be the border of most images."""
+    if x.dim() != 4 or isinstance(module, FEATURES_LAST):
+        return features_last(x, module)
     height, width = x.shape[2:]
     rows = torch.arange(height, device=x.device)[:, None]
     columns = (torch.arange(width, device=x.device) + (rows * (width * GOLDEN)).long()) % width
@@ -217,23 +145,24 @@ class Calibration:
             )
         return self.moments[point]
 
-    def update(self, model: nn.Module, batch: Mapping[str, torch.Tensor]) -> None:
+    def update(self, model: nn.Module, batch: Mapping[str, Any]) -> None:
         """One forward pass (and one backward pass where gradients are asked for).
 
         Raises:
-            CalibrationError: non-finite activations or gradients; names the module, the batch and how many.
+            CalibrationError: non-finite activations or gradients; names the module, the batch and how many. A batch
+                that the model cannot run on.
         """
-        tokens = 0.0
+        tokens, decoder = 0.0, decoder_mask(model, batch)
 
         def see(point: Point, x: torch.Tensor) -> None:
             nonlocal tokens
             if point in self.gradients and not x.requires_grad:
                 x.requires_grad_()
-            mask = token_mask(batch, x)
-            positions = mask.sum().item() if mask is not None else features_last(x)[..., 0].numel()
+            mask, module = token_mask(batch, x, decoder), get_module(model, point.path)
+            positions = mask.sum().item() if mask is not None else features_last(x, module)[..., 0].numel()
             tokens = max(tokens, float(positions))
             unit = "token" if point.whole else self.config.sample_unit
-            flat, kept = sample_tokens(turned(x.detach()), mask, unit, self.config.tokens_per_sequence)
+            flat, kept = sample_tokens(turned(x.detach(), module), mask, unit, self.config.tokens_per_sequence)
             if point.whole and mask is None:
                 flat = flat.flatten(0, -2)  # positions as rows: their autocorrelation is of no use here
             moments = self._moments_at(point, flat.shape[-1], flat.device)
@@ -242,22 +171,23 @@ class Calibration:
             if point in self.gradients:
                 x.register_hook(lambda g: self._see_gradient(model, point, g, mask))
 
-        with observed(model, self.points, see):
+        with observed(model, self.points, see), explained(model, batch, self.batches_seen):
             if self.gradients:
                 with torch.enable_grad(), frozen(model):
-                    outputs = model(**model_inputs(batch))
+                    outputs = run(model, batch)
                     log_likelihood(model, outputs, batch, self.config.seed).backward()
             else:
                 with torch.no_grad():
-                    model(**model_inputs(batch))
+                    run(model, batch)
         self.batches_seen += 1
-        self.samples_seen += len(next(iter(batch.values())))
+        self.samples_seen += batch_size(batch)
         self.tokens_seen += tokens
 
     def _see_gradient(self, model: nn.Module, point: Point, g: torch.Tensor, mask: torch.Tensor | None) -> None:
         # all positions: a head may read one token alone, and only that one then has a gradient in the last block
         with self._naming(model, point):
-            self.moments[point].update_gradient(features_last(g.detach()), mask)
+            module = get_module(model, point.path)
+            self.moments[point].update_gradient(features_last(g.detach(), module), mask)
 
     @contextlib.contextmanager
     def _naming(self, model: nn.Module, point: Point) -> Iterator[None]:
@@ -311,19 +241,15 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def calibrate(
-    model: nn.Module, batches: list[dict[str, torch.Tensor]], calibration: Calibration, *, progress: bool = True
+    model: nn.Module, batches: list[dict[str, Any]], calibration: Calibration, *, progress: bool = True
 ) -> Calibration:
     """Let `batches` flow through `model` (eval mode), going on where `calibration` stands.
 
     Raises:
         CalibrationError: see `Calibration.update`.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         todo = batches[calibration.batches_seen :]
         for batch in tqdm(todo, desc="Calibrating", unit="batch", disable=not progress, leave=False):
             calibration.update(model, batch)
-    finally:
-        model.train(training)
     return calibration

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..models import model_inputs
+from ..batches import first_samples, main_input, model_inputs, padding_mask, run
 
 
 __all__ = ["content_uniforms", "gives_likelihood", "log_likelihood"]
 
 
-def gives_likelihood(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> bool:
+def gives_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> bool:
     """Whether the model's outputs define a likelihood that gradients can be taken of."""
     with torch.no_grad():
-        outputs = model(**model_inputs({k: v[:1] if v.dim() else v for k, v in batch.items()}))
+        outputs = run(model, first_samples(batch, 1))
     return "logits" in outputs or "start_logits" in outputs
 
 
-def content_uniforms(batch: Mapping[str, torch.Tensor], shape: torch.Size, seed: int) -> torch.Tensor:
+def content_uniforms(batch: Mapping[str, Any], shape: torch.Size, seed: int) -> torch.Tensor:
     """Uniform random numbers (batch, *shape) fp64 in (0, 1), on the CPU, that depend on each sample's own content.
 
     So the same sample draws the same numbers in whatever batch, order or process it comes; padding at the right
@@ -30,8 +30,8 @@ def content_uniforms(batch: Mapping[str, torch.Tensor], shape: torch.Size, seed:
     """
     inputs = model_inputs(batch)
     mask = inputs.pop("attention_mask", None)
-    content = next(iter(inputs.values())).detach().cpu()
-    whole = mask is None or mask.shape != content.shape
+    content = main_input(inputs).detach().cpu()
+    whole = not isinstance(mask, torch.Tensor) or mask.shape != content.shape
     rows = []
     for i, sample in enumerate(content):
         kept = sample if whole else sample[mask[i].bool().cpu()]
@@ -42,7 +42,7 @@ def content_uniforms(batch: Mapping[str, torch.Tensor], shape: torch.Size, seed:
     return torch.stack(rows).clamp(1e-12, 1 - 1e-12)
 
 
-def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, torch.Tensor], seed: int) -> torch.Tensor:
+def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, Any], seed: int) -> torch.Tensor:
     """Summed log-likelihood of labels drawn from the model's own predictions: its gradients have the Fisher
     information as second moment (Kunstner, Hennig and Balles 2019, the true and not the empirical one).
 
@@ -51,9 +51,9 @@ def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, torch.Ten
     """
     if "start_logits" in outputs:
         spans = torch.stack([outputs[name].float() for name in ("start_logits", "end_logits")], dim=1)
-        if "attention_mask" in batch:  # no answer starts on padding
-            padding = ~batch["attention_mask"].bool()[:, None]
-            spans = spans.masked_fill(padding, torch.finfo(spans.dtype).min)
+        mask = padding_mask(batch)
+        if mask is not None:  # no answer starts on padding
+            spans = spans.masked_fill(~mask[:, None], torch.finfo(spans.dtype).min)
         return _drawn(spans, content_uniforms(batch, spans.shape[1:-1], seed)).sum()
     logits = outputs["logits"].float()
     problem = getattr(model.config, "problem_type", None)
@@ -66,9 +66,11 @@ def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, torch.Ten
         return (noise * logits).sum()
     likelihood = _drawn(logits, content_uniforms(batch, logits.shape[1:-1], seed))
     if likelihood.dim() == 2:
-        mask = batch["labels"] != -100 if "labels" in batch and batch["labels"].shape == likelihood.shape else None
-        mask = batch.get("attention_mask") if mask is None else mask
-        likelihood = likelihood if mask is None else likelihood.masked_fill(~mask.bool(), 0.0)
+        labels = batch.get("labels")
+        labelled = isinstance(labels, torch.Tensor) and labels.shape == likelihood.shape
+        mask = labels != -100 if labelled else padding_mask(batch)
+        counts = mask is not None and mask.shape == likelihood.shape
+        likelihood = likelihood.masked_fill(~mask, 0.0) if counts else likelihood
     return likelihood.sum()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batches import to_device
 from ..errors import RMTKDError
 
 
@@ -59,16 +60,13 @@ def from_main(value: Any, accelerator: Any) -> Any:
     return broadcast_object_list([value], from_process=0)[0]
 
 
-def all_batches(
-    batches: list[dict[str, torch.Tensor]], device: torch.device, accelerator: Any
-) -> list[dict[str, torch.Tensor]]:
+def all_batches(batches: list[dict[str, Any]], device: torch.device, accelerator: Any) -> list[dict[str, Any]]:
     """The batches of all processes, rank after rank: the refit runs where all data are."""
     if not several(accelerator):
         return batches
     from accelerate.utils import gather_object
 
-    gathered = gather_object([{k: v.cpu() for k, v in batch.items()} for batch in batches])
-    return [{k: v.to(device) for k, v in batch.items()} for batch in gathered]
+    return to_device(gather_object(to_device(batches, "cpu")), device)
 
 
 def broadcast_model(student: nn.Module, projections: dict[str, torch.Tensor], accelerator: Any) -> None:

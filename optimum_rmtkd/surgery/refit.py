@@ -17,8 +17,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import Cache
 
-from ..models import model_inputs
+from ..batches import batch_size, padding_mask, run, unchunked
 from .calibration import features_last, observed, token_mask
 from .linalg import JITTERS, check_finite, cholesky
 from .narrowing import Cuts
@@ -140,13 +141,13 @@ def refit(
     teacher: nn.Module,
     anatomy: Anatomy,
     cuts: Cuts,
-    batches: list[dict[str, torch.Tensor]],
+    batches: list[dict[str, Any]],
     ridge: float,
     progress: bool = True,
 ) -> None:
     """Fit all units of `student` that a cut touches, in place, in forward order."""
     batches = _cap(batches)
-    masks = [b["attention_mask"].bool() if "attention_mask" in b else None for b in batches]
+    masks = [padding_mask(batch) for batch in batches]
     with tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False) as bar:
         scopes = _scopes(student, teacher, anatomy, batches, masks)
         for units, student_scope, teacher_scope in scopes:
@@ -154,21 +155,19 @@ def refit(
             bar.update()
 
 
-def _cap(batches: list[dict[str, torch.Tensor]]) -> list[dict[str, torch.Tensor]]:
+def _cap(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Evenly spaced batches that hold about MAX_TOKENS positions: batches are sorted by length, and all lengths
     count."""
+    masks = [padding_mask(batch) for batch in batches]
     tokens = sum(
-        int(batch["attention_mask"].sum()) if "attention_mask" in batch else len(next(iter(batch.values())))
-        for batch in batches
+        batch_size(batch) if mask is None else int(mask.sum()) for batch, mask in zip(batches, masks, strict=True)
     )
     return batches[:: max(1, -(-tokens // MAX_TOKENS))]
 
 
 def _scopes(student, teacher, anatomy, batches, masks) -> Iterator[tuple[list[Unit], Scope, Scope]]:
     """What comes before the blocks, each block, and what comes after, with both networks ready to run."""
-    whole = [
-        Scope(model, lambda i, model=model: model(**model_inputs(batches[i])), masks) for model in (student, teacher)
-    ]
+    whole = [Scope(model, lambda i, model=model: run(model, batches[i]), masks) for model in (student, teacher)]
     positions = [i for i, unit in enumerate(anatomy.units) if unit.block is not None]
     first, last = (positions[0], positions[-1] + 1) if positions else (len(anatomy.units), len(anatomy.units))
     yield list(anatomy.units[:first]), *whole
@@ -196,7 +195,7 @@ class Replay:
         caught = []
 
         def stop(_module, args, kwargs):
-            caught.append((args, kwargs))
+            caught.append(_without_cache(args, kwargs))
             raise _Stop
 
         handle = get_module(self.model, self.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)
@@ -211,7 +210,8 @@ class Replay:
 
     def _call(self, index: int) -> torch.Tensor:
         args, kwargs = self.calls[index]
-        output = get_module(self.model, self.blocks[self.at])(*args, **kwargs)
+        with unchunked(self.model):
+            output = get_module(self.model, self.blocks[self.at])(*args, **kwargs)
         return output if isinstance(output, torch.Tensor) else output[0]
 
     def scope(self, block: str) -> Scope:
@@ -229,6 +229,16 @@ class Replay:
             for output, (args, kwargs) in zip(outputs, self.calls, strict=True)
         ]
         self.at += 1
+
+
+def _without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a block's call without a cache, which would grow with every replay."""
+
+    def bare(value: Any) -> Any:
+        return None if isinstance(value, Cache) else value
+
+    kwargs = {name: False if name == "use_cache" else bare(value) for name, value in kwargs.items()}
+    return tuple(bare(value) for value in args), kwargs
 
 
 def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..batches import batch_size, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import (
@@ -20,7 +21,6 @@ from ..models import (
     check_behaviour,
     check_structure,
     count_parameters,
-    model_inputs,
     provenance_of,
     twin_of,
     uncut_parameters,
@@ -40,26 +40,22 @@ from .budget import (
     site_widths,
     speed_weight_of,
 )
-from .calibration import (
-    Calibration,
-    calibrate,
-    collect_batches,
-    observed,
-    with_decoder_inputs,
-)
+from .calibration import Calibration, calibrate, features_last, observed, points_of
 from .directions import Directions, site_directions
 from .families import family_of
+from .grouping import by_length
 from .layouts import factored_anatomy
 from .likelihood import gives_likelihood
 from .narrowing import Cuts, build_student, fold_norms, initialise
 from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
-from .sites import Anatomy, Point, Site, Unit, linear_layers, select_sites
+from .sites import Anatomy, Point, Site, Unit, get_module, linear_layers, select_sites
 from .tracing import with_traced_reads
+from .tryout import checked_batches
 
 
-__all__ = ["Surgeon", "anatomy_of", "check_recipe"]
+__all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
 
 TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
 
@@ -96,6 +92,19 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
             raise already_met(now, goal, "parameters")
 
 
+def check_data(model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig) -> None:
+    """Refuse data that cannot calibrate a cut of `model`, by its first batches and forward passes over a few of them;
+    and a model that on these does something else than its class and config describe.
+
+    Raises:
+        CalibrationError, UnsupportedArchitectureError: names what the data holds, what was expected, what to do.
+    """
+    anatomy = anatomy_of(model, config)
+    sites = select_sites(anatomy, config.sites)
+    batches = checked_batches(model, dataloader, config.calibration_samples, anatomy, sites)
+    check_behaviour(model, batches[0])
+
+
 class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
 
@@ -124,30 +133,23 @@ class Surgeon:
             whole, count = uncut_parameters(model), parameters_of(model, self.anatomy)
             check_reachable(self.sites, count, (1 - target_reduction) * whole, whole, config)
         with one_for_all(accelerator):
-            self.batches = collect_batches(dataloader, share_of(config.calibration_samples, accelerator), model.device)
-            _check_tokens(model, self.batches)
-            self.batches = [with_decoder_inputs(model, batch) for batch in self.batches]
-            check_behaviour(model, model_inputs(self.batches[0]))
+            share = share_of(config.calibration_samples, accelerator)
+            batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
+            check_behaviour(model, batches[0])
             twin = twin_of(model)
             if any(site.kind == "hidden" for site in self.sites):
-                self.anatomy = with_traced_reads(twin, self.anatomy, model_inputs(self.batches[0]))
+                self.anatomy = with_traced_reads(twin, self.anatomy, batches[0])
                 self.sites = select_sites(self.anatomy, wanted)
             self.teacher = fold_norms(twin, self.anatomy)
-            points = {p for site in self.anatomy.sites.values() if self._needed(site) for p in site.points}
-            points |= {unit.lands for unit in self.anatomy.units if unit.lands is not None and unit.norm is not None}
-            self.calibration = Calibration(
-                sorted(points, key=str), self._gradient_points(), config, null_moments=thorough
-            )
+            points = points_of(self.anatomy, self.sites)
+            self.batches = by_length(self.teacher, batches, points)
+            self.calibration = Calibration(points, self._gradient_points(), config, null_moments=thorough)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
         self.batches = all_batches(self.batches, model.device, accelerator)
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
-
-    def _needed(self, site: Site) -> bool:
-        """The stream is observed in any case where there is one: its loss gradients price all other cuts."""
-        return site in self.sites or site.kind == "hidden"
 
     def _gradient_points(self) -> list[Point]:
         hidden = self.anatomy.sites.get("hidden")
@@ -272,13 +274,14 @@ class Surgeon:
         length."""
         positions: dict[str, float] = {}
         batch = self.batches[len(self.batches) // 2]
-        size = len(next(iter(batch.values())))
+        size = batch_size(batch)
 
         def see(point: Point, x: torch.Tensor) -> None:
-            positions[point.path] = (x.numel() / x.shape[1] if x.dim() == 4 else x.numel() / x.shape[-1]) / size
+            features = features_last(x, get_module(self.teacher, point.path)).shape[-1]
+            positions[point.path] = x.numel() / features / size
 
         with observed(self.teacher, [Point(p) for p in linear_layers(self.teacher)], see), torch.no_grad():
-            self.teacher(**model_inputs(batch))
+            run(self.teacher, batch)
         return positions
 
     def report(self, couples: dict[str, int], curve: list[BudgetPoint], round_to: int | None = None) -> SpectralReport:
@@ -315,7 +318,7 @@ class Surgeon:
         """A head that reads the stream but is not declared shows at its first forward pass."""
         try:
             with torch.no_grad():
-                student(**model_inputs(self.batches[0]))
+                run(student, self.batches[0])
         except RuntimeError as error:
             raise UnsupportedArchitectureError(
                 f"The narrowed {type(self.source).__name__} cannot run ({error}): it has a layer at the cut widths "
@@ -357,20 +360,6 @@ def _naming(site: Site) -> Iterator[None]:
 def _origin(name: str) -> str:
     """Name of the uncut model; of a folder its last part, for paths of somebody's machine do not belong on the Hub."""
     return Path(name).name if Path(name).exists() else name
-
-
-def _check_tokens(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> None:
-    """A tokenizer of another model shows in its ids, which would otherwise fail deep inside an embedding."""
-    rows = getattr(model.config, "vocab_size", None)
-    highest = max(
-        (int(b["input_ids"].max()) for b in batches if "input_ids" in b and b["input_ids"].numel()), default=0
-    )
-    if rows is not None and highest >= rows:
-        raise CalibrationError(
-            f"The calibration data holds token id {highest}, the embedding table of {type(model).__name__} has {rows} "
-            "rows: the data was made with the tokenizer of another model. Tokenize it with the one the model was "
-            "trained with."
-        )
 
 
 def _over_edge(subspace: SignalSubspace) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batches import run
 from ..errors import UnsupportedArchitectureError
 from ..modeling_rmtkd import resolve_path
 from ..models import nearly_equal
@@ -37,19 +38,19 @@ class _Source:
     turn: Callable[[torch.Tensor, bool], torch.Tensor]  # (features last, back) -> turned
 
 
-def with_traced_reads(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Any]) -> Anatomy:
+def with_traced_reads(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> Anatomy:
     """The anatomy with the layers of the head that read the stream or the pooler and are not declared.
 
     Args:
         model: in eval mode.
-        inputs: one batch without labels.
+        batch: one batch.
 
     Raises:
         UnsupportedArchitectureError: something of the head depends on the stream and is no linear layer that reads it;
             names the layer, or the output.
     """
     for source in _sources(model, anatomy):
-        anatomy = _traced(model, anatomy, source, inputs)
+        anatomy = _traced(model, anatomy, source, batch)
     return anatomy
 
 
@@ -74,7 +75,7 @@ def _sources(model: nn.Module, anatomy: Anatomy) -> list[_Source]:
     return sources + ([_Source("pooler", get_module(model, pooler.path), width, permute)] if pooler else [])
 
 
-def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, inputs: Mapping[str, Any]) -> Anatomy:
+def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[str, Any]) -> Anatomy:
     inside = {unit.path for unit in anatomy.units if unit.block is not None}
     known = {u.path for u in anatomy.units if u.reads == source.site} - inside
     candidates = [
@@ -83,12 +84,12 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, inputs: Mapping
         if path not in {unit.path for unit in anatomy.units}
         and not any(path.startswith(f"{block}.") for block in anatomy.blocks)
     ]
-    before, outputs = _run(model, candidates, inputs)
+    before, outputs = _run(model, candidates, batch)
     found: list[str] = []
     while True:
         readers = [path for path in (*known, *found) if is_layer(model, path)]
         with _turned(model, source, readers):
-            after, turned_outputs = _run(model, candidates, inputs)
+            after, turned_outputs = _run(model, candidates, batch)
         changed = next((p for p in after if p not in found and not nearly_equal(after[p], before[p])), None)
         if changed is None:
             break
@@ -143,7 +144,7 @@ def _features(module: nn.Module) -> int:
     return 1 if hasattr(module, "kernel_size") else -1
 
 
-def _run(model: nn.Module, paths: list[str], inputs: Mapping[str, Any]) -> tuple[dict, dict]:
+def _run(model: nn.Module, paths: list[str], batch: Mapping[str, Any]) -> tuple[dict, dict]:
     """({path: input of the layer}, {name: output}) of one pass, layers in the order of their calls."""
     seen: dict[str, torch.Tensor] = {}
 
@@ -158,7 +159,7 @@ def _run(model: nn.Module, paths: list[str], inputs: Mapping[str, Any]) -> tuple
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            outputs = model(**inputs)
+            outputs = run(model, batch)
     finally:
         for handle in handles:
             handle.remove()

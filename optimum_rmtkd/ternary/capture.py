@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..batches import described, padding_mask, run, to_device
 from ..errors import CalibrationError, UnsupportedArchitectureError
-from ..models import check_behaviour, model_inputs
+from ..models import check_behaviour
 from .config import TernaryConfig
 
 
@@ -75,14 +76,14 @@ def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: Te
         for batch in tqdm(dataloader, desc=f"features of {name}", leave=False):
             if not isinstance(batch, Mapping):
                 raise CalibrationError(f"A batch is a {type(batch).__name__}; expected a mapping of model inputs.")
-            tensors = {k: v.to(model.device) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+            on_device = to_device(dict(batch), model.device)
             if not rows:
-                check_behaviour(model, model_inputs(tensors))
+                check_behaviour(model, on_device)
             calls.clear()
-            model(**model_inputs(tensors))
+            run(model, on_device)
             if not calls:
                 raise CalibrationError(f"The forward pass does not call {name!r}: nothing can be learned about it.")
-            found = [_rows_of(name, part, *call, tensors, config.targets == "labels") for call in calls]
+            found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in calls]
             count += sum(len(inputs) for inputs, _, _ in found)
             rows += found
             if count >= config.calibration_samples:
@@ -109,20 +110,17 @@ def _rows_of(name, part, args, kwargs, output, batch, with_labels) -> tuple[torc
             + (f" Choose a part inside it: {', '.join(inside)}." if inside else "")
         )
     x, leading = given[0], given[0].shape[:-1]
-    mask = batch.get("attention_mask")
-    kept = (
-        mask.bool()
-        if mask is not None and mask.shape == leading
-        else torch.ones(leading, dtype=torch.bool, device=x.device)
-    )
+    mask = padding_mask(batch)
+    fits = mask is not None and mask.shape == leading
+    kept = mask if fits else torch.ones(leading, dtype=torch.bool, device=x.device)
     labels = torch.zeros(leading, dtype=torch.int64, device=x.device)
     if with_labels:
         labels = batch.get("labels")
-        if labels is None or labels.shape != leading or labels.is_floating_point():
+        tensor = isinstance(labels, torch.Tensor)
+        if not tensor or labels.shape != leading or labels.is_floating_point():
             raise CalibrationError(
                 f"targets='labels' needs a class index for each of the {tuple(leading)} positions of {name!r}; the "
-                f"batch has {'no labels' if labels is None else f'labels {tuple(labels.shape)}, {labels.dtype}'}. Use "
-                "targets='outputs'."
+                f"batch has {'no labels' if labels is None else f'labels {described(labels)}'}. Use targets='outputs'."
             )
         kept = kept & (labels >= 0)
     return x[kept].float().cpu(), output[kept].float().cpu(), labels[kept].cpu()

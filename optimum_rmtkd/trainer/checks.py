@@ -92,13 +92,25 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
 
     Raises:
         RMTKDError: no data, no labels for the task loss, or no cached answers for a `CachedTeacher`.
+        CalibrationError: data that no cut can be calibrated with.
     """
+    from .. import surgery
     from ..surgery.processes import one_for_all
 
     if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
         raise RMTKDError("train_dataset is empty; expected rows to calibrate the cuts and to distil on.")
     with one_for_all(trainer.accelerator):
-        _check_batch(trainer, next(iter(trainer.calibration_batches(strip=False))))
+        batch = next(iter(trainer.calibration_batches(strip=False)), None)
+        if batch is None:
+            raise RMTKDError(
+                f"The calibration data gives process {trainer.args.process_index} of {trainer.args.world_size} no "
+                "sample: expected at least one each. Pass more rows in train_dataset, or use fewer processes."
+            )
+        _check_batch(trainer, batch)
+        if trainer.rmtkd_config.schedule != "none":
+            given = trainer.staging.given_teacher
+            own = batch if given is None else given.strip(batch)
+            surgery.check_data(trainer.cores.plain(), [own], trainer.rmtkd_config)
 
 
 def _check_batch(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:

@@ -11,7 +11,6 @@ import transformers as tf
 from torch import nn
 
 from optimum_rmtkd import RMTKDConfig, UnsupportedArchitectureError, narrow
-from optimum_rmtkd.models import model_inputs
 from optimum_rmtkd.surgery import narrow_to
 from optimum_rmtkd.surgery.families import FAMILIES
 from optimum_rmtkd.surgery.sites import is_layer
@@ -39,7 +38,7 @@ def headless(monkeypatch):
 
 def reads(model, batch):
     """{path: site} of the layers outside the blocks that read something, present ones only."""
-    anatomy = with_traced_reads(model, anatomy_of(model, RECIPE), model_inputs(batch))
+    anatomy = with_traced_reads(model, anatomy_of(model, RECIPE), batch)
     return {u.path: u.reads for u in anatomy.units if u.block is None and u.reads and is_layer(model, u.path)}
 
 

@@ -3,9 +3,14 @@ from __future__ import annotations
 import random
 
 import numpy as np
+import pytest
 import torch
 
+from optimum_rmtkd import CalibrationError, RMTKDError, surgery
+from optimum_rmtkd.trainer.checks import check_first_batch
 from optimum_rmtkd.trainer.data import CalibrationBatches, calibration_indices, isolated_rng, pick_samples
+
+from .conftest import tiny_bert, toy_data
 
 
 def draw():
@@ -64,3 +69,49 @@ def test_an_iterable_dataset_gives_its_first_samples():
             return iter(range(1000))
 
     assert list(pick_samples(Stream(), 7, seed=0)) == list(range(7))
+
+
+# Before a training begins
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda row: row | {name: row[name].repeat(4) for name in ("input_ids", "attention_mask")},
+         r"has 40 tokens, BertForSequenceClassification has positions for 32: .*max_length=32"),
+        (lambda row: row | {"input_ids": row["input_ids"] + 60}, "token id .* has 60 rows"),
+        (lambda row: row | {"input_ids": row["input_ids"].float()}, "input_ids .* float32 .*torch.long"),
+        (lambda row: row | {"token_type_ids": row["input_ids"]}, "token_type_ids up to .* has 2 types"),
+    ],
+)  # fmt: skip
+def test_data_that_cannot_calibrate_is_refused_before_the_first_step(make_trainer, change, said):
+    model = tiny_bert()
+    data = [change(row) for row in toy_data()]
+    recipe = {"schedule": "rounds", "rounds": 2}
+    trainer = make_trainer(model, recipe, trainer_kwargs={"train_dataset": data, "eval_dataset": None})
+    with pytest.raises(CalibrationError, match=said):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not trainer.stages and trainer.model is model
+
+
+def test_data_is_not_tried_out_where_nothing_is_cut(make_trainer, monkeypatch):
+    monkeypatch.setattr(surgery, "check_data", lambda *_: pytest.fail("tried out"))
+    recipe = {"schedule": "none", "target_reduction": None}
+    make_trainer(recipe=recipe, teacher_model=tiny_bert(seed=3), max_steps=1).train()
+
+
+def test_a_process_without_a_sample_is_told_so(make_trainer, monkeypatch):
+    trainer = make_trainer()
+    monkeypatch.setattr(trainer, "calibration_batches", lambda strip=True: iter(()))
+    with pytest.raises(RMTKDError, match="process 0 of 1 no sample: expected at least one each"):
+        trainer.train()
+
+
+def test_trying_out_changes_neither_the_model_nor_the_random_numbers(make_trainer, weights):
+    trainer = make_trainer()
+    trainer.model.train()
+    before, state = weights(trainer.model), torch.get_rng_state()
+    check_first_batch(trainer)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(module.training for module in trainer.model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())

@@ -28,11 +28,14 @@ class Family:
         name: for messages.
         model_types: the `config.model_type` values it serves.
         layout: anything with `anatomy(model) -> Anatomy`.
+        inert_padding: padding on the right, behind an attention mask of zeros and ones, changes no activation at real
+            tokens, however much of it there is; calibration may then regroup texts by length, which is quicker.
     """
 
     name: str
     model_types: tuple[str, ...]
     layout: EncoderLayout | ResidualConvLayout | Any
+    inert_padding: bool = False
 
 
 def register_family(family: Family) -> Family:
@@ -60,8 +63,9 @@ def register_family(family: Family) -> Family:
 
     "@." stands for the backbone (`model.base_model`), so that one declaration serves the bare model and all task
     heads. The attention module must take its head size from a plain attribute (`head_size`) at each forward, as
-    transformers' do. A CNN with residual blocks declares a `ResidualConvLayout`; anything else may bring a layout of
-    its own with a method `anatomy(model) -> Anatomy`. Check it with `optimum_rmtkd.narrow` at every width left full:
+    transformers' do. `inert_padding=True` lets calibration regroup texts by length. A CNN with residual blocks
+    declares a `ResidualConvLayout`; anything else may bring a layout of its own with a method
+    `anatomy(model) -> Anatomy`. Check it with `optimum_rmtkd.narrow` at every width left full:
     the logits must not move by more than 1e-5. A model type registered again replaces the former declaration.
     """
     for model_type in family.model_types:

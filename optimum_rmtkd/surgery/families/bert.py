@@ -31,5 +31,6 @@ register_family(
             head_reads=("qa_outputs", "cls.predictions.transform.dense"),
             decoder="cls.predictions.decoder",
         ),
+        inert_padding=True,
     )
 )

@@ -30,5 +30,6 @@ register_family(
             decoder="vocab_projector",
             width_field="dim",
         ),
+        inert_padding=True,
     )
 )

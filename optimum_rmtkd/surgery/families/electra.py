@@ -36,5 +36,6 @@ register_family(
             ),
             decoder="generator_lm_head",
         ),
+        inert_padding=True,
     )
 )

@@ -30,5 +30,6 @@ register_family(
             head_reads=("classifier", "classifier.dense", "qa_outputs", "lm_head.dense"),
             decoder="lm_head.decoder",
         ),
+        inert_padding=True,
     )
 )
