@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
-from optimum_rmtkd.distillation.counts import count_units, total_units
+from optimum_rmtkd.distillation.counts import count_units, token_mask, total_units
 from optimum_rmtkd.distillation.objectives import objective_names
-from optimum_rmtkd.distillation.step import DistillationStep, token_mask
+from optimum_rmtkd.distillation.step import DistillationStep
 
 from .conftest import ragged, tiny_bert
 
