@@ -131,8 +131,8 @@ def _check_segments(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:
         kinds = getattr(getattr(teacher, "config", None), "type_vocab_size", None) or 1
         if kinds > 1 and name in named_inputs(teacher):
             logger.warning(
-                "%s, a teacher, tells the two texts of a pair apart by token_type_ids, and the training data has none. "
-                "For pairs of texts tokenize with return_token_type_ids=True; the student does not see them.",
+                "%s, a teacher, tells the two texts of a pair apart by token_type_ids, and the training data has "
+                "none. For pairs of texts tokenize with return_token_type_ids=True; the student does not see them.",
                 type(teacher).__name__,
             )
             return

@@ -178,8 +178,8 @@ class Distiller:
 
     @contextlib.contextmanager
     def in_charge(self) -> Iterator[None]:
-        """While open, what `Trainer.training_step` calls as `compute_loss` is the whole loss; a subclass's own gives its
-        task term."""
+        """While open, what `Trainer.training_step` calls as `compute_loss` is the whole loss; a subclass's own gives
+        its task term."""
         trainer = self.trainer
         if not trainer.overrides_loss or trainer.staging.teacher is None:
             yield
@@ -238,9 +238,9 @@ class Distiller:
         count = sum(masked_labels(batch, self.shifted, self.decoding) for batch in batches)
         if count:
             self._warn_once(
-                "%d labels of a batch count though the attention mask calls their positions padding: the task's loss is "
-                "a mean over them as well, and depends on how far a batch is padded. The other terms leave them out. "
-                "Set such labels to -100, as DataCollatorForLanguageModeling does.",
+                "%d labels of a batch count though the attention mask calls their positions padding: the task's loss "
+                "is a mean over them as well, and depends on how far a batch is padded. The other terms leave them "
+                "out. Set such labels to -100, as DataCollatorForLanguageModeling does.",
                 count,
             )
 

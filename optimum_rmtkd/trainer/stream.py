@@ -51,8 +51,8 @@ class Stream:
                 self.held += itertools.islice(self._rows, wanted - len(self.held))
         if not self.held:
             raise RMTKDError(
-                f"train_dataset ({type(self.dataset).__name__}) gave no row: it is empty, or a stream that can be read "
-                "once and ran dry (an earlier run, or a look at it, has read it). Make a new one."
+                f"train_dataset ({type(self.dataset).__name__}) gave no row: it is empty, or a stream that can be "
+                "read once and ran dry (an earlier run, or a look at it, has read it). Make a new one."
             )
         return self.held[:wanted]
 

@@ -61,9 +61,9 @@ class RMTKDTrainer(Trainer):
     happened at each cut. Every term is a mean over the whole accumulated batch of all processes, however it is split
     and padded.
 
-    A subclass that overrides `compute_loss`, and a `compute_loss_func`, give the task's term (`loss/task`) and the loss
-    of evaluations; the other terms stay. They see one micro-batch and return its mean: `num_items_in_batch` is the
-    number of labels in it, and accumulation is weighed here. `replaces_loss = True` in the subclass says that its
+    A subclass that overrides `compute_loss`, and a `compute_loss_func`, give the task's term (`loss/task`) and the
+    loss of evaluations; the other terms stay. They see one micro-batch and return its mean: `num_items_in_batch` is
+    the number of labels in it, and accumulation is weighed here. `replaces_loss = True` in the subclass says that its
     `compute_loss` is the whole training loss; `super().compute_loss` then gives it the weighted sum of all terms.
 
     `EarlyStoppingCallback` and the like wait for the last cut: see `callbacks.Patience`.
