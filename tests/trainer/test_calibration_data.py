@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from optimum_rmtkd.trainer.data import CalibrationBatches, calibration_indices, isolated_rng, pick_samples
+from optimum_rmtkd.trainer.data import CalibrationBatches, calibration_indices, isolated_rng
 
 
 def draw():
@@ -56,11 +56,3 @@ def test_processes_share_out_the_very_same_batches():
 def test_no_process_is_left_without_data():
     parts = [list(CalibrationBatches(list(range(5)), collate, 8, process_index=r, num_processes=4)) for r in range(4)]
     assert all(parts) and sum(len(b["x"]) for part in parts for b in part) == 5
-
-
-def test_an_iterable_dataset_gives_its_first_samples():
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(range(1000))
-
-    assert list(pick_samples(Stream(), 7, seed=0)) == list(range(7))
