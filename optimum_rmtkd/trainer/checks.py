@@ -104,6 +104,11 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
     samples = max(trainer.args.per_device_eval_batch_size, trainer.args.world_size)
     with one_for_all(trainer.accelerator):
         batches = trainer.calibration_batches(strip=False, samples=samples)
+        if not len(batches):
+            raise RMTKDError(
+                f"train_dataset has fewer rows than the {trainer.args.world_size} processes of this run; expected at "
+                "least one for each. Use fewer processes, or more data."
+            )
         _check_batch(trainer, next(iter(batches)))
 
 

@@ -73,10 +73,21 @@ class Stream:
         return (_SizedRewound if hasattr(self.dataset, "__len__") else _Rewound)(self)
 
     def rows(self) -> Iterator:
-        """All rows, from the first held one on; at the second call what a new iteration of the dataset gives."""
+        """All rows, from the first held one on; at the second call what a new iteration of the dataset gives.
+
+        Raises:
+            RMTKDError: a new iteration that gives nothing: training goes on, and the stream has ended.
+        """
         begun, self._rows = self._rows, None
         if begun is None:
-            yield from iter(self.dataset)
+            row = _END
+            for row in self.dataset:
+                yield row
+            if row is _END:
+                raise RMTKDError(
+                    f"train_dataset ({type(self.dataset).__name__}) can be read once and ran dry before the training "
+                    "steps were done. Lower max_steps, give more rows, or a dataset that begins anew at every iter()."
+                )
             return
         worker = torch.utils.data.get_worker_info()
         yield from self.held if worker is None else self.held[worker.id :: worker.num_workers]

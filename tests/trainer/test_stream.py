@@ -54,7 +54,9 @@ def test_rows_are_read_once_and_kept():
 def test_what_can_be_read_once_is_trained_on_from_its_first_row():
     stream = settled(Numbers(10, once=True))
     data = stream.data
-    assert list(data) == list(range(10)) and list(data) == []
+    assert list(data) == list(range(10))
+    with pytest.raises(RMTKDError, match="can be read once and ran dry"):
+        list(data)
     assert stream.samples(4) == [0, 1, 2, 3]  # a later cut is calibrated on the same rows
 
 
@@ -69,7 +71,7 @@ def test_an_iterator_that_is_no_dataset_is_one_for_the_loader():
     for rows in (iter(range(9)), (number for number in range(9))):
         data = settled(rows).data
         assert isinstance(data, torch.utils.data.IterableDataset)
-        assert list(data) == list(range(9)) and list(data) == []
+        assert list(data) == list(range(9))
 
 
 def test_a_stream_shorter_than_the_calibration():
@@ -173,6 +175,14 @@ def test_a_dry_stream_says_so(make_trainer):
     stream_trainer(make_trainer, spent, out="first", recipe={"calibration_samples": 16}, max_steps=2).train()
     with pytest.raises(RMTKDError, match="Make a new one"):
         stream_trainer(make_trainer, spent, out="second").train()
+
+
+def test_a_stream_that_ends_before_the_training_says_so(make_trainer):
+    data = Rows(40, once=True)
+    trainer = stream_trainer(make_trainer, data, max_steps=30)
+    with pytest.raises(RMTKDError, match="ran dry before the training steps were done"):
+        trainer.train()
+    assert trainer.state.global_step == 5 and trainer.train_dataset is data
 
 
 def test_a_resumed_run_reads_a_new_stream_to_the_same_bits(make_trainer, weights):
