@@ -17,6 +17,7 @@ checkpoint serves `AutoModel`, other task heads and another `num_labels` alike:
 import contextlib
 import math
 import sys
+import warnings
 import zlib
 
 import torch
@@ -86,19 +87,74 @@ class LowRankConv2d(nn.Module):
 
 
 class LowRankEmbedding(nn.Embedding):
-    """A table (num_embeddings, rank) followed by a projection (rank -> embedding_dim); ids (...) -> (...,
-    embedding_dim).
+    """A table (num_embeddings, rank) followed by a projection (rank -> output_dim); ids (...) -> (..., output_dim).
 
-    It stays an `nn.Embedding`, whose rows `resize_token_embeddings` can add and drop.
+    It stays an `nn.Embedding` of its short rows, `embedding_dim` is their width: `resize_token_embeddings` adds and
+    drops rows, PEFT adapts and trains them (LoRA, `trainable_token_indices`) and merges what it learnt into them.
     """
 
-    def __init__(self, num_embeddings, rank, embedding_dim, padding_idx=None):
+    def __init__(self, num_embeddings, rank, output_dim, padding_idx=None):
         super().__init__(num_embeddings, rank, padding_idx=padding_idx)
-        self.rank, self.output_dim = rank, embedding_dim
-        self.up = nn.Linear(rank, embedding_dim, bias=False)
+        self.rank, self.output_dim = rank, output_dim
+        self.up = nn.Linear(rank, output_dim, bias=False)
 
     def forward(self, input_ids):
         return self.up(super().forward(input_ids))
+
+    @property
+    def embed_scale(self):
+        """What rows have to be multiplied by that did not come through `forward`: see `_Projection`."""
+        return _Projection.of(self.up)
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, output_dim={self.output_dim}"
+
+
+class _Projection(torch.Tensor):
+    """A factor of one element, as PEFT knows them, that projects what it is multiplied with: rows * factor = up(rows).
+
+    PEFT adds rows of its own to the output of a table, or looks them up in its place. It multiplies them by the
+    table's `embed_scale`, because there are tables whose `forward` scales (Gemma's); ours projects. So LoRA and
+    trainable tokens live in the short rows, where they can be merged without a residual.
+    """
+
+    @staticmethod
+    def of(up):
+        factor = torch.ones((), device=up.weight.device).as_subclass(_Projection)
+        factor.up = up
+        return factor
+
+    def to(self, *args, **kwargs):
+        return self
+
+    def __rmul__(self, rows):
+        return self.up(rows.to(self.up.weight.dtype)).to(rows.dtype)
+
+
+def check_adapters(model):
+    """Refuse PEFT's adapters of a factored table that add to its output without its `embed_scale` (DoRA, HiRA, ...).
+
+    Where rows of the table are trained, its projection is not adapted besides (`target_modules="all-linear"` means it,
+    too): PEFT does not unload an adapter inside another.
+
+    Raises:
+        ValueError: names the table and what can be adapted in its place.
+    """
+    for path, module in model.named_modules():
+        if not isinstance(getattr(module, "base_layer", None), LowRankEmbedding):
+            continue
+        short = hasattr(module, "lora_embedding_A") or hasattr(module, "trainable_tokens_delta")
+        if not short or getattr(module, "lora_magnitude_vector", None):
+            raise ValueError(
+                f"{path!r} is a table of short rows and a projection; PEFT's {type(module).__module__} with these "
+                "options adapts tables whose output is as wide as their rows. LoRA without DoRA and "
+                "trainable_token_indices work; or name the projection: "
+                f"optimum_rmtkd.lora_targets(model, [{path.removesuffix('.token_adapter').rpartition('.')[2]!r}])."
+            )
+        table = module.base_layer
+        if hasattr(table.up, "base_layer"):
+            warnings.warn(f"{path}: its rows are trained, and its projection is left as it is.", stacklevel=2)
+            table.up = table.up.base_layer
 
 
 # -- ternary layers ---------------------------------------------------------------------------------------------------
@@ -630,6 +686,11 @@ def _make_model(name):
             apply_spec(self, spec)
             self.post_init()
 
+    def __setattr__(self, name, value):
+        base.__setattr__(self, name, value)
+        if name == "peft_config":  # PEFT has put its adapters into this model
+            check_adapters(self)
+
     def from_pretrained(cls, *args, **kwargs):
         return load_checked(cls, super(model_class, cls).from_pretrained, *args, **kwargs)
 
@@ -638,6 +699,7 @@ def _make_model(name):
         (base,),
         {
             "__init__": __init__,
+            "__setattr__": __setattr__,
             "from_pretrained": classmethod(from_pretrained),
             "config_class": config_class,
             "__module__": __name__,

@@ -429,6 +429,17 @@ def test_low_rank_embedding_is_a_product():
     assert torch.equal(table(ids)[0, 1], torch.zeros(7))
 
 
+def test_rows_from_elsewhere_are_projected_by_the_tables_factor():
+    """What PEFT does with its own rows: rows * embed_scale."""
+    table, rows = LowRankEmbedding(11, 3, 7), torch.randn(2, 5, 3)
+    factor = table.embed_scale
+    assert isinstance(factor, torch.Tensor) and factor.numel() == 1
+    assert torch.equal(rows * factor.to(rows.dtype), table.up(rows))
+    half = table.bfloat16()
+    assert (rows * half.embed_scale.to(rows.dtype)).dtype == torch.float32
+    assert "embed_scale" not in table.state_dict() and "output_dim=7" in repr(table)
+
+
 def test_factored_models_hold_factored_layers(tmp_path):
     model, data = zoo.make("resnet-bottleneck", "ForImageClassification"), zoo.batches("resnet-bottleneck", count=2)
     small = narrow(model, data, RECIPE.replace(form="factored", target_reduction=0.2), progress=False)

@@ -11,7 +11,8 @@ from torch import nn
 
 from ..errors import RMTKDError
 from ..validation import Count, checked
-from .step import token_mask
+from .counts import token_mask
+from .signatures import named_inputs
 from .teachers import Teacher
 
 
@@ -62,6 +63,10 @@ class CachedTeacher(Teacher):
             )
         full[mask] = logits[held]
         return {"logits": full}, {}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return COLUMNS
 
     def strip(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         return {key: value for key, value in inputs.items() if key not in COLUMNS}
@@ -154,9 +159,7 @@ def _logits_of(teacher: nn.Module, outputs: Mapping[str, Any]) -> torch.Tensor:
 
 
 def _input_names(model: nn.Module) -> list[str]:
-    import inspect
-
-    return [*inspect.signature(type(model).forward).parameters, "labels", "label", "label_ids"]
+    return [*named_inputs(model), "labels", "label", "label_ids"]
 
 
 def _kept(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> dict[str, list]:

@@ -66,6 +66,10 @@ class WeightedTeachers(Teacher):
         return super().describe() | {"weights": self.weights, "members": [type(t).__name__ for t in self.members]}
 
     @property
+    def columns(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for teacher in self.members for name in teacher.columns))
+
+    @property
     def models(self) -> list[nn.Module]:
         return [teacher.model for teacher in self.members]
 

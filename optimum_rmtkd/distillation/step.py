@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import RMTKDError
-from .counts import UNITS, count_units, token_labels
+from .counts import UNITS, answers_that_count, count_units, token_labels, token_mask
 
 
 __all__ = ["DistillationStep", "token_mask"]
@@ -26,10 +26,11 @@ class DistillationStep:
         student_features, teacher_features: outputs of the requested modules by module path.
         mask: bool, (batch, tokens), True at real tokens; None where the inputs carry no token mask. For multiple
             choice the choices are rows: (batch * choices, tokens).
-        totals: (3,) samples, tokens and labels (`counts.count_units`) of the whole accumulated batch over all
+        totals: (4,) samples, tokens, labels and answers (`counts.count_units`) of the whole accumulated batch over all
             processes; None: this batch stands for itself.
         parts: number of micro-batches (accumulation steps times processes) over which the trainer averages the losses.
         shifted: labels belong to the position before them (causal models).
+        decoding: labels belong to the decoder of an encoder-decoder, whose tokens `mask` is not about.
         task_loss: the Trainer's own task loss (label smoothing and `compute_loss_func` honoured), scalar; None: read
             `student_outputs["loss"]`.
         progress: share of the training steps that are done, in [0, 1].
@@ -44,6 +45,7 @@ class DistillationStep:
     totals: torch.Tensor | None = None
     parts: int = 1
     shifted: bool = False
+    decoding: bool = False
     task_loss: torch.Tensor | None = None
     progress: float = 0.0
 
@@ -53,8 +55,9 @@ class DistillationStep:
         Real tokens; in the decoder of an encoder-decoder those that answer for a label, where each token has one. None
         where neither is known.
         """
-        answers = token_labels(self.inputs, shifted=False) if decoder else None
-        return (self.mask, "tokens") if answers is None else (answers, "labels")
+        if not decoder or token_labels(self.inputs, shifted=False) is None:
+            return self.mask, "tokens"
+        return answers_that_count(self.inputs, shifted=False, decoding=True), "answers"
 
     def share(self, unit: str) -> float:
         """Factor that turns a mean over this micro-batch into its part of the mean over the accumulated batch.
@@ -74,21 +77,5 @@ class DistillationStep:
 
     @cached_property
     def _units(self) -> torch.Tensor:
-        """(3,): counted once a step, each count waits for the device."""
-        return count_units(self.inputs, self.shifted)
-
-
-def token_mask(inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """`attention_mask` as bool (batch, tokens), or None where there is none of that shape (images, packed masks).
-
-    A mask (batch, choices, tokens) of multiple choice is flattened to (batch * choices, tokens), as the models do.
-    """
-    mask = inputs.get("attention_mask")
-    if not torch.is_tensor(mask) or mask.dim() not in (2, 3):
-        return None
-    if mask.dim() == 3:
-        ids = inputs.get("input_ids")
-        if not torch.is_tensor(ids) or ids.shape != mask.shape:
-            return None  # (batch, tokens, tokens): who may look at whom
-        mask = mask.flatten(0, 1)
-    return mask.bool()
+        """(4,): counted once a step, each count waits for the device."""
+        return count_units(self.inputs, self.shifted, self.decoding)

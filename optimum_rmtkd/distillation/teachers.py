@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
@@ -15,6 +14,7 @@ from ..errors import RMTKDError
 from ..reparameterization.base import plain_parameters
 from ..validation import Interval, checked
 from .features import capture
+from .signatures import named_inputs, taken
 from .step import DistillationStep
 
 
@@ -40,9 +40,7 @@ class Teacher:
 
     def __init__(self, model: nn.Module):
         self.model = model.eval()
-        parameters = inspect.signature(type(model).forward).parameters
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        self._accepted = None if takes_any else set(parameters)
+        self._accepted = taken(model)
 
     @torch.no_grad()
     def __call__(
@@ -61,6 +59,12 @@ class Teacher:
     def accepted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Those that the model's forward takes."""
         return {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the training data that it reads, beside those of the student: they stay in its batches. A teacher
+        of your own that reads others overrides it."""
+        return tuple(dict.fromkeys(name for model in self.models for name in named_inputs(model)))
 
     @property
     def origins(self) -> tuple[str, ...]:

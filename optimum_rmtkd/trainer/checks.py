@@ -10,8 +10,10 @@ import torch
 
 from ..distillation import CachedTeacher, TaskLoss
 from ..distillation.cached import COLUMNS
+from ..distillation.signatures import named_inputs
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..models import check_structure
+from .columns import for_calibration
 
 
 if TYPE_CHECKING:
@@ -80,6 +82,12 @@ def check_parts(trainer: RMTKDTrainer) -> None:
         part.check(trainer.model, teacher)
         part.to_dict()  # every checkpoint holds it
     taught = any(objective.needs_teacher for objective in trainer.objectives)
+    if trainer.overrides_loss and not any(isinstance(objective, TaskLoss) for objective in trainer.objectives):
+        logger.warning(
+            "compute_loss of %s gives the task's term, and the objectives hold no TaskLoss: it will not be used in "
+            "training. Set task_weight above 0, or add TaskLoss.",
+            type(trainer).__name__,
+        )
     if trainer.rmtkd_config.schedule == "none" and given is None and taught:
         logger.warning(
             "schedule='none' and no teacher_model: nothing is cut, and the model is distilled from itself as it is "
@@ -99,18 +107,18 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
 
     if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
         raise RMTKDError("train_dataset is empty; expected rows to calibrate the cuts and to distil on.")
+    samples = max(trainer.args.per_device_eval_batch_size, trainer.args.world_size)
     with one_for_all(trainer.accelerator):
-        batch = next(iter(trainer.calibration_batches(strip=False)), None)
-        if batch is None:
+        batches = trainer.calibration_batches(strip=False, samples=samples)
+        if not len(batches):
             raise RMTKDError(
-                f"The calibration data gives process {trainer.args.process_index} of {trainer.args.world_size} no "
-                "sample: expected at least one each. Pass more rows in train_dataset, or use fewer processes."
+                f"train_dataset has fewer rows than the {trainer.args.world_size} processes of this run; expected at "
+                "least one for each. Use fewer processes, or more data."
             )
+        batch = next(iter(batches))
         _check_batch(trainer, batch)
         if trainer.rmtkd_config.schedule != "none":
-            given = trainer.staging.given_teacher
-            own = batch if given is None else given.strip(batch)
-            surgery.check_data(trainer.cores.plain(), [own], trainer.rmtkd_config)
+            surgery.check_data(trainer.cores.plain(), [for_calibration(trainer, batch)], trainer.rmtkd_config)
 
 
 def _check_batch(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:
@@ -120,9 +128,25 @@ def _check_batch(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:
             f"The batch has no {', '.join(missing)}: expected training data from cache_answers(teacher, dataset, ...)."
         )
     needed = any(isinstance(objective, TaskLoss) for objective in trainer.objectives)
-    without = trainer.can_return_loss or trainer.compute_loss_func is not None
+    without = trainer.can_return_loss or trainer.compute_loss_func is not None or trainer.overrides_loss
     if needed and not without and not any(name in inputs for name in trainer.label_names):
         raise RMTKDError(
             f"The task loss needs {' or '.join(trainer.label_names)}; the batch holds {', '.join(inputs)}. Give "
             "labels, or leave TaskLoss out of the objectives to distil on unlabelled data."
         )
+    trainer.distiller.look_at_labels([inputs])
+    _check_segments(trainer, inputs)
+
+
+def _check_segments(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:
+    """A pair of texts is one text to a teacher that is not told which is which."""
+    given, name = trainer.staging.given_teacher, "token_type_ids"
+    for teacher in [] if given is None or name in inputs or name in named_inputs(trainer.model) else given.models:
+        kinds = getattr(getattr(teacher, "config", None), "type_vocab_size", None) or 1
+        if kinds > 1 and name in named_inputs(teacher):
+            logger.warning(
+                "%s, a teacher, tells the two texts of a pair apart by token_type_ids, and the training data has "
+                "none. For pairs of texts tokenize with return_token_type_ids=True; the student does not see them.",
+                type(teacher).__name__,
+            )
+            return

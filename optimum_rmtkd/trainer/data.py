@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -84,10 +83,7 @@ class CalibrationBatches:
 
 
 def pick_samples(dataset: Any, wanted: int, seed: int) -> Sequence[Any]:
-    """`wanted` samples: a seeded choice of a sized dataset, the first ones of an iterable one."""
-    if isinstance(dataset, torch.utils.data.IterableDataset) or not hasattr(dataset, "__len__"):
-        with isolated_rng(seed):
-            return list(itertools.islice(iter(dataset), wanted))
+    """A seeded choice of `wanted` samples of an indexed dataset."""
     return torch.utils.data.Subset(dataset, calibration_indices(len(dataset), wanted, seed))
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..distillation import DistillationObjective, DistillationStep, TaskLoss, capture
-from ..distillation.counts import total_units
+from ..distillation.counts import IGNORED, UNITS, masked_labels, token_mask, total_units
 from ..distillation.objectives.answers import Answers
-from ..distillation.step import token_mask
 from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
+from .columns import for_calibration, for_student
 
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 __all__ = ["Distiller", "LateBatches"]
+
+logger = logging.getLogger(__name__)
 
 
 class LateBatches(list):
@@ -43,15 +46,19 @@ class Distiller:
     """Computes the training loss for a trainer and remembers each term for its log.
 
     Attributes:
-        totals: (3,) units (`distillation.counts.UNITS`) in the accumulated batch at hand, over all processes.
+        totals: (4,) units (`distillation.counts.UNITS`) in the accumulated batch at hand, over all processes.
         parts: micro-batches in it, over all processes.
+        busy: a training loss is being computed; what calls `compute_loss` now wants the task's.
     """
 
     def __init__(self, trainer: RMTKDTrainer):
         self.trainer = trainer
         self.totals: torch.Tensor | None = None
         self.parts = 1
+        self.busy = False
         self._terms: dict[str, list] = {}
+        self._losses = 0  # computed since the last optimizer step
+        self._warned: set[str] = set()
 
     @property
     def objectives(self) -> list[DistillationObjective]:
@@ -62,6 +69,11 @@ class Distiller:
     def shifted(self) -> bool:
         """Whether the answer at one position is for the label at the next."""
         return Answers.of(self.trainer.model).shifted
+
+    @property
+    def decoding(self) -> bool:
+        """Whether labels belong to a decoder, of which `attention_mask` says nothing."""
+        return Answers.of(self.trainer.model).decoding
 
     @property
     def progress(self) -> float:
@@ -75,7 +87,9 @@ class Distiller:
         trainer = self.trainer
         for transform in trainer.transforms:
             batches = [transform(trainer, batch) for batch in batches]
-        totals = total_units(batches, self.shifted)
+        totals = total_units(batches, self.shifted, self.decoding)
+        if totals[UNITS.index("labels")] > totals[UNITS.index("answers")]:
+            self.look_at_labels(batches)
         if trainer.accelerator.num_processes > 1:
             totals = trainer.accelerator.reduce(totals.to(trainer.args.device), reduction="sum").cpu()
         self.totals, self.parts = totals, len(batches) * trainer.accelerator.num_processes
@@ -85,8 +99,9 @@ class Distiller:
         """(weighted sum of the terms, student's outputs).
 
         Args:
-            task_loss_of: `Trainer.compute_loss` of the parent class.
+            task_loss_of: `Trainer.compute_loss`, or an override of it.
         """
+        self._losses += 1
         objectives, teacher = self.objectives, self.trainer.staging.teacher
         requests = [objective.features() for objective in objectives]
         paths = dict.fromkeys(path for request in requests for path in request.student)
@@ -94,12 +109,18 @@ class Distiller:
             for transform in self.trainer.transforms:
                 inputs = stack.enter_context(transform.around(inputs, [self.trainer.model, *teacher.models]))
             offered = dict(inputs)  # label smoothing takes the labels out of `inputs`
-            inputs = teacher.strip(inputs)
+            inputs = for_student(self.trainer, inputs)
             with capture(self.trainer.model, paths) as features:
                 if any(isinstance(objective, TaskLoss) for objective in objectives):
                     task_loss, outputs = self._task_loss(model, inputs, task_loss_of)
                 else:  # the data may be unlabelled
-                    task_loss, outputs = None, model(**inputs)
+                    task_loss, outputs = None, model(**for_calibration(self.trainer, inputs))
+            if not isinstance(outputs, Mapping):
+                raise RMTKDError(
+                    f"The student's outputs are a {type(outputs).__name__}; the objectives read them by name. Set "
+                    "return_dict=True in its config; a compute_loss of your own returns (loss, outputs) with the "
+                    "outputs as the model gave them."
+                )
             if missing := [path for path in paths if path not in features]:
                 raise RMTKDError(
                     f"The forward pass did not reach the hooks of {missing[0]!r}: torch.compile drops hooks set after "
@@ -118,6 +139,7 @@ class Distiller:
             totals=self.totals,
             parts=self.parts,
             shifted=self.shifted,
+            decoding=self.decoding,
             task_loss=task_loss,
             progress=self.progress,
         )
@@ -139,6 +161,7 @@ class Distiller:
 
     def _task_loss(self, model, inputs, task_loss_of: Callable) -> tuple[torch.Tensor, Any]:
         labelled = any(name in inputs for name in self.trainer.label_names)  # smoothing takes them out
+        self.busy = True
         try:
             return task_loss_of(model, inputs, return_outputs=True)
         except ValueError as error:
@@ -148,6 +171,83 @@ class Distiller:
                 f"The task loss of a batch without {' or '.join(self.trainer.label_names)}: {error} Give labels, or "
                 "leave TaskLoss out of the objectives to distil on unlabelled data."
             ) from error
+        finally:
+            self.busy = False
+
+    # -- losses of the user's own -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def in_charge(self) -> Iterator[None]:
+        """While open, what `Trainer.training_step` calls as `compute_loss` is the whole loss; a subclass's own gives
+        its task term."""
+        trainer = self.trainer
+        if not trainer.overrides_loss or trainer.staging.teacher is None:
+            yield
+            return
+        theirs, set_here = trainer.compute_loss, vars(trainer).get("compute_loss")
+
+        def task(model, inputs, return_outputs):
+            result = theirs(model, inputs, return_outputs=True, num_items_in_batch=self.items(inputs.get("labels")))
+            if not isinstance(result, tuple) or len(result) != 2:
+                raise RMTKDError(
+                    f"compute_loss(..., return_outputs=True) of {type(trainer).__name__} returned a "
+                    f"{type(result).__name__}; expected (loss, outputs). Distillation compares the outputs."
+                )
+            return result
+
+        def whole(model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = self.loss(model, inputs, task)
+            return (loss, outputs) if return_outputs else loss
+
+        trainer.compute_loss = whole
+        try:
+            yield
+        finally:
+            del trainer.compute_loss
+            if set_here is not None:
+                trainer.compute_loss = set_here
+
+    def counting(self, compute_loss_func: Callable) -> Callable:
+        """The same, told the number of labels in the micro-batch at hand: that makes its loss a mean like the
+        others."""
+
+        def counted(outputs, labels, num_items_in_batch=None):
+            return compute_loss_func(outputs, labels, num_items_in_batch=self.items(labels))
+
+        return counted
+
+    def items(self, labels: Any) -> torch.Tensor | None:
+        """Labels that are not -100, as the Trainer counts them, of one micro-batch."""
+        if not torch.is_tensor(labels):
+            return None
+        return ((labels[..., 1:] if self.shifted and labels.dim() > 1 else labels) != IGNORED).sum()
+
+    def end_step(self) -> None:
+        """An optimizer step is done: was it made on our loss?"""
+        trainer, computed = self.trainer, self._losses
+        self._losses = 0
+        if not computed and not trainer.replaces_loss:
+            self._warn_once(
+                "%s trains on a loss of its own: the step was made without the distillation terms. Its training_step "
+                "has to call self.compute_loss or super().training_step; or say replaces_loss = True.",
+                type(trainer).__name__,
+            )
+
+    def look_at_labels(self, batches: list[Mapping[str, Any]]) -> None:
+        """Warn once where labels of padding count."""
+        count = sum(masked_labels(batch, self.shifted, self.decoding) for batch in batches)
+        if count:
+            self._warn_once(
+                "%d labels of a batch count though the attention mask calls their positions padding: the task's loss "
+                "is a mean over them as well, and depends on how far a batch is padded. The other terms leave them "
+                "out. Set such labels to -100, as DataCollatorForLanguageModeling does.",
+                count,
+            )
+
+    def _warn_once(self, message: str, *values: Any) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message, *values)
 
     def teacher_step(
         self, inputs: Mapping[str, Any], objectives: list[DistillationObjective], prepared: bool = False
@@ -163,7 +263,12 @@ class Distiller:
                 outputs, features = trainer.staging.teacher(inputs, paths, drop=trainer.label_names)
         mask = token_mask(inputs)
         return DistillationStep(
-            inputs, teacher_outputs=outputs, teacher_features=features, mask=mask, shifted=self.shifted
+            inputs,
+            teacher_outputs=outputs,
+            teacher_features=features,
+            mask=mask,
+            shifted=self.shifted,
+            decoding=self.decoding,
         )
 
     def pair_step(self, inputs: Mapping[str, Any], objectives: list[DistillationObjective]) -> DistillationStep:
@@ -174,7 +279,7 @@ class Distiller:
         model.eval()
         try:
             with capture(model, paths) as features, self.trainer.accelerator.autocast():
-                model(**without_labels(model, step.inputs, self.trainer.label_names))
+                model(**without_labels(model, for_calibration(self.trainer, step.inputs), self.trainer.label_names))
         finally:
             model.train(training)
         return dataclasses.replace(step, student_features=features)

@@ -79,13 +79,13 @@ def _fit(trainer: RMTKDTrainer) -> None:
     if not watching:
         return
     with isolated_rng(seed):
-        for batch in trainer.calibration_batches():
+        for batch in trainer.calibration_batches(strip=False):
             step = distiller.teacher_step(batch, watching)
             for objective in watching:
                 objective.observe(step)
     for objective in watching:
         objective.finish(lambda tensor: trainer.accelerator.reduce(tensor, reduction="sum"))
     with isolated_rng(seed):
-        step = distiller.pair_step(next(iter(trainer.calibration_batches())), watching)
+        step = distiller.pair_step(next(iter(trainer.calibration_batches(strip=False))), watching)
     for objective in watching:
         objective.prepare(step)

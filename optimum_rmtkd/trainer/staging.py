@@ -165,6 +165,11 @@ class Staging:
         done = len(self.stages)
         return self.plan[done] if self.stopped is None and done < len(self.plan) else None
 
+    @property
+    def cuts_to_come(self) -> bool:
+        """Whether a planned cut is not made yet."""
+        return self._next_cut() is not None
+
     def _target_met(self) -> bool:
         target = self.config.target_reduction
         if target is None or self.parameters > (1 - target) * self.reference_parameters or not self.stages:
@@ -294,6 +299,7 @@ class Staging:
         # A metric of the larger network must not win `load_best_model_at_end`.
         state = self.trainer.state
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self.trainer.patience.renew()
         self._appoint_teacher()
 
     def _disable_dropout(self) -> None:

@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS += tuple(f"{name}_with_kwargs" for name in _HOOKS[:2]) + ("_forward_hooks_always_called",)  # how to call them
 
 
 def become(model: nn.Module, other: nn.Module) -> set[str]:

@@ -90,7 +90,8 @@ def _check_cached(trainer: RMTKDTrainer) -> None:
         getattr(trainer.train_dataset, "column_names", None) or ()
     ):
         return
-    text, classes = trainer.model.config.get_text_config(), int(next(iter(trainer.train_dataset))[CLASSES])
+    row = trainer.train_dataset[0] if trainer.stream is None else trainer.stream.samples(1)[0]
+    text, classes = trainer.model.config.get_text_config(), int(row[CLASSES])
     known = {n: v for n in ("num_labels", "vocab_size") if (v := getattr(text, n, None)) is not None}
     if known and classes not in known.values():
         raise RMTKDError(

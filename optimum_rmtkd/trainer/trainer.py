@@ -7,25 +7,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_callback import TrainerControl
+from transformers import Trainer
 
 from ..config import RMTKDConfig
-from ..distillation import (
-    BatchTransform,
-    CachedTeacher,
-    DistillationObjective,
-    Teacher,
-)
-from ..distillation.cached import COLUMNS
+from ..distillation import BatchTransform, DistillationObjective, Teacher
 from ..distillation.teachers import clean_copy
 from ..errors import RMTKDError
 from ..hub import write_card, write_results
 from ..hub.run import first, public_name
 from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
+from .callbacks import Patience, StageCallback
 from .checkpoint import write_process_state
 from .checks import check_first_batch, check_parts, check_setting, unsharded
+from .columns import for_calibration, for_student, kept_for_teacher
 from .cores import Cores
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from .distiller import Distiller, LateBatches
@@ -34,6 +29,7 @@ from .fitting import transforms_state
 from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
+from .stream import Stream, is_stream
 from .swap import enable_checkpointing, load_weights, separate_cores
 from .teaching import accept_teacher
 
@@ -41,47 +37,6 @@ from .teaching import accept_teacher
 __all__ = ["RMTKDTrainer"]
 
 logger = logging.getLogger(__name__)
-
-
-class _StageCallback(TrainerCallback):
-    """Tells the staging that training began or a step ended. At both moments the gradients have been cleared."""
-
-    def __init__(self, trainer: RMTKDTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control: TrainerControl, **kwargs):
-        with _flags_kept(control):
-            self.trainer.staging.begin()
-
-    def on_pre_optimizer_step(self, args, state, control: TrainerControl, **kwargs):
-        self.trainer.extras.step()
-
-    def on_evaluate(self, args, state, control: TrainerControl, metrics=None, **kwargs):
-        for transform in self.trainer.transforms:
-            transform.on_evaluate(metrics or {}, self.trainer.distiller.progress)
-
-    def on_step_end(self, args, state, control: TrainerControl, **kwargs):
-        staging = self.trainer.staging
-        staging.teacher.update(self.trainer.model)
-        if state.global_step < state.max_steps:  # a cut after the last step could not be distilled
-            with _flags_kept(control):
-                staging.advance(state.global_step)
-
-
-class _flags_kept:
-    """What `log` and an evaluation inside a callback clear: without it the step's own log line would be swallowed."""
-
-    names = ("should_log", "should_evaluate", "should_save")
-
-    def __init__(self, control: TrainerControl):
-        self.control = control
-
-    def __enter__(self):
-        self.values = {name: getattr(self.control, name) for name in self.names}
-
-    def __exit__(self, *exception):
-        for name, value in self.values.items():
-            setattr(self.control, name, value)
 
 
 class RMTKDTrainer(Trainer):
@@ -106,6 +61,13 @@ class RMTKDTrainer(Trainer):
     happened at each cut. Every term is a mean over the whole accumulated batch of all processes, however it is split
     and padded.
 
+    A subclass that overrides `compute_loss`, and a `compute_loss_func`, give the task's term (`loss/task`) and the
+    loss of evaluations; the other terms stay. They see one micro-batch and return its mean: `num_items_in_batch` is
+    the number of labels in it, and accumulation is weighed here. `replaces_loss = True` in the subclass says that its
+    `compute_loss` is the whole training loss; `super().compute_loss` then gives it the weighted sum of all terms.
+
+    `EarlyStoppingCallback` and the like wait for the last cut: see `callbacks.Patience`.
+
     Raises:
         RMTKDError: a setting that cannot work with cuts; an unfit teacher; a recipe that needs an eval_dataset without
             one.
@@ -116,6 +78,8 @@ class RMTKDTrainer(Trainer):
     # through **kwargs and ignore it, so loss and gradients would grow with accumulation steps and processes
     # (transformers #47688).
     loss_is_scaled_for_ga = False
+
+    replaces_loss = False  # does a subclass's compute_loss stand for all terms, and not for the task's alone?
 
     def __init__(
         self,
@@ -141,7 +105,9 @@ class RMTKDTrainer(Trainer):
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise unsharded("fsdp" if args.fsdp else "deepspeed")
         super().__init__(model, args, *positional, **kwargs)
-        self.model_accepts_loss_kwargs = False
+        self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
+        if not self.replaces_loss:
+            self.loss_is_scaled_for_ga = False  # the sum of the terms is not, whatever a subclass says of its own
         check_setting(self)
         self.optimizer_was_given = self.optimizer is not None
         if self.optimizer_was_given and self.reparameterization is not None:
@@ -156,6 +122,8 @@ class RMTKDTrainer(Trainer):
         self.extras = Extras(self)
         self.cores = Cores(self)
         self.staging = Staging(self)
+        self.patience = Patience(self)
+        self._stream: Stream | None = None
         if teacher_model is not None:
             accept_teacher(self, teacher_model)
         check_parts(self)
@@ -164,7 +132,9 @@ class RMTKDTrainer(Trainer):
             self.label_smoother = lambda outputs, labels, shift_labels=False, **rest: smooth(
                 outputs, labels, shift_labels=shift_labels or self.distiller.shifted, **rest
             )
-        self.add_callback(_StageCallback(self))
+        if self.compute_loss_func is not None:
+            self.compute_loss_func = self.distiller.counting(self.compute_loss_func)
+        self.add_callback(StageCallback(self))
 
     # -- what the user reads ------------------------------------------------------------------------------------------
 
@@ -204,7 +174,10 @@ class RMTKDTrainer(Trainer):
                 "train() without train_dataset: it is needed to calibrate the cuts and to distil. Pass train_dataset "
                 "to RMTKDTrainer, or use optimum_rmtkd.narrow for a single cut without training."
             )
+        if self._stream is not None and self._stream.dataset is not self.train_dataset:
+            self._stream = None
         check_first_batch(self)
+        given, self.train_dataset = self.train_dataset, self._training_data()
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             self.staging.reset()
         self.distiller.forget()
@@ -215,6 +188,7 @@ class RMTKDTrainer(Trainer):
             self.cores.fold()
         finally:
             self.staging.dropout.restore()
+            self.train_dataset, self._stream = given, None
         before, after = self.staging.reference_parameters, self.staging.parameters
         output.metrics.update(parameters_before=before, parameters_after=after, reduction=1 - after / before)
         if self.args.should_save:
@@ -253,6 +227,16 @@ class RMTKDTrainer(Trainer):
         metadata = {"language": language, "license": license, "tags": tags, "pipeline_tag": first(tasks)}
         write_card(self.args.output_dir, self.hub_model_id or model_name, **metadata)
 
+    def _training_data(self) -> Any:
+        """The train_dataset, or what gives its rows from the first one on if it is a stream that was looked at."""
+        if self.stream is None:
+            return self.train_dataset
+        if self.rmtkd_config.schedule != "none" or any(objective.observes for objective in self.objectives):
+            self.stream.samples(self.rmtkd_config.calibration_samples)  # before training reads on, so that a resumed
+            # run is calibrated on the same rows
+        self.stream.settle()
+        return self.stream.data
+
     def _write_results(self, before: int, after: int) -> None:
         options = {"epochs": self.args.num_train_epochs, "batch_size": self.args.per_device_train_batch_size}
         same = ("max_steps", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps", "bf16")
@@ -266,19 +250,27 @@ class RMTKDTrainer(Trainer):
             recipe=self.rmtkd_config.to_dict(),
         )
 
+    @property
+    def overrides_loss(self) -> bool:
+        """Does a subclass, or a function set on this object, compute the task's loss?"""
+        own = self.compute_loss
+        return not self.replaces_loss and getattr(own, "__func__", own) is not RMTKDTrainer.compute_loss
+
     # -- the loss -----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Evaluation: the task loss, comparable between runs. Training: sum over objectives of weight * term.
+        """Evaluation, and what an override calls: the task loss. Training: sum over objectives of weight * term.
 
         `num_items_in_batch` is withheld from the task loss: all terms alike are weighed by `DistillationStep.share`.
         """
-        if not model.training or self.staging.teacher is None:
-            given = self.staging.given_teacher
-            inputs = inputs if given is None else given.strip(inputs)
-            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        if not model.training or self.staging.teacher is None or self.distiller.busy:
+            return super().compute_loss(model, for_student(self, inputs), return_outputs=return_outputs)
         loss, outputs = self.distiller.loss(model, inputs, super().compute_loss)
         return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As `Trainer.prediction_step`, without columns that are there for the teacher alone."""
+        return super().prediction_step(model, for_student(self, inputs), prediction_loss_only, ignore_keys)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As `Trainer.get_batch_samples`, with the batch transforms applied and the units of the whole batch
@@ -294,27 +286,39 @@ class RMTKDTrainer(Trainer):
 
     # -- what the staging asks for ------------------------------------------------------------------------------------
 
-    def calibration_batches(self, strip: bool = True) -> CalibrationBatches:
+    def calibration_batches(self, strip: bool = True, samples: int | None = None) -> CalibrationBatches:
         """This process's share of the calibration data, through the trainer's collator, the same in every pass.
 
         Args:
-            strip: without what is meant for the teacher alone (columns of answers).
+            strip: without what is there for the teacher alone.
+            samples: how many; None: `calibration_samples`.
         """
-        dataset, collate = self.train_dataset, self.data_collator
-        if is_hf_dataset(dataset):
+        dataset, collate, config = self.train_dataset, self.data_collator, self.rmtkd_config
+        if self.stream is None and is_hf_dataset(dataset):
             dataset = self._remove_unused_columns(dataset, description="calibration")
         else:
             collate = self._get_collator_with_removed_columns(collate, description="calibration")
-        config, given = self.rmtkd_config, self.staging.given_teacher
+        wanted = config.calibration_samples if samples is None else samples
+        if self.stream is None:
+            chosen = pick_samples(dataset, wanted, config.seed)
+        else:
+            chosen = self.stream.samples(wanted)
         return CalibrationBatches(
-            pick_samples(dataset, config.calibration_samples, config.seed),
+            chosen,
             collate,
             self.args.per_device_eval_batch_size,
             seed=config.seed,
             process_index=self.args.process_index,
             num_processes=self.args.world_size,
-            prepare=lambda batch: self._prepare_inputs(given.strip(batch) if strip and given is not None else batch),
+            prepare=lambda batch: self._prepare_inputs(for_calibration(self, batch) if strip else batch),
         )
+
+    @property
+    def stream(self) -> Stream | None:
+        """The first rows of a train_dataset that is iterated; None where it is indexed."""
+        if self._stream is None and is_stream(self.train_dataset):
+            self._stream = Stream(self.train_dataset, self.rmtkd_config.seed)
+        return self._stream
 
     def measure(self) -> float | None:
         """The validation metric now, or None without an eval_dataset.
@@ -369,7 +373,8 @@ class RMTKDTrainer(Trainer):
         return super()._run_epoch(self.model_wrapped, *positional, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        return super().training_step(self.model_wrapped, inputs, num_items_in_batch)
+        with self.distiller.in_charge():
+            return super().training_step(self.model_wrapped, inputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model):
         return super()._clip_grad_norm(self.model_wrapped)
@@ -416,7 +421,24 @@ class RMTKDTrainer(Trainer):
             separate_cores(optimizer, self.model, self.reparameterization.lr_scale)
         return optimizer
 
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        if isinstance(self.staging.given_teacher, CachedTeacher):
-            self._signature_columns += [name for name in COLUMNS if name not in self._signature_columns]
+    def _remove_unused_columns(self, dataset, description=None):
+        with kept_for_teacher(self, description):
+            return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(self, data_collator, description=None):
+        with kept_for_teacher(self, description):
+            return super()._get_collator_with_removed_columns(data_collator, description)
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        # of which the model is not told, but a compute_loss of the user's own is
+        self.model_accepts_loss_kwargs = self.overrides_loss and self._model_takes_items
+        try:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        finally:
+            self.model_accepts_loss_kwargs = False
+
+    def _evaluate(self, *positional, **kwargs):
+        asked = self.control.should_training_stop
+        metrics = super()._evaluate(*positional, **kwargs)
+        self.patience.weigh(asked, metrics)
+        return metrics

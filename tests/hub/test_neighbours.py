@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, BertTokenizerFast, Trainer, TrainingArguments
 
 from optimum_rmtkd import RMTKDConfig, RMTKDError, RMTKDTrainer, RMTKDTrainingArguments, lora_targets, narrow
-from optimum_rmtkd.modeling_rmtkd import LowRankLinear
+from optimum_rmtkd.modeling_rmtkd import LowRankEmbedding, LowRankLinear
 from optimum_rmtkd.surgery import narrow_to
 
 from ..surgery import zoo
@@ -99,6 +99,127 @@ def test_lora_targets_of_any_model(small):
         lora_targets(dense, ["q_proj"])
 
 
+TABLE = {
+    "lora": {"target_modules": ["word_embeddings"]},
+    "lora beside other layers": {"target_modules": ["word_embeddings", "query", "value"]},
+    "tokens": {"target_modules": ["query"], "trainable_token_indices": {"word_embeddings": [5, 6]}},
+    "tokens beside all layers": {
+        "target_modules": "all-linear",
+        "trainable_token_indices": {"word_embeddings": [5, 6]},
+    },
+    "the whole table": {"target_modules": ["query"], "modules_to_save": ["word_embeddings"]},
+    "its projection": {"target_modules": r".*word_embeddings\.up"},
+}
+
+
+def trained(model, steps=3):
+    """A few steps of all that PEFT lets learn."""
+    batch = zoo.batches("bert", 1)[0]
+    labels = torch.arange(len(batch["input_ids"])) % 3
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(steps):
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:.*its projection is left as it is")
+@pytest.mark.parametrize("name", sorted(TABLE))
+def test_adapters_of_a_factored_table_train_reload_and_merge(small, name, tmp_path):
+    peft = pytest.importorskip("peft")
+    small.save_pretrained(tmp_path / "small")
+    before = outputs(small)
+    adapted = peft.get_peft_model(small, peft.LoraConfig(r=4, task_type="SEQ_CLS", **TABLE[name]))
+    assert torch.equal(outputs(adapted), before)
+    after = outputs(trained(adapted))
+    assert (after - before).abs().max() > 0.05
+    adapted.save_pretrained(tmp_path / "adapter")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "small")
+    again = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    assert torch.allclose(outputs(again), after, atol=1e-5)
+    merged = again.merge_and_unload()
+    table = merged.get_input_embeddings()
+    assert type(table) is LowRankEmbedding and type(table.up) is torch.nn.Linear and table.weight.shape == (61, 8)
+    assert torch.allclose(outputs(merged), after, atol=1e-4)
+    merged.save_pretrained(tmp_path / "merged")
+    final = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert torch.allclose(outputs(final), after, atol=1e-4)
+
+
+def test_only_the_tokens_that_are_trained_change(small):
+    peft = pytest.importorskip("peft")
+    chosen = sorted({int(i) for i in zoo.batches("bert", 1)[0]["input_ids"].flatten()} - {0})[:2]
+    config = peft.LoraConfig(
+        target_modules=["query"], task_type="SEQ_CLS", trainable_token_indices={"word_embeddings": chosen}
+    )
+    before = small.get_input_embeddings().weight.detach().clone()
+    merged = trained(peft.get_peft_model(small, config)).merge_and_unload()
+    moved = (merged.get_input_embeddings().weight - before).abs().amax(1) > 0
+    assert moved.nonzero().flatten().tolist() == chosen
+
+
+def test_new_tokens_are_added_and_trained(small, tmp_path):
+    peft = pytest.importorskip("peft")
+    small.resize_token_embeddings(64, mean_resizing=False)
+    config = peft.LoraConfig(
+        target_modules=["query"], task_type="SEQ_CLS", trainable_token_indices={"word_embeddings": [61, 62, 63]}
+    )
+    merged = trained(peft.get_peft_model(small, config)).merge_and_unload()
+    merged.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    ids = {"input_ids": torch.tensor([[2, 61, 62, 63]])}
+    assert torch.equal(outputs(again, ids), outputs(merged, ids))
+
+
+def test_adapters_of_a_bf16_table(small):
+    """PEFT keeps its own tensors in fp32."""
+    peft = pytest.importorskip("peft")
+    for options in (TABLE["lora"], TABLE["tokens"]):
+        model = peft.get_peft_model(copy.deepcopy(small).bfloat16(), peft.LoraConfig(r=4, **options))
+        assert model(**zoo.batches("bert", 1)[0]).logits.dtype == torch.bfloat16
+
+
+def test_a_tied_decoder_keeps_the_trained_rows():
+    peft = pytest.importorskip("peft")
+    model = narrow_to(zoo.make("bert", "ForMaskedLM"), zoo.batches("bert", 2), {"hidden": 20}, PLAIN, progress=False)
+    config = peft.LoraConfig(target_modules=["query"], trainable_token_indices={"word_embeddings": [5, 6]})
+    adapted = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.fill_(0.5)
+    merged = adapted.merge_and_unload()
+    assert merged.get_output_embeddings().up.weight is merged.get_input_embeddings().weight
+    assert (merged.get_input_embeddings().weight[5:7] == 0.5).all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ("LoraConfig", {"target_modules": ["word_embeddings"], "use_dora": True}),
+        ("HiraConfig", {"target_modules": ["word_embeddings"], "r": 2}),
+        ("TinyLoraConfig", {"target_modules": ["word_embeddings"]}),
+        ("OFTConfig", {"target_modules": ["word_embeddings"]}),
+    ],
+    ids=lambda given: given[0],
+)
+def test_adapters_that_need_a_table_of_full_width_are_refused_by_name(small, config):
+    peft = pytest.importorskip("peft")
+    kind, options = config
+    if not hasattr(peft, kind):
+        pytest.skip(f"this PEFT has no {kind}")
+    with pytest.raises(ValueError, match=r"word_embeddings' is a table of short rows.*lora_targets\(model"):
+        peft.get_peft_model(small, getattr(peft, kind)(**options))
+
+
+def test_prompts_are_as_wide_as_the_output_of_the_table(small):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(small, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    assert model.prompt_encoder["default"].embedding.weight.shape == (3, 20)
+    assert torch.isfinite(model(**zoo.batches("bert", 1)[0]).logits).all()
+
+
 def test_a_model_with_a_merged_adapter_is_reduced_like_any_other(tmp_path):
     adapted = lora(zoo.make("bert", "ForSequenceClassification"), "all-linear")
     with torch.no_grad():
@@ -132,6 +253,17 @@ def test_int8_on_top_of_a_reduction(small, tmp_path):
     batch = zoo.batches("bert", 1)[0]
     with torch.no_grad():
         found = quantized(**batch).logits
+    assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+def test_an_int8_table_of_short_rows(small):
+    """Rows and projection are quantised each as what it is."""
+    pytest.importorskip("torchao")
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    wanted = outputs(small)
+    quantize_(small, Int8WeightOnlyConfig(), filter_fn=lambda module, name: "word_embeddings" in name)
+    found = outputs(small)
     assert 0 < (found - wanted).abs().max() < 0.05 * wanted.abs().max()
 
 

@@ -77,7 +77,14 @@ def make_trainer(tmp_path):
     arguments)."""
 
     def make(
-        model=None, recipe=None, out="out", teacher_model=None, objectives=None, trainer_kwargs=None, **arguments
+        model=None,
+        recipe=None,
+        out="out",
+        teacher_model=None,
+        objectives=None,
+        trainer_kwargs=None,
+        trainer_class=RMTKDTrainer,
+        **arguments,
     ):
         arguments = {
             "max_steps": 8,
@@ -92,7 +99,7 @@ def make_trainer(tmp_path):
             "seed": 0,
         } | arguments
         given = {"train_dataset": toy_data(), "eval_dataset": toy_data(16, seed=2)} | (trainer_kwargs or {})
-        trainer = RMTKDTrainer(
+        trainer = trainer_class(
             model=tiny_bert() if model is None else model,
             args=RMTKDTrainingArguments(str(tmp_path / out), **arguments),
             rmtkd_config=RMTKDConfig(**(RECIPE | (recipe or {}))),

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
-from optimum_rmtkd.distillation.counts import count_units, total_units
+from optimum_rmtkd.distillation.counts import UNITS, count_units, token_mask, total_units
 from optimum_rmtkd.distillation.objectives import objective_names
-from optimum_rmtkd.distillation.step import DistillationStep, token_mask
+from optimum_rmtkd.distillation.step import DistillationStep
 
 from .conftest import ragged, tiny_bert
 
@@ -110,14 +110,15 @@ def test_units():
     labels = torch.tensor([[-100, 4, 5, -100], [7, -100, -100, -100]])
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
     batch = {"input_ids": torch.ones(2, 4), "attention_mask": mask, "labels": labels}
-    assert count_units(batch).tolist() == [2, 4, 3]
-    assert count_units(batch, shifted=True).tolist() == [2, 4, 2]
-    assert count_units({"input_ids": torch.ones(2, 4), "labels": torch.ones(2)}).tolist() == [2, 8, 8]
+    assert count_units(batch).tolist() == [2, 4, 3, 3]
+    assert count_units(batch, shifted=True).tolist() == [2, 4, 2, 2]
+    assert count_units({"input_ids": torch.ones(2, 4), "labels": torch.ones(2)}).tolist() == [2, 8, 8, 8]
     del batch["labels"]  # the answers at real tokens, of causal models those that another follows
-    assert count_units(batch).tolist() == [2, 4, 4] and count_units(batch, shifted=True).tolist() == [2, 4, 2]
+    assert count_units(batch).tolist() == [2, 4, 4, 4] and count_units(batch, shifted=True).tolist() == [2, 4, 2, 2]
     batch["labels"] = labels
-    assert count_units({"pixel_values": torch.ones(3, 1, 2, 2), "labels": torch.ones(3, 5)}).tolist() == [3, 0, 0]
-    assert total_units([batch, batch]).tolist() == [4, 8, 6]
+    images = {"pixel_values": torch.ones(3, 1, 2, 2), "labels": torch.ones(3, 5)}
+    assert count_units(images).tolist() == [3, 0, 0, 0]
+    assert total_units([batch, batch]).tolist() == [4, 8, 6, 6]
 
 
 def test_shares_add_up_to_the_number_of_parts():
@@ -126,7 +127,7 @@ def test_shares_add_up_to_the_number_of_parts():
         {k: torch.stack([torch.as_tensor(r[k]) for r in rows[i : i + 2]]) for k in rows[0]} for i in range(0, 8, 2)
     ]
     totals = total_units(batches)
-    for unit in ("samples", "tokens", "labels"):
+    for unit in UNITS:
         shares = [DistillationStep(b, totals=totals, parts=4).share(unit) for b in batches]
         assert sum(shares) == pytest.approx(4)
     assert DistillationStep(batches[0]).share("tokens") == 1.0

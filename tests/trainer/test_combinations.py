@@ -20,10 +20,9 @@ from transformers import (
 )
 
 from optimum_rmtkd.distillation import DistillationObjective, DistillationStep, build_objectives, capture
-from optimum_rmtkd.distillation.counts import total_units
+from optimum_rmtkd.distillation.counts import token_mask, total_units
 from optimum_rmtkd.distillation.layers import in_decoder
 from optimum_rmtkd.distillation.objectives import objective_names
-from optimum_rmtkd.distillation.step import token_mask
 from optimum_rmtkd.errors import RMTKDError
 
 from .conftest import ragged, tiny_bert

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import RMTKDError
-from ..counts import answered, token_labels
+from ..counts import answered, answers_that_count
+from ..signatures import named_inputs, unwrapped
 from ..step import DistillationStep
 
 
@@ -33,11 +34,7 @@ def has_head(model: nn.Module, mapping: str) -> bool:
     from transformers.models.auto import modeling_auto
 
     known = set(getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values())
-    return any(cls.__name__ in known for cls in type(_unwrapped(model)).__mro__)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return any(cls.__name__ in known for cls in type(unwrapped(model)).__mro__)
 
 
 def shifts_labels(model: nn.Module) -> bool:
@@ -46,8 +43,13 @@ def shifts_labels(model: nn.Module) -> bool:
     if getattr(model.config, "is_encoder_decoder", False):
         return False
     # Older classes (GPT2LMHeadModel) do not name their loss, and a reduced class has the name of none.
-    named = getattr(_unwrapped(model), "loss_type", None)
+    named = getattr(unwrapped(model), "loss_type", None)
     return named == "ForCausalLM" or named is None and has_head(model, "CAUSAL_LM")
+
+
+def labels_a_decoder(model: nn.Module) -> bool:
+    """Whether labels belong to the decoder of an encoder-decoder: not where its encoder alone classifies tokens."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in named_inputs(model)
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class Answers:
     - one output (`num_labels=1`: regression, unless the problem type says several labels), of samples or tokens: mean
       squared error to the teacher's output, temperature unused;
     - token tasks and language models, logits (batch, tokens, classes): mean over the positions whose label is not -100
-      (labels shifted by one for causal models), or over the unmasked tokens where there are no labels (of causal
-      models: those that another follows). Other positions are dropped before anything is computed: their value, NaN
-      included, cannot enter;
+      (labels shifted by one for causal models) and that the attention mask does not call padding, or over the unmasked
+      tokens where there are no labels (of causal models: those that another follows). Other positions are dropped
+      before anything is computed: their value, NaN included, cannot enter;
     - question answering, start_logits and end_logits (batch, tokens): mean of both over unmasked positions.
 
     A class with a logit of -inf has probability 0 and contributes nothing.
@@ -70,10 +72,11 @@ class Answers:
 
     problem: str | None = None
     shifted: bool = False
+    decoding: bool = False
 
     @classmethod
     def of(cls, student: nn.Module) -> Answers:
-        return cls(getattr(student.config, "problem_type", None), shifts_labels(student))
+        return cls(getattr(student.config, "problem_type", None), shifts_labels(student), labels_a_decoder(student))
 
     def resolved(self, step: DistillationStep) -> Answers:
         """Itself, with the problem that fractional labels (batch, classes) imply where the config names none."""
@@ -149,14 +152,13 @@ class Answers:
     ) -> tuple[torch.Tensor, torch.Tensor, str]:
         """(batch, tokens, classes) each -> those of the positions that count, (n, classes), and the unit they are
         counted in."""
-        mask, labels = step.mask, token_labels(step.inputs, self.shifted)
         if self.shifted:
             ours, theirs = ours[:, :-1], theirs[:, :-1]
-        mask = None if mask is None else answered(mask, self.shifted)
-        for chosen in (labels, mask):
+        mask = None if step.mask is None or self.decoding else answered(step.mask, self.shifted)
+        for chosen in (answers_that_count(step.inputs, self.shifted, self.decoding), mask):
             if chosen is not None and chosen.shape == ours.shape[:2]:
-                return ours[chosen], theirs[chosen], "labels"
-        return ours.flatten(0, 1), theirs.flatten(0, 1), "labels" if "input_ids" in step.inputs else "samples"
+                return ours[chosen], theirs[chosen], "answers"
+        return ours.flatten(0, 1), theirs.flatten(0, 1), "answers" if "input_ids" in step.inputs else "samples"
 
     def _masked_span(
         self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None

@@ -1,0 +1,51 @@
+"""What a model's forward takes: which columns of a batch are meant for it."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from typing import Any
+
+from torch import nn
+
+
+__all__ = ["named_inputs", "taken", "unwrapped"]
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside the wrappers of PEFT and torch.compile, whose own forward names nothing."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def named_inputs(model: nn.Module) -> list[str]:
+    """Names of the parameters of a model's forward; *args and **kwargs are none."""
+    return [p.name for p in _parameters(model) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def taken(model: nn.Module) -> set[str] | None:
+    """Names that a model's forward takes; None: any, it has **kwargs and does not say of what.
+
+    transformers says so by a type, `**kwargs: Unpack[TransformersKwargs]`. What is not named there is swallowed
+    without a word by some layers and refused by others: it was not meant for this model.
+    """
+    names = set(named_inputs(model))
+    for parameter in _parameters(model):
+        if parameter.kind is parameter.VAR_KEYWORD:
+            declared = _declared(parameter.annotation)
+            if declared is None:
+                return None
+            names |= declared
+    return names
+
+
+def _parameters(model: nn.Module) -> list[inspect.Parameter]:
+    return list(inspect.signature(unwrapped(model).forward).parameters.values())
+
+
+def _declared(annotation: Any) -> set[str] | None:
+    """Keys of the `TypedDict` in `Unpack[TypedDict]`; None for any other annotation."""
+    for inner in typing.get_args(annotation):
+        if typing.is_typeddict(inner):
+            return set(inner.__annotations__)
+    return None

@@ -1,0 +1,113 @@
+"""The moments of transformers' training loop that concern a run, and patience that counts from the last cut."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import TrainerControl
+
+
+if TYPE_CHECKING:
+    from .trainer import RMTKDTrainer
+
+
+__all__ = ["Patience", "StageCallback"]
+
+logger = logging.getLogger(__name__)
+
+
+class StageCallback(TrainerCallback):
+    """Tells the staging that training began or a step ended. At both moments the gradients have been cleared."""
+
+    def __init__(self, trainer: RMTKDTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control: TrainerControl, **kwargs):
+        self.trainer.patience.begin()
+        with _flags_kept(control):
+            self.trainer.staging.begin()
+
+    def on_pre_optimizer_step(self, args, state, control: TrainerControl, **kwargs):
+        self.trainer.extras.step()
+
+    def on_evaluate(self, args, state, control: TrainerControl, metrics=None, **kwargs):
+        for transform in self.trainer.transforms:
+            transform.on_evaluate(metrics or {}, self.trainer.distiller.progress)
+
+    def on_step_end(self, args, state, control: TrainerControl, **kwargs):
+        staging = self.trainer.staging
+        self.trainer.distiller.end_step()
+        staging.teacher.update(self.trainer.model)
+        if state.global_step < state.max_steps:  # a cut after the last step could not be distilled
+            with _flags_kept(control):
+                staging.advance(state.global_step)
+
+
+class _flags_kept:
+    """What `log` and an evaluation inside a callback clear: without it the step's own log line would be swallowed."""
+
+    names = ("should_log", "should_evaluate", "should_save")
+
+    def __init__(self, control: TrainerControl):
+        self.control = control
+
+    def __enter__(self):
+        self.values = {name: getattr(self.control, name) for name in self.names}
+
+    def __exit__(self, *exception):
+        for name, value in self.values.items():
+            setattr(self.control, name, value)
+
+
+class Patience:
+    """Early stopping looks for the best model; before the last cut that is a model of another size.
+
+    A stop that a callback asks for after an evaluation is not granted while cuts are to come, and callbacks that count
+    (`EarlyStoppingCallback`, or any with a `patience` of its own) count anew after each cut. A stop asked for at any
+    other moment (a time limit, a signal), or because the metric is not finite, is granted as ever.
+    """
+
+    def __init__(self, trainer: RMTKDTrainer):
+        self.trainer = trainer
+        self._fresh: list[tuple[TrainerCallback, dict[str, Any]]] = []
+        self._warned = False
+
+    def begin(self) -> None:
+        """Remember where the callbacks' counting begins."""
+        self._fresh = [(c, _numbers(c)) for c in _patient(self.trainer.callback_handler.callbacks)]
+        self._warned = False
+
+    def renew(self) -> None:
+        """The model has another size: count anew."""
+        for callback, values in self._fresh:
+            vars(callback).update(values)
+
+    def weigh(self, asked_before: bool, metrics: Mapping[str, Any]) -> None:
+        """After an evaluation: take a stop back that it led to, where cuts are to come."""
+        trainer = self.trainer
+        control, value = trainer.control, metrics.get(trainer.metric_name)
+        broken = isinstance(value, float) and not math.isfinite(value)
+        if asked_before or broken or not control.should_training_stop or not trainer.staging.cuts_to_come:
+            return
+        control.should_training_stop = False
+        if not self._warned:
+            self._warned = True
+            logger.warning(
+                "A callback asked to stop after the evaluation at step %d, before the last cut: training goes on, and "
+                "patience counts from the last cut. To end it all the same, stop in on_step_end.",
+                trainer.state.global_step,
+            )
+
+
+def _patient(callbacks: Iterable[TrainerCallback]) -> list[TrainerCallback]:
+    return [
+        c for c in callbacks if isinstance(c, EarlyStoppingCallback) or any("patience" in name for name in vars(c))
+    ]
+
+
+def _numbers(callback: TrainerCallback) -> dict[str, Any]:
+    return {k: v for k, v in vars(callback).items() if v is None or isinstance(v, (bool, int, float))}

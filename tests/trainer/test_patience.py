@@ -1,0 +1,127 @@
+"""Early stopping waits for the last cut; what stops for another reason stops."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+
+import pytest
+import torch
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+from .conftest import toy_data
+
+
+TWO = {"target_reduction": 0.5, "rounds": 2, "stage_share": 0.5}  # cuts at steps 0 and 10 of 20
+STEPS = {"max_steps": 20, "eval_strategy": "steps", "eval_steps": 1, "logging_steps": 20}
+BEST = {"metric_for_best_model": "score", "greater_is_better": True, "learning_rate": 1e-4}
+SAVE = {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True}
+
+
+def falling(start=0):
+    """A metric that gets worse at every evaluation."""
+    count = itertools.count(start)
+    return lambda prediction: {"score": -float(next(count))}
+
+
+def stopped(make_trainer, callback, metric=None, **options):
+    given = {"compute_metrics": metric or falling(), "callbacks": [callback], "train_dataset": toy_data(32)}
+    trainer = make_trainer(recipe=TWO, trainer_kwargs=given, **STEPS | BEST | options)
+    trainer.train()
+    return trainer
+
+
+class HomeMade(TrainerCallback):
+    """Counts against a best value of its own."""
+
+    def __init__(self, patience):
+        self.patience, self.best, self.bad = patience, None, 0
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        value = metrics["eval_score"]
+        if self.best is None or value > self.best:
+            self.best, self.bad = value, 0
+        else:
+            self.bad += 1
+            control.should_training_stop = self.bad >= self.patience
+
+
+class Impatient(HomeMade):
+    """The same; it does not call it patience, and returns the control."""
+
+    def __init__(self, allowed):
+        self.allowed, self.best, self.bad = allowed, None, 0
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        self.patience = self.allowed
+        super().on_evaluate(args, state, control, metrics)
+        del self.patience
+        return control
+
+
+@pytest.mark.parametrize("saving", [{}, SAVE], ids=["last", "best"])
+@pytest.mark.parametrize("patience", [1, 3])
+@pytest.mark.parametrize("kind", [EarlyStoppingCallback, HomeMade])
+def test_patience_counts_from_the_last_cut(make_trainer, caplog, kind, patience, saving):
+    if saving and kind is HomeMade:
+        pytest.skip("keeps no best model")
+    with caplog.at_level(logging.WARNING):
+        trainer = stopped(make_trainer, kind(patience), **saving)
+    assert [stage.step for stage in trainer.stages] == [0, 10]
+    expected = 11 + patience if kind is HomeMade or saving else 10 + patience
+    # the cut after step 10 comes before that step's evaluation, which is the first to count
+    assert 10 + patience <= trainer.state.global_step <= expected
+    assert caplog.text.count("patience counts from the last cut") == 1
+    assert "planned cuts were not made" not in caplog.text
+
+
+def test_a_callback_that_stops_after_evaluations_waits_too(make_trainer):
+    trainer = stopped(make_trainer, Impatient(2))
+    assert [stage.step for stage in trainer.stages] == [0, 10] and 10 <= trainer.state.global_step < 20
+
+
+def test_without_further_cuts_early_stopping_is_as_ever(make_trainer):
+    for recipe, steps in (({"target_reduction": 0.3, "rounds": 1}, 3), ({"schedule": "none"}, 3)):
+        given = {"compute_metrics": falling(), "callbacks": [EarlyStoppingCallback(2)]}
+        recipe = {"target_reduction": None} | recipe
+        trainer = make_trainer(recipe=recipe, out=str(steps), trainer_kwargs=given, **STEPS | BEST | SAVE)
+        trainer.train()
+        assert trainer.state.global_step == steps
+
+
+@pytest.mark.parametrize("event", ["on_step_end", "on_log", "on_step_begin"])
+def test_other_stops_are_granted_with_a_warning(make_trainer, caplog, event):
+    callback = TrainerCallback()
+
+    def stop(args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= 4
+
+    setattr(callback, event, stop)
+    with caplog.at_level(logging.WARNING):
+        trainer = stopped(make_trainer, callback, logging_steps=2)
+    assert 4 <= trainer.state.global_step <= 5 and len(trainer.stages) == 1
+    assert "1 of 2 planned cuts were not made" in caplog.text and "patience" not in caplog.text
+
+
+def test_a_metric_that_is_not_finite_may_stop_the_run(make_trainer):
+    class NoNumber(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            control.should_training_stop = math.isnan(metrics["eval_score"])
+
+    trainer = stopped(make_trainer, NoNumber(), metric=lambda prediction: {"score": math.nan})
+    assert trainer.state.global_step == 1
+
+
+def test_a_resumed_run_waits_and_ends_alike(make_trainer, weights):
+    def make(out):
+        given = {"compute_metrics": falling(), "callbacks": [EarlyStoppingCallback(2)]}
+        return make_trainer(recipe=TWO, out=out, trainer_kwargs=given, **STEPS | BEST | SAVE)
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
+    assert whole.state.global_step == resumed.state.global_step < 20
+    assert [stage.step for stage in resumed.stages] == [0, 10]
+    ours, theirs = weights(whole.model), weights(resumed.model)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
