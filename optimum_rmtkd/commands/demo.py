@@ -12,7 +12,7 @@ from ..config import RMTKDConfig
 from ..errors import RMTKDError
 from .base import Command, set_help
 from .options import add_options, from_options, option
-from .output import comparison, format_table, weight_bytes, writing_beside
+from .output import OVERWRITE, comparison, format_table, weight_bytes, writing_beside
 from .timing import compare_latency
 
 
@@ -94,7 +94,7 @@ class DemoCommand(Command):
     def parse_args(parser):
         set_help(parser, DESCRIPTION, EPILOG, "optimum-cli rmtkd demo [-o OUT] [options]")
         parser.add_argument("-o", "--output", default="rmtkd-demo", metavar="OUT", help="Default: ./rmtkd-demo.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it holds something.")
+        parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
         add_options(parser, DemoOptions, "size")
 
     def execute(self) -> None:

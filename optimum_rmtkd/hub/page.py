@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import UNSIGNED
 from . import plots
 from .card import comparison_rows, stage_rows
 from .run import Run
@@ -38,7 +39,7 @@ SPECTRUM_COLUMNS = (
 
 
 def report_page(run: Run) -> str:
-    """HTML of a whole run.
+    """HTML of a whole run, to be signed by `files.write_signed`.
 
     Raises:
         RMTKDError: matplotlib (the extra `report`) is not installed.
@@ -185,5 +186,5 @@ def _render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Map
         {"figures": (), "rows": (), "details": ()} | dict(s) | {"key": f"part-{i}"} for i, s in enumerate(sections)
     ]
     return environment.get_template("report.html.jinja").render(
-        title=title, facts=facts, sections=keyed, recipe=sorted(recipe.items())
+        title=title, facts=facts, sections=keyed, recipe=sorted(recipe.items()), generator=UNSIGNED
     )

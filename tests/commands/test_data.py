@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from optimum_rmtkd.commands.data import DataArguments, find_columns, has_images, label_values, load_rows
+from optimum_rmtkd.commands.data import DataArguments, find_columns, has_images, load_rows
+from optimum_rmtkd.commands.labels import label_values
 from optimum_rmtkd.errors import RMTKDError
 
 from .conftest import sentence_rows, write_csv
