@@ -75,7 +75,7 @@ def read_text(path: str | Path) -> str:
 
 
 def sign(text: str) -> str:
-    """`text` with the digest of itself in the place of `UNSIGNED`, which it holds once."""
+    """`text` with the digest of itself in the place of `UNSIGNED`, which it holds once; signed text as it is."""
     return text.replace(UNSIGNED, MARK + hashlib.sha256(text.encode("utf8")).hexdigest())
 
 

@@ -61,15 +61,14 @@ def files_of(folder: Path) -> list[str]:
 
 def write_record(folder: Path) -> None:
     """Record all files below `folder`, which nobody else has written into."""
-    _write(folder, {name: _digest(folder / name) for name in files_of(folder)})
+    _write(folder, _digests(folder, files_of(folder)))
 
 
 def add_to_record(folder: Path, names: Iterable[str]) -> None:
     """Record that `names` were written just now; nothing where `folder` has no record."""
     known = _read(folder)
     if known is not None:
-        there = [name for name in names if (folder / name).is_file() and _is_plain(folder, name)]
-        _write(folder, known | {name: _digest(folder / name) for name in there})
+        _write(folder, known | _digests(folder, names))
 
 
 def survey(folder: Path) -> Contents | None:
@@ -183,6 +182,11 @@ def _is_plain(folder: Path, name: str) -> bool:
 def _is_own(folder: Path, name: str, digest: str) -> bool:
     path = folder / name
     return _is_plain(folder, name) and path.is_file() and _digest(path) == digest
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    there = [name for name in names if (folder / name).is_file() and _is_plain(folder, name)]
+    return {name: _digest(folder / name) for name in there}
 
 
 def _digest(path: Path) -> str:

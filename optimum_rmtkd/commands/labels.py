@@ -313,7 +313,8 @@ def _unknown(
         text += " model, so their numbers do not go together either."
     if known:
         text += " Some names match and some do not: is it the data the model was fine-tuned on?"
-    return f"{text} Say which is which: {_hint(unknown, names)}"
+    free = [name for i, name in enumerate(names) if i not in known.values()]
+    return f"{text} Say which is which: {_hint(unknown, free or names)}"
 
 
 def _hint(keys: Collection[str], names: Sequence[str]) -> str:
