@@ -152,7 +152,8 @@ def label_values(
     names = getattr(feature, "names", None)
     keys = _keys(values, names, column, config.num_labels)
     numbered = names if like is None else getattr(like.features[column], "names", None)
-    table = _classes(dict.fromkeys(keys), column, config, label_map or {}, numbered)
+    rows_of = {key: row for row, key in reversed([*enumerate(keys, 1)])}
+    table = _classes(rows_of, column, config, label_map or {}, numbered)
     return [table[key] for key in keys]
 
 
@@ -220,13 +221,13 @@ def _find(key: str, names: Sequence[str]) -> int | None:
 
 
 def _classes(
-    keys: Collection[str],
+    keys: dict[str, int],
     column: str,
     config: PreTrainedConfig,
     label_map: dict[str, str],
     numbered: Sequence[str] | None,
 ) -> dict[str, int]:
-    """{label: class index}."""
+    """{label: class index} of `keys`, {label: first row of it}."""
     names, mapped = class_names(config), list(label_map)
     given = {key: _target(label_map[mapped[i]], names) for key in keys if (i := _find(key, mapped)) is not None}
     named = {key: i for key in keys if key not in given and (i := _find(key, names)) is not None}
@@ -290,7 +291,7 @@ def _by_number(
 
 
 def _unknown(
-    keys: Collection[str],
+    keys: dict[str, int],
     known: dict[str, int],
     column: str,
     names: Sequence[str],
@@ -298,10 +299,18 @@ def _unknown(
 ) -> str:
     """What is said of labels that the model does not know."""
     unknown = sorted(key for key in keys if key not in known)
+    words = [key for key in unknown if not WHOLE.fullmatch(key)]
+    if not known and 0 < len(words) < len(unknown):
+        row = min(keys[key] for key in words)
+        return (
+            f"Column '{column}' holds {', '.join(map(repr, words[:SHOWN]))} (first in row {row}) among class indices: "
+            "remove or correct such rows, or say of every label which class it is (--label-map LABEL=CLASS ...)."
+        )
     has = _shown(numbered if numbered is not None else sorted(keys))
+    row = min(keys[key] for key in unknown)
     text = (
-        f"Column '{column}' holds label(s) {', '.join(map(repr, unknown[:SHOWN]))} that the model does not know; it "
-        f"knows {_shown(names)}, the data has {has}."
+        f"Column '{column}' holds label(s) {', '.join(map(repr, unknown[:SHOWN]))} (first in row {row}) that the "
+        f"model does not know; it knows {_shown(names)}, the data has {has}."
     )
     moved = [
         key for key in known if numbered is not None and key in numbered and list(numbered).index(key) != known[key]

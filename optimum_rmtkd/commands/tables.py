@@ -85,6 +85,7 @@ def read_table(path: Path, texts: Collection[str] = (), label: Collection[str] =
 
     suffix = path.suffix.lower()
     if suffix == ".parquet":
+        _check_parquet(path)
         return read_dataset(str(path), "parquet", data_files=str(path), split="train")
     try:
         if suffix in SEPARATORS:
@@ -92,7 +93,7 @@ def read_table(path: Path, texts: Collection[str] = (), label: Collection[str] =
             columns = {name: _typed(values, name in texts, name in label) for name, values in cells.items()}
         else:
             columns = _json_columns(path)
-        return Dataset.from_dict(columns)
+        return Dataset.from_dict({name: _array(name, values) for name, values in columns.items()})
     except RecursionError as error:
         raise RMTKDError(
             f"Cannot read {path}: its values are nested too deeply; expected one object a row."
@@ -104,6 +105,28 @@ def read_table(path: Path, texts: Collection[str] = (), label: Collection[str] =
         if isinstance(error, RMTKDError):
             raise
         raise RMTKDError(f"Cannot read {path}: {type(error).__name__}: {error}") from error
+
+
+def _array(name: str, values: list):
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        kinds = sorted({type(value).__name__ for value in values if value is not None})
+        raise ValueError(f"column '{name}' mixes {', '.join(kinds)} ({error})") from error
+
+
+def _check_parquet(path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.read_metadata(path).num_rows
+    except (OSError, pa.ArrowException) as error:
+        raise RMTKDError(f"Cannot read {path}: {type(error).__name__}: {error}") from error
+    if not rows:
+        raise RMTKDError(f"Cannot read {path}: it holds no rows")
 
 
 def read_dataset(what: str, *args: Any, **kwargs: Any):
