@@ -287,7 +287,7 @@ def _push(folder: Path, repo: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # failed connections, too
 
-    from ..folders import add_to_record
+    from ..folders import add_to_record, survey
     from ..hub import write_card
     from ..hub.card import card_files
 
@@ -296,7 +296,13 @@ def _push(folder: Path, repo: str) -> None:
         repo_id = api.create_repo(repo or folder.absolute().name, exist_ok=True).repo_id
         write_card(folder, repo_id)
         add_to_record(folder, card_files(folder))
-        url = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Reduced with optimum-rmtkd")
+        ours = survey(folder)  # what else lies in the folder is nobody's business
+        url = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Reduced with optimum-rmtkd",
+            allow_patterns=list(ours.own) if ours else None,
+        )
     except (HTTPError, OSError, ValueError) as error:
         raise RMTKDError(
             f"The model is saved in {folder}, but it could not be uploaded: {error}. Log in with 'hf auth login', "

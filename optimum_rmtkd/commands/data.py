@@ -105,7 +105,6 @@ def read_by(args: Any, data: DataArguments, checkpoints: str | None = None) -> l
         ("the data", data.dataset),
         ("the data", data.train_file),
         ("the data", data.validation_file),
-        ("--recipe", getattr(args, "recipe", None)),
         ("--checkpoints", checkpoints),
     ]
 

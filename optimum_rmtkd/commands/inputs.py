@@ -74,8 +74,8 @@ def text_tools(
     config = model.config
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RMTKDError(f"'{name}' has no tokenizer: {error}") from error
+    except (OSError, ValueError, LookupError, RecursionError) as error:
+        raise RMTKDError(f"'{name}' has no tokenizer that can be read: {error}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # Without any file transformers makes an empty tokenizer that turns every word into [UNK].
         raise RMTKDError(
@@ -142,8 +142,8 @@ def image_tools(model: str, config: PreTrainedConfig, column: str) -> tuple[Any,
 
     try:
         processor = AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise RMTKDError(f"'{model}' has no image processor: {error}") from error
+    except (OSError, ValueError, LookupError, RecursionError) as error:
+        raise RMTKDError(f"'{model}' has no image processor that can be read: {error}") from error
     mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
 
     def prepare(batch: dict[str, list]) -> dict[str, list]:

@@ -29,7 +29,7 @@ def check_target(path: str | Path) -> None:
         RMTKDError: `path` is a folder or a file that we did not write, or its own folder is missing or cannot be
             written to.
     """
-    path = Path(path).absolute()
+    path = Path(os.path.realpath(path))
     check_replaceable(path)
     if not path.parent.is_dir():
         raise RMTKDError(f"Cannot write {path}: its folder does not exist.")

@@ -160,13 +160,14 @@ def stored_dtype(model: str) -> str:
 
 def _load_model(model: str, kind: str, attn_implementation: str | None) -> PreTrainedModel:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if kind == "text" else AutoModelForImageClassification
     try:
         # Checkpoints stored in half precision would otherwise be calibrated and trained in it.
         loaded = auto.from_pretrained(model, dtype=torch.float32)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RMTKDError(f"Cannot load the weights of '{model}': {error}") from error
     if attn_implementation is not None:
         try:
