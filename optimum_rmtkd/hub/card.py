@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
-from ..files import check_replaceable, picture_metadata, read_text, write_text
+from ..files import is_ours as is_our_file
+from ..files import picture_metadata, read_text, write_text
 from .run import RESULTS, Run, write_results
 
 
@@ -22,6 +24,7 @@ CARD = "README.md"
 FIGURES = "figures"
 LOOKUP_SECONDS = 10
 TAGS = ("optimum", "rmtkd", "model-compression")
+logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 TRAINING_OPTIONS = (
     "epochs",
@@ -83,8 +86,10 @@ def card_files(folder: str | Path) -> list[str]:
     """Names of the files that `write_card` writes, as far as they are there."""
     from .plots import FIGURE_NAMES
 
-    names = [CARD, RESULTS, *(f"{FIGURES}/{name}.png" for name in FIGURE_NAMES)]
-    return [name for name in names if (Path(folder) / name).is_file()]
+    folder = Path(folder)
+    figures = [f"{FIGURES}/{name}.png" for name in FIGURE_NAMES]
+    ours = [name for name in figures if (folder / name).is_file() and is_our_file(folder / name)]
+    return [*(name for name in (CARD, RESULTS) if (folder / name).is_file()), *ours]
 
 
 def _digest(text: str) -> str:
@@ -243,7 +248,9 @@ def _figures(run: Run, folder: Path) -> tuple[dict[str, str], ...]:
     made = []
     for name, text, figure in figures_of(run):
         path = folder / FIGURES / f"{name}.png"
-        check_replaceable(path)
+        if path.exists() and not is_our_file(path):
+            logger.warning("%s was made by somebody else; it stays, and the card goes without it.", path)
+            continue
         figure.savefig(path, dpi=110, facecolor="white", metadata=picture_metadata(path))
         made.append({"text": text, "path": f"{FIGURES}/{name}.png"})
     return tuple(made)

@@ -292,6 +292,11 @@ def test_a_trainer_keeps_what_lies_in_its_folder(project, bert):
     trainer.train()
     trainer.save_model(str(room / "final"))
     trainer.create_model_card()
+    assert (room / "README.md").read_text() == "mine"
+    (room / "README.md").unlink()
+    before.pop(room / "README.md")
+    trainer.create_model_card()
+    assert "narrowed by the spectra" in (room / "README.md").read_text()
     trainer.model.save_pretrained(room / "final")
     assert (room / "rmtkd_stages.json").is_file() and (room / "final" / "model.safetensors").is_file()
     assert_untouched(before)
