@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
@@ -27,12 +29,14 @@ def check_inputs(rows: Dataset, columns: list[str]) -> None:
         RMTKDError: names the column and the first such row.
     """
     for column in columns:
-        feature, cells = rows.features[column], rows.with_format("arrow")[:][column]
-        if cells.null_count:
-            row = cells.is_null().to_pylist().index(True) + 1
+        feature = rows.features[column]
+        batches = rows.select_columns([column]).with_format("arrow").iter(1000)  # in arrow images stay where they are
+        gaps = chain.from_iterable(batch[column].is_null().to_pylist() for batch in batches)
+        empty = [row for row, gap in enumerate(gaps, 1) if gap]
+        if empty:
             raise RMTKDError(
-                f"Column '{column}' holds nothing in {cells.null_count} of {len(cells)} rows, the first of them row "
-                f"{row}: remove or fill such rows."
+                f"Column '{column}' holds nothing in {len(empty)} of {len(rows)} rows, the first of them row "
+                f"{empty[0]}: remove or fill such rows."
             )
         if getattr(feature, "dtype", None) not in ("string", "large_string") and type(feature).__name__ != "Image":
             raise RMTKDError(
@@ -170,10 +174,10 @@ def _check_images(rows: Dataset, column: str, what: str) -> None:
 
 
 def _fault_of(stored: dict[str, Any]) -> str | None:
-    import io
-
     from PIL import Image, UnidentifiedImageError
 
+    if stored.get("bytes") is None and not stored.get("path"):
+        return "it holds nothing"
     source = io.BytesIO(stored["bytes"]) if stored.get("bytes") is not None else stored["path"]
     try:
         with Image.open(source) as image:
