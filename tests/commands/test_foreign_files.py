@@ -174,6 +174,7 @@ def test_analyze_and_files_of_the_user(cli, project):
     assert json.loads((project / "spectra.json").read_text())["sites"]
 
 
+@pytest.mark.slow
 def test_bench_and_files_of_the_user(cli, project):
     assert cli("compress", *DATA, *CUT, "-o", "out")[0] == 0
     shape = ("--batch-sizes", 1, "--lengths", 4, "--repeats", 1)
