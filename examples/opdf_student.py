@@ -22,7 +22,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
 from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments  # (~) Trainer, TrainingArguments
-from optimum_rmtkd.commands.data import DataArguments
+from optimum_rmtkd.commands.data import DataArguments, read_by
+from optimum_rmtkd.commands.output import check_place
 from optimum_rmtkd.commands.task import load_task
 from optimum_rmtkd.distillation.layers import uniform_map
 from optimum_rmtkd.objectives import KLDivergence, TaskLoss, TensorAlignment  # (+)
@@ -62,6 +63,8 @@ def main() -> None:
     arguments, data, training = parser.parse_args_into_dataclasses()
     if (arguments.student is None) == (arguments.keep_layers == 0):
         parser.error("give either --student or --keep_layers")
+    models = [("the model", arguments.teacher), ("the model", arguments.student)]
+    check_place(training.output_dir, [*models, *read_by(arguments, data)])  # never over a model or the data
     with training.main_process_first(desc="reading and tokenizing"):
         task = load_task(arguments.teacher, data, training.seed)
     if arguments.keep_layers:

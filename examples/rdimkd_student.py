@@ -19,7 +19,8 @@ import torch
 from transformers import AutoModelForSequenceClassification, HfArgumentParser
 
 from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments  # (~) Trainer, TrainingArguments
-from optimum_rmtkd.commands.data import DataArguments
+from optimum_rmtkd.commands.data import DataArguments, read_by
+from optimum_rmtkd.commands.output import check_place
 from optimum_rmtkd.commands.task import load_task
 from optimum_rmtkd.objectives import KLDivergence, ProjectedFeatureLoss, TaskLoss  # (+)
 
@@ -42,6 +43,8 @@ class Arguments:
 def main() -> None:
     parser = HfArgumentParser((Arguments, DataArguments, RMTKDTrainingArguments))  # (~)
     arguments, data, training = parser.parse_args_into_dataclasses()
+    models = [("the model", arguments.teacher), ("the model", arguments.student)]
+    check_place(training.output_dir, [*models, *read_by(arguments, data)])  # never over a model or the data
     with training.main_process_first(desc="reading and tokenizing"):
         task = load_task(arguments.teacher, data, training.seed)
     labels = {

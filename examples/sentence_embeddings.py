@@ -26,6 +26,7 @@ from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, HfAr
 
 from optimum_rmtkd import RMTKDError, RMTKDTrainer, RMTKDTrainingArguments, count_parameters, register_objective
 from optimum_rmtkd.commands.options import add_recipe_options, recipe_from_options
+from optimum_rmtkd.commands.output import check_place
 from optimum_rmtkd.distillation import DistillationObjective, HiddenStateLoss
 
 
@@ -135,6 +136,8 @@ def main() -> None:
     add_recipe_options(parser, skip={item.name for item in fields(RMTKDTrainingArguments)})
     arguments, training, *rest = parser.parse_args_into_dataclasses()
     recipe = recipe_from_options(rest[0] if rest else argparse.Namespace()).replace(seed=training.seed)
+    tables = [("the data", path) for path in (*arguments.train_files, arguments.pairs_file)]
+    check_place(training.output_dir, [("the model", arguments.model), *tables])  # never over the model or the data
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32)

@@ -24,7 +24,7 @@ from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 
 from optimum_rmtkd import RMTKDError, TernaryConfig, compress_features
 from optimum_rmtkd.commands.options import add_options, from_options
-from optimum_rmtkd.commands.output import format_table, weight_bytes
+from optimum_rmtkd.commands.output import format_table, weight_bytes, writing_beside
 from optimum_rmtkd.ternary.readout import fit_readout, one_hot
 
 
@@ -95,7 +95,12 @@ def main() -> None:
     x, test_x = (encode(part, model, tokenizer, arguments) for part in (texts, test_texts))
 
     head, report = compress_features(x, y, config)
-    head.save_pretrained(arguments.output_dir)
+    read_from = [
+        ("the model", arguments.model),
+        *(("the data", p) for p in (arguments.train_file, arguments.test_file)),
+    ]
+    with writing_beside(arguments.output_dir, overwrite=True, inputs=read_from) as folder:
+        head.save_pretrained(folder)
     twin, dense = compress_features(x, y, config.replace(storage="dense", mode="weights_only"))
     print(report.table())
     rows = [

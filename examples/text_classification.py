@@ -22,8 +22,9 @@ from dataclasses import dataclass, field, fields
 from transformers import HfArgumentParser
 
 from optimum_rmtkd import RMTKDTrainer, RMTKDTrainingArguments  # (~) Trainer, TrainingArguments
-from optimum_rmtkd.commands.data import DataArguments
+from optimum_rmtkd.commands.data import DataArguments, read_by
 from optimum_rmtkd.commands.options import add_recipe_options, recipe_from_options
+from optimum_rmtkd.commands.output import check_place
 from optimum_rmtkd.commands.task import load_task
 
 
@@ -44,6 +45,7 @@ def parse() -> tuple:
 
 def main() -> None:
     arguments, data, training, recipe = parse()
+    check_place(training.output_dir, read_by(arguments, data))  # never over the model or the data
     with training.main_process_first(desc="reading and tokenizing"):
         task = load_task(arguments.model, data, training.seed)
     trainer = RMTKDTrainer(  # (~)

@@ -35,7 +35,9 @@ from optimum_rmtkd.commands.demo import (
     read_digits,
     train_dense,
 )
+from optimum_rmtkd.commands.output import check_target
 from optimum_rmtkd.commands.timing import compare_latency
+from optimum_rmtkd.files import UNSIGNED, write_signed
 
 
 CONTROLS = {"paper": PAPER, "random basis": RANDOM_BASIS, "random init": {}}
@@ -49,6 +51,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=None, help="Also write the rows as JSON.")
     parser.add_argument("--controls", action="store_true", help="The controls only, in the file, too: 4 minutes.")
     arguments = parser.parse_args()
+    if arguments.output is not None:
+        check_target(arguments.output)
     output, sizes = arguments.output, () if arguments.controls else SIZES
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -105,9 +109,8 @@ def main() -> None:
         rows = [measure("rmtkd", target, epochs, SEEDS) for target, epochs in sizes]
         rows += [measure(name, 0.8, 20, SEEDS[:1], **changes) for name, changes in CONTROLS.items()]
     if output is not None:
-        output.write_text(
-            json.dumps({"teacher": teacher, "parameters": before, "rows": rows}, indent=1) + "\n", encoding="utf8"
-        )
+        found = {"teacher": teacher, "parameters": before, "rows": rows, "written_by": UNSIGNED}
+        write_signed(output, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 from ..config import RMTKDConfig
-from ..errors import check_matplotlib
+from ..errors import RMTKDError, check_matplotlib
 from .base import Command, set_help
 from .data import DataArguments, check_files
 from .options import add_options, add_recipe_options, from_options, recipe_from_options
@@ -33,6 +34,10 @@ examples:
     optimum-cli rmtkd analyze --model ./my-bert --train-file train.csv --edge-estimator mp_quantile --sample-unit token
   a dataset of the Hub
     optimum-cli rmtkd analyze --model org/bert-sst2 --dataset glue --dataset-config sst2
+  a file whose labels are called otherwise than the classes of the model
+    optimum-cli rmtkd analyze --model ./my-bert --train-file train.csv --label-map bad=LABEL_0 good=LABEL_1
+
+A file that is there already is replaced only if this command wrote it and nobody changed it since.
 """
 
 
@@ -52,9 +57,11 @@ class AnalyzeCommand(Command):
         recipe: RMTKDConfig = recipe_from_options(self.args)
         data = from_options(DataArguments, self.args)
         check_files(data)
-        for path in (self.args.json, self.args.html, self.args.plot):
-            if path:
-                check_target(path)
+        targets = [path for path in (self.args.json, self.args.html, self.args.plot) if path]
+        for path in targets:
+            check_target(path)
+        if len({Path(path).resolve() for path in targets}) < len(targets):
+            raise RMTKDError(f"{', '.join(targets)}: the outputs would replace each other; give each its own file.")
         if self.args.html or self.args.plot:
             check_matplotlib()
 
@@ -62,7 +69,8 @@ class AnalyzeCommand(Command):
         from .task import load_task
 
         # Nothing is validated here, so no row is held out for it.
-        task = load_task(self.args.model, dataclasses.replace(data, validation_file=data.train_file), recipe.seed)
+        seen = dataclasses.replace(data, validation_file=data.train_file, max_eval_samples=1)
+        task = load_task(self.args.model, seen, recipe.seed)
         loader = task.calibration_loader(self.args.batch_size, recipe.seed)
         report = analyze(task.model, loader, recipe)
         print(report.table())

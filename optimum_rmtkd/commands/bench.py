@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
-from ..files import write_text
+from ..files import UNSIGNED, write_signed
+from ..folders import add_to_record
 from ..validation import Count, check_fields
 from .base import Command, set_help
 from .measuring import NOT_MEASURABLE, count_flops, energy_meter, peak_memory
@@ -39,7 +40,8 @@ examples:
   optimum-cli rmtkd bench ./my-bert-small --against ./my-bert --batch-sizes 1 8 64 --lengths 32 128 --threads 4
   optimum-cli rmtkd bench ./my-bert-small --against ./my-bert --energy
 
-The figures go into OUT/rmtkd_bench.json and into the model card, where OUT has one. What this machine has no counter
+The figures go into OUT/rmtkd_bench.json and into the model card, where OUT has one; a file or a card that somebody
+else wrote or changed stays. What this machine has no counter
 for is "not measurable here".
 """
 
@@ -73,7 +75,7 @@ class BenchCommand(Command):
 
     def execute(self) -> None:
         from ..hub import write_card
-        from ..hub.card import CARD, is_ours
+        from ..hub.card import CARD, card_files, is_ours
         from ..hub.run import BENCH
 
         options = from_options(BenchOptions, self.args)
@@ -85,12 +87,15 @@ class BenchCommand(Command):
         print(f"{found['setting']}\n")
         print(format_table(("", "before", "after", "change"), found["rows"]))
         if target is not None:
-            write_text(target, json.dumps(found, indent=1) + "\n")
+            write_signed(target, json.dumps(found | {"written_by": UNSIGNED}, indent=1) + "\n")
+            if self.args.json is None:
+                add_to_record(folder, [BENCH])
             print(f"\nwritten to {target}")
         if self.args.json or not (folder / CARD).is_file():
             return
         if is_ours(folder):
             write_card(folder)
+            add_to_record(folder, card_files(folder))
             print(f"and into {folder / CARD}")
         else:
             print(f"not into {folder / CARD}, which somebody else wrote or changed")

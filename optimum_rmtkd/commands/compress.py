@@ -7,27 +7,33 @@ import itertools
 import os
 import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
 
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
-from ..validation import AtLeastZero, Count, Interval, Positive, check_fields
 from .base import Command, set_help
-from .data import DataArguments, check_files
-from .options import add_options, add_recipe_options, from_options, option, recipe_from_options
-from .output import comparison, format_table, weight_bytes, writing_beside
+from .data import DataArguments, check_files, read_by
+from .options import add_options, add_recipe_options, from_options, recipe_from_options
+from .output import OVERWRITE, comparison, format_table, weight_bytes, writing_beside
+from .training import (
+    TrainingOptions,
+    check_checkpoints,
+    how_to_continue,
+    keep_latest,
+    last_checkpoint,
+    training_arguments,
+)
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..trainer import RMTKDTrainingArguments, Stage
+    from ..trainer import Stage
     from .task import Task
 
 
-__all__ = ["CompressCommand", "TrainingOptions"]
+__all__ = ["CompressCommand"]
 
 RECIPE_NAME = "rmtkd_recipe.json"
 ALARMING = 0.05  # of accuracy or correlation lost
@@ -53,6 +59,8 @@ examples:
         --text-column sentence1 sentence2 --target-reduction 0.6 -o ./small
   an image classifier on a folder of images, one sub-folder for each class
     optimum-cli rmtkd compress --model ./my-vit --train-file ./train --validation-file ./test -o ./small
+  a csv with names, for a model whose classes are LABEL_0 and LABEL_1
+    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --label-map bad=LABEL_0 good=LABEL_1 -o ./small
   other objectives, and weights trained as matrix product operators (OPDF), which are folded before saving
     optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --target-reduction 0.8 \\
         --objectives '{"task": {"weight": 0.5}, "skew_kl": {"alpha": 0.1}}' --reparameterization mpo -o ./small
@@ -64,42 +72,11 @@ reload:
   import optimum_rmtkd
   model = AutoModelForSequenceClassification.from_pretrained("./my-bert-small")
 
-OUT appears only when everything has succeeded. For training on several devices use examples/text_classification.py.
+OUT appears only when everything has succeeded. With --overwrite the files that an earlier run wrote into OUT
+(rmtkd_files.json lists them) are replaced; whatever else lies there stays. OUT must be a folder of its own, apart from
+the model, the data, the checkpoints and the working directory. For training on several devices use
+examples/text_classification.py.
 """
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """How the narrowed model is distilled."""
-
-    train: bool = option(True, "Distil after the cut. --no-train: one cut, no training.")
-    epochs: Positive = option(1.0, "Passes over the training rows.")
-    max_steps: Annotated[int, Interval(-1)] = option(
-        -1, "Stop after so many optimizer steps; -1: as many as the epochs need."
-    )
-    batch_size: Count = option(32, "Rows in one step on one device.")
-    eval_batch_size: Count = option(64, "Rows in one forward pass when evaluating.")
-    learning_rate: Positive = option(3e-4, "Peak learning rate of AdamW. For cuts up to about 65 % try 1e-4.")
-    weight_decay: AtLeastZero = option(0.01, "Weight decay of AdamW.")
-    warmup_steps: Annotated[int, Interval(0)] = option(0, "Steps of linear warm-up.")
-    gradient_accumulation_steps: Count = option(1, "Batches summed up into one step.")
-    bf16: bool = option(False, "Train in bfloat16 mixed precision.")
-    attn_implementation: str | None = option(
-        None,
-        "Attention kernel, not stored with the model. None: transformers' choice. On a CPU with --bf16, eager trains "
-        "quicker.",
-        choices=("eager", "sdpa"),
-    )
-    logging_steps: Count = option(100, "Steps between two lines of the training log.")
-    checkpoints: str | None = option(
-        None, "Folder for checkpoints: kept, and continued from if it already holds one. None: no checkpoints."
-    )
-    save_steps: Count = option(500, "Steps between two checkpoints.")
-
-    def __post_init__(self):
-        check_fields(self, as_options=True)
-        if self.checkpoints is not None and not self.train:
-            raise RMTKDError("--checkpoints and --no-train: a cut alone has no checkpoints. Drop one of them.")
 
 
 class CompressCommand(Command):
@@ -108,7 +85,7 @@ class CompressCommand(Command):
         set_help(parser, DESCRIPTION, EPILOG, USAGE)
         parser.add_argument("--model", required=True, help="Hub name or local folder of a fine-tuned classifier.")
         parser.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder of the reduced model.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it holds something.")
+        parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
         parser.add_argument(
             "--save-dtype",
             choices=("auto", "float32", "float16", "bfloat16"),
@@ -137,7 +114,9 @@ class CompressCommand(Command):
             _check_can_push(self.args.push_to_hub)
         from ..hub import write_card
 
-        with writing_beside(self.args.output, self.args.overwrite) as folder:
+        inputs = read_by(self.args, data, training.checkpoints)
+        with writing_beside(self.args.output, self.args.overwrite, inputs) as folder:
+            check_checkpoints(training.checkpoints)
             table = _compress(self.args.model, data, training, recipe, self.args.save_dtype, folder)
             write_card(folder, Path(self.args.output).absolute().name)
         print(table)
@@ -281,61 +260,16 @@ def _distil(
         data_collator=task.collator,
         compute_metrics=task.compute_metrics,
     )
+    if training.checkpoints is not None:
+        trainer.add_callback(keep_latest(training.checkpoints))
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(training))
     except KeyboardInterrupt:
-        print(f"\n{_how_to_continue(training)}", file=sys.stderr)
+        print(f"\n{how_to_continue(training)}", file=sys.stderr)
         raise
     if (spectra := Path(args.output_dir) / SPECTRA).is_file():
         shutil.copyfile(spectra, folder / SPECTRA)
     return trainer.accelerator.unwrap_model(trainer.model), list(trainer.stages), list(trainer.state.log_history)
-
-
-def training_arguments(training: TrainingOptions, seed: int, folder: Path, **others: Any) -> RMTKDTrainingArguments:
-    """Arguments of the trainer; without checkpoints it writes into `folder`/trainer, which `_save` removes."""
-    import torch
-
-    from ..trainer import RMTKDTrainingArguments
-
-    return RMTKDTrainingArguments(
-        output_dir=training.checkpoints or str(folder / "trainer"),
-        num_train_epochs=training.epochs,
-        max_steps=training.max_steps,
-        per_device_train_batch_size=training.batch_size,
-        per_device_eval_batch_size=training.eval_batch_size,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        warmup_steps=training.warmup_steps,
-        bf16=training.bf16,
-        logging_steps=training.logging_steps,
-        save_strategy="steps" if training.checkpoints else "no",
-        save_steps=training.save_steps,
-        save_total_limit=2,
-        seed=seed,
-        report_to="none",
-        remove_unused_columns=False,
-        dataloader_pin_memory=torch.accelerator.is_available(),
-        **others,
-    )
-
-
-def last_checkpoint(training: TrainingOptions) -> str | None:
-    """Where an interrupted run continues; None: from the start."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    there = training.checkpoints is not None and Path(training.checkpoints).is_dir()
-    return get_last_checkpoint(training.checkpoints) if there else None
-
-
-def _how_to_continue(training: TrainingOptions) -> str:
-    folder = training.checkpoints
-    if folder is None:
-        return "Nothing is kept of this training: with --checkpoints DIR it could be continued."
-    last = last_checkpoint(training)
-    if last is None:
-        return f"No checkpoint yet in {folder}: one is written every {training.save_steps} steps (--save-steps)."
-    return f"The same command continues from {last}."
 
 
 def _rounded_to(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
@@ -357,13 +291,22 @@ def _push(folder: Path, repo: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # failed connections, too
 
+    from ..folders import add_to_record, survey
     from ..hub import write_card
+    from ..hub.card import card_files
 
     api = HfApi()
     try:
         repo_id = api.create_repo(repo or folder.absolute().name, exist_ok=True).repo_id
         write_card(folder, repo_id)
-        url = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Reduced with optimum-rmtkd")
+        add_to_record(folder, card_files(folder))
+        ours = survey(folder)  # what else lies in the folder is nobody's business
+        url = api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message="Reduced with optimum-rmtkd",
+            allow_patterns=list(ours.own) if ours else None,
+        )
     except (HTTPError, OSError, ValueError) as error:
         raise RMTKDError(
             f"The model is saved in {folder}, but it could not be uploaded: {error}. Log in with 'hf auth login', "

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import RMTKDError
 from ..validation import Count, Length, check_fields
+from .labels import parse_label_map
 from .metrics import METRICS
 from .options import option
+from .tables import KINDS, check_contents, read_dataset, read_table
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedConfig
 
 
-__all__ = ["DataArguments", "check_files", "find_columns", "has_images", "label_values", "load_rows"]
+__all__ = ["DataArguments", "check_files", "divide", "find_columns", "has_images", "load_rows", "read_by", "read_rows"]
 
-BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # labels of images in a file of their own
 VALIDATION_SPLITS = ("validation", "validation_matched", "dev", "test")
 LABEL_COLUMNS = ("label", "labels", "score", "target")
 HELD_OUT = 0.1
@@ -49,6 +50,11 @@ class DataArguments:
         None, "One or two text columns. None: the columns that hold strings."
     )
     label_column: str | None = option(None, f"Column of the labels. None: the first of {', '.join(LABEL_COLUMNS)}.")
+    label_map: list[str] | None = option(
+        None,
+        "Which label of the data is which class of the model, where the names differ: NAME=CLASS ..., a JSON object, "
+        "or a .json file of one. CLASS is a name or a number.",
+    )
     metric: str | None = option(
         None, "What is measured on the validation rows. None: accuracy, or pearson for regression.", tuple(METRICS)
     )
@@ -64,6 +70,7 @@ class DataArguments:
             raise RMTKDError("No data: pass --train-file FILE (csv, json, parquet, image folder) or --dataset NAME.")
         if self.dataset is not None and (self.train_file or self.validation_file):
             raise RMTKDError(f"Both --dataset {self.dataset} and a local file were given: drop one of them.")
+        parse_label_map(self.label_map)
 
     def described(self) -> dict[str, Any]:
         """What a model card says about the data; names of files without their paths."""
@@ -84,26 +91,53 @@ def check_files(data: DataArguments) -> None:
             continue
         if not Path(path).is_file():
             raise RMTKDError(f"{path}: no such file or folder.")
-        if Path(path).suffix.lower() not in BUILDERS:
+        if Path(path).suffix.lower() not in KINDS:
             raise RMTKDError(
-                f"{path}: unknown kind of file '{Path(path).suffix}'; expected one of {', '.join(BUILDERS)}."
+                f"{path}: unknown kind of file '{Path(path).suffix}'; expected one of {', '.join(KINDS)}."
             )
-        if Path(path).stat().st_size == 0:
-            raise RMTKDError(f"{path} is empty.")
+        check_contents(Path(path))
+
+
+def read_by(args: Any, data: DataArguments, checkpoints: str | None = None) -> list[tuple[str, str | None]]:
+    """What a command reads and keeps, which its output must be apart from (`output.check_place`)."""
+    return [
+        ("the model", getattr(args, "model", None)),
+        ("the data", data.dataset),
+        ("the data", data.train_file),
+        ("the data", data.validation_file),
+        ("--checkpoints", checkpoints),
+    ]
 
 
 def load_rows(data: DataArguments, seed: int = 0) -> tuple[Dataset, Dataset]:
     """Training and validation rows, shortened as `data` says.
 
     Raises:
-        RMTKDError: a file or dataset that is missing, unreadable, empty, or without a training split.
+        RMTKDError: as `read_rows` and `divide`.
+    """
+    return divide(*read_rows(data), data, seed)
+
+
+def read_rows(data: DataArguments) -> tuple[Dataset, Dataset | None]:
+    """All training rows, and the validation rows where there are any of their own.
+
+    Raises:
+        RMTKDError: a file or dataset that is missing, unreadable, or without a training split.
     """
     check_files(data)
     if data.dataset is not None:
-        train, validation = _from_hub(data.dataset, data.dataset_config)
-    else:
-        train = _from_path(data.train_file)
-        validation = _from_path(data.validation_file) if data.validation_file else None
+        return _from_hub(data.dataset, data.dataset_config)
+    validation = _from_path(data.validation_file, data) if data.validation_file else None
+    return _from_path(data.train_file, data), validation
+
+
+def divide(train: Dataset, validation: Dataset | None, data: DataArguments, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Training and validation rows, shortened as `data` says; where there are none for validation, a tenth of the
+    training rows is held out.
+
+    Raises:
+        RMTKDError: one of them is empty, or one row is to be split.
+    """
     if validation is None:
         if train.num_rows < 2:
             raise RMTKDError("One training row cannot be split: pass --validation-file.")
@@ -120,36 +154,31 @@ def load_rows(data: DataArguments, seed: int = 0) -> tuple[Dataset, Dataset]:
     return train, validation
 
 
-def _load(what: str, *args: Any, **kwargs: Any):
-    """`datasets.load_dataset` with its many ways to fail turned into one."""
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    try:
-        return load_dataset(*args, **kwargs)
-    except (OSError, ValueError, TypeError, DatasetsError) as error:
-        # The useful sentence is the innermost one: datasets wraps the parser's error twice.
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        told = "it holds no rows" if "corresponds to no data" in str(cause) else f"{type(cause).__name__}: {cause}"
-        raise RMTKDError(f"Cannot read {what}: {told}") from error
-
-
 def _from_hub(name: str, config: str | None) -> tuple[Dataset, Dataset | None]:
-    splits = _load(f"dataset {name}", name, config)
+    splits = read_dataset(f"dataset {name}", name, config)
     if "train" not in splits:
         raise RMTKDError(f"Dataset {name} has no split 'train'; it has {', '.join(splits)}.")
     validation = next((split for split in VALIDATION_SPLITS if split in splits), None)
     return splits["train"], splits[validation] if validation else None
 
 
-def _from_path(path: str) -> Dataset:
+def _from_path(path: str, data: DataArguments) -> Dataset:
     place = Path(path)
     if place.is_dir():
-        return _load(f"image folder {path}", "imagefolder", data_dir=str(place), split="train")
-    extra = {"sep": "\t"} if place.suffix.lower() == ".tsv" else {}
-    return _load(path, BUILDERS[place.suffix.lower()], data_files=str(place), split="train", **extra)
+        return _image_folder(place)
+    label = (data.label_column,) if data.label_column else LABEL_COLUMNS
+    return read_table(place, data.text_column or (), label)
+
+
+def _image_folder(place: Path) -> Dataset:
+    what = f"image folder {place}"
+    if any(next(place.rglob(name), None) for name in METADATA):
+        return read_dataset(what, "imagefolder", data_dir=str(place), split="train")
+    # with one class alone the labels would be left out otherwise
+    rows = read_dataset(what, "imagefolder", data_dir=str(place), split="train", drop_labels=False)
+    if "image" not in rows.column_names:
+        raise RMTKDError(f"{place} is a folder without images; expected one sub-folder of images for each class.")
+    return rows
 
 
 def has_images(rows: Dataset) -> bool:
@@ -189,90 +218,3 @@ def find_columns(rows: Dataset, data: DataArguments) -> tuple[list[str], str]:
         found = f"{len(texts)} columns hold strings ({', '.join(texts)})" if texts else "no column holds strings"
         raise RMTKDError(f"Cannot tell the text columns: {found}; the columns are {there}. Pass --text-column A [B].")
     return texts, label
-
-
-def label_values(rows: Dataset, column: str, config: PreTrainedConfig) -> list[int] | list[float]:
-    """The labels of `rows` as the model with `config` counts them: class indices, or numbers for a regression model.
-
-    Names (strings, or the names of a `ClassLabel`) are matched with `config.label2id`, letter case ignored.
-
-    Raises:
-        RMTKDError: labels are missing, are no numbers, or do not fit the classes of the model.
-    """
-    from datasets import ClassLabel
-
-    values, feature = rows[column][:], rows.features[column]
-    if any(value is None for value in values):
-        raise RMTKDError(
-            f"Column '{column}': {values.count(None)} of {len(values)} rows have no label; expected one in each. "
-            "Remove them."
-        )
-    if config.num_labels == 1 or config.problem_type == "regression":
-        return _numbers(values, feature, column)
-    if config.problem_type == "multi_label_classification":
-        raise RMTKDError("The model is a multi-label classifier; only one label per row is supported.")
-    if isinstance(feature, ClassLabel):
-        return _by_class_label(values, feature, column, config)
-    if isinstance(values[0], str):
-        return _by_name(values, column, config)
-    return _by_index(values, column, config)
-
-
-def _numbers(values: list, feature: Any, column: str) -> list[float]:
-    names = getattr(feature, "names", None)
-    if names:
-        raise RMTKDError(
-            f"Column '{column}' holds {len(names)} classes ({', '.join(names[:5])}), but the model has one output "
-            "(regression): pass a classifier, or scores."
-        )
-    if isinstance(values[0], (str, list)):
-        raise RMTKDError(
-            f"Column '{column}' holds {values[0]!r}; the model has one output (regression): expected numbers."
-        )
-    return [float(value) for value in values]
-
-
-def _index_of(config: PreTrainedConfig) -> dict[str, int]:
-    return {str(name).casefold(): int(index) for name, index in config.label2id.items()}
-
-
-def _by_class_label(values: list[int], feature: Any, column: str, config: PreTrainedConfig) -> list[int]:
-    index_of = _index_of(config)
-    if all(name.casefold() in index_of for name in feature.names):
-        order = [index_of[name.casefold()] for name in feature.names]
-        return _by_index([order[value] if value >= 0 else value for value in values], column, config)
-    if len(feature.names) != config.num_labels:
-        raise RMTKDError(
-            f"Column '{column}' has {len(feature.names)} classes ({', '.join(feature.names[:5])}), the model has "
-            f"{config.num_labels} ({', '.join(list(config.label2id)[:5])}): pass the data the model was fine-tuned on."
-        )
-    return _by_index(values, column, config)
-
-
-def _by_name(values: list[str], column: str, config: PreTrainedConfig) -> list[int]:
-    index_of = _index_of(config)
-    unknown = sorted({value for value in values if value.casefold() not in index_of})
-    if unknown:
-        raise RMTKDError(
-            f"Column '{column}' holds label(s) {', '.join(map(repr, unknown[:5]))} that the model does not know; it "
-            f"knows {', '.join(list(config.label2id)[:5])}. Write its names, or the class indices 0 to "
-            f"{config.num_labels - 1}."
-        )
-    return [index_of[value.casefold()] for value in values]
-
-
-def _by_index(values: list, column: str, config: PreTrainedConfig) -> list[int]:
-    wrong = next((v for v in values if not isinstance(v, (int, float)) or v != int(v)), None)
-    if wrong is not None:
-        raise RMTKDError(
-            f"Column '{column}' holds {wrong!r}; the model has {config.num_labels} classes: expected class indices or "
-            "names."
-        )
-    low, high = int(min(values)), int(max(values))
-    if low < 0 or high >= config.num_labels:
-        hint = " (-1 marks rows without a label)" if low == -1 else ""
-        raise RMTKDError(
-            f"Column '{column}' holds labels from {low} to {high}{hint}; the model has {config.num_labels} classes: "
-            f"expected 0 to {config.num_labels - 1}."
-        )
-    return [int(value) for value in values]

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
 from ..validation import Count, Interval, Seed, check_fields
 from .base import Command, set_help
 from .options import add_options, from_options, option
-from .output import comparison, format_table, weight_bytes, writing_beside
+from .output import OVERWRITE, comparison, format_table, weight_bytes, writing_beside
 from .timing import compare_latency
 
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import EvalPrediction, PreTrainedModel
 
-    from ..trainer import RMTKDTrainingArguments
+    from ..trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "accuracy",
     "build_vit",
     "distil_narrow",
+    "distilled",
     "distillation_arguments",
     "read_digits",
     "train_dense",
@@ -38,6 +41,8 @@ __all__ = [
 
 ALLOWED_LOSS = 0.01  # accuracy the reduced model may lose: one point
 BATCH = 64
+LOGGED = 40  # steps between two points of the training curve
+RECIPE_NAME = "rmtkd_recipe.json"
 
 DESCRIPTION = """\
 Train a small vision transformer on the handwritten digits that scikit-learn carries, show its spectra, remove most of
@@ -49,6 +54,8 @@ EPILOG = """\
 examples:
   optimum-cli rmtkd demo
   optimum-cli rmtkd demo --target-reduction 0.9 --distil-epochs 40 -o ./digits-small
+  a page about what it did (needs matplotlib, which the extra "demo" brings)
+  optimum-cli rmtkd report ./rmtkd-demo
 """
 
 RELOAD = """\
@@ -100,23 +107,28 @@ class DemoCommand(Command):
     def parse_args(parser):
         set_help(parser, DESCRIPTION, EPILOG, "optimum-cli rmtkd demo [-o OUT] [options]")
         parser.add_argument("-o", "--output", default="rmtkd-demo", metavar="OUT", help="Default: ./rmtkd-demo.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it holds something.")
+        parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
         add_options(parser, DemoOptions, "size")
 
     def execute(self) -> None:
         options = from_options(DemoOptions, self.args)
         with writing_beside(self.args.output, self.args.overwrite) as folder:
-            lost = _demonstrate(options, folder)
+            lost = _demonstrate(options, folder, Path(self.args.output).absolute().name)
         print(f"saved to {self.args.output}; reload it with:")
         print("  import optimum_rmtkd")
         print(f"  AutoModelForImageClassification.from_pretrained({str(self.args.output)!r})")
+        print(f"what was done, as a page: optimum-cli rmtkd report {self.args.output}")
         if lost > ALLOWED_LOSS:
             print(f"The reduced model lost {100 * lost:.2f} points of accuracy, more than the one point allowed.")
             raise SystemExit(1)
 
 
-def _demonstrate(options: DemoOptions, folder: Path) -> float:
-    """Train, analyse, narrow, distil and save into `folder`; return the accuracy lost on the held-out digits."""
+def _demonstrate(options: DemoOptions, folder: Path, name: str) -> float:
+    """Train, analyse, narrow, distil and save into `folder`, with the record of it all under the name `name`.
+
+    Returns:
+        The accuracy lost on the held-out digits.
+    """
     from transformers import set_seed
 
     import optimum_rmtkd  # noqa: F401  registers the reduced classes
@@ -137,27 +149,62 @@ def _demonstrate(options: DemoOptions, folder: Path) -> float:
     _show_spectra(dense, digits, recipe)
 
     _say(f"3. narrowing it by {100 * options.target_reduction:.0f} % and distilling it from its former self")
-    narrow = distil_narrow(dense, digits, recipe, options, folder / "trainer")
+    logged = {"logging_strategy": "steps", "logging_steps": LOGGED}
+    trainer = distilled(dense, digits, recipe, options, folder / "trainer", **logged)
+    narrow = trainer.accelerator.unwrap_model(trainer.model).eval()
 
     _say("4. saving, and reloading in a fresh process")
-    _clear(folder)
     narrow.save_pretrained(folder)
     _check_reload(narrow, digits.test_pixels[:256], folder)
 
     _say(f"5. before and after, on {len(digits.test_labels)} digits that were held out")
     values = accuracy(dense, digits), accuracy(narrow, digits)
-    rows = comparison(
-        parameters=(count_parameters(dense), count_parameters(narrow)),
-        size=(dense_bytes, weight_bytes(folder)),
-        metric="accuracy",
-        values=values,
-    )
+    sizes = count_parameters(dense), count_parameters(narrow)
+    size = dense_bytes, weight_bytes(folder)
+    rows = comparison(parameters=sizes, size=size, metric="accuracy", values=values)
+    held_out = len(digits.test_labels)
+    _record(trainer, recipe, options, folder, name, parameters=sizes, bytes=size, values=values, rows=held_out)
     for batch in (1, 256):
         latency = compare_latency(dense, narrow, {"pixel_values": digits.test_pixels[:batch]})
         times = f"{1e3 * latency.before:.2f} ms", f"{1e3 * latency.after:.2f} ms"
         rows.append((f"latency, batch {batch}", *times, f"{latency.ratio:.2f}x faster"))
     print(format_table(("", "before", "after", "change"), rows))
     return values[0] - values[1]
+
+
+def _record(
+    trainer: RMTKDTrainer,
+    recipe: RMTKDConfig,
+    options: DemoOptions,
+    folder: Path,
+    name: str,
+    *,
+    parameters: tuple[int, int],
+    bytes: tuple[int, int],
+    values: tuple[float, float],
+    rows: int,
+) -> None:
+    """What `report` and the model card are made of, and the card; the trainings' own folders are cleared."""
+    from ..hub import write_card, write_results
+    from ..hub.run import SPECTRA, STAGES
+
+    for file in (STAGES, SPECTRA):
+        shutil.copyfile(folder / "trainer" / file, folder / file)
+    for part in ("trainer", "dense"):
+        shutil.rmtree(folder / part)
+    recipe.to_json_file(folder / RECIPE_NAME)
+    write_results(
+        folder,
+        base_model="digits-vit",
+        parameters=parameters,
+        bytes=bytes,
+        metric={"name": "accuracy", "before": values[0], "after": values[1]},
+        dataset={"id": "digits", "name": "digits", "split": "held out", "rows": rows, "on_hub": False},
+        log_history=list(trainer.state.log_history),
+        training=dataclasses.asdict(options) | {"epochs": options.distil_epochs, "batch_size": BATCH},
+        recipe=recipe.to_dict(),
+    )
+    write_card(folder, name)
 
 
 def _say(text: str) -> None:
@@ -232,27 +279,48 @@ def train_dense(model: PreTrainedModel, digits: Digits, options: DemoOptions, fo
     model.eval()
 
 
-def distillation_arguments(options: DemoOptions, folder: Path) -> RMTKDTrainingArguments:
-    """Of the training after the cut."""
+def distillation_arguments(options: DemoOptions, folder: Path, **others: Any) -> RMTKDTrainingArguments:
+    """Of the training after the cut; `others` replace what the demonstration takes."""
     from ..trainer import RMTKDTrainingArguments
 
-    return RMTKDTrainingArguments(**_arguments(folder, options.distil_epochs, 1e-3, options))
+    return RMTKDTrainingArguments(**_arguments(folder, options.distil_epochs, 1e-3, options) | others)
 
 
 def distil_narrow(
     dense: PreTrainedModel, digits: Digits, recipe: RMTKDConfig, options: DemoOptions, folder: Path
 ) -> PreTrainedModel:
     """A narrowed and distilled copy; `dense` stays as it is."""
+    trainer = distilled(dense, digits, recipe, options, folder)
+    return trainer.accelerator.unwrap_model(trainer.model).eval()
+
+
+def distilled(
+    dense: PreTrainedModel, digits: Digits, recipe: RMTKDConfig, options: DemoOptions, folder: Path, **others: Any
+) -> RMTKDTrainer:
+    """The trainer that has narrowed and distilled a copy of `dense`; its record of stages lies in `folder`.
+
+    The held-out digits are looked at, never trained or chosen on.
+    """
     import copy
 
     from ..trainer import RMTKDTrainer
 
-    args = distillation_arguments(options, folder)
+    judged = {"metric_for_best_model": "accuracy", "greater_is_better": True}
     trainer = RMTKDTrainer(
-        model=copy.deepcopy(dense), args=args, rmtkd_config=recipe, train_dataset=digits.train_rows()
+        model=copy.deepcopy(dense),
+        args=distillation_arguments(options, folder, **judged, **others),
+        rmtkd_config=recipe,
+        train_dataset=digits.train_rows(),
+        eval_dataset=[{"pixel_values": x, "labels": int(y)} for x, y in zip(digits.test_pixels, digits.test_labels)],
+        compute_metrics=_accuracy_of,
     )
     trainer.train()
-    return trainer.accelerator.unwrap_model(trainer.model).eval()
+    return trainer
+
+
+def _accuracy_of(prediction: EvalPrediction) -> dict[str, float]:
+    logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
 
 
 def _show_spectra(model: PreTrainedModel, digits: Digits, recipe: RMTKDConfig) -> None:
@@ -263,13 +331,6 @@ def _show_spectra(model: PreTrainedModel, digits: Digits, recipe: RMTKDConfig) -
 
     loader = DataLoader(digits.train_rows(), batch_size=256, collate_fn=default_data_collator)
     print(analyze(model, loader, recipe).table())
-
-
-def _clear(folder: Path) -> None:
-    import shutil
-
-    for name in ("trainer", "dense"):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _logits(model: PreTrainedModel, pixels: Tensor) -> Tensor:

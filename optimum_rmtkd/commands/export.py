@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .base import Command, set_help
-from .output import writing_beside
+from .output import OVERWRITE, writing_beside
 
 
 if TYPE_CHECKING:
@@ -47,13 +47,14 @@ class ExportCommand(Command):
         parser.add_argument("--format", required=True, choices=tuple(FORMATS), help="What to write.")
         parser.add_argument("-o", "--output", required=True, metavar="DIR", help="Folder to write to.")
         parser.add_argument("--pad", action="store_true", help="native: fill narrower layers up with zeros.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace DIR if it holds something.")
+        parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
 
     def execute(self) -> None:
         from ..hub.loading import load_model, load_processor
 
-        model = load_model(self.args.model)
-        with writing_beside(self.args.output, self.args.overwrite) as folder:
+        inputs = [("the model", self.args.model)]
+        with writing_beside(self.args.output, self.args.overwrite, inputs) as folder:
+            model = load_model(self.args.model)
             said = FORMATS[self.args.format](model, folder, self.args.pad)
             processor = load_processor(self.args.model)
             if processor is not None:

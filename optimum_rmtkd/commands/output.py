@@ -1,4 +1,5 @@
-"""Output folders that appear whole or not at all, and the tables the commands print."""
+"""Output folders that appear whole or not at all and replace nobody's files but our own, and the tables that the
+commands print."""
 
 from __future__ import annotations
 
@@ -10,80 +11,165 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import RMTKDError
+from ..files import check_replaceable, check_writable
+from ..folders import RECORD, listed, put, survey, write_record
 
 
-__all__ = ["check_target", "comparison", "format_table", "weight_bytes", "writing_beside"]
+__all__ = ["OVERWRITE", "check_place", "check_target", "comparison", "format_table", "weight_bytes", "writing_beside"]
+
+OVERWRITE = "Replace, file by file, what an earlier run wrote into the folder; all other files in it stay."
+Inputs = Sequence[tuple[str, "str | Path | None"]]
+"""(what it is, path) of what a command reads, or keeps beside its output; None and names of the Hub do not count."""
 
 
 def check_target(path: str | Path) -> None:
-    """Refuse a file that cannot be written to, before the work that it is meant for.
+    """Refuse a file that cannot be written to, or is somebody else's, before the work that it is meant for.
 
     Raises:
-        RMTKDError: `path` is a folder, or its own folder is missing or cannot be written to.
+        RMTKDError: `path` is a folder or a file that we did not write, or its own folder is missing or cannot be
+            written to.
     """
-    path = Path(path).absolute()
-    if path.is_dir():
-        raise RMTKDError(f"Cannot write {path}: it is a folder; expected the name of a file.")
+    path = Path(os.path.realpath(path))
+    check_replaceable(path)
     if not path.parent.is_dir():
         raise RMTKDError(f"Cannot write {path}: its folder does not exist.")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise RMTKDError(f"Cannot write {path}: its folder cannot be written to.")
+    check_writable(path.parent)
+
+
+def check_place(target: str | Path, inputs: Inputs = ()) -> Path:
+    """The folder that `target` names, links followed.
+
+    Raises:
+        RMTKDError: it is or contains the working directory, the home folder or the root; or it is, contains or lies in
+            one of the `inputs`; or it is a file.
+    """
+    place = _resolved(target)
+    for what, path in (("the working directory", Path.cwd()), ("the home folder", _home())):
+        if path is not None and _contains(place, path):
+            raise RMTKDError(f"{target} is or contains {what}, {path}: choose a folder of its own for the output.")
+    for what, path in inputs:
+        if path is None or not (os.path.lexists(path) or what == "--checkpoints"):
+            continue
+        other = _resolved(path)
+        if _contains(place, other) or (not other.is_file() and _contains(other, place)):
+            raise RMTKDError(
+                f"The output {target} is, contains or lies in {what} {path}: choose a folder apart from what is read "
+                "and kept."
+            )
+    if place.exists() and not place.is_dir():
+        raise RMTKDError(f"{target} exists and is not a folder: choose another output folder.")
+    return place
+
+
+def _resolved(path: str | Path) -> Path:
+    try:
+        return Path(path).resolve()
+    except (OSError, RuntimeError) as error:
+        raise RMTKDError(f"{path} leads nowhere ({error}): expected a path of links that end.") from error
+
+
+def _home() -> Path | None:
+    try:
+        return Path.home().resolve()
+    except RuntimeError:
+        return None
+
+
+def _contains(outer: Path, inner: Path) -> bool:
+    """Whether `inner` is `outer` or lies below it, whatever the case of letters and the mounts call them."""
+    return any(_is_same(outer, place) for place in (inner, *inner.parents))
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one == other or (one.exists() and other.exists() and one.samefile(other))
 
 
 @contextmanager
-def writing_beside(target: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield an empty folder beside `target`; rename it to `target` if the block succeeds, delete it otherwise.
+def writing_beside(target: str | Path, overwrite: bool = False, inputs: Inputs = ()) -> Iterator[Path]:
+    """Yield an empty folder beside `target`; if the block succeeds it gets a record of its files and becomes `target`,
+    else it is deleted.
 
-    The folder is created on entry, so a parent that cannot be written to is refused before any work is done.
+    With `overwrite`, a `target` that carries a record of ours is replaced file by file of that record; what is not in
+    it stays and is named. The folder is created on entry, so a parent that cannot be written to is refused before any
+    work is done.
+
+    Args:
+        inputs: what `target` must be apart from, see `check_place`.
 
     Raises:
-        RMTKDError: `target` holds something and `overwrite` is not set, is no folder, or its parent cannot be written
-            to.
+        RMTKDError: `target` holds something and `overwrite` is not set; or it holds something and has no record, or
+            files of it were changed; or `check_place` refuses it, or its parent cannot be written to. If that turns
+            out only in the end, the new folder is kept, and the message says where.
     """
-    target = Path(target).absolute()
-    _check_free(target, overwrite)
+    place = check_place(target, inputs)
+    _check_free(place, overwrite)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{place.name[:64]}.", suffix=".partial", dir=place.parent))
     except OSError as error:
         raise RMTKDError(
-            f"Cannot write to {target.parent} ({error.strerror}): choose an output folder whose parent can be written "
+            f"Cannot write to {place.parent} ({error.strerror}): choose an output folder whose parent can be written "
             "to."
         ) from error
     try:
         yield beside
-        _check_free(target, overwrite)
-        _swap(beside, target)
+        _open_up(beside)
+        write_record(beside)
+        _settle(beside, place, overwrite)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def _check_free(target: Path, overwrite: bool) -> None:
-    if target.exists() and not target.is_dir():
-        raise RMTKDError(f"{target} exists and is not a folder: choose another output folder.")
-    if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise RMTKDError(f"{target} exists and is not empty: choose another output folder, or pass --overwrite.")
+def _check_free(place: Path, overwrite: bool) -> None:
+    """Refuse a folder that is not ours to replace; say what would be replaced."""
+    if not place.is_dir() or not any(place.iterdir()):
+        return
+    if not overwrite:
+        raise RMTKDError(f"{place} exists and is not empty: choose another output folder, or pass --overwrite.")
+    found = survey(place)
+    if found is None:
+        names = [path.name for path in place.iterdir()]
+        raise RMTKDError(
+            f"{place} holds {listed(names)}, and no {RECORD} that says what an earlier run wrote: it is not replaced. "
+            "Choose another output folder, or move it away."
+        )
+    if found.changed:
+        raise RMTKDError(
+            f"{listed(found.changed)} in {place} changed since an earlier run wrote it: nothing is replaced. Choose "
+            "another output folder, or move it away."
+        )
+    kept = f"; {listed(found.foreign)} stays, which no run wrote" if found.foreign else ""
+    print(f"--overwrite: {len(found.own)} files that an earlier run wrote into {place} will be replaced{kept}")
 
 
-def _swap(beside: Path, target: Path) -> None:
-    # mkdtemp makes folders that only their owner may enter, safetensors files that only their owner may read; a model
-    # should be as open as any other new folder.
-    umask_probe = beside / ".mode"
+def _settle(beside: Path, place: Path, overwrite: bool) -> None:
+    """Make `beside` what lies at `place`, or keep it under a name that is free."""
+    try:
+        if place.is_dir() and any(place.iterdir()):
+            if not overwrite:
+                raise RMTKDError(f"{place} is not empty any more.")
+            put(beside, place)
+        else:
+            beside.rename(place)
+    except (OSError, RMTKDError) as error:
+        kept = next(
+            path for i in range(1, 1000) if not os.path.lexists(path := place.with_name(f"{place.name}.new{i}"))
+        )
+        beside.rename(kept)
+        raise RMTKDError(f"{error} What was made is kept in {kept}.") from error
+
+
+def _open_up(folder: Path) -> None:
+    """As open as any other new folder: mkdtemp makes folders that only their owner may enter, safetensors files that
+    only their owner may read."""
+    umask_probe = folder / ".mode"
     umask_probe.mkdir()
     mode = umask_probe.stat().st_mode
-    beside.chmod(mode)
+    folder.chmod(mode)
     umask_probe.rmdir()
-    for path in beside.rglob("*"):
+    for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(path.stat().st_mode | mode & 0o666)
-    if not target.exists():
-        beside.rename(target)
-        return
-    # rename() cannot replace a folder that holds something: the old one steps aside first and goes last.
-    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent)) / "content"
-    target.rename(old)
-    beside.rename(target)
-    shutil.rmtree(old.parent)
 
 
 def weight_bytes(folder: str | Path) -> int:

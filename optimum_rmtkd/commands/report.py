@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..files import write_text
+from ..files import write_signed
+from ..folders import add_to_record
 from .base import Command, set_help
 from .output import check_target
 
@@ -26,6 +27,8 @@ examples:
   somewhere else
     optimum-cli rmtkd report ./my-bert-small -o ~/report.html
 
+A file that lies there already is replaced only if it is such a page, unchanged since.
+
 For a model that has not been cut yet: optimum-cli rmtkd analyze ... --html spectra.html
 """
 
@@ -44,5 +47,7 @@ class ReportCommand(Command):
         target = Path(self.args.output or Path(self.args.folder) / PAGE)
         run = Run.read(self.args.folder)
         check_target(target)
-        write_text(target, report_page(run))
+        write_signed(target, report_page(run))
+        if self.args.output is None:
+            add_to_record(target.parent, [PAGE])
         print(f"report written to {target}")

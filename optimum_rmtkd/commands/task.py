@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
 from ..hub.loading import load_config
-from .data import DataArguments, find_columns, has_images, label_values, load_rows
+from .data import DataArguments, divide, find_columns, has_images, read_rows
+from .inputs import check_inputs, image_tools, text_tools
+from .labels import check_label_map, is_regression, label_values, parse_label_map
 from .metrics import METRICS, REGRESSION, choose_metric
 
 
@@ -73,30 +75,57 @@ def load_task(model: str, data: DataArguments, seed: int = 0, attn_implementatio
         RMTKDError: anything missing, unreadable or not matching; nothing has been computed yet.
     """
     config = load_config(model)
-    train, validation = load_rows(data, seed)
+    train, validation = read_rows(data)
     kind = "image" if has_images(train) else "text"
     _check_head(config, kind, model)
     inputs, label = find_columns(train, data)
-    for name in (*inputs, label):
-        if name not in validation.column_names:
-            raise RMTKDError(
-                f"The validation data has no column '{name}'; it has {', '.join(validation.column_names)}."
-            )
-    _check_same_classes(train.features[label], validation.features[label])
-    labels = [label_values(rows, label, config) for rows in (train, validation)]
-    metric = choose_metric(data.metric, isinstance(labels[0][0], float), config.num_labels)
+    if validation is not None:
+        for name in (*inputs, label):
+            if name not in validation.column_names:
+                raise RMTKDError(
+                    f"The validation data has no column '{name}'; it has {', '.join(validation.column_names)}."
+                )
+    metric = choose_metric(data.metric, is_regression(config), config.num_labels)
+    # before any row is drawn or held out: errors name the rows of the files
+    train, validation = _labelled(train, validation, inputs, label, config, data)
+    train, validation = divide(train, validation, data, seed)
+    loaded = _load_model(model, kind, attn_implementation)
     if kind == "text":
-        processor, collator, encode = _text_tools(model, config, inputs, data.max_length)
+        processor, collator, encode = text_tools(model, loaded, inputs, data.max_length)
     else:
-        processor, collator, encode = _image_tools(model, config, inputs[0])
+        processor, collator, encode = image_tools(model, config, inputs[0])
     return Task(
-        model=_load_model(model, kind, attn_implementation),
+        model=loaded,
         processor=processor,
-        train=encode(train, labels[0]),
-        validation=encode(validation, labels[1]),
+        train=encode(train, "training"),
+        validation=encode(validation, "validation"),
         collator=collator,
         metric=metric,
     )
+
+
+def _labelled(
+    train: Dataset,
+    validation: Dataset | None,
+    inputs: list[str],
+    column: str,
+    config: PreTrainedConfig,
+    data: DataArguments,
+) -> tuple[Dataset, Dataset | None]:
+    """The rows with nothing but their inputs and `labels` as the model counts them."""
+    label_map = parse_label_map(data.label_map)
+    given = [rows for rows in (train, validation) if rows is not None]
+    if label_map:
+        check_label_map(label_map, given, column)
+    found = []
+    for rows in given:
+        check_inputs(rows, inputs)
+        labels = label_values(rows, column, config, label_map, like=train)
+        kept = rows.select_columns(inputs)
+        if "labels" in inputs:
+            raise RMTKDError("An input column cannot be called 'labels': rename it.")
+        found.append(kept.add_column("labels", labels))
+    return found[0], found[1] if validation is not None else None
 
 
 def evaluate(task: Task, model: PreTrainedModel, batch_size: int = 64) -> float:
@@ -131,13 +160,14 @@ def stored_dtype(model: str) -> str:
 
 def _load_model(model: str, kind: str, attn_implementation: str | None) -> PreTrainedModel:
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if kind == "text" else AutoModelForImageClassification
     try:
         # Checkpoints stored in half precision would otherwise be calibrated and trained in it.
         loaded = auto.from_pretrained(model, dtype=torch.float32)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RMTKDError(f"Cannot load the weights of '{model}': {error}") from error
     if attn_implementation is not None:
         try:
@@ -155,85 +185,3 @@ def _check_head(config: PreTrainedConfig, kind: str, model: str) -> None:
             f"classification: expected a fine-tuned ...{HEADS[kind]}. Fine-tune the model on this data first, then "
             "compress it."
         )
-
-
-def _check_same_classes(train: Any, validation: Any) -> None:
-    ours, theirs = getattr(train, "names", None), getattr(validation, "names", None)
-    if ours is not None and theirs is not None and ours != theirs:
-        raise RMTKDError(
-            f"Training data has the classes {', '.join(ours[:5])}, validation data {', '.join(theirs[:5])}: expected "
-            "the same classes in the same order."
-        )
-
-
-def _text_tools(model: str, config: PreTrainedConfig, columns: list[str], max_length: int) -> tuple:
-    from transformers import AutoTokenizer, DataCollatorWithPadding
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise RMTKDError(f"'{model}' has no tokenizer: {error}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # Without any file transformers makes an empty tokenizer that turns every word into [UNK].
-        raise RMTKDError(
-            f"'{model}' has no tokenizer files: save the tokenizer the model was fine-tuned with beside it."
-        )
-    if tokenizer.pad_token_id is None:
-        raise RMTKDError(
-            f"The tokenizer of '{model}', a {type(tokenizer).__name__} of {len(tokenizer)} tokens for a table of "
-            f"{config.vocab_size} rows, has no padding token. If it belongs to another model, put the right one in "
-            "its place; else set its pad_token and config.pad_token_id and save both."
-        )
-    length = min(max_length, tokenizer.model_max_length)
-
-    def encode(rows: Dataset, labels: list) -> Dataset:
-        def tokenize(batch: dict[str, list]) -> dict[str, list]:
-            texts = [batch[column] for column in columns]
-            _check_texts(texts, columns)
-            encoded = tokenizer(*texts, truncation=True, max_length=length)
-            _check_tokens(encoded["input_ids"], config.vocab_size, model)
-            return encoded
-
-        encoded = rows.map(tokenize, batched=True, remove_columns=rows.column_names, desc="tokenizing")
-        return encoded.add_column("labels", labels)
-
-    return tokenizer, DataCollatorWithPadding(tokenizer), encode
-
-
-def _check_texts(texts: list[list], columns: list[str]) -> None:
-    for column, values in zip(columns, texts):
-        wrong = next((value for value in values if not isinstance(value, str)), "")
-        if not isinstance(wrong, str):
-            raise RMTKDError(f"Column '{column}' holds {wrong!r} where a text was expected: remove or fill such rows.")
-
-
-def _check_tokens(input_ids: list[list[int]], vocabulary: int, model: str) -> None:
-    highest = max((max(row) for row in input_ids if row), default=0)
-    if highest >= vocabulary:
-        raise RMTKDError(
-            f"The tokenizer of '{model}' gives token {highest}, its embedding table has {vocabulary} rows: this is "
-            "not the tokenizer the model was trained with."
-        )
-
-
-def _image_tools(model: str, config: PreTrainedConfig, column: str) -> tuple:
-    from transformers import AutoImageProcessor, default_data_collator
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        raise RMTKDError(f"'{model}' has no image processor: {error}") from error
-    mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
-
-    def prepare(batch: dict[str, list]) -> dict[str, list]:
-        pixels = processor([image.convert(mode) for image in batch[column]], return_tensors="np")["pixel_values"]
-        return {"pixel_values": list(pixels), "labels": batch["labels"]}
-
-    def encode(rows: Dataset, labels: list) -> Dataset:
-        return (
-            rows.remove_columns([n for n in rows.column_names if n != column])
-            .add_column("labels", labels)
-            .with_transform(prepare)
-        )
-
-    return processor, default_data_collator, encode

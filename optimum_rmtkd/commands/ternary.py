@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from ..errors import CalibrationError, RMTKDError
 from ..ternary.config import TernaryConfig
 from .base import Command, set_help
-from .compress import TrainingOptions
-from .data import DataArguments
+from .data import DataArguments, check_files, read_by
 from .options import add_options, from_options
-from .output import format_table, weight_bytes, writing_beside
+from .output import OVERWRITE, format_table, weight_bytes, writing_beside
+from .training import TrainingOptions, check_checkpoints, keep_latest, last_checkpoint, training_arguments
 
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ reload:
   model = AutoModelForSequenceClassification.from_pretrained("./out")   # a model with a ternary part
   head = AutoModel.from_pretrained("./head")                            # head(features=x).logits
 
-OUT appears only when everything has succeeded.
+OUT appears only when everything has succeeded. --overwrite replaces what an earlier run wrote into it, nothing else.
 """
 
 
@@ -67,7 +67,7 @@ class TernaryCommand(Command):
             "--test-features", metavar="FILE", help="The same, to measure on; also fits two other readouts."
         )
         parser.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder of the new model.")
-        parser.add_argument("--overwrite", action="store_true", help="Replace OUT if it holds something.")
+        parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
         parser.add_argument(
             "--target-reduction",
             type=float,
@@ -89,12 +89,18 @@ class TernaryCommand(Command):
         if args.model is not None and args.module is None:
             raise RMTKDError("--model needs --module, the part to replace, for example --module classifier.")
         _refuse_unused(args, config)
-        with writing_beside(args.output, args.overwrite) as folder:
+        if args.features is None:
+            data = from_options(DataArguments, args)
+            training = dataclasses.replace(from_options(TrainingOptions, args), batch_size=args.batch_size)
+            check_files(data)
+            inputs = read_by(args, data, training.checkpoints)
+        else:
+            inputs = [("the features", args.features), ("the features", args.test_features)]
+        with writing_beside(args.output, args.overwrite, inputs) as folder:
             if args.features is not None:
                 table = _from_features(args.features, args.test_features, config, folder)
             else:
-                data = from_options(DataArguments, args)
-                training = dataclasses.replace(from_options(TrainingOptions, args), batch_size=args.batch_size)
+                check_checkpoints(training.checkpoints)
                 table = _in_a_model(args, data, training, config, folder)
         print(table)
         print(f"saved to {args.output}")
@@ -256,9 +262,8 @@ def _train(model: PreTrainedModel, task: Task, training: TrainingOptions, seed: 
     """Straight-through training with the model as it was as teacher; in place."""
     from ..config import RMTKDConfig
     from ..trainer import RMTKDTrainer
-    from .compress import last_checkpoint, training_arguments
 
-    RMTKDTrainer(
+    trainer = RMTKDTrainer(
         model=model,
         args=training_arguments(training, seed, folder),
         rmtkd_config=RMTKDConfig(schedule="none", hidden_weight=0.0, seed=seed),
@@ -266,5 +271,8 @@ def _train(model: PreTrainedModel, task: Task, training: TrainingOptions, seed: 
         train_dataset=task.train,
         processing_class=task.processor,
         data_collator=task.collator,
-    ).train(resume_from_checkpoint=last_checkpoint(training))
+    )
+    if training.checkpoints is not None:
+        trainer.add_callback(keep_latest(training.checkpoints))
+    trainer.train(resume_from_checkpoint=last_checkpoint(training))
     model.to("cpu").eval()

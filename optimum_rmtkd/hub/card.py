@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_text
+from ..errors import RMTKDError
+from ..files import is_ours as is_our_file
+from ..files import picture_metadata, read_text, write_text
 from .run import RESULTS, Run, write_results
 
 
@@ -21,6 +24,7 @@ CARD = "README.md"
 FIGURES = "figures"
 LOOKUP_SECONDS = 10
 TAGS = ("optimum", "rmtkd", "model-compression")
+logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 TRAINING_OPTIONS = (
     "epochs",
@@ -46,10 +50,14 @@ def write_card(folder: str | Path, repository: str | None = None, **metadata: An
         Path of the card.
 
     Raises:
-        RMTKDError: the folder holds no record of a reduction.
+        RMTKDError: the folder holds no record of a reduction, or a card or figure that somebody else wrote or changed.
     """
     folder = Path(folder)
     Run.read(folder)  # refused before anything is written
+    if is_foreign(folder):
+        raise RMTKDError(
+            f"{folder / CARD} was written or changed by somebody else: it stays. Move it away for a new card."
+        )
     write_results(folder, repository=repository)
     run = Run.read(folder)
     metadata = run.results.get("card", {}) | {key: value for key, value in metadata.items() if value is not None}
@@ -66,7 +74,22 @@ def is_ours(folder: str | Path) -> bool:
     """Whether the card in `folder` is as `write_card` left it."""
     folder = Path(folder)
     known = Run.read(folder).results.get("card_sha256") if (folder / RESULTS).is_file() else None
-    return known is not None and known == _digest((folder / CARD).read_text(encoding="utf8"))
+    return known is not None and (folder / CARD).is_file() and known == _digest(read_text(folder / CARD))
+
+
+def is_foreign(folder: str | Path) -> bool:
+    """Whether `folder` holds a card that `write_card` did not write, or that was changed since."""
+    return (Path(folder) / CARD).exists() and not is_ours(folder)
+
+
+def card_files(folder: str | Path) -> list[str]:
+    """Names of the files that `write_card` writes, as far as they are there."""
+    from .plots import FIGURE_NAMES
+
+    folder = Path(folder)
+    figures = [f"{FIGURES}/{name}.png" for name in FIGURE_NAMES]
+    ours = [name for name in figures if (folder / name).is_file() and is_our_file(folder / name)]
+    return [*(name for name in (CARD, RESULTS) if (folder / name).is_file()), *ours]
 
 
 def _digest(text: str) -> str:
@@ -224,6 +247,10 @@ def _figures(run: Run, folder: Path) -> tuple[dict[str, str], ...]:
     (folder / FIGURES).mkdir(exist_ok=True)
     made = []
     for name, text, figure in figures_of(run):
-        figure.savefig(folder / FIGURES / f"{name}.png", dpi=110, facecolor="white")
+        path = folder / FIGURES / f"{name}.png"
+        if path.exists() and not is_our_file(path):
+            logger.warning("%s was made by somebody else; it stays, and the card goes without it.", path)
+            continue
+        figure.savefig(path, dpi=110, facecolor="white", metadata=picture_metadata(path))
         made.append({"text": text, "path": f"{FIGURES}/{name}.png"})
     return tuple(made)

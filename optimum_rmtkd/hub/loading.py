@@ -27,7 +27,7 @@ def load_config(name: str | Path) -> PreTrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         hint = "" if Path(name).is_dir() else f" There is no folder {name} here, so it was looked for on the Hub."
         raise RMTKDError(f"Cannot load model '{name}': {error}{hint}") from error
 
@@ -42,6 +42,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         RMTKDError: no model there, or one of a class that neither transformers nor this package has.
     """
     import transformers
+    from safetensors import SafetensorError
 
     from .. import modeling_rmtkd, ternary
     from ..ternary.configuration_ternary import TernaryMLPConfig
@@ -57,7 +58,7 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         )
     try:
         return getattr(home, wanted).from_pretrained(name, dtype=dtype or "auto").eval()
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RMTKDError(f"Cannot load the weights of '{name}': {error}") from error
 
 

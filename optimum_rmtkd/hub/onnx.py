@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,33 +32,39 @@ def to_onnx(model: PreTrainedModel, folder: str | Path) -> float:
         The largest difference to PyTorch's outputs over several shapes, in units of the output.
 
     Raises:
-        RMTKDError: onnx, onnxscript or onnxruntime (the extra `onnx`) is missing, the model cannot be traced, or the
-            outputs differ by more than 1e-4; then no file is left.
+        RMTKDError: onnx, onnxscript or onnxruntime (the extra `onnx`) is missing, a file lies there already, the model
+            cannot be traced, or the outputs differ by more than 1e-4; then no file is left.
     """
     import torch
 
     _check_installed()
+    target = Path(folder) / FILE
+    for path in (target, target.with_name(FILE + ".data")):
+        if os.path.lexists(path):
+            raise RMTKDError(f"{path} exists, and an export replaces no file: choose another folder, or move it away.")
     model = copy.deepcopy(model).float().eval()
     for part in model.modules():  # a cache of keys and values is no tensor that a graph could return
         if getattr(getattr(part, "config", None), "use_cache", False):
             part.config.use_cache = False
     inputs = example_inputs(model, batch=2)
     names = _output_names(model, inputs)
-    target = Path(folder) / FILE
     try:
         traced = torch.export.export(model, (), inputs, dynamic_shapes=_dynamic(model, inputs), strict=False)
         program = torch.onnx.export(traced, input_names=list(inputs), output_names=names, dynamo=True, verbose=False)
     except (torch.onnx.OnnxExporterError, torch._dynamo.exc.UserError) as error:
         raise RMTKDError(f"{type(model).__name__} cannot be exported to ONNX: {error}") from error
-    program.save(target, external_data=model.num_parameters() * 4 > 1.5e9)  # protobuf holds 2 GB at most
-    difference = max(_difference(model, names, target, *shape) for shape in SHAPES)
-    if not difference <= TOLERANCE:
-        for written in (target, target.with_name(FILE + ".data")):
-            written.unlink(missing_ok=True)
-        raise RMTKDError(
-            f"onnxruntime's outputs differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: the export is "
-            "not to be trusted and nothing is kept. Try other versions of torch, onnxscript and onnxruntime."
-        )
+    with tempfile.TemporaryDirectory(prefix=".onnx.", dir=folder) as beside:
+        # protobuf holds 2 GB at most
+        program.save(Path(beside) / FILE, external_data=model.num_parameters() * 4 > 1.5e9)
+        difference = max(_difference(model, names, Path(beside) / FILE, *shape) for shape in SHAPES)
+        if not difference <= TOLERANCE:
+            raise RMTKDError(
+                f"onnxruntime's outputs differ from PyTorch's by {difference:.2g}, more than {TOLERANCE:g}: the "
+                "export is not to be trusted and nothing is kept. Try other versions of torch, onnxscript and "
+                "onnxruntime."
+            )
+        for written in sorted(Path(beside).iterdir(), reverse=True):  # the weights before the graph that names them
+            written.rename(target.with_name(written.name))
     return difference
 
 

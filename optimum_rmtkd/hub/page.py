@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import UNSIGNED, sign
 from . import plots
 from .card import comparison_rows, stage_rows
 from .run import Run
@@ -38,7 +39,7 @@ SPECTRUM_COLUMNS = (
 
 
 def report_page(run: Run) -> str:
-    """HTML of a whole run.
+    """HTML of a whole run, signed.
 
     Raises:
         RMTKDError: matplotlib (the extra `report`) is not installed.
@@ -77,7 +78,7 @@ def report_page(run: Run) -> str:
 
 
 def spectra_page(report: Mapping[str, Any]) -> str:
-    """HTML of one `SpectralReport.to_dict()`: spectra and plan, nothing cut yet."""
+    """HTML of one `SpectralReport.to_dict()`, signed: spectra and plan, nothing cut yet."""
     before, after = report["parameters"], report["planned_parameters"]
     facts = [("parameters", f"{before:,}"), ("planned", f"{after:,} ({after / before - 1:+.1%})")]
     return _render("Spectra and plan", facts, _spectra_sections(report, "", "s"), report["recipe"])
@@ -185,6 +186,7 @@ def _render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Map
     keyed = [
         {"figures": (), "rows": (), "details": ()} | dict(s) | {"key": f"part-{i}"} for i, s in enumerate(sections)
     ]
-    return environment.get_template("report.html.jinja").render(
-        title=title, facts=facts, sections=keyed, recipe=sorted(recipe.items())
+    page = environment.get_template("report.html.jinja").render(
+        title=title, facts=facts, sections=keyed, recipe=sorted(recipe.items()), generator=UNSIGNED
     )
+    return sign(page)

@@ -204,8 +204,11 @@ def widths_of(run: Run) -> dict[str, dict[str, int]]:
     return widths
 
 
+FIGURE_NAMES = ("widths", "spectra", "budget", "training")
+
+
 def figures_of(run: Run) -> Iterator[tuple[str, str, Figure]]:
-    """(file name, description, figure) of the pictures that go with a card."""
+    """(one of `FIGURE_NAMES`, description, figure) of the pictures that go with a card."""
     if widths := widths_of(run):
         figure = _figure(7, 1.2 + 0.22 * len(widths))
         draw_widths(widths, figure.subplots())

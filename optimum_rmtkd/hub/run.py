@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RMTKDError
-from ..files import write_text
+from ..files import read_text, write_text
 
 
 __all__ = ["BENCH", "RESULTS", "SPECTRA", "STAGES", "Run", "first", "public_name", "write_results", "write_spectra"]
@@ -187,8 +187,8 @@ def _load(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        values = json.loads(path.read_text(encoding="utf8"))
-    except json.JSONDecodeError as error:
+        values = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RMTKDError(f"{path} is not JSON ({error}): it was cut short or edited; repeat the run.") from error
     if not isinstance(values, dict):
         raise RMTKDError(f"{path} holds a JSON {type(values).__name__}; expected an object.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import check_matplotlib
-from ..files import write_text
+from ..files import UNSIGNED, check_replaceable, picture_metadata, write_signed
 from ..spectra import SignalSubspace
 from .budget import BudgetPoint
 
@@ -143,32 +143,38 @@ class SpectralReport:
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The report as JSON text, written to `path` where one is given."""
-        text = json.dumps(self.to_dict(), indent=1)
+        """The report as JSON text, written to `path` where one is given, with a line that says who wrote it.
+
+        Raises:
+            RMTKDError: `path` cannot be written to, or holds a file that is not from here.
+        """
+        values = self.to_dict()
         if path is not None:
-            write_text(path, text + "\n")
-        return text
+            write_signed(path, json.dumps(values | {"written_by": UNSIGNED}, indent=1) + "\n")
+        return json.dumps(values, indent=1)
 
     def to_html(self, path: str | Path | None = None) -> str:
         """The report as one self-contained HTML page, written to `path` where one is given.
 
         Raises:
-            RMTKDError: matplotlib (the extra `report`) is not installed.
+            RMTKDError: matplotlib (the extra `report`) is not installed, `path` cannot be written to, or holds a file
+                that is not from here.
         """
         from ..hub.page import spectra_page  # upwards, on demand: pages belong to the hub room
 
         html = spectra_page(self.to_dict())
         if path is not None:
-            write_text(path, html)
+            write_signed(path, html)
         return html
 
     def plot(self, path: str | Path) -> None:
         """A PNG (or what the suffix of `path` says): per site its eigenvalues, the edge and the planned width.
 
         Raises:
-            RMTKDError: matplotlib (the extra `report`) is not installed.
+            RMTKDError: matplotlib (the extra `report`) is not installed, or `path` holds a file that is not from here.
         """
         check_matplotlib()
+        check_replaceable(path)
         import matplotlib
 
         matplotlib.use("Agg")
@@ -191,7 +197,7 @@ class SpectralReport:
         figure.supxlabel("direction", fontsize=8)
         figure.supylabel("eigenvalue", fontsize=8)
         figure.tight_layout()
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, metadata=picture_metadata(path))
         plt.close(figure)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,6 +15,7 @@ from ..distillation import BatchTransform, DistillationObjective, Teacher
 from ..distillation.teachers import clean_copy
 from ..errors import RMTKDError
 from ..hub import write_card, write_results
+from ..hub.card import CARD, is_foreign
 from ..hub.run import first, public_name
 from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
@@ -218,6 +220,9 @@ class RMTKDTrainer(Trainer):
             )
             return
         given = [first(values) for values in (dataset_tags, dataset, dataset_args)]
+        if is_foreign(self.args.output_dir):
+            logger.warning("%s was written or changed by somebody else; it stays.", Path(self.args.output_dir) / CARD)
+            return
         if any(given):
             known = {"id": given[0] or given[1], "name": given[1] or given[0], "config": given[2]}
             write_results(self.args.output_dir, dataset=known | {"on_hub": given[0] is not None})

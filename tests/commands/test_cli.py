@@ -206,11 +206,13 @@ def test_unwritable_parent_is_refused_before_any_work(compress, tmp_path, no_wor
 
 def test_overwrite(compress, tmp_path):
     folder = tmp_path / "work" / "out"
-    folder.mkdir(parents=True)
-    (folder / "stale").write_text("")
-    code, _, err = compress("--no-train", "--overwrite")
+    assert compress("--no-train")[0] == 0
+    (folder / "mine").write_text("mine")
+    before = parameters_of(folder)
+    code, out, err = compress("--no-train", "--overwrite", "--target-reduction", 0.3)
     assert code == 0, err
-    assert not (folder / "stale").exists() and (folder / "config.json").exists()
+    assert parameters_of(folder) > before and (folder / "mine").read_text() == "mine"
+    assert "will be replaced; mine stays" in out
 
 
 @pytest.mark.parametrize(

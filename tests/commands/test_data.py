@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from optimum_rmtkd.commands.data import DataArguments, find_columns, has_images, label_values, load_rows
+from optimum_rmtkd.commands.data import DataArguments, find_columns, has_images, load_rows
+from optimum_rmtkd.commands.labels import label_values
 from optimum_rmtkd.errors import RMTKDError
 
 from .conftest import sentence_rows, write_csv
@@ -138,55 +139,6 @@ def test_columns_are_given():
 def test_columns_that_cannot_be_told(columns, given, message):
     with pytest.raises(RMTKDError, match=message):
         find_columns(rows_of(columns), DataArguments(train_file="x", **given))
-
-
-def test_labels_as_indices():
-    assert label_values(rows_of({"label": [0, 1, 1]}), "label", Config()) == [0, 1, 1]
-    assert label_values(rows_of({"label": [True, False]}), "label", Config()) == [1, 0]
-    assert label_values(rows_of({"label": [0.0, 1.0]}), "label", Config()) == [0, 1]
-
-
-def test_class_names_are_matched_with_those_of_the_model():
-    rows = rows_of({"label": [0, 1, 1]}, label=class_label("POSITIVE", "Negative"))
-    assert label_values(rows, "label", Config()) == [1, 0, 0]
-
-
-def test_class_names_the_model_does_not_have_keep_their_order():
-    rows = rows_of({"label": [0, 1, 1]}, label=class_label("bad", "good"))
-    assert label_values(rows, "label", Config()) == [0, 1, 1]
-
-
-def test_strings_are_matched_with_the_names_of_the_model():
-    assert label_values(rows_of({"label": ["Positive", "negative"]}), "label", Config()) == [1, 0]
-
-
-def test_regression_labels():
-    assert label_values(rows_of({"label": [0, 2.5]}), "label", Config(("LABEL_0",))) == [0.0, 2.5]
-
-
-@pytest.mark.parametrize(
-    ("labels", "config", "message"),
-    [
-        ([0, 1, 2], Config(), "from 0 to 2; the model has 2 classes: expected 0 to 1"),
-        ([-1, 0], Config(), "-1 marks rows without a label"),
-        ([0.5, 1.0], Config(), "0.5.*2 classes"),
-        (["positive", "neutral"], Config(), "'neutral'.*negative, positive"),
-        ([None, 1], Config(), "1 of 2 rows have no label"),
-        (["a", "b"], Config(("LABEL_0",)), "one output"),
-        ([0, 1], Config(problem_type="multi_label_classification"), "multi-label"),
-    ],
-)
-def test_labels_that_do_not_fit(labels, config, message):
-    with pytest.raises(RMTKDError, match=message):
-        label_values(rows_of({"label": labels}), "label", config)
-
-
-def test_class_labels_that_do_not_fit():
-    rows = rows_of({"label": [0, 1, 1]}, label=class_label("a", "b", "c"))
-    with pytest.raises(RMTKDError, match="3 classes .a, b, c., the model has 2"):
-        label_values(rows, "label", Config())
-    with pytest.raises(RMTKDError, match="3 classes.*one output"):
-        label_values(rows, "label", Config(("LABEL_0",)))
 
 
 def test_image_folder(tmp_path):

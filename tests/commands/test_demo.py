@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import importlib.util
+import json
 import re
 
 import pytest
 
+from tests.conftest import ROOT
+
 
 pytest.importorskip("sklearn")
 
-SMALL = ("--epochs", 1, "--distil-epochs", 1, "--hidden-size", 32, "--layers", 2, "--train-samples", 192)
+SMALL = ("--epochs", 1, "--distil-epochs", 14, "--hidden-size", 32, "--layers", 2, "--train-samples", 192)
 
 
 def row(out: str, name: str) -> list[str]:
@@ -27,6 +31,33 @@ def test_small_demo_goes_the_whole_way(cli, tmp_path):
     assert {"config.json", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     assert not [p for p in (tmp_path / "out").iterdir() if p.name in ("trainer", "dense", "logits.pt")]
+    assert_recorded(cli, tmp_path / "out", accuracy)
+
+
+def assert_recorded(cli, folder, accuracy):
+    """Stages, spectra and results are those of this run, and the report shows all of them."""
+    stages, spectra, results = (
+        json.loads((folder / f"rmtkd_{name}.json").read_text()) for name in ("stages", "spectra", "results")
+    )
+    assert stages["stages"][0]["metric_name"] == "eval_accuracy"
+    assert stages["stages"][0]["metric_before"] == pytest.approx(accuracy[0] / 100, abs=1e-4)
+    assert stages["stages"][-1]["metric_after"] == pytest.approx(accuracy[1] / 100, abs=1e-4)
+    assert set(spectra["stages"]) == {str(stage["index"]) for stage in stages["stages"]}
+    assert results["metric"]["after"] == pytest.approx(accuracy[1] / 100, abs=1e-4)
+    assert any("loss" in line for line in results["log_history"]) and results["dataset"]["rows"] == 599
+    if importlib.util.find_spec("matplotlib") is None:
+        return
+    code, _, err = cli("report", folder)
+    assert code == 0, err
+    page = (folder / "report.html").read_text()
+    titles = ("Before and after", "Stages", "Width map", "Training", "Budget", "Spectra", "Eigenvalues site by site")
+    assert [title for title in titles if title not in re.findall(r"<h2[^>]*>([^<]*)", page)] == []
+
+
+def test_the_extra_of_the_demonstration_draws_the_report():
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^demo = \["optimum-rmtkd\[vision,report\]"\]$', text, re.MULTILINE)
+    assert re.search(r'^report = \["matplotlib', text, re.MULTILINE)
 
 
 def test_filled_folder_is_refused(cli, tmp_path):

@@ -153,7 +153,7 @@ def test_rows_without_text(bert, tmp_path):
     path.write_text(
         "\n".join(json.dumps(row) for row in [{"sentence": "the film", "label": 0}, {"sentence": None, "label": 1}])
     )
-    assert re.search("Column 'sentence' holds None", refusal(bert, path))
+    assert re.search("Column 'sentence' holds nothing in 1 of 2 rows, the first of them row 2", refusal(bert, path))
 
 
 def test_labels_the_model_does_not_have(bert, tmp_path):

@@ -1,0 +1,190 @@
+"""Texts and images of the rows as the model takes them, checked before anything is trained."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from ..errors import RMTKDError
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+__all__ = ["check_inputs", "image_tools", "position_limit", "text_tools"]
+
+POSITION_TABLES = ("position_embeddings", "embed_positions", "position_embedding", "wpe")
+DRAFT = (64, 64)  # jpeg files are decoded this small to see that they can be: all bytes are read, most work is saved
+
+
+def check_inputs(rows: Dataset, columns: list[str]) -> None:
+    """Refuse rows without an input.
+
+    Raises:
+        RMTKDError: names the column and the first such row.
+    """
+    for column in columns:
+        feature = rows.features[column]
+        batches = rows.select_columns([column]).with_format("arrow").iter(1000)  # in arrow images stay where they are
+        gaps = chain.from_iterable(batch[column].is_null().to_pylist() for batch in batches)
+        empty = [row for row, gap in enumerate(gaps, 1) if gap]
+        if empty:
+            raise RMTKDError(
+                f"Column '{column}' holds nothing in {len(empty)} of {len(rows)} rows, the first of them row "
+                f"{empty[0]}: remove or fill such rows."
+            )
+        if getattr(feature, "dtype", None) not in ("string", "large_string") and type(feature).__name__ != "Image":
+            raise RMTKDError(
+                f"Column '{column}' holds {getattr(feature, 'dtype', type(feature).__name__)}, where a text was "
+                "expected: name the right one with --text-column."
+            )
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """Tokens of the longest text: by the tables of absolute positions, else by the config; None without either.
+
+    Tables of the RoBERTa kind start behind the padding token, those of the BART kind at their `offset`.
+    """
+    from torch import nn
+
+    rows = [
+        table.num_embeddings - getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+        for name, table in model.named_modules()
+        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(table, nn.Embedding)
+    ]
+    said = getattr(model.config, "max_position_embeddings", None)
+    limit = min(rows, default=said if isinstance(said, int) else None)
+    return limit if limit and limit > 0 else None  # XLNet says -1
+
+
+def text_tools(
+    name: str, model: PreTrainedModel, columns: list[str], max_length: int
+) -> tuple[Any, Callable, Callable]:
+    """Tokenizer, collator, and a function (rows with `labels`, what they are) -> rows of model inputs.
+
+    Raises:
+        RMTKDError: the model has no tokenizer, or one that is not its own.
+    """
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+
+    config = model.config
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, LookupError, RecursionError) as error:
+        raise RMTKDError(f"'{name}' has no tokenizer that can be read: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Without any file transformers makes an empty tokenizer that turns every word into [UNK].
+        raise RMTKDError(
+            f"'{name}' has no tokenizer files: save the tokenizer the model was fine-tuned with beside it."
+        )
+    if tokenizer.pad_token_id is None:
+        raise RMTKDError(
+            f"The tokenizer of '{name}', a {type(tokenizer).__name__} of {len(tokenizer)} tokens for a table of "
+            f"{config.vocab_size} rows, has no padding token. If it belongs to another model, put the right one in "
+            "its place; else set its pad_token and config.pad_token_id and save both."
+        )
+    length = min(max_length, tokenizer.model_max_length, position_limit(model) or max_length)
+
+    def encode(rows: Dataset, what: str) -> Dataset:
+        def tokenize(batch: dict[str, list]) -> dict[str, list]:
+            encoded = _truncated(tokenizer, [batch[column] for column in columns], length)
+            _check_tokens(encoded["input_ids"], config.vocab_size, name)
+            return encoded
+
+        encoded = rows.map(tokenize, batched=True, remove_columns=columns, desc="tokenizing")
+        cut = sum(encoded[CUT])
+        if cut:
+            print(f"{cut} of {len(rows)} {what} texts are longer than {length} tokens and were cut to that length")
+        return encoded.remove_columns(CUT)
+
+    return tokenizer, DataCollatorWithPadding(tokenizer), encode
+
+
+CUT = "_cut"
+
+
+def _truncated(tokenizer: Any, texts: list[list[str]], length: int) -> dict[str, list]:
+    """Model inputs of at most `length` tokens, and whether a text was cut."""
+    found = dict(tokenizer(*texts, truncation=True, max_length=length + 1))
+    found[CUT] = [len(ids) > length for ids in found["input_ids"]]
+    long = [i for i, is_cut in enumerate(found[CUT]) if is_cut]
+    if long:
+        again = tokenizer(*[[column[i] for i in long] for column in texts], truncation=True, max_length=length)
+        for key, values in again.items():
+            for i, value in zip(long, values, strict=True):
+                found[key][i] = value
+    return found
+
+
+def _check_tokens(input_ids: list[list[int]], vocabulary: int, model: str) -> None:
+    highest = max((max(row) for row in input_ids if row), default=0)
+    if highest >= vocabulary:
+        raise RMTKDError(
+            f"The tokenizer of '{model}' gives token {highest}, its embedding table has {vocabulary} rows: this is "
+            "not the tokenizer the model was trained with."
+        )
+
+
+# -- images -----------------------------------------------------------------------------------------------------------
+
+
+def image_tools(model: str, config: PreTrainedConfig, column: str) -> tuple[Any, Callable, Callable]:
+    """Image processor, collator, and a function (rows with `labels`, what they are) -> rows of model inputs.
+
+    Raises:
+        RMTKDError: the model has no image processor; called on rows, an image that cannot be read.
+    """
+    from transformers import AutoImageProcessor, default_data_collator
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(model)
+    except (OSError, ValueError, LookupError, RecursionError) as error:
+        raise RMTKDError(f"'{model}' has no image processor that can be read: {error}") from error
+    mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
+
+    def prepare(batch: dict[str, list]) -> dict[str, list]:
+        pixels = processor([image.convert(mode) for image in batch[column]], return_tensors="np")["pixel_values"]
+        return {"pixel_values": list(pixels), "labels": batch["labels"]}
+
+    def encode(rows: Dataset, what: str) -> Dataset:
+        _check_images(rows, column, what)
+        return rows.with_transform(prepare)
+
+    return processor, default_data_collator, encode
+
+
+def _check_images(rows: Dataset, column: str, what: str) -> None:
+    """Decode every image once: one that cannot be read would end a training of hours."""
+    from datasets import Image
+    from tqdm.auto import tqdm
+
+    stored = rows.select_columns([column]).cast_column(column, Image(decode=False))
+    for row, cell in enumerate(tqdm(stored, desc="checking images", unit="image", leave=False, disable=None), 1):
+        if told := _fault_of(cell[column]):
+            place = cell[column].get("path") or f"in row {row}"
+            raise RMTKDError(f"The {what} image {place} cannot be read ({told}): replace or remove it.")
+
+
+def _fault_of(stored: dict[str, Any]) -> str | None:
+    from PIL import Image, UnidentifiedImageError
+
+    if stored.get("bytes") is None and not stored.get("path"):
+        return "it holds nothing"
+    source = io.BytesIO(stored["bytes"]) if stored.get("bytes") is not None else stored["path"]
+    try:
+        with Image.open(source) as image:
+            image.draft("RGB", DRAFT)
+            image.load()
+    except UnidentifiedImageError:
+        return "it is no image that Pillow knows"
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,151 @@
+"""How the commands train: options, the trainer's arguments, and checkpoints that delete nobody's files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from ..errors import RMTKDError
+from ..files import check_writable
+from ..validation import AtLeastZero, Count, Interval, Positive, check_fields
+from .options import option
+
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from ..trainer import RMTKDTrainingArguments
+
+
+__all__ = [
+    "TrainingOptions",
+    "check_checkpoints",
+    "how_to_continue",
+    "keep_latest",
+    "last_checkpoint",
+    "training_arguments",
+]
+
+KEPT = 2  # checkpoints
+STATE = "rmtkd_state.json"  # trainer.checkpoint.STATE, without torch
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """How the narrowed model is distilled."""
+
+    train: bool = option(True, "Distil after the cut. --no-train: one cut, no training.")
+    epochs: Positive = option(1.0, "Passes over the training rows.")
+    max_steps: Annotated[int, Interval(-1)] = option(
+        -1, "Stop after so many optimizer steps; -1: as many as the epochs need."
+    )
+    batch_size: Count = option(32, "Rows in one step on one device.")
+    eval_batch_size: Count = option(64, "Rows in one forward pass when evaluating.")
+    learning_rate: Positive = option(3e-4, "Peak learning rate of AdamW. For cuts up to about 65 % try 1e-4.")
+    weight_decay: AtLeastZero = option(0.01, "Weight decay of AdamW.")
+    warmup_steps: Annotated[int, Interval(0)] = option(0, "Steps of linear warm-up.")
+    gradient_accumulation_steps: Count = option(1, "Batches summed up into one step.")
+    bf16: bool = option(False, "Train in bfloat16 mixed precision.")
+    attn_implementation: str | None = option(
+        None,
+        "Attention kernel, not stored with the model. None: transformers' choice. On a CPU with --bf16, eager trains "
+        "quicker.",
+        choices=("eager", "sdpa"),
+    )
+    logging_steps: Count = option(100, "Steps between two lines of the training log.")
+    checkpoints: str | None = option(
+        None, "Folder for checkpoints: kept, and continued from if it already holds one. None: no checkpoints."
+    )
+    save_steps: Count = option(500, "Steps between two checkpoints.")
+
+    def __post_init__(self):
+        check_fields(self, as_options=True)
+        if self.checkpoints is not None and not self.train:
+            raise RMTKDError("--checkpoints and --no-train: a cut alone has no checkpoints. Drop one of them.")
+
+
+def training_arguments(training: TrainingOptions, seed: int, folder: Path, **others: Any) -> RMTKDTrainingArguments:
+    """Arguments of the trainer; without checkpoints it writes into `folder`/trainer, which the command removes."""
+    import torch
+
+    from ..trainer import RMTKDTrainingArguments
+
+    return RMTKDTrainingArguments(
+        output_dir=training.checkpoints or str(folder / "trainer"),
+        num_train_epochs=training.epochs,
+        max_steps=training.max_steps,
+        per_device_train_batch_size=training.batch_size,
+        per_device_eval_batch_size=training.eval_batch_size,
+        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        warmup_steps=training.warmup_steps,
+        bf16=training.bf16,
+        logging_steps=training.logging_steps,
+        save_strategy="steps" if training.checkpoints else "no",
+        save_steps=training.save_steps,
+        seed=seed,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.accelerator.is_available(),
+        **others,
+    )
+
+
+def check_checkpoints(folder: str | None) -> None:
+    """Refuse a folder of checkpoints that cannot be used, before anything is loaded.
+
+    Raises:
+        RMTKDError: it cannot be written to, or its last checkpoint is none of ours.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if folder is None:
+        return
+    check_writable(folder)
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if last is not None and not (Path(last) / STATE).is_file():
+        raise RMTKDError(
+            f"--checkpoints {folder}: {Path(last).name} in it is another trainer's ({STATE} is missing), so there is "
+            "nothing to continue from. Choose a folder of its own."
+        )
+
+
+def keep_latest(folder: str, count: int = KEPT) -> TrainerCallback:
+    """A callback that records each new checkpoint and clears all recorded ones but the last `count`.
+
+    transformers' own `save_total_limit` removes whatever is called checkpoint-N, with all that lies in it.
+    """
+    from transformers import TrainerCallback
+
+    from ..folders import RECORD, remove_recorded, write_record
+
+    class KeepLatest(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            write_record(Path(folder) / f"checkpoint-{state.global_step}")
+            ours = [path.parent for path in Path(folder).glob(f"checkpoint-*/{RECORD}")]
+            steps = sorted((int(step), path) for path in ours if (step := path.name.partition("-")[2]).isdigit())
+            for _, path in steps[:-count]:
+                remove_recorded(path)
+
+    return KeepLatest()
+
+
+def last_checkpoint(training: TrainingOptions) -> str | None:
+    """Where an interrupted run continues; None: from the start."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    there = training.checkpoints is not None and Path(training.checkpoints).is_dir()
+    return get_last_checkpoint(training.checkpoints) if there else None
+
+
+def how_to_continue(training: TrainingOptions) -> str:
+    """What an interrupted user is told."""
+    folder = training.checkpoints
+    if folder is None:
+        return "Nothing is kept of this training: with --checkpoints DIR it could be continued."
+    last = last_checkpoint(training)
+    if last is None:
+        return f"No checkpoint yet in {folder}: one is written every {training.save_steps} steps (--save-steps)."
+    return f"The same command continues from {last}."

@@ -1,0 +1,213 @@
+"""Folders with a record: ours is replaced, everything else stays, whenever it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from optimum_rmtkd import RMTKDError
+from optimum_rmtkd.folders import RECORD, Contents, add_to_record, put, remove_recorded, survey, write_record
+
+
+def fill(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Text of every file below `folder`, but for its record."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in files}
+
+
+OLD = {"config.json": "old", "weights": "old", "figures/a.png": "old", "figures/gone.png": "old", "deep/er/x": "old"}
+NEW = {"config.json": "new", "weights": "new", "figures/a.png": "new", "new/b": "new"}
+FOREIGN = {"notes.txt": "mine", "figures/mine.png": "mine", "deep/mine/x": "mine", ".hidden": "mine"}
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """(new folder, old folder with somebody's files in it), both with a record."""
+    target, beside = fill(tmp_path / "out", OLD), fill(tmp_path / "beside", NEW)
+    write_record(target)
+    write_record(beside)
+    return beside, fill(target, FOREIGN)
+
+
+def test_survey_tells_whose_a_file_is(pair):
+    _, target = pair
+    assert survey(target) == Contents(tuple(sorted(OLD)), (), tuple(sorted(FOREIGN)))
+    (target / "weights").write_text("changed")
+    (target / "config.json").unlink()
+    found = survey(target)
+    assert found.changed == ("weights",) and "config.json" not in found.own and "weights" not in found.own
+    assert survey(target / "figures") is None
+
+
+def test_only_files_of_the_record_are_replaced(pair, tmp_path):
+    beside, target = pair
+    (target / "empty").mkdir()
+    was = put(beside, target)
+    assert contents(target) == NEW | FOREIGN
+    assert set(was.own) == set(OLD) and set(was.foreign) == set(FOREIGN)
+    assert survey(target) == Contents(tuple(sorted(NEW)), (), tuple(sorted(FOREIGN)))
+    assert (target / "empty").is_dir() and not (target / "deep" / "er").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "beside"}
+
+
+@pytest.mark.parametrize(
+    "there",
+    [
+        {"new/b": "mine"},  # a file of the same name
+        {"new": "mine"},  # a file where a folder is needed
+        {"new/b/c": "mine"},  # a folder where a file is needed
+    ],
+)
+def test_what_is_in_the_way_of_a_new_file_stays(pair, there, tmp_path):
+    beside, target = pair
+    fill(target, there)
+    with pytest.raises(RMTKDError, match="new/b in .*out would be replaced"):
+        put(beside, target)
+    assert contents(target) == OLD | FOREIGN | there and contents(beside) == NEW
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "beside"}
+
+
+def test_a_changed_file_of_ours_is_in_the_way(pair):
+    beside, target = pair
+    (target / "weights").write_text("changed by hand")
+    with pytest.raises(RMTKDError, match="weights in .* would be replaced"):
+        put(beside, target)
+    assert contents(target) == OLD | FOREIGN | {"weights": "changed by hand"}
+
+
+def test_what_lies_behind_a_link_is_not_ours(pair, tmp_path):
+    beside, target = pair
+    os.rename(target / "figures", tmp_path / "elsewhere")
+    (target / "figures").symlink_to(tmp_path / "elsewhere")
+    assert "figures/a.png" not in survey(target).own and "figures" in survey(target).foreign
+    with pytest.raises(RMTKDError, match="figures/a.png"):
+        put(beside, target)
+    (target / "weights").unlink()
+    (target / "weights").symlink_to(tmp_path / "elsewhere" / "a.png")  # the same content as the file that we wrote
+    assert "weights" not in survey(target).own
+    assert contents(tmp_path / "elsewhere") == {"a.png": "old", "gone.png": "old", "mine.png": "mine"}
+
+
+def everything(root: Path) -> list[str]:
+    return sorted(path.read_text() for path in root.rglob("*") if path.is_file() and path.name != RECORD)
+
+
+MOVES = len(OLD) + 1 + len(NEW) + 1
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", range(MOVES))
+def test_a_failure_puts_everything_back(pair, tmp_path, monkeypatch, at, error):
+    beside, target = pair
+    rename, calls = Path.rename, iter(range(10**6))
+
+    def failing(self, place):
+        if next(calls) == at:
+            raise error
+        return rename(self, place)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(type(error)):
+        put(beside, target)
+    assert contents(target) == OLD | FOREIGN and contents(beside) == NEW
+    assert survey(target).own == tuple(sorted(OLD)) and survey(beside).own == tuple(sorted(NEW))
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "beside"}
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once: nothing after it runs."""
+
+
+@pytest.mark.parametrize("at", range(MOVES))
+def test_killed_at_any_moment_every_file_still_exists(pair, tmp_path, monkeypatch, at):
+    beside, target = pair
+    rename, calls = Path.rename, iter(range(10**6))
+
+    def killed(self, place):
+        if next(calls) >= at:
+            raise Killed
+        return rename(self, place)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(Killed):
+        put(beside, target)
+    monkeypatch.undo()
+    assert everything(tmp_path) == sorted([*OLD.values(), *NEW.values(), *FOREIGN.values()])
+    assert all((target / name).read_text() == text for name, text in FOREIGN.items())
+    found = survey(target)
+    assert found is None or not found.changed  # what lies there is what its record says
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{",
+        '{"files": ["a"]}',
+        '{"files": {"../outside": "0"}}',
+        '{"files": {"/etc/passwd": "0"}}',
+        '{"files": {"a/../../outside": "0"}}',
+        '{"files": {"": "0"}}',
+        '{"files": {"a": 1}}',
+        "[" * 100_000,
+        "\xff",
+    ],
+)
+def test_a_damaged_record_is_refused(pair, tmp_path, text):
+    beside, target = pair
+    fill(tmp_path, {"outside": "mine"})
+    (target / RECORD).write_bytes(text.encode("latin1"))
+    with pytest.raises(RMTKDError, match="rmtkd_files.json"):
+        survey(target)
+    with pytest.raises(RMTKDError, match="rmtkd_files.json"):
+        put(beside, target)
+    assert contents(target) == OLD | FOREIGN and (tmp_path / "outside").read_text() == "mine"
+
+
+def test_a_record_that_is_a_link_is_none(pair, tmp_path):
+    _, target = pair
+    os.rename(target / RECORD, tmp_path / "record")
+    (target / RECORD).symlink_to(tmp_path / "record")
+    assert survey(target) is None
+
+
+def test_files_written_later_are_added(pair, tmp_path):
+    _, target = pair
+    fill(target, {"report.html": "ours", "weights": "ours, again"})
+    (target / "linked").symlink_to(tmp_path / "beside" / "weights")
+    add_to_record(target, ["report.html", "weights", "missing", "linked"])
+    found = survey(target)
+    assert {"report.html", "weights"} <= set(found.own) and found.changed == () and "linked" in found.foreign
+    bare = fill(tmp_path / "bare", {"a": ""})
+    add_to_record(bare, ["a"])
+    assert not (bare / RECORD).exists()
+
+
+def test_clearing_leaves_what_is_not_in_the_record(pair, tmp_path):
+    _, target = pair
+    (target / "weights").write_text("changed")
+    remove_recorded(target)
+    assert contents(target) == FOREIGN | {"weights": "changed"} and not (target / RECORD).exists()
+    ours = fill(tmp_path / "ours", OLD)
+    remove_recorded(ours)
+    assert contents(ours) == OLD
+    write_record(ours)
+    remove_recorded(ours)
+    assert not ours.exists()
+
+
+def test_the_record_is_plain_json(pair):
+    beside, _ = pair
+    values = json.loads((beside / RECORD).read_text())
+    assert set(values["files"]) == set(NEW) and all(len(digest) == 64 for digest in values["files"].values())
