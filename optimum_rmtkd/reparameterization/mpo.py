@@ -105,8 +105,8 @@ def mpo_decompose(weight: torch.Tensor, modes: Modes) -> list[torch.Tensor]:
     j_n, 1].
 
     A sweep of SVDs in fp64 from the left, in the symmetric gauge: the square roots of the singular values of each bond
-    go to both of its sides. With s those of the matrix unfolded there, L the product of the tensors before the bond and
-    R of those behind, L^T L = diag(s) = R R^T. A bond next to a unit mode is not decomposed again: its tensor is
+    go to both of its sides. With s those of the matrix unfolded there, L the product of the tensors before the bond
+    and R of those behind, L^T L = diag(s) = R R^T. A bond next to a unit mode is not decomposed again: its tensor is
     exactly the identity. A null direction is 0 on the right only: were it 0 on both sides, neither would have a
     gradient, and it could never be trained.
 
