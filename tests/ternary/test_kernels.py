@@ -220,7 +220,7 @@ def test_coefficients_by_hand():
     assert c.kappa2 == pytest.approx(second.tau2 + 0.5 * (first.tau2 + 0.5 * 1.69))
 
 
-# Bar 2: relative spectral error of (CK, NTK). Largest measured: p=256 .0344 .100 (seeds 0 to 4), p=800 .0163 .0512 (0, 1).
+# Bar 2: relative spectral error of (CK, NTK). Largest: p=256 .0344 .100 (5 seeds), p=800 .0163 .0512 (2 seeds).
 EQUIVALENT = {256: (0.04, 0.11), 800: (0.022, 0.06)}
 
 
