@@ -128,7 +128,7 @@ def equivalent(
     K ~ c1 X X^T + V A V^T + (diag - c1 tau0^2) I with V = [J / sqrt p, psi], J the one-hot labels,
     psi_i = ||x_i||^2 - tr C_a / p, A = [[c2 t t^T + c3 S, c2 t], [c2 t^T, c2]], t_a = sqrt p (tr C_a / p - tau0^2),
     S_ab = tr(C_a C_b) / p. The paper's psi takes the class mean out of x_i first, which differs by O(1 / p) and
-    doubles the error at p = 256 (0.11 instead of 0.055). The authors' code takes another c3 tau0^4 off the identity,
+    fits worse at p = 256. The authors' code takes another c3 tau0^4 off the identity,
     which the diagonal does not have (V A V^T adds O(1 / p) to it): an error of that size, however large p.
 
     Args:

@@ -51,6 +51,26 @@ def test_contraction_is_the_sum_over_bonds():
     assert torch.allclose(mpo_contract(tensors), slow, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["unit", "balanced", {48: [2, 4, 2, 3], 36: [3, 1, 6, 2]}])
+@pytest.mark.parametrize("shape", [(48, 36), (36, 48), (96, 24)])
+def test_singular_values_stand_as_square_roots_on_both_sides_of_each_bond(shape, kind):
+    torch.manual_seed(0)
+    weight = torch.randn(shape, dtype=torch.float64)
+    outs, ins = modes_of(*shape, 4, kind)
+    tensors = [t.double() for t in mpo_decompose(weight, (outs, ins))]
+    order = [axis for k in range(4) for axis in (k, 4 + k)]
+    whole = weight.reshape(*outs, *ins).permute(order)
+    left = torch.ones(1, 1, dtype=torch.float64)
+    for k, tensor in enumerate(tensors[:-1]):
+        left = (left @ tensor.reshape(tensor.shape[0], -1)).reshape(-1, tensor.shape[-1])
+        right = tensors[-1].reshape(tensors[-1].shape[0], -1)
+        for other in reversed(tensors[k + 1 : -1]):
+            right = (other.reshape(-1, other.shape[-1]) @ right).reshape(other.shape[0], -1)
+        singular = torch.linalg.svdvals(whole.reshape(len(left), -1))[: left.shape[1]].diag()
+        torch.testing.assert_close(left.T @ left, singular, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(right @ right.T, singular, rtol=1e-4, atol=1e-4)
+
+
 def test_middle_tensors_start_as_identities():
     tensors = mpo_decompose(torch.randn(64, 48), modes_of(64, 48, 5))
     for tensor in tensors[1:-1]:

@@ -18,7 +18,10 @@ from optimum_rmtkd.spectra import (
     spectrum_of,
 )
 from optimum_rmtkd.spectra import marchenko_pastur as mp
-from optimum_rmtkd.spectra.edges import NULL_SHARE, _screenot_threshold
+from optimum_rmtkd.spectra.edges import _screenot_threshold, _spike_strengths
+from optimum_rmtkd.spectra.spectrum import NULL_SHARE
+
+from .conftest import autoregressive, with_spikes
 
 
 SEPARATING = ["mp_median", "gavish_donoho", "dpa", "signflip", "screenot"]
@@ -75,6 +78,20 @@ def test_the_refinement_finds_the_noise_level_of_white_noise(spiked):
     assert estimate_edge(found, "mp_quantile", refine=False).noise_variance < 0.9
 
 
+@pytest.mark.parametrize("q", [0.01, 0.1, 0.5, 0.9, 1.0, 1.2, 2.0, 2.3, 2.5, 3.0, 4.0, 6.0, 8.0, 10.0])
+def test_the_refinement_finds_the_noise_level_at_every_aspect_ratio(q):
+    d = 300 if q >= 0.1 else 60
+    found = spectrum(torch.randn(round(d / q), d, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    for tau in (0.05, 0.2, 0.5, 0.7, 0.9):
+        assert estimate_edge(found, "mp_quantile", tau=tau).noise_variance == pytest.approx(1, abs=0.12), tau
+
+
+@pytest.mark.parametrize("n", [60, 100, 150])
+def test_the_papers_rule_keeps_spikes_where_channels_outnumber_samples(spiked, n):
+    found = spectrum(spiked(n, rank=15, spikes=(60.0, 200.0)))
+    assert estimate_edge(found, "mp_quantile").rank(found) == 15
+
+
 def test_noise_variance_and_edge_of_white_noise(spiked):
     found = spectrum(spiked(1600) * 3)
     for name in SEPARATING:
@@ -106,6 +123,47 @@ def test_deflation_uncovers_shadowed_spikes(spiked):
     found = spectrum(spiked(800, dim=200, rank=4, spikes=(4.0, 7.0)) + strong * direction)
     assert estimate_edge(found, "dpa", deflate=False).rank(found) == 1
     assert estimate_edge(found, "dpa").rank(found) == 5
+
+
+def correlated_noise(kind, n, dim=400):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(n, dim, generator=generator, dtype=torch.float64)
+    if kind == "tokens":
+        return autoregressive(n // 40, 40, dim, 0.8)
+    if kind == "channels":
+        return autoregressive(n, dim, 1, 0.6).transpose(1, 2)
+    if kind == "heavy tails":
+        return (noise / torch.randn(n, 3, generator=generator, dtype=torch.float64).norm(dim=1)[:, None])[:, None]
+    return noise[:, None]
+
+
+@pytest.mark.parametrize("kind", ["tokens", "channels", "heavy tails"])
+@pytest.mark.parametrize("n", [800, 4000])
+def test_deflation_that_runs_away_is_given_up_and_named(kind, n):
+    found = spectrum(with_spikes(correlated_noise(kind, n), 15, (6.0, 30.0)))
+    edge = estimate_edge(found, "dpa")
+    assert edge.rank(found) == edge.details["rank_undeflated"] <= 45
+    assert "runs away" in edge.details["warning"] and "screenot" in edge.details["warning"]
+
+
+@pytest.mark.parametrize("rank, spikes", [(15, (6.0, 30.0)), (60, (6.0, 30.0)), (100, (6.0, 600.0))])
+def test_deflation_that_finds_its_end_is_kept(spiked, rank, spikes):
+    found = spectrum(spiked(4000, rank=rank, spikes=spikes))
+    edge = estimate_edge(found, "dpa")
+    assert edge.rank(found) == rank and "warning" not in edge.details
+
+
+@pytest.mark.parametrize("n", [100, 150, 300, 1000])
+def test_spike_strengths_with_fewer_and_more_samples_than_channels(n):
+    """Mean of 12 draws against the closed form of a spike in white noise."""
+    strengths, truth = [], []
+    for seed in range(12):
+        noise = torch.randn(n, 1, 400, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        x = with_spikes(noise, 4, (40.0, 80.0), seed=seed)
+        found = spectrum(x)
+        strengths.append(_spike_strengths(found, 4))
+        truth.append(mp.sample_to_spike(found.positive[:4], 400 / n) - 1)
+    torch.testing.assert_close(torch.stack(strengths).mean(0), torch.stack(truth).mean(0), rtol=0.03, atol=0)
 
 
 def test_one_massive_channel_shadows_everything_for_dpa_but_not_for_screenot(spiked):
