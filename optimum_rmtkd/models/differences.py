@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
@@ -17,12 +18,12 @@ from .rebuilding import blank, is_bare, is_plain
 
 __all__ = ["ON_THE_RESULT", "Difference", "differences", "field_that_says_so", "not_its_config"]
 
-# Plain attributes that decide what a module computes. Others are carried over where the outputs are equal.
+# Plain attributes that decide what a module computes, beside the numbers that a spec can state (`rebuilding.PINNED`).
+# Others are carried over where the outputs are equal.
 MEANING = frozenset(
-    "eps variance_epsilon scaling scale softmax_scale num_heads num_attention_heads n_heads n_head "
-    "num_key_value_heads num_key_value_groups head_dim attention_head_size all_head_size is_causal is_decoder "
-    "padding_idx max_norm norm_type scale_grad_by_freq negative_slope approximate kernel_size stride padding dilation "
-    "groups padding_mode momentum track_running_stats sliding_window logit_scale".split()
+    "num_heads num_attention_heads n_heads n_head num_key_value_heads num_key_value_groups head_dim "
+    "attention_head_size all_head_size is_causal is_decoder padding_idx max_norm norm_type scale_grad_by_freq "
+    "approximate kernel_size stride padding dilation groups padding_mode track_running_stats sliding_window".split()
 )
 ON_THE_RESULT = "narrow the stock model, and put the change on the result"
 
@@ -64,7 +65,7 @@ def differences(model: nn.Module, stock: nn.Module, activations: bool = False) -
 
 
 def _difference(path: str, ours: nn.Module, theirs: nn.Module, activations: bool) -> Difference | None:
-    if type(ours) is not type(theirs):
+    if type_before_parametrizations(ours) is not type_before_parametrizations(theirs):
         if is_bare(ours) and is_bare(theirs) and not activations:
             return None
         return Difference(path, f"a {_shown(ours)}", f"a {_shown(theirs)}", ((type(theirs), type(ours)),))

@@ -57,6 +57,8 @@ HOOKS = (
     ("_backward_pre_hooks", "register_full_backward_pre_hook", None),
     ("_backward_hooks", "register_full_backward_hook", None),
 )
+# Plain numbers that decide what a layer computes, and that few configs state: the spec of a narrow model states them.
+PINNED = ("eps", "variance_epsilon", "scaling", "scale", "softmax_scale", "negative_slope", "momentum")
 RETURNING = ("transformers.utils.output_capturing", "accelerate.")  # whose hooks come back by themselves
 
 
@@ -75,8 +77,10 @@ def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def sharing_tensors(stock: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
-    """`stock`, in place, with the memory of the parameters and buffers of `model`, and its ties; they must not be
-    changed in place. The two have the same modules (`identity.check_structure`)."""
+    """`stock`, in place, with the memory of the parameters and buffers of `model`, its ties, and the numbers of its
+    layers; tensors must not be changed in place. The two have the same modules (`identity.check_structure`)."""
+    for path, numbers in pinned(model, stock).items():
+        vars(stock.get_submodule(path)).update(numbers)
     parameters = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
     ours = dict(model.named_modules())
     for path, module in stock.named_modules():
@@ -86,6 +90,17 @@ def sharing_tensors(stock: PreTrainedModel, model: PreTrainedModel) -> PreTraine
         for name in module._buffers:
             module._buffers[name] = ours[path]._buffers[name]
     return stock
+
+
+def pinned(model: nn.Module, stock: nn.Module) -> dict[str, dict[str, float]]:
+    """{module path: {attribute: number}} of the layers that have another epsilon or scale than `stock`."""
+    theirs, found = dict(stock.named_modules()), {}
+    for path, module in model.named_modules():
+        ours, usual = vars(module), vars(theirs[path]) if path in theirs else {}
+        numbers = {n: ours[n] for n in PINNED if isinstance(usual.get(n), float) and isinstance(ours.get(n), float)}
+        if changed := {name: value for name, value in numbers.items() if value != usual[name]}:
+            found[path] = changed
+    return found
 
 
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -134,7 +149,8 @@ def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, 
     """A new model of the architecture that `rmtkd` (spec and all) describes, in eval mode, in the dtypes and on the
     device of `model`; tensors of the same name and shape are copied, the others are as initialised.
 
-    What `model` is beyond its class and config comes along with `carry_over`.
+    Numbers of layers that no config states (`pinned`) enter the spec; what else `model` is beyond its class and config
+    comes along with `carry_over`.
 
     Args:
         fields: fields of the config that change.
@@ -146,7 +162,7 @@ def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, 
     config = model_class.config_class(**values)
     for name, value in (fields or {}).items():
         setattr(config, name, value)
-    config.rmtkd = rmtkd
+    config.rmtkd = rmtkd | {"spec": _with_pinned(model, rmtkd["spec"])}
     config._attn_implementation = model.config._attn_implementation
     student = match_precision(model_class(config).to(device=model.device), model).eval()
     old, new = model.state_dict(), student.state_dict()
@@ -155,6 +171,18 @@ def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, 
             if name in old and old[name].shape == tensor.shape:
                 tensor.copy_(old[name])
     return student
+
+
+def _with_pinned(model: PreTrainedModel, spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The spec with the numbers of layers that differ from what the class makes; those that the spec says itself (the
+    epsilon of a norm over fewer features) stand."""
+    attrs = {path: dict(values) for path, values in spec.get("attrs", {}).items()}
+    prefix = "" if model.base_model is model else model.base_model_prefix + "."
+    for path, numbers in pinned(model, blank(model)).items():
+        raw = "@." + path.removeprefix(prefix) if path.startswith(prefix) else path
+        said = spec.get("modules", {}).get(raw, {})
+        attrs[raw] = {name: n for name, n in numbers.items() if name not in said} | attrs.get(raw, {})
+    return {**spec, "attrs": attrs}
 
 
 def carry_over(old: PreTrainedModel, new: PreTrainedModel) -> PreTrainedModel:
@@ -219,6 +247,8 @@ def _carry_attributes(module: nn.Module, stock: nn.Module, new: nn.Module) -> No
     for name, value in vars(module).items():
         if name in RUNTIME and not (name == "forward" and _own_method(module, value)):
             continue
+        if name in PINNED and name in theirs:
+            continue  # the spec states it
         if name not in theirs or (is_plain(value) and is_plain(theirs[name]) and value != theirs[name]):
             if isinstance(value, types.MethodType) and value.__self__ is module:
                 value = types.MethodType(value.__func__, new)

@@ -124,6 +124,7 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
         if isinstance(module, nn.LayerNorm):
             # the same sum of squares is now divided by fewer features
             delta["eps"] = module.eps * module.weight.numel() / delta["dim"]
+            attrs.get(unit.path, {}).pop("eps", None)  # of an earlier cut
         target = parameters if isinstance(module, nn.Parameter) else modules
         entry = {**target.get(unit.path, {}), **delta}
         target[unit.path] = {key: value for key, value in entry.items() if value is not None}

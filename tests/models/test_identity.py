@@ -267,8 +267,7 @@ class Attention(nn.Module):
             lambda m: setattr(m.bert.encoder.layer[0].attention.output, "LayerNorm", nn.RMSNorm(32)),
             "bert.encoder.layer.0.attention.output.LayerNorm",
         ),
-        (lambda m: setattr(m.bert.encoder.layer[1].attention.self, "scaling", 0.1), "scaling=0.1"),
-        (lambda m: setattr(m.bert.embeddings.LayerNorm, "eps", 1e-3), "eps=0.001"),
+        (lambda m: setattr(m.bert.encoder.layer[1].attention.self, "is_causal", True), "is_causal=True"),
     ],
 )
 def test_a_change_that_no_config_states(bert, change, where):

@@ -147,8 +147,54 @@ def test_hooks_that_look_on(bert, cut):
 def test_hooks_do_not_run_in_calibration(bert):
     calls = []
     bert.bert.encoder.layer[0].register_forward_hook(lambda module, args, output: calls.append(module))
-    small(bert)
-    assert set(calls) <= {bert.bert.encoder.layer[0]} and len(calls) <= 1  # the look at the first batch
+    counts = []
+    for size in (16, 48):
+        calls.clear()
+        narrow(bert, zoo.batches("bert", 6), RECIPE.replace(calibration_samples=size), progress=False)
+        counts.append(len(calls))
+    assert set(calls) == {bert.bert.encoder.layer[0]}
+    assert counts[0] == counts[1]  # looks at the model and at the data, and no more with more data
+
+
+def numbers_of(model):
+    return {
+        f"{path}.{name}": vars(module)[name]
+        for path, module in model.named_modules()
+        for name in ("eps", "scaling", "momentum")
+        if name in vars(module)
+    }
+
+
+@pytest.mark.parametrize("site", ["intermediate", "hidden"])
+def test_numbers_of_layers_that_no_config_states(bert, site, tmp_path):
+    for layer in bert.bert.encoder.layer:
+        layer.attention.self.scaling = 0.11
+        layer.output.LayerNorm.eps = 0.02
+    bert.bert.embeddings.LayerNorm.eps = 0.05
+    data, recipe = zoo.batches("bert", 2), RECIPE.replace(sites=site)
+    once = narrow(bert, data, recipe.replace(target_reduction=0.15), progress=False)
+    twice = narrow(once, data, recipe.replace(target_reduction=0.25), progress=False)
+    for found in (once, twice):
+        assert {layer.attention.self.scaling for layer in found.bert.encoder.layer} == {0.11}
+        width = found.config.hidden_size
+        assert (width < 32) is (site == "hidden")
+        assert found.bert.embeddings.LayerNorm.eps == pytest.approx(0.05 * 32 / width)
+        found.save_pretrained(tmp_path)
+        again = type(found).from_pretrained(tmp_path)
+        assert numbers_of(again) == numbers_of(found)
+        assert zoo.same(again, found, data[0])
+
+
+def test_epsilons_of_batch_norms_are_reloaded(tmp_path):
+    model = zoo.make("resnet-basic", "ForImageClassification")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.3
+    found = narrow(model, zoo.batches("resnet-basic", 2), RECIPE.replace(target_reduction=0.1), progress=False)
+    found.save_pretrained(tmp_path)
+    again = type(found).from_pretrained(tmp_path)
+    assert {m.eps for m in again.modules() if isinstance(m, nn.BatchNorm2d)} == {0.3}
+    assert zoo.same(again, found, zoo.batches("resnet-basic", 1)[0])
 
 
 def test_a_bound_method_is_bound_anew(bert):
