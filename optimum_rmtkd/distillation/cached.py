@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..batches import padding_mask
 from ..errors import RMTKDError
 from ..validation import Count, checked
-from .counts import token_mask
 from .signatures import named_inputs
 from .teachers import Teacher
 
@@ -49,7 +49,7 @@ class CachedTeacher(Teacher):
         logits.scatter_(-1, indices, values.float())
         if logits.dim() == 2:
             return {"logits": logits}, {}
-        mask = token_mask(inputs)
+        mask = padding_mask(inputs)
         if mask is None:
             return {"logits": logits}, {}
         # Wherever the collator put the padding, the answers belong to the real tokens in their order.
@@ -140,7 +140,7 @@ def cache_answers(
             batch = collator([{key: value for key, value in row.items() if key in names} for row in rows])
             batch = {key: value.to(place) if torch.is_tensor(value) else value for key, value in batch.items()}
             outputs, _ = ask(batch, drop=("labels",))
-            answers.append(datasets.Dataset.from_dict(_kept(_logits_of(teacher, outputs), token_mask(batch), k)))
+            answers.append(datasets.Dataset.from_dict(_kept(_logits_of(teacher, outputs), padding_mask(batch), k)))
     finally:
         teacher.train(training)
     return datasets.concatenate_datasets([dataset, datasets.concatenate_datasets(answers)], axis=1)

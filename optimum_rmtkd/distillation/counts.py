@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..batches import padding_mask
+
 
 __all__ = [
     "IGNORED",
@@ -16,28 +18,11 @@ __all__ = [
     "count_units",
     "masked_labels",
     "token_labels",
-    "token_mask",
     "total_units",
 ]
 
 IGNORED = -100
 UNITS = ("samples", "tokens", "labels", "answers")
-
-
-def token_mask(inputs: Mapping[str, Any]) -> torch.Tensor | None:
-    """`attention_mask` as bool (batch, tokens), or None where there is none of that shape (images, packed masks).
-
-    A mask (batch, choices, tokens) of multiple choice is flattened to (batch * choices, tokens), as the models do.
-    """
-    mask = inputs.get("attention_mask")
-    if not torch.is_tensor(mask) or mask.dim() not in (2, 3):
-        return None
-    if mask.dim() == 3:
-        ids = inputs.get("input_ids")
-        if not torch.is_tensor(ids) or ids.shape != mask.shape:
-            return None  # (batch, tokens, tokens): who may look at whom
-        mask = mask.flatten(0, 1)
-    return mask.bool()
 
 
 def token_labels(inputs: Mapping[str, Any], shifted: bool) -> torch.Tensor | None:
@@ -95,7 +80,7 @@ def masked_labels(inputs: Mapping[str, Any], shifted: bool, decoding: bool = Fal
 def _label_mask(inputs: Mapping[str, Any], decoding: bool) -> torch.Tensor | None:
     """Bool (batch, tokens): which of the tokens that labels belong to are real."""
     if not decoding:
-        return token_mask(inputs)
+        return padding_mask(inputs)
     mask = inputs.get("decoder_attention_mask")
     return mask.bool() if torch.is_tensor(mask) and mask.dim() == 2 else None
 

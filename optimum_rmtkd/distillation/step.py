@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from ..errors import RMTKDError
-from .counts import UNITS, answers_that_count, count_units, token_labels, token_mask
+from .counts import UNITS, answers_that_count, count_units, token_labels
 
 
-__all__ = ["DistillationStep", "token_mask"]
+__all__ = ["DistillationStep"]
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import evaluating, run
+from ..batches import LABELS, evaluating, run
 from ..errors import UnsupportedArchitectureError
+from ..models import nearly_equal
 from .calibration import observed, token_mask
 from .families import family_of
 from .sites import Point
@@ -18,8 +19,6 @@ from .sites import Point
 __all__ = ["by_length"]
 
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")  # one entry a token
-LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label")
-TOLERANCE = 4.0  # in square roots of the dtype's epsilon, of the largest activation: 1e-3 in fp32, 0.4 in bf16
 
 
 def by_length(model: nn.Module, batches: list[dict[str, Any]], points: Iterable[Point]) -> list[dict[str, Any]]:
@@ -127,7 +126,7 @@ def _same_either_way(
         before = _activations(model, sample, points)
         for point, (x, mask) in before.items():
             others = [_row(together[point][0], row, len(trial))] + ([shortest[point][0]] if not row else [])
-            if not all(_close(_real(x, mask, length), _real(y, mask, length)) for y in others):
+            if not all(nearly_equal(_real(x, mask, length), _real(y, mask, length)) for y in others):
                 return False
     return True
 
@@ -151,10 +150,3 @@ def _row(x: torch.Tensor, row: int, rows: int) -> torch.Tensor:
 
 def _real(x: torch.Tensor, tokens: bool, length: int) -> torch.Tensor:
     return x[:, :length] if tokens else x
-
-
-def _close(x: torch.Tensor, y: torch.Tensor) -> bool:
-    if x.shape != y.shape:
-        return False
-    bound = TOLERANCE * torch.finfo(x.dtype).eps ** 0.5 * x.abs().max()
-    return bool((x - y).abs().max() <= bound)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..batches import padding_mask
 from ..distillation import DistillationObjective, DistillationStep, TaskLoss, capture
-from ..distillation.counts import IGNORED, UNITS, masked_labels, token_mask, total_units
+from ..distillation.counts import IGNORED, UNITS, masked_labels, total_units
 from ..distillation.objectives.answers import Answers
 from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
@@ -261,7 +262,7 @@ class Distiller:
             paths = dict.fromkeys(path for objective in objectives for path in objective.features().teacher)
             with trainer.accelerator.autocast():
                 outputs, features = trainer.staging.teacher(inputs, paths, drop=trainer.label_names)
-        mask = token_mask(inputs)
+        mask = padding_mask(inputs)
         return DistillationStep(
             inputs,
             teacher_outputs=outputs,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import BertForMaskedLM, BertForTokenClassification, GPT2Config, GPT2LMHeadModel
 
-from optimum_rmtkd.distillation.counts import UNITS, count_units, token_mask, total_units
+from optimum_rmtkd.batches import padding_mask
+from optimum_rmtkd.distillation.counts import UNITS, count_units, total_units
 from optimum_rmtkd.distillation.objectives import objective_names
 from optimum_rmtkd.distillation.step import DistillationStep
 
@@ -135,12 +136,12 @@ def test_shares_add_up_to_the_number_of_parts():
 
 def test_masks_of_multiple_choice_are_flattened():
     mask = torch.tensor([[[1, 1, 0], [1, 0, 0]]])
-    assert token_mask({"input_ids": torch.ones(1, 2, 3), "attention_mask": mask}).tolist() == [
+    assert padding_mask({"input_ids": torch.ones(1, 2, 3), "attention_mask": mask}).tolist() == [
         [True, True, False],
         [True, False, False],
     ]
     # (batch, tokens, tokens) says who looks at whom: no mask of tokens
-    assert token_mask({"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(1, 3, 3)}) is None
+    assert padding_mask({"input_ids": torch.ones(1, 3), "attention_mask": torch.ones(1, 3, 3)}) is None
 
 
 def test_a_micro_batch_without_labels_counts_nothing(make_trainer):

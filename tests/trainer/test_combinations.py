@@ -19,8 +19,9 @@ from transformers import (
     WhisperForAudioClassification,
 )
 
+from optimum_rmtkd.batches import padding_mask
 from optimum_rmtkd.distillation import DistillationObjective, DistillationStep, build_objectives, capture
-from optimum_rmtkd.distillation.counts import token_mask, total_units
+from optimum_rmtkd.distillation.counts import total_units
 from optimum_rmtkd.distillation.layers import in_decoder
 from optimum_rmtkd.distillation.objectives import objective_names
 from optimum_rmtkd.errors import RMTKDError
@@ -257,7 +258,7 @@ def test_padding_of_a_decoder_does_not_count(name, task):
             with capture(model.eval(), paths) as found, torch.no_grad():
                 model(**inputs)
             features.append(found)
-        mask, totals = token_mask(inputs), total_units([inputs])
+        mask, totals = padding_mask(inputs), total_units([inputs])
         return DistillationStep(
             inputs, student_features=features[0], teacher_features=features[1], mask=mask, totals=totals
         )
