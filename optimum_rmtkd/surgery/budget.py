@@ -209,7 +209,7 @@ def _move_price(couple: Couple, old: int, new: int, config: RMTKDConfig) -> floa
     return float(couple.score[new:old].mean()) if len(couple.score) else 0.0
 
 
-def already_met(size: float, goal: float, what: str) -> BudgetError:
+def _already_met(size: float, goal: float, what: str) -> BudgetError:
     """The error for a model of `size` "parameters" or "FLOPs" that is to get `goal` of them, and is no larger now."""
     return BudgetError(
         f"The model has {size:,.0f} {what}, already no more than the {goal:,.0f} that were asked for: nothing is left "
@@ -218,19 +218,24 @@ def already_met(size: float, goal: float, what: str) -> BudgetError:
 
 
 def check_reachable(
-    sites: list[Site], cost: Callable[[Mapping[str, int]], float], goal: float, whole: float, config: RMTKDConfig
+    sites: list[Site],
+    cost: Callable[[Mapping[str, int]], float],
+    goal: float,
+    whole: float,
+    config: RMTKDConfig,
+    what: str,
 ) -> None:
-    """Refuse a number of parameters that no widths can give, before anything is computed.
+    """Refuse a size that no widths can give, before anything is computed.
 
     Args:
-        sites: those that may be cut. cost: {couple: width} -> parameters. goal, whole: as for `allocate`.
+        sites: those that may be cut. cost: {couple: width} -> size. goal, whole, what: as for `allocate`.
 
     Raises:
         BudgetError: the model is no larger than `goal` now, or larger than that with every site at its floor.
     """
     size = cost({})
     if size <= goal:
-        raise already_met(size, goal, "parameters")
+        raise _already_met(size, goal, what)
     finest = config.replace(round_to=1)
     leads = {site.couple: site for site in sites if site.kind != "pooled"}
     widths = {name: site.group_width for name, site in leads.items()}
@@ -239,7 +244,7 @@ def check_reachable(
             tries = [{**widths, name: width} for width in (site.group_width, couple_grid(site, finest)[0])]
             widths = min(tries, key=cost)
     if cost(widths) > goal:
-        raise _beyond_reach(goal, cost(widths), whole, config, "parameters")
+        raise _beyond_reach(goal, cost(widths), whole, config, what)
 
 
 def allocate(
@@ -274,7 +279,7 @@ def allocate(
     """
     size = cost({c.name: c.width for c in couples})
     if size <= goal:
-        raise already_met(size, goal, what)
+        raise _already_met(size, goal, what)
     local = {c.name: worth(c) for c in couples}
     nearest, last, failure = None, None, None
     for round_to, pinned in _tries(config.round_to, lambda: last):

@@ -102,8 +102,8 @@ def analyze(
         UnsupportedArchitectureError, CalibrationError, BudgetError: see `optimum_rmtkd.errors`.
     """
     config = config or RMTKDConfig()
-    target = config.target_reduction
-    surgeon = Surgeon(model, dataloader, config, progress=progress, thorough=True, target_reduction=target)
+    targets = {"target_reduction": config.target_reduction, "target_flops": config.target_flops}
+    surgeon = Surgeon(model, dataloader, config, progress=progress, thorough=True, **targets)
     return surgeon.report(*surgeon.plan())
 
 
@@ -161,7 +161,8 @@ def reduce(
         UnsupportedArchitectureError, CalibrationError, BudgetError, RMTKDError: see `optimum_rmtkd.errors`.
     """
     asked = config.target_reduction if target_reduction is None else target_reduction
-    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, target_reduction=asked)
+    targets = {"target_reduction": asked, "target_flops": config.target_flops if asked is None else None}
+    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, **targets)
     with one_for_all(accelerator):
         plan = surgeon.plan(target_reduction)
     plan = from_main(plan, accelerator)

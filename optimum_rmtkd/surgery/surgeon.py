@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..batches import batch_size, run
+from ..batches import batch_size, evaluating, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import (
@@ -32,7 +32,6 @@ from .budget import (
     Couple,
     Plan,
     allocate,
-    already_met,
     check_reachable,
     couple_grid,
     flops_of,
@@ -74,10 +73,11 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
         UnsupportedArchitectureError, RMTKDError: a model that its class and config do not describe
             (`models.check_structure`); no family; an unknown site or edge estimator.
         CalibrationError: weights that are not finite; names the first tensor.
-        BudgetError: a model that is already as small as asked for.
+        BudgetError: a model that is already as small as asked for, or cannot get so small.
     """
     check_structure(model)
-    select_sites(anatomy_of(model, config), config.sites)
+    anatomy = anatomy_of(model, config)
+    sites = select_sites(anatomy, config.sites)
     find_estimator(config.edge_estimator)
     broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
     if broken:
@@ -86,10 +86,7 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
             f"{broken[0]}: expected finite weights. The training diverged, or the file is damaged; take another "
             "checkpoint."
         )
-    if config.target_reduction is not None:
-        now, goal = count_parameters(model), (1 - config.target_reduction) * uncut_parameters(model)
-        if now <= goal:
-            raise already_met(now, goal, "parameters")
+    _check_parameters(model, anatomy, sites, config, config.target_reduction)
 
 
 def check_data(model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig) -> None:
@@ -98,11 +95,37 @@ def check_data(model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig
 
     Raises:
         CalibrationError, UnsupportedArchitectureError: names what the data holds, what was expected, what to do.
+        BudgetError: no widths have as few FLOPs as `target_flops` leaves.
     """
     anatomy = anatomy_of(model, config)
     sites = select_sites(anatomy, config.sites)
     batches = checked_batches(model, dataloader, config.calibration_samples, anatomy, sites)
     check_behaviour(model, batches[0])
+    if config.target_flops is not None:
+        with evaluating(model):
+            batches = by_length(model, batches, points_of(anatomy, sites))
+            _check_flops(model, anatomy, sites, batches, config, config.target_flops)
+
+
+def _check_parameters(
+    model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], config: RMTKDConfig, target: float | None
+) -> None:
+    if target is not None:
+        whole = uncut_parameters(model)
+        check_reachable(sites, parameters_of(model, anatomy), (1 - target) * whole, whole, config, "parameters")
+
+
+def _check_flops(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    sites: list[Site],
+    batches: list[dict[str, Any]],
+    config: RMTKDConfig,
+    target: float | None,
+) -> None:
+    if target is not None:
+        flops = flops_of(model, anatomy, _positions(model, batches))
+        check_reachable(sites, flops, (1 - target) * flops({}), flops({}), config, "FLOPs")
 
 
 class Surgeon:
@@ -110,7 +133,7 @@ class Surgeon:
 
     `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
     that the estimator "signflip" needs. A `target_reduction` that is out of reach is refused (BudgetError) before any
-    data is read; `plan` is asked for it again.
+    data is read, a `target_flops` before the calibration; `plan` is asked for them again.
     """
 
     def __init__(
@@ -123,15 +146,15 @@ class Surgeon:
         progress: bool = True,
         thorough: bool = False,
         target_reduction: float | None = None,
+        target_flops: float | None = None,
     ):
         check_structure(model)
+        find_estimator(config.edge_estimator)
         self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
-        if target_reduction is not None:
-            whole, count = uncut_parameters(model), parameters_of(model, self.anatomy)
-            check_reachable(self.sites, count, (1 - target_reduction) * whole, whole, config)
+        _check_parameters(model, self.anatomy, self.sites, config, target_reduction)
         with one_for_all(accelerator):
             share = share_of(config.calibration_samples, accelerator)
             batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
@@ -143,6 +166,7 @@ class Surgeon:
             self.teacher = fold_norms(twin, self.anatomy)
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
+            _check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
             self.calibration = Calibration(points, self._gradient_points(), config, null_moments=thorough)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
@@ -239,7 +263,7 @@ class Surgeon:
             whole = parameters({})
             widths = {c.name: c.rank if parameters({c.name: c.rank}) < whole else c.width for c in couples}
             return Plan(widths, [], self.config.round_to)
-        positions = self._positions()
+        positions = _positions(self.teacher, self.batches)
         flops = flops_of(self.teacher, self.anatomy, positions)
         if target is not None:
             whole = float(uncut_parameters(self.source))
@@ -268,21 +292,6 @@ class Surgeon:
     def _units_of(self, couple: Couple) -> list[Unit]:
         names = {site.name for site in couple.sites} | ({"pooler"} if couple.name == "hidden" else set())
         return [u for u in self.anatomy.units if names & {u.reads, u.writes, u.factor}]
-
-    def _positions(self) -> dict[str, float]:
-        """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling
-        length."""
-        positions: dict[str, float] = {}
-        batch = self.batches[len(self.batches) // 2]
-        size = batch_size(batch)
-
-        def see(point: Point, x: torch.Tensor) -> None:
-            features = features_last(x, get_module(self.teacher, point.path)).shape[-1]
-            positions[point.path] = x.numel() / features / size
-
-        with observed(self.teacher, [Point(p) for p in linear_layers(self.teacher)], see), torch.no_grad():
-            run(self.teacher, batch)
-        return positions
 
     def report(self, couples: dict[str, int], curve: list[BudgetPoint], round_to: int | None = None) -> SpectralReport:
         """The spectra of all sites in question and what a `Plan` makes of them."""
@@ -344,6 +353,21 @@ class Surgeon:
         # the folded stream of a pre-norm model is the old one less its mean over features
         basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
         return {"hidden": basis.float().to(self.source.device)}
+
+
+def _positions(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str, float]:
+    """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling length."""
+    positions: dict[str, float] = {}
+    batch = batches[len(batches) // 2]
+    size = batch_size(batch)
+
+    def see(point: Point, x: torch.Tensor) -> None:
+        features = features_last(x, get_module(model, point.path)).shape[-1]
+        positions[point.path] = x.numel() / features / size
+
+    with observed(model, [Point(p) for p in linear_layers(model)], see), torch.no_grad():
+        run(model, batch)
+    return positions
 
 
 @contextlib.contextmanager

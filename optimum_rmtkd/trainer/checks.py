@@ -100,13 +100,19 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
 
     Raises:
         RMTKDError: no data, no labels for the task loss, or no cached answers for a `CachedTeacher`.
-        CalibrationError: data that no cut can be calibrated with.
+        CalibrationError: weights that are not finite; data that no cut can be calibrated with.
+        BudgetError: a target that the model already meets, or that no widths can give, in however many cuts.
     """
     from .. import surgery
     from ..surgery.processes import one_for_all
 
     if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
         raise RMTKDError("train_dataset is empty; expected rows to calibrate the cuts and to distil on.")
+    recipe = trainer.rmtkd_config
+    if trainer.staging.plan is not None:  # trained on after its cuts: the targets are met
+        recipe = recipe.replace(target_reduction=None, target_flops=None)
+    elif recipe.schedule != "none":
+        surgery.check_recipe(trainer.cores.plain(), recipe)
     samples = max(trainer.args.per_device_eval_batch_size, trainer.args.world_size)
     with one_for_all(trainer.accelerator):
         batches = trainer.calibration_batches(strip=False, samples=samples)
@@ -118,7 +124,7 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
         batch = next(iter(batches))
         _check_batch(trainer, batch)
         if trainer.rmtkd_config.schedule != "none":
-            surgery.check_data(trainer.cores.plain(), [for_calibration(trainer, batch)], trainer.rmtkd_config)
+            surgery.check_data(trainer.cores.plain(), [for_calibration(trainer, batch)], recipe)
 
 
 def _check_batch(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:

@@ -262,9 +262,11 @@ def test_labels_that_do_not_fit_leave_no_folder(compress, tmp_path):
     assert list((tmp_path / "work").iterdir()) == []
 
 
-def test_a_target_that_cannot_be_reached(compress, tmp_path):
-    code, _, err = compress("--no-train", "--target-reduction", 0.999)
-    assert code == 2 and "Traceback" not in err
+@pytest.mark.parametrize("options", [(), ("--no-train",)])
+def test_a_target_that_cannot_be_reached(compress, options, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_rmtkd.commands.task.evaluate", lambda *_: pytest.fail("evaluated"))
+    code, _, err = compress("--target-reduction", 0.999, *options)
+    assert code == 2 and "Traceback" not in err and "cannot get below" in err
     assert list((tmp_path / "work").iterdir()) == []
 
 

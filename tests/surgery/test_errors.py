@@ -20,7 +20,7 @@ from optimum_rmtkd import (
     narrow,
 )
 from optimum_rmtkd.spectra import EDGE_ESTIMATORS
-from optimum_rmtkd.surgery import check_recipe, narrow_to, reduce
+from optimum_rmtkd.surgery import check_data, check_recipe, narrow_to, reduce
 
 from . import zoo
 
@@ -192,6 +192,30 @@ def test_a_target_beyond_reach_is_refused_before_data_is_read(case):
     some, less = (RECIPE.replace(**changes | {"target_reduction": share}) for share in (0.05, 0.01))
     cut = narrow(model, zoo.batches(name), some, progress=False)
     refused(BudgetError, "already no more than", narrow, cut, unread(), less)
+
+
+def test_flops_beyond_reach_are_refused_before_the_calibration(bert, monkeypatch):
+    model, data = bert
+    monkeypatch.setattr("optimum_rmtkd.surgery.surgeon.calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    recipe = RECIPE.replace(target_reduction=None, target_flops=0.999)
+    for compute in (narrow, analyze, reduce):
+        refused(BudgetError, "FLOPs was asked for.* the model cannot get below", compute, model, data, recipe)
+    with pytest.raises(BudgetError, match="FLOPs was asked for"):
+        check_data(model, data, recipe)
+    check_data(model, data, recipe.replace(target_flops=0.5))
+
+
+def test_estimators_nobody_registered_are_refused_before_data_is_read(bert):
+    model, _ = bert
+
+    def unread():
+        raise AssertionError("data was read")
+        yield
+
+    for compute in (narrow, analyze, reduce):
+        refused(
+            RMTKDError, "Unknown edge estimator", compute, model, unread(), RECIPE.replace(edge_estimator="kaiser")
+        )
 
 
 def test_targets_count_from_the_uncut_model(bert):
@@ -389,6 +413,8 @@ def test_check_recipe_refuses_what_cannot_work(bert):
     ):
         with pytest.raises(error, match=match):
             check_recipe(model, RECIPE.replace(**changes))
+    with pytest.raises(BudgetError, match="the model cannot get below"):
+        check_recipe(model, RECIPE.replace(target_reduction=0.999))
     half = narrow(model, data, RECIPE.replace(target_reduction=0.5), progress=False)
     with pytest.raises(BudgetError, match="already no more than"):
         check_recipe(half, RECIPE.replace(target_reduction=0.4))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from optimum_rmtkd import count_parameters
+from optimum_rmtkd.errors import BudgetError
 from optimum_rmtkd.surgery.budget import flops_of
 from optimum_rmtkd.surgery.sites import linear_layers
 from optimum_rmtkd.surgery.surgeon import anatomy_of
@@ -49,3 +50,24 @@ def test_rounds_of_flops_end_near_their_target(make_trainer, rounds):
     trainer.train()
     assert len(trainer.stages) == rounds
     assert 0 <= 1 - flops(trainer.model) / before - 0.6 <= 0.01
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+@pytest.mark.parametrize(
+    ("target", "what"),
+    [({"target_reduction": 0.99}, "parameters"), ({"target_reduction": None, "target_flops": 0.99}, "FLOPs")],
+)
+def test_a_target_out_of_reach_is_refused_before_the_first_step(make_trainer, rounds, target, what):
+    """The first of several cuts could still be made, and the last one would end the run hours later."""
+    trainer = make_trainer(recipe=COARSE | target | {"rounds": rounds})
+    with pytest.raises(BudgetError, match=f"{what} was asked for.* cannot get below"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not trainer.stages
+
+
+def test_training_goes_on_after_the_target_is_met(make_trainer):
+    trainer = make_trainer(recipe=COARSE | {"target_reduction": 0.5, "rounds": 1})
+    trainer.train()
+    reached = count_parameters(trainer.model)
+    trainer.train()
+    assert len(trainer.stages) == 1 and count_parameters(trainer.model) == reached
