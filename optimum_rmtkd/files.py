@@ -11,7 +11,9 @@ import os
 import re
 import secrets
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .errors import RMTKDError
 
@@ -27,6 +29,7 @@ __all__ = [
     "sign",
     "write_signed",
     "write_text",
+    "write_whole",
 ]
 
 MARK = "optimum-rmtkd sha256:"
@@ -38,8 +41,13 @@ _SIGNATURE = re.compile(re.escape(MARK).encode() + rb"([0-9a-f]{64})")
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text beside `path`, under a name that nobody has, then rename: a reader never meets half a file.
-    Where `path` is a link, the file that it names is written.
+    """`write_whole` of UTF-8 text."""
+    write_whole(path, lambda beside: beside.write_bytes(text.encode("utf8")))
+
+
+def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
+    """Let `write` fill a file beside `path`, under a name that nobody has, then rename it: a reader never meets half a
+    file. Where `path` is a link, the file that it names is written.
 
     Raises:
         RMTKDError: the place cannot be written to; what was there is left as it was.
@@ -48,16 +56,17 @@ def write_text(path: str | Path, text: str) -> None:
     beside = path.with_name(f".{path.name[:64]}.{secrets.token_hex(4)}.partial")
     made = False
     try:
-        with beside.open("xb") as file:
+        with beside.open("xb"):
             made = True
-            file.write(text.encode("utf8"))
+        write(beside)
         os.replace(beside, path)
     except OSError as error:
-        if made:
-            beside.unlink(missing_ok=True)
         raise RMTKDError(
             f"Cannot write {path} ({error.strerror}): choose a file in a folder that can be written to."
         ) from error
+    finally:
+        if made:
+            beside.unlink(missing_ok=True)  # nothing is left there where all went well
 
 
 def read_text(path: str | Path) -> str:

@@ -91,7 +91,7 @@ class Recipe:
         """
         wanted = f"expected the file that {cls.__name__}.to_json_file writes"
         try:
-            text = Path(path).read_text(encoding="utf-8-sig")  # editors of Windows begin with a mark
+            text = Path(path).read_text(encoding="utf8")
         except UnicodeDecodeError as error:
             raise RMTKDError(f"{path} is not UTF-8 text ({error}); {wanted}. Save it as UTF-8.") from error
         except (OSError, ValueError, TypeError) as error:
@@ -114,6 +114,7 @@ def parse_json(text: str, what: str, wanted: str) -> Any:
         RMTKDError: anything else.
     """
     try:
+        text = text.removeprefix("\ufeff")  # editors of Windows begin with a mark
         return json.loads(text, parse_constant=_no_number, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:  # a JSONDecodeError is a ValueError, as are too many digits
         raise RMTKDError(f"{what} is not JSON ({error}); {wanted}.") from error

@@ -8,7 +8,6 @@ and a line says so. Whatever leaves a label without a class, or with two, is ref
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Collection, Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
 from ..files import read_text
+from ..recipe import parse_json
 
 
 if TYPE_CHECKING:
@@ -58,14 +58,13 @@ def parse_label_map(words: Sequence[str] | None) -> dict[str, str]:
 
 
 def _from_json(text: str, what: str) -> dict[str, str]:
-    try:
-        pairs = json.loads(text, object_pairs_hook=list)
-    except (ValueError, RecursionError) as error:
-        raise RMTKDError(f'{what} is no JSON ({error}); expected an object such as {{"cat": "LABEL_0"}}.') from error
-    named = isinstance(pairs, list) and all(isinstance(pair, tuple) for pair in pairs)
-    if not named or not all(isinstance(t, (str, int)) and not isinstance(t, bool) for _, t in pairs):
+    values = parse_json(text, what, 'expected an object such as {"cat": "LABEL_0"}')
+    plain = isinstance(values, dict) and all(
+        isinstance(target, (str, int)) and not isinstance(target, bool) for target in values.values()
+    )
+    if not plain:
         raise RMTKDError(f'{what}: expected an object of names or class indices, such as {{"cat": "LABEL_0"}}.')
-    return _unique((name, str(target)) for name, target in pairs)
+    return {name: str(target) for name, target in values.items()}
 
 
 def _unique(pairs: Any) -> dict[str, str]:

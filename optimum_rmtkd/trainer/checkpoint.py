@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
+from ..files import write_whole
 from .stages import write_json
 
 
@@ -93,9 +93,8 @@ def read_process_state(folder: str | Path, rank: int, count: int) -> dict[str, t
 def _write_tensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     from safetensors.torch import save_file
 
-    beside = file.with_name(file.name + ".tmp")
-    save_file({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}, beside)
-    os.replace(beside, file)
+    held = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    write_whole(file, lambda beside: save_file(held, beside))
 
 
 def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

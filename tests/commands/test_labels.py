@@ -177,6 +177,8 @@ def test_label_map_as_pairs_json_and_file(tmp_path):
     assert parse_label_map([json.dumps(wanted)]) == wanted
     assert parse_label_map([str(tmp_path / "map.json")]) == wanted
     assert parse_label_map(['{"1": 0, "2": 1}']) == {"1": "0", "2": "1"}
+    (tmp_path / "marked.json").write_text(json.dumps(wanted), encoding="utf-8-sig")  # as editors of Windows save it
+    assert parse_label_map([str(tmp_path / "marked.json")]) == wanted
     assert parse_label_map(None) == {}
 
 
@@ -188,9 +190,9 @@ def test_label_map_as_pairs_json_and_file(tmp_path):
         (["=LABEL_0"], "expected NAME=CLASS"),
         (["cat=a", "dog"], "'dog': expected NAME=CLASS"),
         (["cat=a", "cat=b"], "'cat' both to 'a' and to 'b'"),
-        (['{"cat": 0, "cat": 1}'], "'cat' both to '0' and to '1'"),
-        (["{"], "is no JSON"),
-        (['{"a":' * 100_000], "is no JSON"),
+        (['{"cat": 0, "cat": 1}'], "the key 'cat' stands there twice"),
+        (["{"], "is not JSON"),
+        (['{"a":' * 100_000], "is not JSON"),
         (['{"cat": [0]}'], "expected an object of names"),
         (['{"cat": true}'], "expected an object of names"),
         (["missing.json"], "no such file"),
