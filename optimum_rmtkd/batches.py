@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -30,6 +31,7 @@ __all__ = [
     "run",
     "to_device",
     "unchunked",
+    "with_tensors",
 ]
 
 LABELS = ("labels", "label", "start_positions", "end_positions", "next_sentence_label", "return_loss")
@@ -111,6 +113,20 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     from accelerate.utils import recursively_apply
 
     return recursively_apply(lambda tensor: tensor.to(device), batch)
+
+
+def with_tensors(value: Any) -> Any:
+    """A value of a batch with arrays of numbers as tensors, nested ones too; numpy's float64, its default, in torch's
+    default precision."""
+    from accelerate.utils import recursively_apply
+
+    def converted(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
+        return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
+
+    return recursively_apply(
+        converted, value, test_type=lambda x: isinstance(x, np.ndarray) and x.dtype.kind in "biuf"
+    )
 
 
 def padding_mask(batch: Mapping[str, Any]) -> torch.Tensor | None:

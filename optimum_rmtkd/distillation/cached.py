@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import padding_mask
+from ..batches import evaluating, padding_mask, to_device
 from ..errors import RMTKDError
 from ..validation import Count, checked
 from .signatures import named_inputs
@@ -131,18 +131,15 @@ def cache_answers(
         raise RMTKDError(f"cache_answers got a {type(dataset).__name__}; expected a datasets.Dataset (not a stream).")
     if not len(dataset):
         raise RMTKDError("cache_answers got an empty dataset; expected rows to ask the teacher about.")
-    training, place, names = teacher.training, next(teacher.parameters()).device, set(_input_names(teacher))
-    ask = Teacher(teacher)
+    place, names = next(teacher.parameters()).device, set(_input_names(teacher))
     answers: list[datasets.Dataset] = []  # Arrow tables: as Python lists they would take many times the memory
-    try:
+    with evaluating(teacher):
+        ask = Teacher(teacher)
         for start in tqdm(range(0, len(dataset), batch_size), "teacher's answers", unit="batch", disable=not progress):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
-            batch = collator([{key: value for key, value in row.items() if key in names} for row in rows])
-            batch = {key: value.to(place) if torch.is_tensor(value) else value for key, value in batch.items()}
+            batch = to_device(collator([{k: v for k, v in row.items() if k in names} for row in rows]), place)
             outputs, _ = ask(batch, drop=("labels",))
             answers.append(datasets.Dataset.from_dict(_kept(_logits_of(teacher, outputs), padding_mask(batch), k)))
-    finally:
-        teacher.train(training)
     return datasets.concatenate_datasets([dataset, datasets.concatenate_datasets(answers)], axis=1)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ..batches import evaluating
 from ..errors import RMTKDError
 from ..validation import AtLeastZero, Count, Interval
 from .counts import IGNORED
@@ -207,12 +208,9 @@ def generated(model: nn.Module, inputs: Mapping[str, torch.Tensor], max_new_toke
 def _generating(model: nn.Module, config: Any):
     """In evaluation mode, by `config` alone: what the model's own one holds (penalties, beams) would bend the
     distribution. Reparameterised weights are computed once, not for every token."""
-    training, own = model.training, model.generation_config
-    model.eval()
-    model.generation_config = config
+    own, model.generation_config = model.generation_config, config
     try:
-        with parametrize.cached():
+        with evaluating(model), parametrize.cached():
             yield
     finally:
         model.generation_config = own
-        model.train(training)

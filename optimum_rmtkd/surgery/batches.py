@@ -6,7 +6,6 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -19,6 +18,7 @@ from ..batches import (
     main_input,
     padding_mask,
     to_device,
+    with_tensors,
 )
 from ..errors import CalibrationError, UnsupportedArchitectureError
 from .families import family_of
@@ -62,7 +62,7 @@ def collect_batches(model: nn.Module, dataloader: Iterable, samples: int) -> lis
         if not isinstance(batch, Mapping):
             raise CalibrationError(_no_mapping(batch))
         dropped.update(dict.fromkeys(k for k in batch if k not in accepted))
-        kept = {k: _tensor(v) for k, v in batch.items() if k in accepted}
+        kept = {k: with_tensors(v) for k, v in batch.items() if k in accepted}
         _check_columns(model, batch, kept)
         size = batch_size(kept)
         if not size:
@@ -108,19 +108,6 @@ def _no_mapping(batch: Any) -> str:
         f"A calibration batch is a {type(batch).__name__}; expected a mapping of model inputs, as a transformers data "
         f"collator returns.{inside} A DataLoader over tuples, or over tensors, needs a collate_fn that names them, "
         'for example {"input_ids": ..., "attention_mask": ...}.'
-    )
-
-
-def _tensor(value: Any) -> Any:
-    """Arrays of numbers as tensors, nested ones too; numpy's float64, its default, in torch's default precision."""
-    from accelerate.utils import recursively_apply
-
-    def converted(array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
-        return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
-
-    return recursively_apply(
-        converted, value, test_type=lambda x: isinstance(x, np.ndarray) and x.dtype.kind in "biuf"
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..batches import described, padding_mask, run, to_device
+from ..batches import LABELS, accepted_names, described, evaluating, padding_mask, run, to_device, with_tensors
 from ..errors import CalibrationError, UnsupportedArchitectureError
 from ..models import check_behaviour
 from .config import TernaryConfig
@@ -60,7 +60,8 @@ def _holds_linear(module: nn.Module) -> bool:
 def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: TernaryConfig) -> Seen:
     """Run batches through `model` until `config.calibration_samples` rows went through the part at `name`.
 
-    Rows are samples, or unmasked tokens where the part sees (batch, tokens, d).
+    Rows are samples, or unmasked tokens where the part sees (batch, tokens, d). Arrays of numpy become tensors;
+    columns that the forward does not take are left out, as the Trainer does.
 
     Raises:
         CalibrationError: no data, labels missing, or a part that does not map (..., d_in) to (..., d_out).
@@ -70,27 +71,29 @@ def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: Te
     handle = part.register_forward_hook(
         lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True
     )
-    was_training, count = model.training, 0
-    model.eval()
+    count, accepted = 0, accepted_names(model) | set(LABELS)
     try:
-        for batch in tqdm(dataloader, desc=f"features of {name}", leave=False):
-            if not isinstance(batch, Mapping):
-                raise CalibrationError(f"A batch is a {type(batch).__name__}; expected a mapping of model inputs.")
-            on_device = to_device(dict(batch), model.device)
-            if not rows:
-                check_behaviour(model, on_device)
-            calls.clear()
-            run(model, on_device)
-            if not calls:
-                raise CalibrationError(f"The forward pass does not call {name!r}: nothing can be learned about it.")
-            found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in calls]
-            count += sum(len(inputs) for inputs, _, _ in found)
-            rows += found
-            if count >= config.calibration_samples:
-                break
+        with evaluating(model):
+            for batch in tqdm(dataloader, desc=f"features of {name}", leave=False):
+                if not isinstance(batch, Mapping):
+                    raise CalibrationError(f"A batch is a {type(batch).__name__}; expected a mapping of model inputs.")
+                kept = {k: with_tensors(v) for k, v in batch.items() if k in accepted}
+                on_device = to_device(kept, model.device)
+                if not rows:
+                    check_behaviour(model, on_device)
+                calls.clear()
+                run(model, on_device)
+                if not calls:
+                    raise CalibrationError(
+                        f"The forward pass does not call {name!r}: nothing can be learned about it."
+                    )
+                found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in calls]
+                count += sum(len(inputs) for inputs, _, _ in found)
+                rows += found
+                if count >= config.calibration_samples:
+                    break
     finally:
         handle.remove()
-        model.train(was_training)
     if not count:
         raise CalibrationError("The data is empty: expected at least one batch with unmasked samples.")
     inputs, outputs, labels = (torch.cat(column)[: config.calibration_samples] for column in zip(*rows))

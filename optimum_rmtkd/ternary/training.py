@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..batches import evaluating
 from ..errors import CalibrationError, UnsupportedArchitectureError
 from ..modeling_rmtkd import TernaryLinear, TernaryMLP
 from .build import as_model
@@ -157,15 +158,14 @@ def read_network(module: nn.Module, x: torch.Tensor) -> tuple[list[nn.Linear], l
     handles = [
         m.register_forward_hook(lambda m, args, out: calls.append((m, args[0].clone(), out.clone()))) for m in inner
     ]
-    training = module.training
     place = next(module.parameters())
     probe = x[:PROBES].to(device=place.device, dtype=place.dtype)
     try:
-        output = module.eval()(probe)
+        with evaluating(module):
+            output = module(probe)
     finally:
         for handle in handles:
             handle.remove()
-        module.train(training)
     if len(calls) < 2 or len({id(call[0]) for call in calls}) < len(calls):
         raise UnsupportedArchitectureError(
             f"{type(module).__name__}: its forward pass calls linear layers {len(calls)} time(s); weights='trained' "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..batches import padding_mask
+from ..batches import evaluating, padding_mask
 from ..distillation import DistillationObjective, DistillationStep, TaskLoss, capture
 from ..distillation.counts import IGNORED, UNITS, masked_labels, total_units
 from ..distillation.objectives.answers import Answers
@@ -276,13 +276,8 @@ class Distiller:
         """Features of both sides on one batch, the student in evaluation mode."""
         step = self.teacher_step(inputs, objectives)
         model, paths = self.trainer.model, dict.fromkeys(p for o in objectives for p in o.features().student)
-        training = model.training
-        model.eval()
-        try:
-            with capture(model, paths) as features, self.trainer.accelerator.autocast():
-                model(**without_labels(model, for_calibration(self.trainer, step.inputs), self.trainer.label_names))
-        finally:
-            model.train(training)
+        with evaluating(model), capture(model, paths) as features, self.trainer.accelerator.autocast():
+            model(**without_labels(model, for_calibration(self.trainer, step.inputs), self.trainer.label_names))
         return dataclasses.replace(step, student_features=features)
 
     def _weigh(self, step: DistillationStep, objectives: list[DistillationObjective]) -> torch.Tensor:

@@ -254,6 +254,24 @@ def test_a_linear_part_is_reproduced_up_to_noise():
     assert errors[1] < 0.1 and errors[1] < errors[0]
 
 
+def test_batches_of_numpy_with_columns_that_the_model_does_not_take():
+    model, batches = model_and_batches("bert")
+    others = [
+        {k: v.numpy() for k, v in batch.items()} | {"text": ["a"] * len(batch["input_ids"])} for batch in batches
+    ]
+    student, same = (compress_head(model, "classifier", data, SMALL)[0] for data in (batches, others))
+    assert zoo.same(student, same, batches[0])
+
+
+def test_the_mode_of_every_module_is_left_alone():
+    model, batches = model_and_batches("bert")
+    model.train()
+    model.bert.embeddings.eval()  # frozen by hand
+    before = {name: module.training for name, module in model.named_modules()}
+    compress_head(model, "classifier", batches, SMALL)
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_reload_in_fresh_processes(tmp_path):
     model, batches = model_and_batches("bert")
     student = compress_head(model, "classifier", batches, SMALL)[0]
