@@ -154,7 +154,7 @@ def _real(x: torch.Tensor, tokens: bool, length: int) -> torch.Tensor:
 
 
 def _close(x: torch.Tensor, y: torch.Tensor) -> bool:
-    if x.shape != y.shape:
-        return False
+    if x.shape != y.shape or not x.numel():  # a row of padding alone has nothing to compare
+        return x.shape == y.shape
     bound = TOLERANCE * torch.finfo(x.dtype).eps ** 0.5 * x.abs().max()
     return bool((x - y).abs().max() <= bound)

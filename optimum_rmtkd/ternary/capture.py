@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..batches import described, padding_mask, run, to_device
+from ..batches import collected, described, evaluating, explained, guarded_tables, padding_mask, run, to_device
 from ..errors import CalibrationError, UnsupportedArchitectureError
 from ..models import check_behaviour
 from .config import TernaryConfig
@@ -63,34 +63,36 @@ def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: Te
     Rows are samples, or unmasked tokens where the part sees (batch, tokens, d).
 
     Raises:
-        CalibrationError: no data, labels missing, or a part that does not map (..., d_in) to (..., d_out).
+        CalibrationError: no data, batches that are none (`batches.collected`) or that the model cannot run on, labels
+            missing, or a part that does not map (..., d_in) to (..., d_out).
         UnsupportedArchitectureError: no such part.
     """
     part, rows, calls = find_part(model, name), [], []
     handle = part.register_forward_hook(
         lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True
     )
-    was_training, count = model.training, 0
-    model.eval()
+    count = 0
     try:
-        for batch in tqdm(dataloader, desc=f"features of {name}", leave=False):
-            if not isinstance(batch, Mapping):
-                raise CalibrationError(f"A batch is a {type(batch).__name__}; expected a mapping of model inputs.")
-            on_device = to_device(dict(batch), model.device)
-            if not rows:
-                check_behaviour(model, on_device)
-            calls.clear()
-            run(model, on_device)
-            if not calls:
-                raise CalibrationError(f"The forward pass does not call {name!r}: nothing can be learned about it.")
-            found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in calls]
-            count += sum(len(inputs) for inputs, _, _ in found)
-            rows += found
-            if count >= config.calibration_samples:
-                break
+        with evaluating(model), guarded_tables(model):
+            batches = tqdm(collected(model, dataloader), desc=f"features of {name}", leave=False)
+            for number, batch in enumerate(batches):
+                on_device = to_device(batch, model.device)
+                with explained(model, on_device, number):
+                    if not rows:
+                        check_behaviour(model, on_device)
+                    calls.clear()
+                    run(model, on_device)
+                if not calls:
+                    raise CalibrationError(
+                        f"The forward pass does not call {name!r}: nothing can be learned about it."
+                    )
+                found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in calls]
+                count += sum(len(inputs) for inputs, _, _ in found)
+                rows += found
+                if count >= config.calibration_samples:
+                    break
     finally:
         handle.remove()
-        model.train(was_training)
     if not count:
         raise CalibrationError("The data is empty: expected at least one batch with unmasked samples.")
     inputs, outputs, labels = (torch.cat(column)[: config.calibration_samples] for column in zip(*rows))
