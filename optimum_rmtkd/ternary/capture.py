@@ -73,20 +73,21 @@ def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: Te
     )
     count = 0
     try:
-        with evaluating(model), guarded_tables(model):
+        with evaluating(model):
             batches = tqdm(collected(model, dataloader), desc=f"features of {name}", leave=False)
             for number, batch in enumerate(batches):
                 on_device = to_device(batch, model.device)
-                with explained(model, on_device, number):
-                    if not rows:
-                        check_behaviour(model, on_device)
-                    calls.clear()
+                calls.clear()
+                with guarded_tables(model), explained(model, on_device, number):
                     run(model, on_device)
-                if not calls:
+                seen = list(calls)
+                if not rows:
+                    check_behaviour(model, on_device)
+                if not seen:
                     raise CalibrationError(
                         f"The forward pass does not call {name!r}: nothing can be learned about it."
                     )
-                found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in calls]
+                found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in seen]
                 count += sum(len(inputs) for inputs, _, _ in found)
                 rows += found
                 if count >= config.calibration_samples:

@@ -12,8 +12,8 @@ import transformers as tf
 from torch.utils.data import DataLoader, TensorDataset
 
 from optimum_rmtkd import CalibrationError, RMTKDConfig, RMTKDError, analyze, narrow
-from optimum_rmtkd.surgery import calibration
 from optimum_rmtkd.batches import collect_batches
+from optimum_rmtkd.surgery import calibration
 from optimum_rmtkd.surgery.surgeon import check_data
 
 from . import zoo
