@@ -324,7 +324,12 @@ def screenot(spectrum: Spectrum, rank_bound: Count | None = None) -> Edge:
     ratio = spectrum.width / spectrum.samples  # of the matrix itself: dependence is part of its noise
     aspect = min(ratio, 1 / ratio)
     limit = (len(values) - 2) // 2
-    if limit < 1 or (rank_bound is not None and not 1 <= rank_bound <= limit):
+    if limit < 1:
+        raise RMTKDError(
+            f"screenot on {len(values)} non-null eigenvalues: expected at least 4, of which some are noise; give more "
+            "samples (calibration_samples), or another estimator."
+        )
+    if rank_bound is not None and not 1 <= rank_bound <= limit:
         raise RMTKDError(
             f"screenot with rank_bound={rank_bound} on {len(values)} non-null eigenvalues: expected 1 <= rank_bound "
             f"<= {limit}; give more samples or another estimator."

@@ -11,13 +11,12 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..batches import batch_size, decoder_mask, evaluating, padding_mask, run
+from ..batches import batch_size, decoder_mask, evaluating, explained, padding_mask, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError
 from ..modeling_rmtkd import LowRankLinear, resolve_path
 from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
-from .explaining import explained
 from .likelihood import log_likelihood
 from .sites import Anatomy, Point, Site, get_module
 

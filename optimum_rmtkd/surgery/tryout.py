@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import evaluating, first_samples, padding_mask, run
+from ..batches import collect_batches, evaluating, explained, first_samples, guarded_tables, padding_mask, run
 from ..errors import CalibrationError
 from ..modeling_rmtkd import resolve_path
-from .batches import check_batches, check_cross_attention, collect_batches
+from .batches import check_batches, check_cross_attention
 from .calibration import observed, points_of
-from .explaining import explained, guarded_tables
 from .sites import Anatomy, Point, Site
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..batches import LABELS, accepted_names, described, evaluating, padding_mask, run, to_device, with_tensors
+from ..batches import collected, described, evaluating, explained, guarded_tables, padding_mask, run, to_device
 from ..errors import CalibrationError, UnsupportedArchitectureError
 from ..models import check_behaviour
 from .config import TernaryConfig
@@ -60,34 +60,34 @@ def _holds_linear(module: nn.Module) -> bool:
 def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: TernaryConfig) -> Seen:
     """Run batches through `model` until `config.calibration_samples` rows went through the part at `name`.
 
-    Rows are samples, or unmasked tokens where the part sees (batch, tokens, d). Arrays of numpy become tensors;
-    columns that the forward does not take are left out, as the Trainer does.
+    Rows are samples, or unmasked tokens where the part sees (batch, tokens, d).
 
     Raises:
-        CalibrationError: no data, labels missing, or a part that does not map (..., d_in) to (..., d_out).
+        CalibrationError: no data, batches that are none (`batches.collected`) or that the model cannot run on, labels
+            missing, or a part that does not map (..., d_in) to (..., d_out).
         UnsupportedArchitectureError: no such part.
     """
     part, rows, calls = find_part(model, name), [], []
     handle = part.register_forward_hook(
         lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True
     )
-    count, accepted = 0, accepted_names(model) | set(LABELS)
+    count = 0
     try:
         with evaluating(model):
-            for batch in tqdm(dataloader, desc=f"features of {name}", leave=False):
-                if not isinstance(batch, Mapping):
-                    raise CalibrationError(f"A batch is a {type(batch).__name__}; expected a mapping of model inputs.")
-                kept = {k: with_tensors(v) for k, v in batch.items() if k in accepted}
-                on_device = to_device(kept, model.device)
+            batches = tqdm(collected(model, dataloader), desc=f"features of {name}", leave=False)
+            for number, batch in enumerate(batches):
+                on_device = to_device(batch, model.device)
+                calls.clear()
+                with guarded_tables(model), explained(model, on_device, number):
+                    run(model, on_device)
+                seen = list(calls)
                 if not rows:
                     check_behaviour(model, on_device)
-                calls.clear()
-                run(model, on_device)
-                if not calls:
+                if not seen:
                     raise CalibrationError(
                         f"The forward pass does not call {name!r}: nothing can be learned about it."
                     )
-                found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in calls]
+                found = [_rows_of(name, part, *call, on_device, config.targets == "labels") for call in seen]
                 count += sum(len(inputs) for inputs, _, _ in found)
                 rows += found
                 if count >= config.calibration_samples:

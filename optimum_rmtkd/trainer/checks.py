@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..batches import from_loader
 from ..distillation import CachedTeacher, TaskLoss
 from ..distillation.cached import COLUMNS
 from ..distillation.signatures import named_inputs
@@ -121,7 +122,7 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
                 f"train_dataset has fewer rows than the {trainer.args.world_size} processes of this run; expected at "
                 "least one for each. Use fewer processes, or more data."
             )
-        batch = next(iter(batches))
+        batch = next(from_loader(batches))
         _check_batch(trainer, batch)
         if trainer.rmtkd_config.schedule != "none":
             surgery.check_data(trainer.cores.plain(), [for_calibration(trainer, batch)], recipe)

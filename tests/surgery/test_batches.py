@@ -12,8 +12,8 @@ import transformers as tf
 from torch.utils.data import DataLoader, TensorDataset
 
 from optimum_rmtkd import CalibrationError, RMTKDConfig, RMTKDError, analyze, narrow
+from optimum_rmtkd.batches import collect_batches
 from optimum_rmtkd.surgery import calibration
-from optimum_rmtkd.surgery.batches import collect_batches
 from optimum_rmtkd.surgery.surgeon import check_data
 
 from . import zoo
@@ -70,10 +70,15 @@ def collected(model, data, samples=48):
         [batch | {"attention_mask": torch.zeros(8, 1, 12, 12)} for batch in TEXT],
         [batch | {"position_ids": torch.arange(12)[None]} for batch in TEXT],
         [{k: torch.cat([b[k] for b in TEXT * 2]) for k in TEXT[0]}],
+        [{k: v.numpy().astype(np.uint16) for k, v in batch.items()} for batch in TEXT],
+        [batch | {"attention_mask": batch["attention_mask"] * (torch.arange(8) > 1)[:, None]} for batch in TEXT],
+        [batch | {7: torch.ones(8), "meta": {"a": ["x"]}, "labels": ["x"] * 8} for batch in TEXT],
+        [TEXT[0], {k: v[:0] for k, v in TEXT[1].items()}, *TEXT[2:]],
     ],
     ids=[
         "tensor dataset", "stream in batches", "default collate", "BatchEncoding", "numpy", "None", "scalar first",
-        "flags", "float mask", "additive mask", "positions", "one large batch",
+        "flags", "float mask", "additive mask", "positions", "one large batch", "narrow numbers",
+        "texts of padding alone", "odd columns", "an empty batch",
     ],
 )  # fmt: skip
 def test_text_as_users_have_it(bert, data):
@@ -201,6 +206,16 @@ def test_data_that_is_no_iterable_of_batches(bert, data, words):
         ),
         (lambda b: {"position_ids": torch.arange(5)}, ["cannot run on calibration batch 0", "int64 (5,)"]),
         (lambda b: {"inputs_embeds": torch.randn(8, 12, 32)}, ["cannot run", "inputs_embeds float32 (8, 12, 32)"]),
+        (lambda b: {"input_ids": b["input_ids"].to(torch.int16)}, ["input_ids", "int16 (8, 12)", "torch.long"]),
+        (lambda b: {"input_ids": b["input_ids"].to(torch.uint16)}, ["input_ids", "uint16 (8, 12)", "torch.long"]),
+        (lambda b: {"input_ids": b["input_ids"].to(torch.complex64)}, ["input_ids", "complex64 (8, 12)"]),
+        (lambda b: {"attention_mask": b["attention_mask"][0]}, ["attention_mask has the shape (12,)", "(8, 12)"]),
+        (lambda b: {"token_type_ids": b["input_ids"][:, :4] * 0}, ["token_type_ids has the shape (8, 4)", "(8, 12)"]),
+        (lambda b: {"position_ids": torch.arange(12)[None] - 1}, ["position_ids hold -1"]),
+        (
+            lambda b: {k: v[:, None].expand(8, 2, 12) for k, v in b.items()},
+            ["three axes, (batch, choices, length)", "multiple choice"],
+        ),
     ],
 )
 def test_texts_that_do_not_fit(bert, change, words):
@@ -240,6 +255,40 @@ def test_texts_beyond_the_positions(name, limit, function):
 def test_images_that_do_not_fit(vit, pixels, words):
     message = refusal(vit, [{"pixel_values": pixels}] * 3)
     assert all(word in message for word in (*words, "pixel_values")), message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_inputs_that_are_no_numbers_are_found_wherever_they_are(vit, bert, value):
+    pixels = IMAGES[3]["pixel_values"].clone()
+    pixels[5, 0, 1, 2:4] = value
+    message = refusal(vit, [*IMAGES[:3], {"pixel_values": pixels}])
+    assert "pixel_values of calibration batch 3" in message and "2 values are NaN or infinite" in message
+    message = refusal(bert, [{"inputs_embeds": torch.full((8, 12, 32), value)}])
+    assert "inputs_embeds of calibration batch 0" in message
+
+
+class Broken(torch.utils.data.Dataset):
+    """Rows that grow, and one that cannot be read."""
+
+    def __init__(self, broken: int | None = None):
+        self.broken = broken
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        if index == self.broken:
+            raise OSError("row 21 cannot be read")
+        return {"input_ids": torch.arange(5, 9 + (0 if self.broken else index % 3))}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_fails(bert, workers):
+    message = refusal(bert, DataLoader(Broken(), batch_size=8, num_workers=workers))
+    for words in ("DataLoader", "fails at batch 0", "DataCollatorWithPadding", "equal size"):
+        assert words in message
+    message = refusal(bert, DataLoader(Broken(21), batch_size=8, num_workers=workers))
+    assert "fails at batch 2" in message and "OSError: row 21 cannot be read" in message
 
 
 def test_a_later_batch_of_another_form_is_tried_before_the_first_pass(vit):

@@ -8,7 +8,7 @@ import transformers as tf
 from torch import nn
 
 from optimum_rmtkd import RMTKDConfig, narrow
-from optimum_rmtkd.surgery.batches import collect_batches
+from optimum_rmtkd.batches import collect_batches
 from optimum_rmtkd.surgery.calibration import Calibration, calibrate, points_of
 from optimum_rmtkd.surgery.families import FAMILIES
 from optimum_rmtkd.surgery.grouping import by_length

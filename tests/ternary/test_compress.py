@@ -645,3 +645,46 @@ def test_accuracy_on_digits():
     assert mean["weights_only"] > mean["dense"] - 0.01
     assert mean["min_shift"] > mean["dense"] - 0.04
     assert mean["min_shift"] > mean["two_level"] + 0.05
+
+
+# Batches as users have them
+
+
+def numbers(batches):
+    return [{k: v.numpy() for k, v in batch.items()} for batch in batches]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        numbers,
+        lambda batches: [b | {"text": ["a"] * 8, "idx": torch.arange(8), "token_type_ids": None} for b in batches],
+        iter,
+    ],
+    ids=["numpy", "other columns", "a generator"],
+)
+def test_the_part_sees_the_same_in_whatever_form_the_batches_come(change):
+    model, batches = zoo.make("bert", "ForSequenceClassification"), zoo.batches("bert")
+    made, expected = (compress_head(model, "classifier", data, SMALL)[0] for data in (change(batches), batches))
+    assert zoo.same(made, expected, batches[0])
+
+
+@pytest.mark.parametrize(
+    "batch, words",
+    [
+        ({"input_ids": [[5, 6], [7, 8]]}, ["Column 'input_ids'", "a list of 2", "tensor"]),
+        ({"input_ids": torch.arange(5, 10)}, ["input_ids", "(5,)", "one row"]),
+        ({"text": ["a"]}, ["holds text", "expected input_ids"]),
+        ({"input_ids": torch.randint(5, 60, (4, 41))}, ["has 41 tokens", "positions for 40", "max_length=40"]),
+        ({"input_ids": torch.full((4, 8), 61)}, ["word_embeddings", "row 61", "61"]),
+        ((torch.ones(2, 3), torch.ones(2)), ["is a tuple", "a mapping of model inputs"]),
+    ],
+)
+def test_batches_that_do_not_fit_are_named(batch, words):
+    model = zoo.make("bert", "ForSequenceClassification")
+    modes = [module.training for module in model.train().modules()]
+    with pytest.raises(CalibrationError) as caught:
+        compress_head(model, "classifier", [*zoo.batches("bert", 1), batch], SMALL)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert [module.training for module in model.modules()] == modes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

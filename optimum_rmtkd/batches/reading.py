@@ -1,8 +1,4 @@
-"""What several rooms ask of a batch: its size, its padding, a part of it, and the way into a model.
-
-A batch is what a data collator made: a mapping of the names of a forward's parameters to tensors, or to anything else
-that the forward takes (flags, None, nested outputs of another model).
-"""
+"""Reading a batch: its size, its padding, a part of it, and the way into a model."""
 
 from __future__ import annotations
 

@@ -9,12 +9,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import LABELS, accepted_names, described, main_input
 from ..errors import CalibrationError, RMTKDError
-from .batches import POSITION_TABLES, cure_of_lists, rows_before, too_long
+from .reading import LABELS, accepted_names, described, main_input
 
 
-__all__ = ["explained", "guarded_tables", "position_limit"]
+__all__ = [
+    "POSITION_TABLES",
+    "cure_of_lists",
+    "explained",
+    "guarded_tables",
+    "in_one_line",
+    "position_limit",
+    "rows_before",
+    "too_long",
+]
+
+POSITION_TABLES = ("position_embeddings", "embed_positions", "position_embedding", "wpe")
 
 # what a forward raises where its input is wrong; errors of ours (ValueErrors, too) pass as they are
 RAW = (RuntimeError, IndexError, KeyError, TypeError, ValueError, AttributeError, AssertionError)
@@ -39,11 +49,18 @@ def explained(model: nn.Module, batch: Mapping[str, Any], number: int) -> Iterat
         hints = " ".join(_hints(model, batch)) or (
             f"Expected what {type(model).__name__} takes as model(**batch): try that first."
         )
-        text = " ".join(str(error).split())
         raise CalibrationError(
             f"{type(model).__name__} cannot run on calibration batch {number}, which holds {holds}. {hints} "
-            f"({type(error).__name__}: {text[:400]})"
+            f"({type(error).__name__}: {in_one_line(error)})"
         ) from error
+
+
+def in_one_line(error: Exception) -> str:
+    """What an error says, at most 400 characters; of one that comes with the traceback of another process, its end."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1]
+    return " ".join(text.split())[:400]
 
 
 def position_limit(model: nn.Module) -> int | None:
@@ -54,6 +71,29 @@ def position_limit(model: nn.Module) -> int | None:
         if name.rpartition(".")[2] in POSITION_TABLES and isinstance(module, nn.Embedding)
     ]
     return min(rows, default=None)
+
+
+def cure_of_lists(name: str, value: Any) -> str:
+    """What is wrong with a column of lists, and what to do."""
+    return (
+        f"Column {name!r} of a calibration batch is {described(value)}: expected a tensor with one row a sample. Let "
+        'the dataset give tensors (dataset.set_format("torch")), or give the DataLoader a collator that pads and '
+        "stacks (DataCollatorWithPadding(tokenizer), default_data_collator)."
+    )
+
+
+def rows_before(table: nn.Embedding) -> int:
+    """Rows of a table of positions before that of the first token: RoBERTa starts behind the padding token, BART at
+    2."""
+    return getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def too_long(model: nn.Module, length: int, limit: int) -> str:
+    """The refusal of texts beyond the positions."""
+    return (
+        f"A text of the calibration data has {length} tokens, {type(model).__name__} has positions for {limit}: "
+        f"tokenize with truncation=True, max_length={limit}."
+    )
 
 
 @contextlib.contextmanager
@@ -112,7 +152,10 @@ def _hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
             "labels, as DataCollatorForSeq2Seq does, and the model shifts them as in training."
         )
     yield from _length_hints(model, batch)
+    yield from _shape_hints(model, batch)
     limit, places = position_limit(model), batch.get("position_ids")
+    if isinstance(places, torch.Tensor) and places.numel() and int(places.min()) < 0:
+        yield f"position_ids hold {int(places.min())}: expected numbers of at least 0."
     if limit is not None and isinstance(places, torch.Tensor) and places.numel() and int(places.max()) >= limit:
         yield f"position_ids go up to {int(places.max())}, {type(model).__name__} has {limit} positions."
     dtype = getattr(model, "dtype", torch.float32)
@@ -120,6 +163,25 @@ def _hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
         yield f"The data is {first.dtype}, the weights are {dtype}: cast one to the other."
     if isinstance(batch.get("pixel_values"), torch.Tensor):
         yield from _image_hints(config, batch["pixel_values"])
+
+
+def _shape_hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
+    """Columns whose shapes do not go with the tokens."""
+    ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
+    if isinstance(ids, torch.Tensor) and ids.dim() == 3:
+        yield "input_ids has three axes, (batch, choices, length), which only models of multiple choice take."
+    width = getattr(model.config, "embedding_size", getattr(model.config, "hidden_size", None))
+    if isinstance(embeds, torch.Tensor) and isinstance(width, int) and embeds.shape[-1] != width:
+        yield f"inputs_embeds has {embeds.shape[-1]} features, the model's tokens have {width}."
+    text = ids if isinstance(ids, torch.Tensor) else embeds[..., 0] if isinstance(embeds, torch.Tensor) else None
+    if text is None or text.dim() != 2:
+        return
+    rows, length = text.shape
+    for name in ("attention_mask", "token_type_ids", "position_ids"):
+        value = batch.get(name)
+        one = name == "position_ids" and isinstance(value, torch.Tensor) and value.shape == (1, length)
+        if isinstance(value, torch.Tensor) and value.shape != text.shape and value.dim() != 4 and not one:
+            yield f"{name} has the shape {tuple(value.shape)}: expected ({rows}, {length}), one value a token."
 
 
 def _length_hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
