@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
+from ..batches import INPUTS
 from ..errors import RMTKDError
 from ..reparameterization.base import plain_parameters
 from ..validation import Interval, checked
@@ -57,8 +58,11 @@ class Teacher:
         return outputs, features
 
     def accepted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Those that the model's forward takes."""
-        return {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
+        """Those that the model's forward takes; pixels and the like in the precision of its weights."""
+        kept = {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
+        measured = [k for k in INPUTS if torch.is_tensor(kept.get(k)) and kept[k].is_floating_point()]
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None) if measured else None
+        return kept if dtype is None else kept | {k: kept[k].to(dtype) for k in measured}
 
     @property
     def columns(self) -> tuple[str, ...]:
