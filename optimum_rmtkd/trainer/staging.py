@@ -222,7 +222,7 @@ class Staging:
     def _warn_short_of_target(self) -> None:
         target, reached = self.config.target_reduction, 1 - self.parameters / self.reference_parameters
         if target is not None and reached < target - 0.01:
-            why = self.stopped or "all planned stages are done"
+            why = self.stopped or ("cuts are missing" if self.cuts_to_come else "all planned stages are done")
             logger.warning(
                 "The model is reduced by %.1f %%, target_reduction asks for %.1f %% (%s).",
                 100 * reached,
