@@ -207,6 +207,11 @@ class Distiller:
                     f"compute_loss(..., return_outputs=True) of {type(trainer).__name__} returned a "
                     f"{type(result).__name__}; expected (loss, outputs). Distillation compares the outputs."
                 )
+            if torch.is_tensor(result[0]) and result[0].dim():
+                raise RMTKDError(
+                    f"compute_loss of {type(trainer).__name__} returned a loss of shape {tuple(result[0].shape)}; "
+                    "expected a scalar, the mean over the micro-batch. Take its .mean()."
+                )
             return result
 
         def whole(model, inputs, return_outputs=False, num_items_in_batch=None):

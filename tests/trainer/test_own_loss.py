@@ -304,3 +304,14 @@ def test_a_loss_that_cannot_return_outputs_is_refused_at_once(make_trainer):
 
     with pytest.raises(RMTKDError, match=r"compute_loss\(model, inputs\) of Bare does not take return_outputs"):
         make_trainer(trainer_class=Bare)
+
+
+def test_a_loss_a_sample_is_refused_by_name(make_trainer):
+    class Rowwise(RMTKDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            loss = F.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+            return (loss, outputs) if return_outputs else loss
+
+    with pytest.raises(RMTKDError, match=r"compute_loss of Rowwise returned a loss of shape \(8,\)"):
+        make_trainer(trainer_class=Rowwise, recipe=NONE, teacher_model=tiny_bert(1), objectives=["task"]).train()
