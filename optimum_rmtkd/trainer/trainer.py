@@ -348,8 +348,9 @@ class RMTKDTrainer(Trainer):
         finally:
             self.is_in_train = training
         if self.metric_name not in metrics:
+            found = ", ".join(sorted(metrics)) or "nothing (eval_dataset is empty, or holds no labels)"
             raise RMTKDError(
-                f"The evaluation gave {', '.join(sorted(metrics))}; the stages are judged by {self.metric_name!r}. "
+                f"The evaluation gave {found}; the stages are judged by {self.metric_name!r}. "
                 "Set metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
             )
         return float(metrics[self.metric_name])
