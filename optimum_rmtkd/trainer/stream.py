@@ -60,7 +60,7 @@ class Stream:
 
     def settle(self) -> None:
         """Read a few rows of a new iteration: the first ones again, or, where the data can be read once, the next."""
-        first, read = self.samples(1) and self.held[:COMPARED], []
+        first, read = self.samples(1) and _telling(self.held), []
         with isolated_rng(self._seed):
             again = iter(self.dataset)
             self._once = again is self._rows
@@ -130,6 +130,12 @@ class _Rewound(torch.utils.data.IterableDataset):
 class _SizedRewound(_Rewound):
     def __len__(self) -> int:
         return len(self.stream.dataset)
+
+
+def _telling(rows: list) -> list:
+    """The first rows, up to one that is unlike the first at least: equal ones tell no iteration from another."""
+    unlike = next((number for number, row in enumerate(rows) if not _same(row, rows[0])), len(rows))
+    return rows[: max(COMPARED, unlike + 1)]
 
 
 def _same(one: Any, other: Any) -> bool:

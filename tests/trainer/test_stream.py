@@ -100,15 +100,15 @@ def test_rows_that_are_there_several_times_are_not_taken_for_a_new_beginning():
     class Same(Numbers):
         def __iter__(self):
             for number in super().__iter__():
-                yield 0 if number < 7 else number
+                yield 0 if number < 20 else number
 
-    for total in (7, 30):
+    for total in (25, 60):
         stream = Stream(Same(total, once=True), seed=0)
-        stream.samples(3)
+        stream.samples(12)
         stream.settle()
-        assert list(stream.data) == [0] * 7 + list(range(7, total))
-    anew = Stream(Same(30, once=False), seed=0)
-    anew.samples(3)
+        assert list(stream.data) == [0] * 20 + list(range(20, total))
+    anew = Stream(Same(60, once=False), seed=0)
+    anew.samples(12)
     anew.settle()
     assert anew.data is anew.dataset
 
