@@ -42,6 +42,8 @@ class Teacher:
     def __init__(self, model: nn.Module):
         self.model = model.eval()
         self._accepted = taken(model)
+        tuples = getattr(getattr(model, "config", None), "return_dict", True) is False
+        self._named = {"return_dict": True} if tuples else {}  # objectives read answers by name
 
     @torch.no_grad()
     def __call__(
@@ -54,7 +56,7 @@ class Teacher:
         """
         kept = self.accepted(without_labels(self.model, inputs, drop))
         with capture(self.model, paths) as features:
-            outputs = self.model(**kept)
+            outputs = self.model(**kept | self._named)
         return outputs, features
 
     def accepted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from optimum_rmtkd.distillation import CachedTeacher, FrozenTeacher, OnlineTeacher, WeightedTeachers, cache_answers
+from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.distillation.signatures import named_inputs, taken
 
 from .conftest import tiny_bert, toy_data
@@ -187,6 +188,28 @@ def test_pixels_reach_a_teacher_in_its_precision(make_trainer):
         trainer.train()
         found.append(next(e["loss/kl"] for e in trainer.state.log_history if "loss/kl" in e))
     assert found[1] == pytest.approx(found[0], rel=1e-3) and found[2] == pytest.approx(found[0], rel=0.2)
+
+
+def test_answers_are_read_by_name(make_trainer):
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_bert(3)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.inner(input_ids, attention_mask).to_tuple()
+
+    def make(teacher):
+        return make_trainer(recipe=NONE, teacher_model=teacher, objectives=["kl"], max_steps=1)
+
+    with pytest.raises(RMTKDError, match="The teacher returned a tuple; KLDivergence reads its answers by name"):
+        make(Bare()).train()
+    found = []
+    for changes in ({}, {"return_dict": False}):
+        trainer = make(tiny_bert(3, **changes))
+        trainer.train()
+        found.append(next(e["loss/kl"] for e in trainer.state.log_history if "loss/kl" in e))
+    assert found[0] == found[1] > 0
 
 
 def test_an_online_teacher_gets_them_too(make_trainer):
