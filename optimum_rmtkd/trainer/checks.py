@@ -73,8 +73,8 @@ def check_length(args: Any, train_dataset: Any = None, **others: Any) -> None:
 
     if train_dataset is not None and args.max_steps <= 0 and not has_length(train_dataset):
         raise RMTKDError(
-            f"train_dataset ({type(train_dataset).__name__}) has no length and max_steps is {args.max_steps}; expected "
-            "a number of steps, over which the cuts are spread. Set max_steps."
+            f"train_dataset ({type(train_dataset).__name__}) has no length and max_steps is {args.max_steps}; "
+            "expected a number of steps, over which the cuts are spread. Set max_steps."
         )
 
 

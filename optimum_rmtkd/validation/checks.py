@@ -103,7 +103,8 @@ def check_arguments(
 
 def _is_default(value: Any, default: Any) -> bool:
     """Itself, or the same once more from JSON: a default may be of another type than declared."""
-    return value is default or type(value) is type(default) and isinstance(value, (str, int, float)) and value == default
+    plain = type(value) is type(default) and isinstance(value, (str, int, float))
+    return value is default or plain and value == default
 
 
 def _name(function: Callable) -> str:

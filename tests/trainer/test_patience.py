@@ -129,7 +129,7 @@ def test_a_resumed_run_waits_and_ends_alike(make_trainer, weights):
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-# -- a cut that waits ---------------------------------------------------------------------------------------------------
+# -- a cut that waits -------------------------------------------------------------------------------------------------
 
 WAITS = {"target_reduction": 0.5, "rounds": 2, "stage_share": 0.3, "stage_threshold": 0.9}  # due at step 6
 

@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from optimum_rmtkd.distillation import CachedTeacher, FrozenTeacher, OnlineTeacher, WeightedTeachers, cache_answers
-from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.distillation.signatures import named_inputs, taken
+from optimum_rmtkd.errors import RMTKDError
 
 from .conftest import tiny_bert, toy_data
 
@@ -163,8 +163,8 @@ def test_a_model_of_one_token_type_gets_none(make_trainer, recipe, kind):
     if kind == "cached":
         rows = cache_answers(teacher, rows, default_data_collator)
     trainer = make_trainer(
-        watched(tiny_roberta(), to_student), recipe=recipe, teacher_model=given, objectives=["task", "kl"], max_steps=2,
-        trainer_kwargs={"train_dataset": rows, "eval_dataset": as_dataset(pairs(16, seed=2))},
+        watched(tiny_roberta(), to_student), recipe=recipe, teacher_model=given, objectives=["task", "kl"],
+        max_steps=2, trainer_kwargs={"train_dataset": rows, "eval_dataset": as_dataset(pairs(16, seed=2))},
     )  # fmt: skip
     trainer.train()
     trainer.predict(as_dataset(pairs(16, seed=2)))

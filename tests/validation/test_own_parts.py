@@ -58,8 +58,8 @@ def test_a_weight_that_is_handed_to_the_base_may_be_a_schedule():
     [
         (tuple[int, str], (1, "a")),
         (tuple[()], ()),
-        (typing.List, [1]),
-        (typing.Dict, {1: 2}),
+        (typing.List, [1]),  # noqa: UP006
+        (typing.Dict, {1: 2}),  # noqa: UP006
         (typing.Mapping, {1: len}),
         (typing.Sequence, (1,)),
         (Sequence[int], (1, 2)),
@@ -94,7 +94,7 @@ def test_values_are_kept_as_they_are(hint, value):
     ("hint", "value", "kept"),
     [
         (tuple, [1, 2], (1, 2)),
-        (typing.Tuple, [1, 2], (1, 2)),
+        (typing.Tuple, [1, 2], (1, 2)),  # noqa: UP006
         (tuple[int, str], [1, "a"], (1, "a")),
         (Sequence[int], range(3), [0, 1, 2]),
         (typing.Literal[1, 2], np.int64(1), 1),

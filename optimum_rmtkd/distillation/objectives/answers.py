@@ -103,8 +103,8 @@ class Answers:
         student, teacher = step.student_outputs, step.teacher_outputs
         if not isinstance(teacher, Mapping):
             raise RMTKDError(
-                f"The teacher returned a {type(teacher).__name__}; {who} reads its answers by name. Expected a mapping, "
-                "{'logits': ...}, as models of transformers return it."
+                f"The teacher returned a {type(teacher).__name__}; {who} reads its answers by name. Expected a "
+                "mapping, {'logits': ...}, as models of transformers return it."
             )
         if SPANS[0] in student:
             parts = [softened(*self._masked_span(student[n], teacher[n], step.mask)).mean() for n in SPANS]
