@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from .errors import RMTKDError
 from .recipe import Recipe, parse_json
 from .recipe import option as _option
-from .validation import AtLeastZero, Count, Interval, Positive, Seed
+from .validation import AtLeastZero, Count, Interval, JsonList, JsonObject, Positive, Seed
 from .validation.wording import a_kind, shown
 
 
@@ -174,18 +174,18 @@ class RMTKDConfig(Recipe):
     )
     hidden_weight: AtLeastZero = _option(1.0, "Weight of the hidden states against the projected teacher.")
     temperature: Positive = _option(1.0, "Temperature of the KL divergence, > 0.")
-    objectives: dict | list | str | None = _option(
+    objectives: JsonObject | JsonList | str | None = _option(
         None,
         "Terms of the loss in place of the three weights above: JSON {name: arguments}, for example "
         '\'{"task": {"weight": 0.5}, "skew_kl": {"alpha": 0.1}}\', the name of one, or a list of names. An unknown '
         "name is answered with the known ones.",
     )
-    reparameterization: dict | str | None = _option(
+    reparameterization: JsonObject | str | None = _option(
         None,
         "Train more parameters than are saved: mpo (OPDF) or powerpropagation, or JSON with arguments, for example "
         '\'{"name": "mpo", "num_tensors": 3}\'. Weights are folded back before saving.',
     )
-    transforms: dict | list | str | None = _option(
+    transforms: JsonObject | JsonList | str | None = _option(
         None,
         "Batch transform: embedding_mixup, on_policy or adaptive_off_policy, or JSON with arguments, for example "
         '\'{"name": "embedding_mixup", "alpha": 0.4}\'; a list for several.',

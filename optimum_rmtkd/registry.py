@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from .errors import RMTKDError
 from .validation import checked
@@ -31,14 +31,20 @@ def with_name(kind: str, name: str, arguments: Mapping[str, Any] | None) -> dict
 
 class Part:
     """What a registry holds: known by its `name`, described by its constructor arguments, which it stores under their
-    own names. They are checked by their annotations (see `validation`) before the constructor runs."""
+    own names. They are checked by their annotations (see `validation`) before the constructor runs.
+
+    Attributes:
+        checked_by_base: types of arguments, by name, that a base class checks, whatever a constructor's own annotation
+            says of them: a `weight: float` that is handed on may be a schedule.
+    """
 
     name: str = ""
+    checked_by_base: ClassVar[Mapping[str, type]] = {}
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         if "__init__" in vars(cls):
-            cls.__init__ = checked(cls.__init__)
+            cls.__init__ = checked(cls.__init__, cls.checked_by_base)
 
     def to_dict(self) -> dict[str, Any]:
         """{"name": ..., constructor arguments}, JSON-able.
@@ -114,8 +120,10 @@ class Registry(Generic[T]):
             given = with_name(self.kind, *next(iter(given.items())))
         arguments = dict(given)
         cls = self.find(arguments.pop("name", None))
-        known = [n for n in inspect.signature(cls.__init__).parameters if n != "self"]
-        if unknown := [name for name in arguments if name not in known]:
+        taken = inspect.signature(cls.__init__).parameters.values()
+        known = [p.name for p in taken if p.name != "self"]
+        several = any(p.kind is p.VAR_KEYWORD for p in taken)
+        if unknown := [name for name in arguments if name not in known and not (several and isinstance(name, str))]:
             meant = close(unknown[0], known)
             words = ", ".join(sorted(name if isinstance(name, str) else shown(name) for name in unknown))
             raise RMTKDError(

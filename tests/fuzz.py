@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.validation import Interval, Length
+from optimum_rmtkd.validation.limits import Json
 
 
 class Word(str, enum.Enum):
@@ -120,6 +121,8 @@ def fitting(hint: typing.Any) -> st.SearchStrategy:
     if origin is typing.Annotated:
         limit = next((a for a in arguments[1:] if isinstance(a, Interval)), None)
         size = next((a for a in arguments[1:] if isinstance(a, Length)), None)
+        if any(isinstance(a, Json) for a in arguments[1:]):
+            return PARTS
         if limit is not None:
             return _within(arguments[0], limit)
         return fitting(arguments[0]).filter(lambda value: not hasattr(value, "__len__") or size.holds(value))
@@ -135,7 +138,7 @@ def fitting(hint: typing.Any) -> st.SearchStrategy:
         return _within(hint, Interval())
     if hint is str:
         return st.text(max_size=5) | st.sampled_from(["qk", "vv", "hidden", "screenot", "mp_quantile", "fixed", "erf"])
-    plain = {bool: st.booleans() | st.just(np.bool_(False)), types.NoneType: st.none(), dict: PARTS, list: PARTS}
+    plain = {bool: st.booleans() | st.just(np.bool_(False)), types.NoneType: st.none()}
     return plain.get(hint, WILD)
 
 

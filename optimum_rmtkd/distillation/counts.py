@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..batches import padding_mask
+from ..batches import batch_size, padding_mask
 
 
 __all__ = [
@@ -92,8 +92,7 @@ def count_units(inputs: Mapping[str, Any], shifted: bool = False, decoding: bool
     `answers_that_count`. Where there is no label a token, both are the tokens whose answer counts. Without an
     attention mask every token id counts; without tokens (images) these counts are 0.
     """
-    tensors = [value for value in inputs.values() if torch.is_tensor(value) and value.dim()]
-    samples = len(tensors[0]) if tensors else 0
+    samples = batch_size(inputs)
     mask, ids = inputs.get("attention_mask"), inputs.get("input_ids")
     if not torch.is_tensor(mask):
         mask = torch.ones_like(ids) if torch.is_tensor(ids) else torch.zeros(0, 0)

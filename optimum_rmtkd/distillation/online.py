@@ -94,7 +94,7 @@ class OnlineTeacher(Teacher):
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         kept = self.accepted(inputs)  # labels included: they are what its own loss needs
         with capture(self.model, paths) as features:
-            self._live = self.model(**kept)
+            self._live = self.model(**kept | self._named)
         detached = {k: v.detach() if torch.is_tensor(v) else v for k, v in self._live.items() if k != "loss"}
         return detached, {path: feature.detach() for path, feature in features.items()}
 

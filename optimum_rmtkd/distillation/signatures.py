@@ -9,7 +9,9 @@ from typing import Any
 from torch import nn
 
 
-__all__ = ["named_inputs", "taken", "unwrapped"]
+__all__ = ["TOKEN_TYPES", "named_inputs", "taken", "unwrapped"]
+
+TOKEN_TYPES = "token_type_ids"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -19,8 +21,11 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def named_inputs(model: nn.Module) -> list[str]:
-    """Names of the parameters of a model's forward; *args and **kwargs are none."""
-    return [p.name for p in _parameters(model) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    """Names of the parameters of a model's forward; *args and **kwargs are none, nor are token types where there is
+    but one (RoBERTa): the second text of a pair would lie outside their table."""
+    names = [p.name for p in _parameters(model) if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    kinds = getattr(getattr(unwrapped(model), "config", None), "type_vocab_size", None)
+    return [name for name in names if name != TOKEN_TYPES or kinds is None or kinds > 1]
 
 
 def taken(model: nn.Module) -> set[str] | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import torch
 from torch import nn
 
+from ..batches import INPUTS
 from ..errors import RMTKDError
 from ..reparameterization.base import plain_parameters
 from ..validation import Interval, checked
@@ -41,6 +42,8 @@ class Teacher:
     def __init__(self, model: nn.Module):
         self.model = model.eval()
         self._accepted = taken(model)
+        tuples = getattr(getattr(model, "config", None), "return_dict", True) is False
+        self._named = {"return_dict": True} if tuples else {}  # objectives read answers by name
 
     @torch.no_grad()
     def __call__(
@@ -53,12 +56,15 @@ class Teacher:
         """
         kept = self.accepted(without_labels(self.model, inputs, drop))
         with capture(self.model, paths) as features:
-            outputs = self.model(**kept)
+            outputs = self.model(**kept | self._named)
         return outputs, features
 
     def accepted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Those that the model's forward takes."""
-        return {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
+        """Those that the model's forward takes; pixels and the like in the precision of its weights."""
+        kept = {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
+        measured = [k for k in INPUTS if torch.is_tensor(kept.get(k)) and kept[k].is_floating_point()]
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None) if measured else None
+        return kept if dtype is None else kept | {k: kept[k].to(dtype) for k in measured}
 
     @property
     def columns(self) -> tuple[str, ...]:

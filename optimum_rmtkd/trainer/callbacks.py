@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import TrainerControl
+from transformers.trainer_callback import ExportableState, TrainerControl
 
 
 if TYPE_CHECKING:
@@ -68,30 +68,42 @@ class Patience:
 
     A stop that a callback asks for after an evaluation is not granted while cuts are to come, and callbacks that count
     (`EarlyStoppingCallback`, or any with a `patience` of its own) count anew after each cut. A stop asked for at any
-    other moment (a time limit, a signal), or because the metric is not finite, is granted as ever.
+    other moment (a time limit, a signal, a log line), or because the metric or a loss is not finite, is granted as
+    ever.
+
+    A cut that is due and waits for its `stage_threshold` may never come: from then on the callbacks count anew, and
+    their stop is granted.
     """
 
     def __init__(self, trainer: RMTKDTrainer):
         self.trainer = trainer
         self._fresh: list[tuple[TrainerCallback, dict[str, Any]]] = []
-        self._warned = False
+        self._granted = self._warned = False
+        self.begin()
 
     def begin(self) -> None:
-        """Remember where the callbacks' counting begins."""
-        self._fresh = [(c, _numbers(c)) for c in _patient(self.trainer.callback_handler.callbacks)]
+        """Remember where the counting of callbacks begins that were not there before."""
+        known = {id(callback) for callback, _ in self._fresh}
+        callbacks = _patient(self.trainer.callback_handler.callbacks)
+        self._fresh += [(callback, _unused(callback)) for callback in callbacks if id(callback) not in known]
         self._warned = False
 
     def renew(self) -> None:
-        """The model has another size: count anew."""
+        """The model has another size, or a cut begins to wait: count anew."""
         for callback, values in self._fresh:
             vars(callback).update(values)
 
+    def grant(self, asked_before: bool) -> None:
+        """After a line was logged: a stop that it led to is none that an evaluation led to."""
+        self._granted |= self.trainer.control.should_training_stop and not asked_before
+
     def weigh(self, asked_before: bool, metrics: Mapping[str, Any]) -> None:
         """After an evaluation: take a stop back that it led to, where cuts are to come."""
-        trainer = self.trainer
-        control, value = trainer.control, metrics.get(trainer.metric_name)
-        broken = isinstance(value, float) and not math.isfinite(value)
-        if asked_before or broken or not control.should_training_stop or not trainer.staging.cuts_to_come:
+        trainer, control = self.trainer, self.trainer.control
+        granted, self._granted = asked_before or self._granted or _broken(metrics, trainer.metric_name), False
+        if granted or not control.should_training_stop or not trainer.staging.cuts_to_come:
+            return
+        if trainer.staging.waits:
             return
         control.should_training_stop = False
         if not self._warned:
@@ -107,6 +119,19 @@ def _patient(callbacks: Iterable[TrainerCallback]) -> list[TrainerCallback]:
     return [
         c for c in callbacks if isinstance(c, EarlyStoppingCallback) or any("patience" in name for name in vars(c))
     ]
+
+
+def _unused(callback: TrainerCallback) -> dict[str, Any]:
+    """Its numbers before it counted. One that can say its arguments is made anew: a resumed run gives it back in the
+    midst of counting."""
+    if isinstance(callback, ExportableState):
+        callback = type(callback)(**callback.state().get("args", {}))
+    return _numbers(callback)
+
+
+def _broken(metrics: Mapping[str, Any], judged: str) -> bool:
+    values = [value for name, value in metrics.items() if name == judged or name.endswith("loss")]
+    return any(isinstance(value, float) and not math.isfinite(value) for value in values)
 
 
 def _numbers(callback: TrainerCallback) -> dict[str, Any]:

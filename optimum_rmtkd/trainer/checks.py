@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .trainer import RMTKDTrainer
 
 
-__all__ = ["check_first_batch", "check_parts", "check_setting", "unsharded"]
+__all__ = ["check_first_batch", "check_length", "check_parts", "check_setting", "unsharded"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,21 @@ def check_setting(trainer: RMTKDTrainer) -> None:
         )
 
 
+def check_length(args: Any, train_dataset: Any = None, **others: Any) -> None:
+    """The number of steps has to be known: the cuts are spread over them.
+
+    Raises:
+        RMTKDError: a stream of unknown length, and no `max_steps`.
+    """
+    from transformers.trainer_utils import has_length
+
+    if train_dataset is not None and args.max_steps <= 0 and not has_length(train_dataset):
+        raise RMTKDError(
+            f"train_dataset ({type(train_dataset).__name__}) has no length and max_steps is {args.max_steps}; "
+            "expected a number of steps, over which the cuts are spread. Set max_steps."
+        )
+
+
 def unsharded(what: str) -> RMTKDError:
     """The refusal of trainers that shard."""
     return RMTKDError(
@@ -89,10 +105,24 @@ def check_parts(trainer: RMTKDTrainer) -> None:
             "training. Set task_weight above 0, or add TaskLoss.",
             type(trainer).__name__,
         )
+    _check_own_loss(trainer)
     if trainer.rmtkd_config.schedule == "none" and given is None and taught:
         logger.warning(
             "schedule='none' and no teacher_model: nothing is cut, and the model is distilled from itself as it is "
             "now. Pass teacher_model=."
+        )
+
+
+def _check_own_loss(trainer: RMTKDTrainer) -> None:
+    """Distillation compares the outputs that the task's loss was computed from."""
+    if not trainer.overrides_loss:
+        return
+    taken = inspect.signature(trainer.compute_loss).parameters
+    if "return_outputs" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise RMTKDError(
+            f"compute_loss({', '.join(taken)}) of {type(trainer).__name__} does not take return_outputs; expected "
+            "compute_loss(model, inputs, return_outputs=False, **kwargs) that returns (loss, outputs) if it is true. "
+            "Distillation and evaluation need the outputs."
         )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from ..distillation.signatures import named_inputs, taken
+from ..distillation.signatures import TOKEN_TYPES, named_inputs, taken
 
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def for_student(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> Mapping[str
     own = set(named_inputs(trainer.model)) if trainer.args.remove_unused_columns else taken(trainer.model)
     if own is None:
         return inputs
-    foreign = set(given.columns) - own - set(trainer.label_names)
+    # Cached answers were given to them, too, and name no column.
+    foreign = {*given.columns, TOKEN_TYPES} - own - set(trainer.label_names)
     return _without(inputs, foreign)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -41,6 +42,19 @@ class LateBatches(list):
 
     def __iter__(self):
         return iter(self._ready(list(super().__iter__())))
+
+
+def told_what_it_takes(function: Callable) -> Callable:
+    """A loss that is not told `num_items_in_batch` where its signature has no place for it: many were written before
+    the Trainer gave it."""
+    taken = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD or p.name == "num_items_in_batch" for p in taken):
+        return function
+
+    def told(*args, num_items_in_batch=None, **kwargs):
+        return function(*args, **kwargs)
+
+    return told
 
 
 class Distiller:
@@ -185,7 +199,7 @@ class Distiller:
         if not trainer.overrides_loss or trainer.staging.teacher is None:
             yield
             return
-        theirs, set_here = trainer.compute_loss, vars(trainer).get("compute_loss")
+        theirs = told_what_it_takes(trainer.compute_loss)
 
         def task(model, inputs, return_outputs):
             result = theirs(model, inputs, return_outputs=True, num_items_in_batch=self.items(inputs.get("labels")))
@@ -194,13 +208,31 @@ class Distiller:
                     f"compute_loss(..., return_outputs=True) of {type(trainer).__name__} returned a "
                     f"{type(result).__name__}; expected (loss, outputs). Distillation compares the outputs."
                 )
+            if torch.is_tensor(result[0]) and result[0].dim():
+                raise RMTKDError(
+                    f"compute_loss of {type(trainer).__name__} returned a loss of shape {tuple(result[0].shape)}; "
+                    "expected a scalar, the mean over the micro-batch. Take its .mean()."
+                )
             return result
 
         def whole(model, inputs, return_outputs=False, num_items_in_batch=None):
             loss, outputs = self.loss(model, inputs, task)
             return (loss, outputs) if return_outputs else loss
 
-        trainer.compute_loss = whole
+        with self._in_place_of_theirs(whole):
+            yield
+
+    @contextlib.contextmanager
+    def told_alike(self) -> Iterator[None]:
+        """While open, `Trainer` may give the number of items to a `compute_loss` that does not take it."""
+        theirs = told_what_it_takes(self.trainer.compute_loss)
+        with self._in_place_of_theirs(theirs) if self.trainer.overrides_loss else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def _in_place_of_theirs(self, function: Callable) -> Iterator[None]:
+        trainer, set_here = self.trainer, vars(self.trainer).get("compute_loss")
+        trainer.compute_loss = function
         try:
             yield
         finally:
@@ -211,9 +243,10 @@ class Distiller:
     def counting(self, compute_loss_func: Callable) -> Callable:
         """The same, told the number of labels in the micro-batch at hand: that makes its loss a mean like the
         others."""
+        told = told_what_it_takes(compute_loss_func)
 
         def counted(outputs, labels, num_items_in_batch=None):
-            return compute_loss_func(outputs, labels, num_items_in_batch=self.items(labels))
+            return told(outputs, labels, num_items_in_batch=self.items(labels))
 
         return counted
 

@@ -129,7 +129,9 @@ class Staging:
         if self.baseline is None:
             self.baseline = value
         if self._must_wait(value):
-            self.retry_at = step + self.trainer.threshold_interval
+            if not self.waits:
+                self.trainer.patience.renew()
+            self.retry_at = step + self._interval
             return
         self.retry_at = None
         if self._close_stage(value) and not self._target_met():
@@ -139,7 +141,8 @@ class Staging:
         """Training is over: the last stage is judged, dropout comes back."""
         if self.stages and self.stages[-1].status == "open":
             self._close_stage(self.trainer.measure())
-        if (cut := self._next_cut()) is not None and self.stages:
+        if self.cuts_to_come and self.stages:
+            cut = self._next_cut()
             logger.warning(
                 "%d of %d planned cuts were not made (the next one was due at step %d%s).",
                 len(self.plan) - cut.index,
@@ -167,12 +170,28 @@ class Staging:
 
     @property
     def cuts_to_come(self) -> bool:
-        """Whether a planned cut is not made yet."""
-        return self._next_cut() is not None
+        """Whether a planned cut is not made yet, and will be."""
+        return self._next_cut() is not None and not self._meets_target()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a cut is due and waits for the metric."""
+        return self.retry_at is not None
+
+    @property
+    def _interval(self) -> int:
+        """Steps between two looks at a metric that has not reached `stage_threshold` yet."""
+        given, state = self.trainer.args.eval_strategy, self.trainer.state
+        by_steps = str(getattr(given, "value", given)) == "steps"
+        return state.eval_steps if by_steps and state.eval_steps else max(1, state.max_steps // 20)
+
+    def _meets_target(self) -> bool:
+        target = self.config.target_reduction
+        met = target is not None and self.parameters <= (1 - target) * self.reference_parameters
+        return met and bool(self.stages)
 
     def _target_met(self) -> bool:
-        target = self.config.target_reduction
-        if target is None or self.parameters > (1 - target) * self.reference_parameters or not self.stages:
+        if not self._meets_target():
             return False
         self.stopped = "target met"
         return True
@@ -203,7 +222,7 @@ class Staging:
     def _warn_short_of_target(self) -> None:
         target, reached = self.config.target_reduction, 1 - self.parameters / self.reference_parameters
         if target is not None and reached < target - 0.01:
-            why = self.stopped or "all planned stages are done"
+            why = self.stopped or ("cuts are missing" if self.cuts_to_come else "all planned stages are done")
             logger.warning(
                 "The model is reduced by %.1f %%, target_reduction asks for %.1f %% (%s).",
                 100 * reached,

@@ -13,9 +13,10 @@ from ..errors import RMTKDError
 from .data import isolated_rng
 
 
-__all__ = ["Stream", "is_stream"]
+__all__ = ["Stream", "evaluated_again", "is_stream"]
 
 _END = object()
+COMPARED = 8  # rows that tell whether data begins anew: one alone may be there twice
 
 
 def is_stream(dataset: Any) -> bool:
@@ -32,10 +33,11 @@ class Stream:
 
     Attributes:
         held: rows read so far, in their order.
+        name: of the argument, in errors.
     """
 
-    def __init__(self, dataset: Iterable, seed: int):
-        self.dataset, self.held, self._seed = dataset, [], seed
+    def __init__(self, dataset: Iterable, seed: int, name: str = "train_dataset"):
+        self.dataset, self.held, self.name, self._seed = dataset, [], name, seed
         self._rows: Iterator | None = None
         self._once = False
 
@@ -51,18 +53,23 @@ class Stream:
                 self.held += itertools.islice(self._rows, wanted - len(self.held))
         if not self.held:
             raise RMTKDError(
-                f"train_dataset ({type(self.dataset).__name__}) gave no row: it is empty, or a stream that can be "
+                f"{self.name} ({type(self.dataset).__name__}) gave no row: it is empty, or a stream that can be "
                 "read once and ran dry (an earlier run, or a look at it, has read it). Make a new one."
             )
         return self.held[:wanted]
 
     def settle(self) -> None:
-        """Read one row of a new iteration: the first one again, or, where the data can be read once, the next."""
+        """Read a few rows of a new iteration: the first ones again, or, where the data can be read once, the next."""
+        first, read = self.samples(1) and _telling(self.held), []
         with isolated_rng(self._seed):
-            row = next(iter(self.dataset), _END)
-        self._once = not _same(row, self.samples(1)[0])
-        if self._once and row is not _END:
-            self.held.append(row)
+            again = iter(self.dataset)
+            self._once = again is self._rows
+            while not self._once and len(read) < len(first):
+                row = next(again, _END)
+                self._once = row is _END or not _same(row, first[len(read)])
+                read += [] if row is _END else [row]
+        if self._once:
+            self.held += read
 
     @property
     def data(self) -> Any:
@@ -90,8 +97,24 @@ class Stream:
                 )
             return
         worker = torch.utils.data.get_worker_info()
-        yield from self.held if worker is None else self.held[worker.id :: worker.num_workers]
-        yield from begun
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        yield from self.held[first::step]
+        yield from itertools.islice(begun, first, None, step)  # each worker has a copy of the whole rest
+
+
+def evaluated_again(dataset: Any, seed: int) -> Any:
+    """An eval_dataset that can be evaluated on after every stage: its rows, in memory, where it can be read once.
+
+    Raises:
+        RMTKDError: not a single row.
+    """
+    if isinstance(dataset, dict):
+        return {name: evaluated_again(single, seed) for name, single in dataset.items()}
+    if dataset is None or not is_stream(dataset):
+        return dataset
+    stream = Stream(dataset, seed, "eval_dataset")
+    stream.settle()
+    return dataset if stream.data is dataset else list(stream.rows())
 
 
 class _Rewound(torch.utils.data.IterableDataset):
@@ -109,6 +132,12 @@ class _SizedRewound(_Rewound):
         return len(self.stream.dataset)
 
 
+def _telling(rows: list) -> list:
+    """The first rows, up to one that is unlike the first at least: equal ones tell no iteration from another."""
+    unlike = next((number for number, row in enumerate(rows) if not _same(row, rows[0])), len(rows))
+    return rows[: max(COMPARED, unlike + 1)]
+
+
 def _same(one: Any, other: Any) -> bool:
     """Equal values, tensors and arrays entry by entry."""
     if one is other:
@@ -120,7 +149,14 @@ def _same(one: Any, other: Any) -> bool:
     if isinstance(one, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     if torch.is_tensor(one):
-        return one.shape == other.shape and bool(torch.equal(one, other))
+        whole = not one.is_floating_point()
+        alike = one.shape == other.shape and one.dtype == other.dtype
+        return alike and bool(torch.equal(one, other) if whole else torch.equal(one.nan_to_num(), other.nan_to_num()))
     if isinstance(one, np.ndarray):
-        return bool(np.array_equal(one, other))
-    return bool(one == other)
+        return bool(np.array_equal(one, other, equal_nan=one.dtype.kind in "fc"))
+    if isinstance(one, float):
+        return one == other or one != one and other != other
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError, RuntimeError):  # objects with tables or arrays inside
+        return False

@@ -21,7 +21,7 @@ from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .arguments import RMTKDTrainingArguments
 from .callbacks import Patience, StageCallback
 from .checkpoint import write_process_state
-from .checks import check_first_batch, check_parts, check_setting, unsharded
+from .checks import check_first_batch, check_length, check_parts, check_setting, unsharded
 from .columns import for_calibration, for_student, kept_for_teacher
 from .cores import Cores
 from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
@@ -31,7 +31,7 @@ from .fitting import transforms_state
 from .parts import parts_of
 from .stages import Stage, stage_table
 from .staging import Staging
-from .stream import Stream, is_stream
+from .stream import Stream, evaluated_again, is_stream
 from .swap import enable_checkpointing, load_weights, separate_cores
 from .teaching import accept_teacher
 
@@ -106,6 +106,7 @@ class RMTKDTrainer(Trainer):
         args = args if args is not None else RMTKDTrainingArguments("tmp_trainer")
         if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
             raise unsharded("fsdp" if args.fsdp else "deepspeed")
+        check_length(args, *positional[1:2], **kwargs)
         super().__init__(model, args, *positional, **kwargs)
         self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
         if not self.replaces_loss:
@@ -157,12 +158,6 @@ class RMTKDTrainer(Trainer):
         given = self.args.greater_is_better
         return not self.metric_name.endswith("loss") if given is None else given
 
-    @property
-    def threshold_interval(self) -> int:
-        """Steps between two looks at a metric that has not reached `stage_threshold` yet."""
-        by_steps = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) == "steps"
-        return self.state.eval_steps if by_steps and self.state.eval_steps else max(1, self.state.max_steps // 20)
-
     def train(self, resume_from_checkpoint=None, *positional, **kwargs):
         """As `Trainer.train`; the metrics also hold `parameters_before`, `parameters_after` and `reduction`.
 
@@ -178,6 +173,7 @@ class RMTKDTrainer(Trainer):
             )
         if self._stream is not None and self._stream.dataset is not self.train_dataset:
             self._stream = None
+        self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
         check_first_batch(self)
         given, self.train_dataset = self.train_dataset, self._training_data()
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
@@ -275,7 +271,8 @@ class RMTKDTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As `Trainer.prediction_step`, without columns that are there for the teacher alone."""
-        return super().prediction_step(model, for_student(self, inputs), prediction_loss_only, ignore_keys)
+        with self.distiller.told_alike():
+            return super().prediction_step(model, for_student(self, inputs), prediction_loss_only, ignore_keys)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As `Trainer.get_batch_samples`, with the batch transforms applied and the units of the whole batch
@@ -287,7 +284,9 @@ class RMTKDTrainer(Trainer):
         """As `Trainer.log`; a training line ("loss") also gets the mean of each term since the last one."""
         if "loss" in logs:
             logs |= self.distiller.log_terms()
+        asked = self.control.should_training_stop
         super().log(logs, start_time)
+        self.patience.grant(asked)
 
     # -- what the staging asks for ------------------------------------------------------------------------------------
 
@@ -349,8 +348,9 @@ class RMTKDTrainer(Trainer):
         finally:
             self.is_in_train = training
         if self.metric_name not in metrics:
+            found = ", ".join(sorted(metrics)) or "nothing (eval_dataset is empty, or holds no labels)"
             raise RMTKDError(
-                f"The evaluation gave {', '.join(sorted(metrics))}; the stages are judged by {self.metric_name!r}. "
+                f"The evaluation gave {found}; the stages are judged by {self.metric_name!r}. "
                 "Set metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
             )
         return float(metrics[self.metric_name])

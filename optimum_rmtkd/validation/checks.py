@@ -52,25 +52,34 @@ def check_value(value: Any, hint: Any, name: str, owner: str = "") -> Any:
     return _check(value, hint, functools.partial(_as_argument, name, owner=owner))
 
 
-def checked(function: F) -> F:
+def checked(function: F, by_base: Mapping[str, type] | None = None) -> F:
     """The function, or `__init__`, with its arguments checked and normalised by their annotations.
 
     A default is always taken. Annotations that cannot be read at run time (imports under TYPE_CHECKING) and kinds of
     types that are not known here are not checked.
+
+    Args:
+        by_base: given for constructors of parts: types of arguments, by name, that are left to a base class. What
+            such a constructor declares by a class of its own is left to it, too.
     """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
-        owner = type(args[0]).__name__ if function.__name__ == "__init__" else function.__name__
-        bound.arguments.update(check_arguments(function, bound.arguments, owner))
+        owner = type(args[0]).__name__ if _name(function) == "__init__" else _name(function)
+        bound.arguments.update(check_arguments(function, bound.arguments, owner, by_base))
         return function(*bound.args, **bound.kwargs)
 
     return typing.cast(F, call)
 
 
-def check_arguments(function: Callable, arguments: Mapping[str, Any], owner: str | None = None) -> dict[str, Any]:
+def check_arguments(
+    function: Callable,
+    arguments: Mapping[str, Any],
+    owner: str | None = None,
+    by_base: Mapping[str, type] | None = None,
+) -> dict[str, Any]:
     """As `checked`, of arguments that a function is to be called with later.
 
     Args:
@@ -83,9 +92,24 @@ def check_arguments(function: Callable, arguments: Mapping[str, Any], owner: str
     parameters, hints, kept = inspect.signature(function).parameters, _hints_of(function), dict(arguments)
     for name, value in arguments.items():
         several = parameters[name].kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        if name in hints and not several and value is not parameters[name].default:
-            kept[name] = check_value(value, hints[name], name, function.__name__ if owner is None else owner)
+        if name not in hints or several or _is_default(value, parameters[name].default):
+            continue
+        if by_base is not None and isinstance(value, by_base.get(name, ())):
+            continue
+        subject = functools.partial(_as_argument, name, owner=_name(function) if owner is None else owner)
+        kept[name] = _check(value, hints[name], subject, own=by_base is not None)
     return kept
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    """Itself, or the same once more from JSON: a default may be of another type than declared."""
+    plain = type(value) is type(default) and isinstance(value, (str, int, float))
+    return value is default or plain and value == default
+
+
+def _name(function: Callable) -> str:
+    """Objects that can be called have no name of their own."""
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _as_argument(name: str, value: str, path: str, owner: str = "") -> str:
@@ -96,12 +120,16 @@ def _as_option(name: str, value: str, path: str) -> str:
     return f"--{name.replace('_', '-')} {value}"
 
 
-def _check(value: Any, hint: Any, subject: Callable[..., str], choices: Sequence | None = None) -> Any:
+def _check(
+    value: Any, hint: Any, subject: Callable[..., str], choices: Sequence | None = None, own: bool = False
+) -> Any:
     try:
         kept = fitted(value, hint)
         if choices and kept is not None and kept not in choices:
             raise Misfit(value=value, of_its_kind=True)
     except Misfit as misfit:
+        if own and misfit.foreign:
+            return value
         expected = f"one of {', '.join(choices)}" if choices else alternatives(misfit.words)
         got = "" if misfit.of_its_kind else f"; got {a_kind(misfit.value)}"
         said = close(misfit.value, choices) if choices else misfit.hint

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 
-__all__ = ["Interval", "Length"]
+__all__ = ["Interval", "Json", "Length"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,12 @@ class Interval:
         if math.isfinite(self.high):
             return f"{what} {'of at most' if self.has_high else 'below'} {self.high}"
         return what
+
+
+@dataclass(frozen=True)
+class Json:
+    """A mapping or a list holds what JSON can, and is kept as JSON would give it back: text for keys, lists for
+    tuples."""
 
 
 @dataclass(frozen=True)

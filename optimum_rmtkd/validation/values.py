@@ -6,10 +6,10 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
-from .limits import Interval, Length
+from .limits import Interval, Json, Length
 from .wording import advice, alternatives, close, shown
 
 
@@ -17,6 +17,7 @@ __all__ = ["Misfit", "fitted"]
 
 LARGEST = 2**63 - 1  # what torch and Arrow hold
 DEEPEST = 32  # levels of nested JSON
+LONGEST_RANGE = 10_000  # written out as a list
 
 
 class Misfit(Exception):
@@ -26,13 +27,14 @@ class Misfit(Exception):
         words: what would, in alternatives.
         value, path: the very item that does not fit, and where it lies: "[0]".
         of_its_kind: the type is right, the value is not.
+        foreign: what was expected is known to the owner of the annotation better than here.
         hint: a whole sentence, or nothing.
     """
 
     def __init__(self, *words: str, value: Any, path: str = "", of_its_kind: bool = False, hint: str = ""):
         super().__init__(*words)
         self.words, self.value, self.path = words, value, path
-        self.of_its_kind, self.hint = of_its_kind, hint
+        self.of_its_kind, self.hint, self.foreign = of_its_kind, hint, False
 
 
 def fitted(value: Any, hint: Any) -> Any:
@@ -42,6 +44,10 @@ def fitted(value: Any, hint: Any) -> Any:
         Misfit: it does not fit.
     """
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if not isinstance(hint, Hashable):  # no type at all
+        return value
+    if origin is not None and not arguments:  # typing.List, tuple[()]
+        return fitted(value, origin)
     if origin is Annotated:
         return _constrained(value, arguments[0], arguments[1:])
     if origin in (typing.Union, types.UnionType):
@@ -50,15 +56,17 @@ def fitted(value: Any, hint: Any) -> Any:
         return _literal(value, arguments)
     if hint in _PLAIN:
         return _PLAIN[hint](value)
+    if origin is tuple and Ellipsis not in arguments:
+        return _one_each(value, arguments)
     if origin in (tuple, list, Sequence):
-        fitted = _items(value, arguments[0])
-        return tuple(fitted) if origin is tuple else fitted
+        items = _items(value, arguments[0])
+        return tuple(items) if origin is tuple or origin is Sequence and isinstance(value, tuple) else items
     if origin in (dict, Mapping):
         return _pairs(value, *arguments)
     if origin is Callable or hint is Callable:
         return _ensured(value, callable(value), "something that can be called")
     if isinstance(hint, type) and origin is None and not _is_pattern(hint):
-        return _ensured(value, isinstance(value, hint), f"a {hint.__name__}")
+        return _instance(value, hint)
     return value
 
 
@@ -73,7 +81,18 @@ def _ensured(value: Any, fits: bool, expected: str) -> Any:
     return value
 
 
+def _instance(value: Any, hint: type) -> Any:
+    try:
+        return _ensured(value, isinstance(value, hint), f"a {hint.__name__}")
+    except Misfit as misfit:
+        misfit.foreign = True
+        raise
+
+
 def _constrained(value: Any, hint: Any, constraints: Iterable[Any]) -> Any:
+    constraints = tuple(constraints)
+    if any(isinstance(constraint, Json) for constraint in constraints):
+        return {dict: _json_object, list: _json_list}[hint](value)
     limits = [limit for limit in constraints if isinstance(limit, (Interval, Length))]
     try:
         kept = fitted(value, hint)
@@ -82,6 +101,7 @@ def _constrained(value: Any, hint: Any, constraints: Iterable[Any]) -> Any:
             for limit in limits:
                 if isinstance(limit, Interval):
                     misfit.words = tuple(limit.described(word) for word in misfit.words)
+                    misfit.foreign = False
         raise
     for limit in limits:
         if not limit.holds(kept):
@@ -96,26 +116,38 @@ def _percent(value: Any, limit: Interval | Length) -> str:
     return f"Did you mean {value / 100:g}?" if share and 2 <= value < 100 else ""
 
 
+def _kind(hint: Any) -> Any:
+    """The plain type of an annotation: tuple of Annotated[tuple[int, ...], Length(1)]."""
+    hint = typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
+    return typing.get_origin(hint) or hint
+
+
 def _one_of(value: Any, hints: Sequence[Any]) -> Any:
-    misfits = []
-    for hint in hints:
+    misfits, found = [], [hint for hint in hints if _kind(hint) is type(value)]
+    for hint in (*found, *hints):  # a whole number stays one where both kinds of numbers are declared
         try:
             return fitted(value, hint)
         except Misfit as misfit:
             misfits.append(misfit)
+    misfits = misfits[len(found) :]
     inner = [misfit for misfit in misfits if misfit.path]
     if inner:  # the right container with a wrong item: that item is what the user has to see
         raise inner[0]
     near = [misfit for misfit in misfits if misfit.of_its_kind]
     words = [word for misfit in misfits for word in misfit.words if not (near and word == "None")]
     hint = next((misfit.hint for misfit in misfits if misfit.hint), "")
-    raise Misfit(*words, value=value, of_its_kind=bool(near), hint=hint)
+    whole = Misfit(*words, value=value, of_its_kind=bool(near), hint=hint)
+    whole.foreign = any(misfit.foreign for misfit in misfits)
+    raise whole
 
 
 def _literal(value: Any, options: Sequence[Any]) -> Any:
     word = isinstance(value, str)
     for option in options:
         if word and option == str.__str__(value) or type(option) is type(value) and option == value:
+            return option
+        whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+        if whole and type(option) is int and option == int(value):
             return option
     raise Misfit(*map(repr, options), value=value, of_its_kind=word, hint=close(value, options))
 
@@ -147,7 +179,9 @@ def _real(value: Any) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise Misfit("a number", value=value, of_its_kind=True, hint="It has to be finite." * (number == number))
+        misfit = Misfit("a number", value=value, of_its_kind=True, hint="It has to be finite." * (number == number))
+        misfit.foreign = isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral)
+        raise misfit
     return number
 
 
@@ -157,7 +191,8 @@ def _text(value: Any) -> str:
 
 def _items(value: Any, hint: Any) -> list:
     """Several of one kind; one alone is a list of one."""
-    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray, range))
+    several = isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))
+    several = several and not (isinstance(value, range) and len(value) > LONGEST_RANGE)
     if not several:
         try:
             return [fitted(value, hint)]
@@ -167,6 +202,18 @@ def _items(value: Any, hint: Any) -> list:
                 misfit.words = (f"a list (each {alternatives(misfit.words)})",)
             raise
     return [_inside(item, hint, f"[{number}]") for number, item in enumerate(value)]
+
+
+def _one_each(value: Any, hints: Sequence[Any]) -> tuple:
+    """As many items as there are annotations."""
+    _ensured(value, isinstance(value, (list, tuple)), "a list")
+    if len(value) != len(hints):
+        raise Misfit(f"a list of {len(hints)}", value=value, of_its_kind=True)
+    return tuple(_inside(item, hint, f"[{n}]") for n, (item, hint) in enumerate(zip(value, hints, strict=True)))
+
+
+def _sequence(value: Any) -> Any:
+    return _ensured(value, isinstance(value, (list, tuple, range)), "a list")
 
 
 def _pairs(value: Any, key_hint: Any, value_hint: Any) -> dict:
@@ -232,9 +279,10 @@ _PLAIN: dict[Any, Callable[[Any], Any]] = {
     int: _whole,
     float: _real,
     str: _text,
-    dict: _json_object,
-    Mapping: _json_object,
-    list: _json_list,
+    dict: lambda value: _ensured(value, isinstance(value, Mapping), "a mapping"),
+    Mapping: lambda value: _ensured(value, isinstance(value, Mapping), "a mapping"),
+    list: lambda value: list(_sequence(value)),
+    tuple: lambda value: tuple(_sequence(value)),
     Any: lambda value: value,
 }
 _NOUNS = {int: "a whole number", float: "a number", tuple: "a list", list: "a list", Sequence: "a list"}

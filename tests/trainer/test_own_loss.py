@@ -266,3 +266,50 @@ def test_labels_under_another_name(make_trainer):
     )  # fmt: skip
     trainer.train()
     assert "loss/hidden" in terms(trainer)[-1] and trainer.stages[0].metric_after > 0
+
+
+class Dated(RMTKDTrainer):
+    """Written before the Trainer told a loss how many items there are."""
+
+    def compute_loss(self, model, inputs, return_outputs=False):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = F.cross_entropy(outputs.logits, labels, weight=WEIGHTS)
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_that_takes_no_number_of_items(make_trainer):
+    def bare(outputs, labels):
+        return F.cross_entropy(outputs.logits, labels, weight=WEIGHTS)
+
+    results = []
+    for number, (cls, given) in enumerate([(Weighted, {}), (Dated, {}), (RMTKDTrainer, {"compute_loss_func": bare})]):
+        trainer = make_trainer(
+            silent(tiny_bert()), out=str(number), trainer_class=cls, max_steps=2, eval_strategy="steps", eval_steps=1,
+            trainer_kwargs=given,
+        )  # fmt: skip
+        trainer.train()
+        results.append([terms(trainer)[-1][name] for name in ("loss", "loss/task", "loss/kl")])
+        results[-1].append(trainer.evaluate()["eval_loss"])
+        assert number or "compute_loss" not in vars(trainer)
+    assert results[1] == results[0] and results[2] == pytest.approx(results[0], rel=1e-6)
+
+
+def test_a_loss_that_cannot_return_outputs_is_refused_at_once(make_trainer):
+    class Bare(RMTKDTrainer):
+        def compute_loss(self, model, inputs):
+            return model(**inputs).loss
+
+    with pytest.raises(RMTKDError, match=r"compute_loss\(model, inputs\) of Bare does not take return_outputs"):
+        make_trainer(trainer_class=Bare)
+
+
+def test_a_loss_a_sample_is_refused_by_name(make_trainer):
+    class Rowwise(RMTKDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            outputs = model(**inputs)
+            loss = F.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+            return (loss, outputs) if return_outputs else loss
+
+    with pytest.raises(RMTKDError, match=r"compute_loss of Rowwise returned a loss of shape \(8,\)"):
+        make_trainer(trainer_class=Rowwise, recipe=NONE, teacher_model=tiny_bert(1), objectives=["task"]).train()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from optimum_rmtkd.trainer import RMTKDTrainer
+
 from .conftest import toy_data
 
 
@@ -123,5 +125,78 @@ def test_a_resumed_run_waits_and_ends_alike(make_trainer, weights):
     resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-4")
     assert whole.state.global_step == resumed.state.global_step < 20
     assert [stage.step for stage in resumed.stages] == [0, 10]
+    ours, theirs = weights(whole.model), weights(resumed.model)
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+# -- a cut that waits -------------------------------------------------------------------------------------------------
+
+WAITS = {"target_reduction": 0.5, "rounds": 2, "stage_share": 0.3, "stage_threshold": 0.9}  # due at step 6
+
+
+def lost():
+    """A metric that the first cut loses for good."""
+    count = itertools.count()
+    return lambda prediction: {"score": 1.0 if next(count) == 0 else 0.1}
+
+
+def waiting(make_trainer, recipe, **options):
+    given = {"compute_metrics": lost(), "callbacks": [EarlyStoppingCallback(2)], "train_dataset": toy_data(32)}
+    trainer = make_trainer(recipe=recipe, trainer_kwargs=given, **STEPS | BEST | options)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("saving", [{}, SAVE], ids=["last", "best"])
+def test_a_cut_that_waits_for_its_threshold_does_not_hold_the_run(make_trainer, caplog, saving):
+    with caplog.at_level(logging.WARNING):
+        trainer = waiting(make_trainer, WAITS, **saving)
+    assert len(trainer.stages) == 1 and 6 < trainer.state.global_step <= 9
+    assert "stayed below stage_threshold" in caplog.text
+
+
+def test_no_cut_is_waited_for_once_the_target_is_met(make_trainer, caplog):
+    recipe = {"schedule": "layerwise", "target_reduction": 0.02, "stage_share": 0.9, "stage_threshold": 0.9}
+    with caplog.at_level(logging.WARNING):
+        trainer = waiting(make_trainer, recipe, **SAVE)
+    assert len(trainer.stages) == 1 and trainer.state.global_step <= 3
+    assert "planned cuts were not made" not in caplog.text
+
+
+def test_a_loss_that_is_not_finite_may_stop_the_run(make_trainer):
+    class Broken(RMTKDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+            loss, outputs = super().compute_loss(model, inputs, True)
+            loss = loss if model.training else loss * math.nan
+            return (loss, outputs) if return_outputs else loss
+
+    class NoNumber(TrainerCallback):
+        def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+            control.should_training_stop = math.isnan(metrics["eval_loss"])
+
+    trainer = stopped(make_trainer, NoNumber(), trainer_class=Broken)  # the metric itself is a number
+    assert trainer.state.global_step == 1
+
+
+def test_a_stop_at_the_log_line_of_an_evaluation_is_granted(make_trainer):
+    class Limit(TrainerCallback):
+        def on_log(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step >= 4
+
+    trainer = stopped(make_trainer, Limit())  # training itself logs at step 20
+    assert trainer.state.global_step == 4 and len(trainer.stages) == 1
+
+
+def test_counting_restored_from_a_checkpoint_begins_anew_at_the_cut(make_trainer, weights):
+    def make(out):
+        given = {"compute_metrics": lambda p: {"score": float(p.predictions[0, 0])}}
+        given |= {"callbacks": [EarlyStoppingCallback(3, 10.0)]}  # nothing is an improvement
+        options = STEPS | BEST | SAVE | {"restore_callback_states_from_checkpoint": True}
+        return make_trainer(recipe=TWO, out=out, trainer_kwargs=given, **options)
+
+    whole, resumed = make("whole"), make("resumed")
+    whole.train()
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-3")
+    assert whole.state.global_step == resumed.state.global_step == 13
     ours, theirs = weights(whole.model), weights(resumed.model)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())

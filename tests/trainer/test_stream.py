@@ -96,6 +96,37 @@ def test_workers_share_out_what_was_read():
     assert sorted(loaded) == list(range(6))
 
 
+def test_rows_that_are_there_several_times_are_not_taken_for_a_new_beginning():
+    class Same(Numbers):
+        def __iter__(self):
+            for number in super().__iter__():
+                yield 0 if number < 20 else number
+
+    for total in (25, 60):
+        stream = Stream(Same(total, once=True), seed=0)
+        stream.samples(12)
+        stream.settle()
+        assert list(stream.data) == [0] * 20 + list(range(20, total))
+    anew = Stream(Same(60, once=False), seed=0)
+    anew.samples(12)
+    anew.settle()
+    assert anew.data is anew.dataset
+
+
+def test_workers_share_out_the_rest_as_well():
+    class Sharded(Numbers):
+        """Knows of workers, but its iteration begins in the main process."""
+
+        def __iter__(self):
+            worker = torch.utils.data.get_worker_info()
+            step = 1 if worker is None else worker.num_workers
+            yield from itertools.islice(super().__iter__(), 0 if worker is None else worker.id, None, step)
+
+    data = settled(Sharded(40, once=True)).data
+    loaded = [int(x) for x in itertools.chain(*torch.utils.data.DataLoader(data, batch_size=1, num_workers=2))]
+    assert sorted(loaded) == list(range(40))
+
+
 def test_reading_leaves_the_random_numbers_alone():
     class Noise(torch.utils.data.IterableDataset):
         def __iter__(self):
@@ -121,6 +152,9 @@ def test_reading_leaves_the_random_numbers_alone():
         ({"a": [np.ones(2)]}, {"a": [np.ones(3)]}, False),
         ({"a": 1}, {"b": 1}, False),
         ((1, 2), [1, 2], False),
+        ({"a": np.nan}, {"a": float("nan")}, True),
+        ({"a": torch.tensor([1.0, np.nan])}, {"a": torch.tensor([1.0, np.nan])}, True),
+        ({"a": np.array([np.nan])}, {"a": np.array([np.nan])}, True),
     ],
 )
 def test_rows_are_compared_by_value(one, other, same):
@@ -208,3 +242,37 @@ def test_streams_of_datasets(make_trainer, once):
     stream = datasets.IterableDataset.from_generator(generate)
     trainer = stream_trainer(make_trainer, stream)
     assert trainer.train().metrics["reduction"] > 0.3
+
+
+def test_steps_have_to_be_known(make_trainer):
+    for data in (Rows(64, once=False), (row for row in toy_data())):
+        with pytest.raises(RMTKDError, match=r"has no length and max_steps is -1.*Set max_steps"):
+            stream_trainer(make_trainer, data, max_steps=-1)
+
+
+@pytest.mark.parametrize("kind", ["once", "anew", "generator", "named"])
+def test_every_stage_is_evaluated_on_the_same_rows(make_trainer, kind):
+    rows = toy_data(16, seed=2)
+    data = {
+        "once": lambda: Rows(16, once=True),
+        "anew": lambda: Rows(16, once=False),
+        "generator": lambda: iter(rows),
+        "named": lambda: {"one": Rows(16, once=True), "two": rows},
+    }[kind]()
+    given = {"eval_dataset": data, "compute_metrics": lambda prediction: {"rows": float(len(prediction.predictions))}}
+    judged = "one_rows" if kind == "named" else "rows"
+    trainer = make_trainer(
+        recipe={"target_reduction": 0.5, "rounds": 2}, trainer_kwargs=given, metric_for_best_model=judged,
+        eval_strategy="steps", eval_steps=2, max_steps=4,
+    )  # fmt: skip
+    trainer.train()
+    for stage in trainer.stages:
+        assert stage.metric_before == stage.metric_cut == stage.metric_after == 16
+    assert [e[f"eval_{judged}"] for e in trainer.state.log_history if f"eval_{judged}" in e] == [16, 16]
+    assert trainer.evaluate()[f"eval_{judged}"] == 16
+
+
+def test_an_evaluation_of_no_row_says_so(make_trainer):
+    for data in (Rows(0, once=False), iter(())):
+        with pytest.raises(RMTKDError, match=r"eval_dataset .* gave no row"):
+            make_trainer(trainer_kwargs={"eval_dataset": data}).train()

@@ -7,10 +7,19 @@ import logging
 import datasets
 import pytest
 import torch
-from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from transformers import (
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    default_data_collator,
+)
 
 from optimum_rmtkd.distillation import CachedTeacher, FrozenTeacher, OnlineTeacher, WeightedTeachers, cache_answers
 from optimum_rmtkd.distillation.signatures import named_inputs, taken
+from optimum_rmtkd.errors import RMTKDError
 
 from .conftest import tiny_bert, toy_data
 
@@ -135,6 +144,72 @@ def test_what_the_teacher_does_not_take_does_not_reach_it(make_trainer):
     trainer.train()
     assert to_teacher == {"input_ids", "attention_mask"}
     assert to_student == {"input_ids", "attention_mask", "token_type_ids", "labels"}
+
+
+def tiny_roberta(seed=0):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = RobertaConfig(**sizes, intermediate_size=64, max_position_embeddings=40, type_vocab_size=1)
+    return RobertaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("recipe", [{}, NONE], ids=["cut", "given"])
+@pytest.mark.parametrize("kind", ["plain", "cached", "several"])
+def test_a_model_of_one_token_type_gets_none(make_trainer, recipe, kind):
+    """RoBERTa names token_type_ids and has one type: the second text of a pair lies outside its table."""
+    to_teacher, to_student = set(), set()
+    teacher, rows = watched(tiny_bert(3), to_teacher), as_dataset(pairs())
+    given = {"plain": teacher, "several": [teacher, tiny_roberta(5)], "cached": CachedTeacher()}[kind]
+    if kind == "cached":
+        rows = cache_answers(teacher, rows, default_data_collator)
+    trainer = make_trainer(
+        watched(tiny_roberta(), to_student), recipe=recipe, teacher_model=given, objectives=["task", "kl"],
+        max_steps=2, trainer_kwargs={"train_dataset": rows, "eval_dataset": as_dataset(pairs(16, seed=2))},
+    )  # fmt: skip
+    trainer.train()
+    trainer.predict(as_dataset(pairs(16, seed=2)))
+    assert to_student == {"input_ids", "attention_mask", "labels"}
+    assert to_teacher >= {"input_ids", "attention_mask", "token_type_ids"}
+
+
+def test_pixels_reach_a_teacher_in_its_precision(make_trainer):
+    def resnet(seed):
+        torch.manual_seed(seed)
+        sizes = {"embedding_size": 8, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic"}
+        return ResNetForImageClassification(ResNetConfig(num_channels=1, num_labels=3, **sizes))
+
+    rows = [{"pixel_values": torch.rand(1, 16, 16), "labels": i % 3} for i in range(16)]
+    found = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        trainer = make_trainer(
+            resnet(0), recipe=NONE, out=str(dtype), teacher_model=resnet(1).to(dtype), objectives=["kl"], max_steps=1,
+            trainer_kwargs={"train_dataset": rows, "eval_dataset": None},
+        )  # fmt: skip
+        trainer.train()
+        found.append(next(e["loss/kl"] for e in trainer.state.log_history if "loss/kl" in e))
+    assert found[1] == pytest.approx(found[0], rel=1e-3) and found[2] == pytest.approx(found[0], rel=0.2)
+
+
+def test_answers_are_read_by_name(make_trainer):
+    class Bare(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = tiny_bert(3)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.inner(input_ids, attention_mask).to_tuple()
+
+    def make(teacher):
+        return make_trainer(recipe=NONE, teacher_model=teacher, objectives=["kl"], max_steps=1)
+
+    with pytest.raises(RMTKDError, match="The teacher returned a tuple; KLDivergence reads its answers by name"):
+        make(Bare()).train()
+    found = []
+    for changes in ({}, {"return_dict": False}):
+        trainer = make(tiny_bert(3, **changes))
+        trainer.train()
+        found.append(next(e["loss/kl"] for e in trainer.state.log_history if "loss/kl" in e))
+    assert found[0] == found[1] > 0
 
 
 def test_an_online_teacher_gets_them_too(make_trainer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -101,6 +101,11 @@ class Answers:
             return divergence(log_p, log_q) * temperature**2
 
         student, teacher = step.student_outputs, step.teacher_outputs
+        if not isinstance(teacher, Mapping):
+            raise RMTKDError(
+                f"The teacher returned a {type(teacher).__name__}; {who} reads its answers by name. Expected a "
+                "mapping, {'logits': ...}, as models of transformers return it."
+            )
         if SPANS[0] in student:
             parts = [softened(*self._masked_span(student[n], teacher[n], step.mask)).mean() for n in SPANS]
             return 0.5 * sum(parts) * step.share("samples")

@@ -69,6 +69,8 @@ class DistillationObjective(Part, nn.Module):
         active: False where `setup` found that there is nothing to compare for these models; it is then left out.
     """
 
+    checked_by_base = {"weight": Mapping}
+
     needs_teacher: bool = True
     needs_projection: bool = False
     observes: bool = False
