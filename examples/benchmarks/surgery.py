@@ -1,6 +1,7 @@
 """How long surgery takes, and what one-shot narrowing costs.
 
     python examples/benchmarks/surgery.py          both; needs RMTKD_SHARED (default ../shared)
+    python examples/benchmarks/surgery.py cost     calibration against plain forward passes alone
     python examples/benchmarks/surgery.py speed    what speed_weight and round_to buy, needs a quiet machine
     python examples/benchmarks/surgery.py depth    what a basis for each depth would save over one for the whole stream
 
@@ -9,11 +10,11 @@ Times are ratios against the dense model in the same process.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -131,15 +132,17 @@ def depth(task: Task) -> None:
 
 def main() -> None:
     """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("cost", "speed", "depth"), help="One part; none: the whole table.")
+    part = parser.parse_args().part
     logging.set_verbosity_error()
     task = load()
-    if sys.argv[1:] == ["depth"]:
-        depth(task)
-        return
-    if sys.argv[1:] == ["speed"]:
-        speed(task)
+    if part in ("speed", "depth"):
+        {"speed": speed, "depth": depth}[part](task)
         return
     calibration_cost(task)
+    if part == "cost":
+        return
     teacher = evaluate(task, task.model)
     print(
         f"teacher {teacher:.4f}, {torch.get_num_threads()} threads\n{'one cut, no training':40} {'target':>6} "
