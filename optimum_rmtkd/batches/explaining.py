@@ -46,7 +46,7 @@ def explained(model: nn.Module, batch: Mapping[str, Any], number: int) -> Iterat
         raise
     except RAW as error:
         holds = ", ".join(f"{name} {described(value)}" for name, value in batch.items())
-        hints = " ".join(_hints(model, batch)) or (
+        hints = " ".join(_hints(model, batch, str(error))) or (
             f"Expected what {type(model).__name__} takes as model(**batch): try that first."
         )
         raise CalibrationError(
@@ -137,16 +137,21 @@ def _check_rows(model: nn.Module, name: str, table: nn.Embedding, rows: torch.Te
     )
 
 
-def _hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
+def _hints(model: nn.Module, batch: Mapping[str, Any], error: str) -> Iterator[str]:
     """What is visibly wrong with a batch."""
     config, accepted = model.config, accepted_names(model)
+    both, labels = getattr(config, "is_encoder_decoder", False), batch.get("labels")
     for name, value in batch.items():
-        if isinstance(value, (list, tuple)) and name in accepted and name not in LABELS:
+        read = name in accepted and (name not in LABELS or (both and name == "labels"))
+        if read and isinstance(value, (list, tuple)):
             yield cure_of_lists(name, value)
     first, expected = main_input(batch), model.main_input_name
     if expected not in batch and "inputs_embeds" not in batch:
         yield f"It has no {expected}, the model's main input."
-    if getattr(config, "is_encoder_decoder", False) and not _has_decoder_inputs(batch):
+    if both and isinstance(labels, torch.Tensor) and labels.dim() > 1 and labels.is_floating_point():
+        yield f"labels is {described(labels)}, and the decoder reads them: expected whole numbers (torch.long)."
+    silent = not isinstance(labels, (list, tuple)) and not _has_decoder_inputs(batch)
+    if both and silent and "inputs_embeds" in error:  # some make decoder inputs of input_ids, and miss something else
         yield (
             "This is an encoder-decoder, and the batch has neither labels (one a token) nor decoder_input_ids: add "
             "labels, as DataCollatorForSeq2Seq does, and the model shifts them as in training."
