@@ -16,7 +16,7 @@ from .explaining import RAW, cure_of_lists, in_one_line
 from .reading import INPUTS, LABELS, accepted_names, batch_size, described, first_samples, to_device
 
 
-__all__ = ["collect_batches", "collected", "from_loader"]
+__all__ = ["collect_batches", "collected", "from_loader", "no_mapping"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def collected(model: nn.Module, dataloader: Iterable) -> Iterator[dict[str, Any]
     dropped: set[Any] = set()
     for number, batch in enumerate(from_loader(dataloader)):
         if not isinstance(batch, Mapping):
-            raise CalibrationError(_no_mapping(batch))
+            raise CalibrationError(no_mapping(batch))
         foreign = [k for k in batch if k not in accepted and k not in dropped]
         kept = {k: _tensor(v) for k, v in batch.items() if k in accepted}
         _check_columns(model, batch, kept)
@@ -110,13 +110,14 @@ def from_loader(dataloader: Iterable) -> Iterator[Any]:
         except (*RAW, OSError) as error:
             raise CalibrationError(
                 f"The calibration data ({type(dataloader).__name__}) fails at batch {number}, in its dataset or its "
-                "collator: rows of different lengths need a collator that pads them (DataCollatorWithPadding("
+                "collator: rows of different sizes need a collator that pads them (DataCollatorWithPadding("
                 f"tokenizer)), columns of text have to be left out. ({type(error).__name__}: {in_one_line(error)})"
             ) from error
         yield batch
 
 
-def _no_mapping(batch: Any) -> str:
+def no_mapping(batch: Any) -> str:
+    """The refusal of a batch that does not name its tensors."""
     inside = f" Got {described(batch)}." if isinstance(batch, (list, tuple)) or hasattr(batch, "shape") else ""
     return (
         f"A calibration batch is a {type(batch).__name__}; expected a mapping of model inputs, as a transformers data "

@@ -156,8 +156,7 @@ def _hints(model: nn.Module, batch: Mapping[str, Any], error: str) -> Iterator[s
             "This is an encoder-decoder, and the batch has neither labels (one a token) nor decoder_input_ids: add "
             "labels, as DataCollatorForSeq2Seq does, and the model shifts them as in training."
         )
-    yield from _length_hints(model, batch)
-    yield from _shape_hints(model, batch)
+    yield from list(_length_hints(model, batch)) or _shape_hints(model, batch)
     limit, places = position_limit(model), batch.get("position_ids")
     if isinstance(places, torch.Tensor) and places.numel() and int(places.min()) < 0:
         yield f"position_ids hold {int(places.min())}: expected numbers of at least 0."
@@ -195,8 +194,8 @@ def _length_hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
     encoder, decoder = (model.get_encoder(), model.get_decoder()) if both else (model, model)
     for stack, names in ((encoder, ("input_ids", "inputs_embeds")), (decoder, ("decoder_input_ids", "labels"))):
         limit = position_limit(stack)
-        given = [batch[name] for name in names if isinstance(batch.get(name), torch.Tensor) and batch[name].dim() > 1]
-        longest = max((tensor.shape[1] for tensor in given), default=0)
+        given = {k: batch[k] for k in names if isinstance(batch.get(k), torch.Tensor) and batch[k].dim() > 1}
+        longest = max((v.shape[-2 if k == "inputs_embeds" else -1] for k, v in given.items()), default=0)
         if limit is not None and longest > limit:
             yield too_long(model, longest, limit)
             return

@@ -327,3 +327,10 @@ def test_labels_that_a_decoder_cannot_read(change, words):
     data = [batch | {"labels": change(labels)} for batch in TEXT]
     message = refusal(tf.T5ForConditionalGeneration(config).eval(), data, RECIPE.replace(form="factored"))
     assert all(word in message for word in words), message
+
+
+def test_choices_beyond_the_positions():
+    model = tf.BertForMultipleChoice(zoo.CONFIGS["bert"]).eval()
+    data = [{"input_ids": torch.randint(5, 60, (4, 2, length))} for length in (12, 41)]
+    message = refusal(model, data)
+    assert "has 41 tokens" in message and "max_length=40" in message and "three axes" not in message
