@@ -100,7 +100,8 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
     """Does the data hold what the objectives read? What one process lacks stops all of them.
 
     Raises:
-        RMTKDError: no data, splits in place of rows, no labels for the task loss, or no cached answers for a `CachedTeacher`.
+        RMTKDError: no data, splits in place of rows, no labels for the task loss, or no cached answers for a
+            `CachedTeacher`.
         CalibrationError: data that no cut can be calibrated with.
     """
     from .. import surgery
