@@ -20,12 +20,8 @@ __all__ = ["collect_batches", "collected", "from_loader", "no_mapping"]
 
 logger = logging.getLogger(__name__)
 
-ROW_AXES = {
-    "input_ids": 1,
-    "inputs_embeds": 2,
-    "input_values": 1,
-    "input_features": 2,
-}  # of one sample; a batch has one more
+# of one sample; a batch has one more
+ROW_AXES = {"input_ids": 1, "inputs_embeds": 2, "input_values": 1, "input_features": 2}
 CACHES = ("past_key_values", "cache", "cache_params", "mems")
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
 
