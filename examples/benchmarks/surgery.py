@@ -1,6 +1,7 @@
 """How long surgery takes, and what one-shot narrowing costs.
 
     python examples/benchmarks/surgery.py          both; needs RMTKD_SHARED (default ../shared)
+    python examples/benchmarks/surgery.py cost     calibration against plain forward passes alone
     python examples/benchmarks/surgery.py speed    what speed_weight and round_to buy, needs a quiet machine
     python examples/benchmarks/surgery.py depth    what a basis for each depth would save over one for the whole stream
 
@@ -9,11 +10,11 @@ Times are ratios against the dense model in the same process.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -21,11 +22,10 @@ import torch
 from transformers.utils import logging
 
 from optimum_rmtkd import RMTKDConfig, count_parameters, narrow
-from optimum_rmtkd.batches import model_inputs
+from optimum_rmtkd.batches import collect_batches, model_inputs
 from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import Task, evaluate, load_task
 from optimum_rmtkd.commands.timing import compare_latency
-from optimum_rmtkd.surgery.batches import collect_batches
 from optimum_rmtkd.surgery.calibration import Calibration, calibrate
 from optimum_rmtkd.surgery.directions import site_directions
 from optimum_rmtkd.surgery.grouping import by_length
@@ -132,15 +132,17 @@ def depth(task: Task) -> None:
 
 def main() -> None:
     """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", nargs="?", choices=("cost", "speed", "depth"), help="One part; none: the whole table.")
+    part = parser.parse_args().part
     logging.set_verbosity_error()
     task = load()
-    if sys.argv[1:] == ["depth"]:
-        depth(task)
-        return
-    if sys.argv[1:] == ["speed"]:
-        speed(task)
+    if part in ("speed", "depth"):
+        {"speed": speed, "depth": depth}[part](task)
         return
     calibration_cost(task)
+    if part == "cost":
+        return
     teacher = evaluate(task, task.model)
     print(
         f"teacher {teacher:.4f}, {torch.get_num_threads()} threads\n{'one cut, no training':40} {'target':>6} "

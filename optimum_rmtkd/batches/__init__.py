@@ -4,7 +4,7 @@ A batch is what a data collator made: a mapping of the names of a forward's para
 that the forward takes (flags, None, nested outputs of another model).
 """
 
-from .collecting import collect_batches, collected, from_loader
+from .collecting import collect_batches, collected, from_loader, no_mapping
 from .explaining import POSITION_TABLES, explained, guarded_tables, position_limit, rows_before, too_long
 from .reading import (
     INPUTS,
@@ -41,6 +41,7 @@ __all__ = [
     "guarded_tables",
     "main_input",
     "model_inputs",
+    "no_mapping",
     "padding_mask",
     "position_limit",
     "rows_before",

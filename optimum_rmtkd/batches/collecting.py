@@ -7,20 +7,20 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..errors import CalibrationError, RMTKDError
 from .explaining import RAW, cure_of_lists, in_one_line
-from .reading import INPUTS, LABELS, accepted_names, batch_size, described, first_samples, to_device
+from .reading import INPUTS, LABELS, accepted_names, batch_size, described, first_samples, to_device, with_tensors
 
 
-__all__ = ["collect_batches", "collected", "from_loader"]
+__all__ = ["collect_batches", "collected", "from_loader", "no_mapping"]
 
 logger = logging.getLogger(__name__)
 
-ROW_AXES = {"input_ids": 1, "inputs_embeds": 2, "input_values": 1}  # of one sample; a batch has one more
+# of one sample; a batch has one more
+ROW_AXES = {"input_ids": 1, "inputs_embeds": 2, "input_values": 1, "input_features": 2}
 CACHES = ("past_key_values", "cache", "cache_params", "mems")
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
 
@@ -63,9 +63,9 @@ def collected(model: nn.Module, dataloader: Iterable) -> Iterator[dict[str, Any]
     dropped: set[Any] = set()
     for number, batch in enumerate(from_loader(dataloader)):
         if not isinstance(batch, Mapping):
-            raise CalibrationError(_no_mapping(batch))
+            raise CalibrationError(no_mapping(batch))
         foreign = [k for k in batch if k not in accepted and k not in dropped]
-        kept = {k: _tensor(v) for k, v in batch.items() if k in accepted}
+        kept = {k: with_tensors(v) for k, v in batch.items() if k in accepted}
         _check_columns(model, batch, kept)
         if foreign:
             dropped.update(foreign)
@@ -110,34 +110,19 @@ def from_loader(dataloader: Iterable) -> Iterator[Any]:
         except (*RAW, OSError) as error:
             raise CalibrationError(
                 f"The calibration data ({type(dataloader).__name__}) fails at batch {number}, in its dataset or its "
-                "collator: rows of different lengths need a collator that pads them (DataCollatorWithPadding("
+                "collator: rows of different sizes need a collator that pads them (DataCollatorWithPadding("
                 f"tokenizer)), columns of text have to be left out. ({type(error).__name__}: {in_one_line(error)})"
             ) from error
         yield batch
 
 
-def _no_mapping(batch: Any) -> str:
+def no_mapping(batch: Any) -> str:
+    """The refusal of a batch that does not name its tensors."""
     inside = f" Got {described(batch)}." if isinstance(batch, (list, tuple)) or hasattr(batch, "shape") else ""
     return (
         f"A calibration batch is a {type(batch).__name__}; expected a mapping of model inputs, as a transformers data "
         f"collator returns.{inside} A DataLoader over tuples, or over tensors, needs a collate_fn that names them, "
         'for example {"input_ids": ..., "attention_mask": ...}.'
-    )
-
-
-def _tensor(value: Any) -> Any:
-    """Arrays of numbers as tensors, nested ones too; numpy's float64, its default, in torch's default precision, and
-    whole numbers that no embedding of torch takes (int16, uint16, ...) as int64."""
-    from accelerate.utils import recursively_apply
-
-    def converted(array: np.ndarray) -> torch.Tensor:
-        if array.dtype.kind in "iu" and array.dtype not in (np.int32, np.int64):
-            array = array.astype(np.int64)
-        tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
-        return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
-
-    return recursively_apply(
-        converted, value, test_type=lambda x: isinstance(x, np.ndarray) and x.dtype.kind in "biuf"
     )
 
 

@@ -46,7 +46,7 @@ def explained(model: nn.Module, batch: Mapping[str, Any], number: int) -> Iterat
         raise
     except RAW as error:
         holds = ", ".join(f"{name} {described(value)}" for name, value in batch.items())
-        hints = " ".join(_hints(model, batch)) or (
+        hints = " ".join(_hints(model, batch, str(error))) or (
             f"Expected what {type(model).__name__} takes as model(**batch): try that first."
         )
         raise CalibrationError(
@@ -137,22 +137,26 @@ def _check_rows(model: nn.Module, name: str, table: nn.Embedding, rows: torch.Te
     )
 
 
-def _hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
+def _hints(model: nn.Module, batch: Mapping[str, Any], error: str) -> Iterator[str]:
     """What is visibly wrong with a batch."""
     config, accepted = model.config, accepted_names(model)
+    both, labels = getattr(config, "is_encoder_decoder", False), batch.get("labels")
     for name, value in batch.items():
-        if isinstance(value, (list, tuple)) and name in accepted and name not in LABELS:
+        read = name in accepted and (name not in LABELS or (both and name == "labels"))
+        if read and isinstance(value, (list, tuple)):
             yield cure_of_lists(name, value)
     first, expected = main_input(batch), model.main_input_name
     if expected not in batch and "inputs_embeds" not in batch:
         yield f"It has no {expected}, the model's main input."
-    if getattr(config, "is_encoder_decoder", False) and not _has_decoder_inputs(batch):
+    if both and isinstance(labels, torch.Tensor) and labels.dim() > 1 and labels.is_floating_point():
+        yield f"labels is {described(labels)}, and the decoder reads them: expected whole numbers (torch.long)."
+    silent = not isinstance(labels, (list, tuple)) and not _has_decoder_inputs(batch)
+    if both and silent and "inputs_embeds" in error:  # some make decoder inputs of input_ids, and miss something else
         yield (
             "This is an encoder-decoder, and the batch has neither labels (one a token) nor decoder_input_ids: add "
             "labels, as DataCollatorForSeq2Seq does, and the model shifts them as in training."
         )
-    yield from _length_hints(model, batch)
-    yield from _shape_hints(model, batch)
+    yield from list(_length_hints(model, batch)) or _shape_hints(model, batch)
     limit, places = position_limit(model), batch.get("position_ids")
     if isinstance(places, torch.Tensor) and places.numel() and int(places.min()) < 0:
         yield f"position_ids hold {int(places.min())}: expected numbers of at least 0."
@@ -190,8 +194,8 @@ def _length_hints(model: nn.Module, batch: Mapping[str, Any]) -> Iterator[str]:
     encoder, decoder = (model.get_encoder(), model.get_decoder()) if both else (model, model)
     for stack, names in ((encoder, ("input_ids", "inputs_embeds")), (decoder, ("decoder_input_ids", "labels"))):
         limit = position_limit(stack)
-        given = [batch[name] for name in names if isinstance(batch.get(name), torch.Tensor) and batch[name].dim() > 1]
-        longest = max((tensor.shape[1] for tensor in given), default=0)
+        given = {k: batch[k] for k in names if isinstance(batch.get(k), torch.Tensor) and batch[k].dim() > 1}
+        longest = max((v.shape[-2 if k == "inputs_embeds" else -1] for k, v in given.items()), default=0)
         if limit is not None and longest > limit:
             yield too_long(model, longest, limit)
             return

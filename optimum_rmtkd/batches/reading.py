@@ -112,11 +112,13 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
 
 
 def with_tensors(value: Any) -> Any:
-    """A value of a batch with arrays of numbers as tensors, nested ones too; numpy's float64, its default, in torch's
-    default precision."""
+    """A value of a batch with arrays of numbers as tensors, nested ones too: numpy's float64, its default, in torch's
+    default precision, and whole numbers that no embedding of torch takes (int16, uint16, ...) as int64."""
     from accelerate.utils import recursively_apply
 
     def converted(array: np.ndarray) -> torch.Tensor:
+        if array.dtype.kind in "iu" and array.dtype not in (np.int32, np.int64):
+            array = array.astype(np.int64)
         tensor = torch.from_numpy(np.ascontiguousarray(array).copy())
         return tensor.to(torch.get_default_dtype()) if tensor.dtype == torch.float64 else tensor
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import POSITION_TABLES, described, main_input, padding_mask, rows_before, too_long
+from ..batches import POSITION_TABLES, decoder_mask, described, main_input, padding_mask, rows_before, too_long
 from ..errors import CalibrationError, UnsupportedArchitectureError
 from .families import family_of
 from .sites import Anatomy, Site, get_module, has_module, linear_layers
@@ -29,6 +29,12 @@ def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
         raise CalibrationError(
             f"All tokens of the {len(batches)} calibration batches are padding (attention_mask is 0 everywhere): "
             "expected real tokens. Check the tokenizer and the collator."
+        )
+    decoded = [decoder_mask(model, batch) for batch in batches]
+    if all(mask is not None and not bool(mask.any()) for mask in decoded):
+        raise CalibrationError(
+            f"The decoder of {type(model).__name__} gets nothing but padding in {len(batches)} calibration batches "
+            "(labels are -100, or decoder_attention_mask is 0, everywhere): expected real tokens. Check the collator."
         )
     rows = {
         "input_ids": _table_rows(model),
@@ -75,6 +81,12 @@ def _declared_positions(model: nn.Module) -> list[nn.Embedding]:
 
 
 def _check_labels(model: nn.Module, found: list[torch.Tensor]) -> None:
+    wrong = [int(labels.min()) for labels in map(_counted, found) if labels.numel() and int(labels.min()) < 0]
+    if wrong:
+        raise CalibrationError(
+            f"The labels of the calibration data hold {wrong[0]}: expected ids of at least 0, and -100 where there is "
+            "nothing to predict. The decoder reads them, shifted."
+        )
     head = model.get_output_embeddings()
     highest = max((int(labels.max()) for labels in found if labels.numel()), default=0)
     if isinstance(head, nn.Linear) and highest >= head.out_features:
@@ -83,6 +95,10 @@ def _check_labels(model: nn.Module, found: list[torch.Tensor]) -> None:
             "outputs: the data was made with the tokenizer of another model. Tokenize it with the one the model was "
             "trained with."
         )
+
+
+def _counted(labels: torch.Tensor) -> torch.Tensor:
+    return labels[labels != -100]
 
 
 def _falls_short(mask: torch.Tensor, ids: torch.Tensor) -> bool:

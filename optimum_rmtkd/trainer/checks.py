@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..batches import from_loader
+from ..batches import from_loader, no_mapping
 from ..distillation import CachedTeacher, TaskLoss
 from ..distillation.cached import COLUMNS
 from ..distillation.signatures import named_inputs
-from ..errors import RMTKDError, UnsupportedArchitectureError
+from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import check_structure
 from .columns import for_calibration
 
@@ -130,13 +130,19 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
     """Does the data hold what the objectives read? What one process lacks stops all of them.
 
     Raises:
-        RMTKDError: no data, no labels for the task loss, or no cached answers for a `CachedTeacher`.
+        RMTKDError: no data, splits in place of rows, no labels for the task loss, or no cached answers for a
+            `CachedTeacher`.
         CalibrationError: weights that are not finite; data that no cut can be calibrated with.
         BudgetError: a target that the model already meets, or that no widths can give, in however many cuts.
     """
     from .. import surgery
     from ..surgery.processes import one_for_all
 
+    if isinstance(trainer.train_dataset, Mapping):
+        raise RMTKDError(
+            f"train_dataset is a {type(trainer.train_dataset).__name__} with "
+            f"{', '.join(map(str, list(trainer.train_dataset)[:6]))}: expected rows. Pass one split of it."
+        )
     if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
         raise RMTKDError("train_dataset is empty; expected rows to calibrate the cuts and to distil on.")
     recipe = trainer.rmtkd_config
@@ -153,6 +159,8 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
                 "least one for each. Use fewer processes, or more data."
             )
         batch = next(from_loader(batches))
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(no_mapping(batch))
         _check_batch(trainer, batch)
         if trainer.rmtkd_config.schedule != "none":
             surgery.check_data(trainer.cores.plain(), [for_calibration(trainer, batch)], recipe)

@@ -306,3 +306,33 @@ def test_a_part_that_never_runs_is_named(bert):
     data = [{"inputs_embeds": torch.randn(8, 12, 32), "attention_mask": b["attention_mask"]} for b in TEXT]
     assert "bert.embeddings.word_embeddings" in refusal(bert, data)
     narrow(bert, data, RECIPE.replace(sites="intermediate", target_reduction=0.1), progress=False)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda labels: labels * 0 - 100, ["T5ForConditionalGeneration gets nothing but padding", "-100"]),
+        (lambda labels: labels.float(), ["labels is float32 (8, 7)", "torch.long"]),
+        (lambda labels: labels.tolist(), ["Column 'labels'", "a list of 8 (a list of 7", "collator"]),
+        (lambda labels: labels * 0 - 1, ["labels of the calibration data hold -1", "-100"]),
+        (lambda labels: labels + 55, ["labels of the calibration data go up to", "61 outputs"]),
+        (lambda labels: labels[:, 0], ["encoder-decoder", "neither labels (one a token)", "DataCollatorForSeq2Seq"]),
+        (lambda labels: None, ["encoder-decoder", "DataCollatorForSeq2Seq"]),
+    ],
+    ids=["all ignored", "floats", "lists", "below 0", "of another tokenizer", "classes", "None"],
+)
+def test_labels_that_a_decoder_cannot_read(change, words):
+    config = tf.T5Config(
+        vocab_size=61, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0
+    )
+    labels = torch.randint(10, 60, (8, 7))
+    data = [batch | {"labels": change(labels)} for batch in TEXT]
+    message = refusal(tf.T5ForConditionalGeneration(config).eval(), data, RECIPE.replace(form="factored"))
+    assert all(word in message for word in words), message
+
+
+def test_choices_beyond_the_positions():
+    model = tf.BertForMultipleChoice(zoo.CONFIGS["bert"]).eval()
+    data = [{"input_ids": torch.randint(5, 60, (4, 2, length))} for length in (12, 41)]
+    message = refusal(model, data)
+    assert "has 41 tokens" in message and "max_length=40" in message and "three axes" not in message

@@ -109,3 +109,27 @@ def test_trying_out_changes_neither_the_model_nor_the_random_numbers(make_traine
     assert torch.equal(state, torch.get_rng_state())
     assert all(module.training for module in trainer.model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())
+
+
+ROWS = [{"input_ids": [5, 6, 7], "attention_mask": [1, 1, 1], "labels": 0}, {"input_ids": [5], "labels": 1}] * 8
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"train_dataset": {"train": ROWS}}, ["a dict with train", "one split"]),
+        ({"train_dataset": ROWS[::2], "data_collator": list}, ["is a list", "a mapping of model inputs"]),
+        ({"train_dataset": [("a text", 1)] * 8}, ["fails at batch 0", "collator"]),
+        (
+            {"train_dataset": [row | {"attention_mask": [1] * len(row["input_ids"])} for row in ROWS]},
+            ["fails at batch 0", "DataCollatorWithPadding"],
+        ),
+    ],
+    ids=["splits", "a collator of lists", "tuples", "different lengths"],
+)
+def test_rows_that_make_no_batches_are_named_before_the_training(make_trainer, given, words):
+    trainer = make_trainer(trainer_kwargs=given)
+    with pytest.raises(RMTKDError) as caught:
+        trainer.train()
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert trainer.state.global_step == 0
