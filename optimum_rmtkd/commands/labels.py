@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["check_label_map", "class_names", "is_regression", "label_values", "parse_label_map"]
 
 GENERIC = re.compile(r"LABEL_\d+")
-WHOLE = re.compile(r"[+-]?\d+")
+WHOLE = re.compile(r"-?(0|[1-9]\d*)")  # 007 is a name
 SHOWN = 5  # names in a message
 
 
@@ -87,7 +87,7 @@ def check_label_map(label_map: dict[str, str], data: Sequence[Dataset], column: 
     labels: dict[str, None] = {}
     for rows in data:
         names = getattr(rows.features[column], "names", None)
-        labels |= dict.fromkeys(names or (str(value) for value in rows.unique(column) if value is not None))
+        labels |= dict.fromkeys(names or (_shortest(value) for value in rows.unique(column) if value is not None))
     unknown = [name for name in label_map if _find(name, list(labels)) is None]
     if unknown:
         raise RMTKDError(
@@ -197,11 +197,15 @@ def _keys(values: list, names: list[str] | None, column: str, classes: int) -> l
     return [names[value] for value in values]
 
 
+def _shortest(value: Any) -> str:
+    """A label as a word; whole numbers without a point."""
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return str(int(value)) if whole and value == int(value) else str(value)
+
+
 def _word(value: Any, row: int, column: str, classes: int) -> str:
-    if isinstance(value, (str, bool)):
-        return str(value)
-    if isinstance(value, (int, float)) and math.isfinite(value) and value == int(value):
-        return str(int(value))
+    if isinstance(value, (str, bool)) or (isinstance(value, (int, float)) and WHOLE.fullmatch(_shortest(value))):
+        return _shortest(value)
     raise RMTKDError(
         f"Column '{column}' holds {value!r} in row {row}; the model has {classes} classes: expected class indices or "
         "names."
@@ -275,8 +279,8 @@ def _by_number(
             f"the model's classes have no names: {_shown(numbered)} are taken as 0 to {len(names) - 1}, in this order"
         )
         return {name: i for i, name in enumerate(numbered)}
-    if set(keys) <= {"True", "False"} and len(names) == 2:
-        return {"False": 0, "True": 1}
+    if {_fold(key) for key in keys} <= {"true", "false"} and len(names) == 2:  # spreadsheets write TRUE
+        return {key: int(_fold(key) == "true") for key in keys}
     if not all(map(WHOLE.fullmatch, keys)):
         return None
     numbers = [int(key) for key in keys]
