@@ -48,7 +48,7 @@ def check_place(target: str | Path, inputs: Inputs = (), role: str = "output") -
     """
     if str(target).startswith("~"):
         raise RMTKDError(
-            f"{target} begins with ~, which the shell has not replaced, and a folder of that name invites an 'rm -r ~'. "
+            f"{target} begins with ~, which no shell has replaced, and a folder of that name invites an 'rm -r ~'. "
             "Write the path out, or ./~ if it is meant so."
         )
     place = _resolved(target)
