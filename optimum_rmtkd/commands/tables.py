@@ -187,12 +187,28 @@ def _csv_columns(path: Path, separator: str) -> dict[str, list[str | None]]:
 
 def _quotes_are_text(file: TextIO) -> bool:
     """Whether a tsv is written without quoting, as those of GLUE are: every line is a row by itself, and some cell has
-    a quote at one end alone."""
+    a quote at one end alone.
+
+    Raises:
+        RMTKDError: it can be read with quoting as well, with other rows.
+    """
     counts, loose = set(), False
     for row in _filled(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)):
         counts.add(len(row))
         loose = loose or any(cell.startswith('"') and not QUOTED.fullmatch(cell) for cell in row)
-    return loose and len(counts) == 1
+    if not loose or len(counts) != 1:
+        return False
+    file.seek(0)
+    try:
+        quoted = {len(row) for row in _filled(csv.reader(file, delimiter="\t", strict=True))}
+    except csv.Error:
+        return True
+    if quoted == counts:
+        raise RMTKDError(
+            f"Cannot read {file.name}: its quotes may be text, or hold cells of several lines together; both readings "
+            "fit. Quote every text and double the quotes in it, or save it as jsonl."
+        )
+    return True
 
 
 def _filled(reader: Iterator[list[str]]) -> Iterator[list[str]]:

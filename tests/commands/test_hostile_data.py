@@ -141,9 +141,9 @@ def test_unusual_files_that_say_what_they_mean(bert, tmp_path, name, content, la
 @pytest.mark.parametrize(
     ("lines", "texts"),
     [
-        (['"the film\t1', 'said "\t0', "a\t1"], ['"the film', 'said "', "a"]),  # as in GLUE: quotes are text
+        (['"the film\t1', "said\t0", "a\t1"], ['"the film', "said", "a"]),  # as in GLUE: quotes are text
         (['"the ""best"" film"\t1', "a\t0"], ['the "best" film', "a"]),  # as pandas and Excel write
-        (['"the\tfilm\nis"\t1', "a\t0"], ["the\tfilm\nis", "a"]),
+        (['"the\tbest\nfilm\nis"\t1', "a\t0"], ["the\tbest\nfilm\nis", "a"]),
         (['"the" film\t1', '"a"\t0'], ['"the" film', '"a"']),
     ],
 )
@@ -152,6 +152,15 @@ def test_quotes_of_a_tsv_never_swallow_a_row(tmp_path, lines, texts):
 
     (tmp_path / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
     assert read_table(tmp_path / "rows.tsv")["sentence"][:] == texts
+
+
+@pytest.mark.parametrize("lines", [['"the film\t1', 'said "\t0', "a\t1"], ['"the\tfilm\nis"\t1', "a\t0"]])
+def test_a_tsv_that_can_be_read_in_two_ways_is_refused(tmp_path, lines):
+    from optimum_rmtkd.commands.tables import read_table
+
+    (tmp_path / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    with pytest.raises(RMTKDError, match="both readings fit"):
+        read_table(tmp_path / "rows.tsv")
 
 
 def test_texts_that_look_like_numbers(bert, tmp_path):
