@@ -108,8 +108,14 @@ def class_names(config: PreTrainedConfig) -> list[str]:
         RMTKDError: the config's two tables, id2label and label2id, contradict each other.
     """
     size = config.num_labels
-    forwards = {int(i): str(n) for i, n in (getattr(config, "id2label", None) or {}).items()}
-    backwards = {int(i): str(n) for n, i in (getattr(config, "label2id", None) or {}).items()}
+    try:
+        forwards = {int(i): str(n) for i, n in (getattr(config, "id2label", None) or {}).items()}
+        backwards = {int(i): str(n) for n, i in (getattr(config, "label2id", None) or {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RMTKDError(
+            f"The model's config has tables of classes that are none ({error}); expected id2label of numbers to names "
+            "and label2id of names to numbers. Correct its config.json."
+        ) from error
     tables = [[table.get(i, f"LABEL_{i}") for i in range(size)] for table in (forwards, backwards)]
     named = [table for table in tables if not all(map(GENERIC.fullmatch, table))]
     if len(named) == 2 and named[0] != named[1]:
