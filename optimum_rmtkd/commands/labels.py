@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -295,7 +296,7 @@ def _by_number(
         hint = " (-1 marks rows without a label)" if low == -1 else ""
         raise RMTKDError(
             f"Column '{column}' holds labels from {low} to {high}{hint}; the model has {len(names)} classes: expected "
-            f"0 to {len(names) - 1}, or --label-map NUMBER=CLASS for each number."
+            f"0 to {len(names) - 1}, or say which number is which class: {_hint(keys, names)}"
         )
     return {key: int(key) for key in keys}
 
@@ -338,8 +339,11 @@ def _unknown(
 
 def _hint(keys: Collection[str], names: Sequence[str]) -> str:
     """An example of `--label-map` for these labels."""
-    pairs = [f"{key}={name}" for key, name in zip(sorted(keys)[:3], names)]
-    words = " ".join(f"'{pair}'" if re.search(r"[^\w=.+-]", pair) else pair for pair in pairs)
+    pairs = dict(zip(sorted(keys)[:3], names))
+    if any(key.startswith("-") or "=" in name for key, name in pairs.items()):  # which would be read as an option
+        words = shlex.quote(json.dumps(pairs, ensure_ascii=False))
+    else:
+        words = " ".join(shlex.quote(f"{key}={name}") for key, name in pairs.items())
     return f"--label-map {words}{' ...' if len(keys) > 3 else ''} (or the way round that is right)."
 
 
