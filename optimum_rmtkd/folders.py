@@ -42,11 +42,13 @@ class Contents:
         own: in the record, and as they were written.
         changed: in the record, but changed since.
         foreign: not in the record; links to folders are files here.
+        missing: in the record, but gone.
     """
 
     own: tuple[str, ...]
     changed: tuple[str, ...]
     foreign: tuple[str, ...]
+    missing: tuple[str, ...] = ()
 
 
 def files_of(folder: Path) -> list[str]:
@@ -83,7 +85,8 @@ def survey(folder: Path) -> Contents | None:
     there = files_of(folder)
     own = [name for name in there if name in known and _is_own(folder, name, known[name])]
     changed = [name for name in there if name in known and name not in own]
-    return Contents(tuple(own), tuple(changed), tuple(name for name in there if name not in known))
+    foreign = (name for name in there if name not in known)
+    return Contents(tuple(own), tuple(changed), tuple(foreign), tuple(sorted(set(known) - set(there))))
 
 
 def put(beside: Path, target: Path) -> Contents:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -78,7 +79,20 @@ class Recipe:
             )
 
     def to_json_file(self, path: str | Path) -> None:
-        """Write the recipe as JSON."""
+        """Write the recipe as JSON, whole or not at all.
+
+        Raises:
+            RMTKDError: it cannot be written, or there lies a file that holds something and is no such recipe.
+        """
+        there = Path(os.path.realpath(path))
+        if there.is_file() and there.stat().st_size:
+            try:
+                self.from_json_file(there)
+            except RMTKDError as error:
+                raise RMTKDError(
+                    f"{path} exists and is no {type(self).__name__}: it is not replaced. Choose another name, or move "
+                    f"it away. ({error})"
+                ) from error
         write_text(path, json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n")
 
     @classmethod

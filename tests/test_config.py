@@ -175,3 +175,18 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     path = tmp_path / "recipe.json"
     path.write_text(json.dumps({"seed": 3}), encoding="utf-8-sig")
     assert RMTKDConfig.from_json_file(path) == RMTKDConfig(seed=3)
+
+
+@pytest.mark.parametrize("text", ["my thesis", "{}", '{"seed": 1, "mine": 2}', "[1]"])
+def test_a_recipe_replaces_recipes_and_no_other_file(tmp_path, text):
+    path = tmp_path / "file.json"
+    path.write_text(text)
+    if text != "{}":
+        with pytest.raises(RMTKDError, match="is no RMTKDConfig: it is not replaced"):
+            RMTKDConfig().to_json_file(path)
+        assert path.read_text() == text
+        path.unlink()
+    for seed in (1, 2):
+        RMTKDConfig(seed=seed).to_json_file(path)
+        assert RMTKDConfig.from_json_file(path).seed == seed
+    assert [file.name for file in tmp_path.iterdir()] == ["file.json"]

@@ -46,6 +46,7 @@ def test_survey_tells_whose_a_file_is(pair):
     (target / "config.json").unlink()
     found = survey(target)
     assert found.changed == ("weights",) and "config.json" not in found.own and "weights" not in found.own
+    assert found.missing == ("config.json",)
     assert survey(target / "figures") is None
 
 

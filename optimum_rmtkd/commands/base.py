@@ -35,7 +35,7 @@ class Command(BaseOptimumCLICommand):
     def run(self) -> None:
         try:
             self.execute()
-        except RMTKDError as error:
+        except (RMTKDError, OSError) as error:  # the latter: what only the system knows, a name too long, a full disk
             message = " ".join(str(error).split())
             print(f"optimum-cli rmtkd {self.COMMAND.name}: error: {message}", file=sys.stderr)
             raise SystemExit(EXIT_USER_ERROR) from error

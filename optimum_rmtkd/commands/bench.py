@@ -14,6 +14,7 @@ from ..files import UNSIGNED, write_signed
 from ..folders import add_to_record
 from ..validation import Count, check_fields
 from .base import Command, set_help
+from .inputs import longest_text
 from .measuring import NOT_MEASURABLE, count_flops, energy_meter, peak_memory
 from .options import add_options, from_options, option
 from .output import check_target, format_table, weight_bytes
@@ -179,7 +180,7 @@ def _shapes(model: PreTrainedModel, options: BenchOptions) -> list[tuple[int, in
     batches = options.batch_sizes or [1, 32]
     if model.main_input_name == "pixel_values":
         return [(batch, None) for batch in batches]
-    longest = getattr(model.config, "max_position_embeddings", 128)
+    longest = longest_text(model) or 128
     wrong = [length for length in options.lengths or () if length > longest]
     if wrong:
         raise RMTKDError(f"--lengths {wrong[0]}: the model takes at most {longest} tokens.")

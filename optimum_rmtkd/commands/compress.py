@@ -116,7 +116,7 @@ class CompressCommand(Command):
 
         inputs = read_by(self.args, data, training.checkpoints)
         with writing_beside(self.args.output, self.args.overwrite, inputs) as folder:
-            check_checkpoints(training.checkpoints)
+            check_checkpoints(training.checkpoints, inputs)
             table = _compress(self.args.model, data, training, recipe, self.args.save_dtype, folder)
             write_card(folder, Path(self.args.output).absolute().name)
         print(table)

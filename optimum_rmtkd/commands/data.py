@@ -174,8 +174,11 @@ def _image_folder(place: Path) -> Dataset:
     what = f"image folder {place}"
     if any(next(place.rglob(name), None) for name in METADATA):
         return read_dataset(what, "imagefolder", data_dir=str(place), split="train")
+    # folders in folders may be splits; else a class called train or test would be taken for one, all others dropped
+    nested = any(path.is_dir() for path in place.glob("[!.]*/[!.]*"))
+    files = {} if nested else {"data_files": {"train": "**"}}
     # with one class alone the labels would be left out otherwise
-    rows = read_dataset(what, "imagefolder", data_dir=str(place), split="train", drop_labels=False)
+    rows = read_dataset(what, "imagefolder", data_dir=str(place), split="train", drop_labels=False, **files)
     if "image" not in rows.column_names:
         raise RMTKDError(f"{place} is a folder without images; expected one sub-folder of images for each class.")
     return rows

@@ -12,13 +12,12 @@ from ..errors import RMTKDError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-__all__ = ["check_inputs", "image_tools", "position_limit", "text_tools"]
+__all__ = ["check_inputs", "image_tools", "longest_text", "text_tools"]
 
-POSITION_TABLES = ("position_embeddings", "embed_positions", "position_embedding", "wpe")
+DEEP = ("I", "F")  # modes of more than 8 bits a channel
 DRAFT = (64, 64)  # jpeg files are decoded this small to see that they can be: all bytes are read, most work is saved
 
 
@@ -48,23 +47,6 @@ def check_inputs(rows: Dataset, columns: list[str]) -> None:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def position_limit(model: nn.Module) -> int | None:
-    """Tokens of the longest text: by the tables of absolute positions, else by the config; None without either.
-
-    Tables of the RoBERTa kind start behind the padding token, those of the BART kind at their `offset`.
-    """
-    from torch import nn
-
-    rows = [
-        table.num_embeddings - getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1)
-        for name, table in model.named_modules()
-        if name.rpartition(".")[2] in POSITION_TABLES and isinstance(table, nn.Embedding)
-    ]
-    said = getattr(model.config, "max_position_embeddings", None)
-    limit = min(rows, default=said if isinstance(said, int) else None)
-    return limit if limit and limit > 0 else None  # XLNet says -1
-
-
 def text_tools(
     name: str, model: PreTrainedModel, columns: list[str], max_length: int
 ) -> tuple[Any, Callable, Callable]:
@@ -91,7 +73,7 @@ def text_tools(
             f"{config.vocab_size} rows, has no padding token. If it belongs to another model, put the right one in "
             "its place; else set its pad_token and config.pad_token_id and save both."
         )
-    length = min(max_length, tokenizer.model_max_length, position_limit(model) or max_length)
+    length = min(max_length, tokenizer.model_max_length, longest_text(model) or max_length)
 
     def encode(rows: Dataset, what: str) -> Dataset:
         def tokenize(batch: dict[str, list]) -> dict[str, list]:
@@ -106,6 +88,15 @@ def text_tools(
         return encoded.remove_columns(CUT)
 
     return tokenizer, DataCollatorWithPadding(tokenizer), encode
+
+
+def longest_text(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest text: by the tables of absolute positions, else by the config; None without either."""
+    from ..surgery.explaining import position_limit
+
+    said = getattr(model.config, "max_position_embeddings", None)
+    limit = position_limit(model) or (said if isinstance(said, int) else None)
+    return limit if limit and limit > 0 else None  # XLNet says -1
 
 
 CUT = "_cut"
@@ -183,6 +174,8 @@ def _fault_of(stored: dict[str, Any]) -> str | None:
         with Image.open(source) as image:
             image.draft("RGB", DRAFT)
             image.load()
+            if image.mode.startswith(DEEP):
+                return f"its mode is {image.mode}, which would be cut off at 255: save it with 8 bits a channel"
     except UnidentifiedImageError:
         return "it is no image that Pillow knows"
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["check_label_map", "class_names", "is_regression", "label_values", "parse_label_map"]
 
 GENERIC = re.compile(r"LABEL_\d+")
-WHOLE = re.compile(r"[+-]?\d+")
+WHOLE = re.compile(r"-?(0|[1-9]\d*)")  # 007 is a name
 SHOWN = 5  # names in a message
 
 
@@ -86,7 +87,7 @@ def check_label_map(label_map: dict[str, str], data: Sequence[Dataset], column: 
     labels: dict[str, None] = {}
     for rows in data:
         names = getattr(rows.features[column], "names", None)
-        labels |= dict.fromkeys(names or (str(value) for value in rows.unique(column) if value is not None))
+        labels |= dict.fromkeys(names or (_shortest(value) for value in rows.unique(column) if value is not None))
     unknown = [name for name in label_map if _find(name, list(labels)) is None]
     if unknown:
         raise RMTKDError(
@@ -107,8 +108,14 @@ def class_names(config: PreTrainedConfig) -> list[str]:
         RMTKDError: the config's two tables, id2label and label2id, contradict each other.
     """
     size = config.num_labels
-    forwards = {int(i): str(n) for i, n in (getattr(config, "id2label", None) or {}).items()}
-    backwards = {int(i): str(n) for n, i in (getattr(config, "label2id", None) or {}).items()}
+    try:
+        forwards = {int(i): str(n) for i, n in (getattr(config, "id2label", None) or {}).items()}
+        backwards = {int(i): str(n) for n, i in (getattr(config, "label2id", None) or {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise RMTKDError(
+            f"The model's config has tables of classes that are none ({error}); expected id2label of numbers to names "
+            "and label2id of names to numbers. Correct its config.json."
+        ) from error
     tables = [[table.get(i, f"LABEL_{i}") for i in range(size)] for table in (forwards, backwards)]
     named = [table for table in tables if not all(map(GENERIC.fullmatch, table))]
     if len(named) == 2 and named[0] != named[1]:
@@ -196,11 +203,15 @@ def _keys(values: list, names: list[str] | None, column: str, classes: int) -> l
     return [names[value] for value in values]
 
 
+def _shortest(value: Any) -> str:
+    """A label as a word; whole numbers without a point."""
+    whole = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return str(int(value)) if whole and value == int(value) else str(value)
+
+
 def _word(value: Any, row: int, column: str, classes: int) -> str:
-    if isinstance(value, (str, bool)):
-        return str(value)
-    if isinstance(value, (int, float)) and math.isfinite(value) and value == int(value):
-        return str(int(value))
+    if isinstance(value, (str, bool)) or (isinstance(value, (int, float)) and WHOLE.fullmatch(_shortest(value))):
+        return _shortest(value)
     raise RMTKDError(
         f"Column '{column}' holds {value!r} in row {row}; the model has {classes} classes: expected class indices or "
         "names."
@@ -274,8 +285,8 @@ def _by_number(
             f"the model's classes have no names: {_shown(numbered)} are taken as 0 to {len(names) - 1}, in this order"
         )
         return {name: i for i, name in enumerate(numbered)}
-    if set(keys) <= {"True", "False"} and len(names) == 2:
-        return {"False": 0, "True": 1}
+    if {_fold(key) for key in keys} <= {"true", "false"} and len(names) == 2:  # spreadsheets write TRUE
+        return {key: int(_fold(key) == "true") for key in keys}
     if not all(map(WHOLE.fullmatch, keys)):
         return None
     numbers = [int(key) for key in keys]
@@ -284,7 +295,7 @@ def _by_number(
         hint = " (-1 marks rows without a label)" if low == -1 else ""
         raise RMTKDError(
             f"Column '{column}' holds labels from {low} to {high}{hint}; the model has {len(names)} classes: expected "
-            f"0 to {len(names) - 1}, or --label-map NUMBER=CLASS for each number."
+            f"0 to {len(names) - 1}, or say which number is which class: {_hint(keys, names)}"
         )
     return {key: int(key) for key in keys}
 
@@ -327,8 +338,11 @@ def _unknown(
 
 def _hint(keys: Collection[str], names: Sequence[str]) -> str:
     """An example of `--label-map` for these labels."""
-    pairs = [f"{key}={name}" for key, name in zip(sorted(keys)[:3], names)]
-    words = " ".join(f"'{pair}'" if re.search(r"[^\w=.+-]", pair) else pair for pair in pairs)
+    pairs = dict(zip(sorted(keys)[:3], names))
+    if any(key.startswith("-") or "=" in name for key, name in pairs.items()):  # which would be read as an option
+        words = shlex.quote(json.dumps(pairs, ensure_ascii=False))
+    else:
+        words = " ".join(shlex.quote(f"{key}={name}") for key, name in pairs.items())
     return f"--label-map {words}{' ...' if len(keys) > 3 else ''} (or the way round that is right)."
 
 

@@ -36,28 +36,36 @@ def check_target(path: str | Path) -> None:
     check_writable(path.parent)
 
 
-def check_place(target: str | Path, inputs: Inputs = ()) -> Path:
+def check_place(target: str | Path, inputs: Inputs = (), role: str = "output") -> Path:
     """The folder that `target` names, links followed.
+
+    Args:
+        role: what is to be written there, for the message.
 
     Raises:
         RMTKDError: it is or contains the working directory, the home folder or the root; or it is, contains or lies in
-            one of the `inputs`; or it is a file.
+            one of the `inputs`; or it is a file; or begins with a ~ that no shell has replaced.
     """
+    if str(target).startswith("~"):
+        raise RMTKDError(
+            f"{target} begins with ~, which no shell has replaced, and a folder of that name invites an 'rm -r ~'. "
+            "Write the path out, or ./~ if it is meant so."
+        )
     place = _resolved(target)
     for what, path in (("the working directory", Path.cwd()), ("the home folder", _home())):
         if path is not None and _contains(place, path):
-            raise RMTKDError(f"{target} is or contains {what}, {path}: choose a folder of its own for the output.")
+            raise RMTKDError(f"{target} is or contains {what}, {path}: choose a folder of its own for the {role}.")
     for what, path in inputs:
         if path is None or not (os.path.lexists(path) or what == "--checkpoints"):
             continue
         other = _resolved(path)
         if _contains(place, other) or (not other.is_file() and _contains(other, place)):
             raise RMTKDError(
-                f"The output {target} is, contains or lies in {what} {path}: choose a folder apart from what is read "
+                f"The {role} {target} is, contains or lies in {what} {path}: choose a folder apart from what is read "
                 "and kept."
             )
     if place.exists() and not place.is_dir():
-        raise RMTKDError(f"{target} exists and is not a folder: choose another output folder.")
+        raise RMTKDError(f"{target} exists and is not a folder: choose another folder for the {role}.")
     return place
 
 
@@ -121,7 +129,9 @@ def writing_beside(target: str | Path, overwrite: bool = False, inputs: Inputs =
 
 
 def _check_free(place: Path, overwrite: bool) -> None:
-    """Refuse a folder that is not ours to replace; say what would be replaced."""
+    """Refuse a folder that is not ours to replace, or cannot be replaced; say what would be replaced."""
+    if place.is_mount():
+        raise RMTKDError(f"{place} is a mount point, which nothing can be renamed to: choose a folder in it.")
     if not place.is_dir() or not any(place.iterdir()):
         return
     if not overwrite:
@@ -138,6 +148,7 @@ def _check_free(place: Path, overwrite: bool) -> None:
             f"{listed(found.changed)} in {place} changed since an earlier run wrote it: nothing is replaced. Choose "
             "another output folder, or move it away."
         )
+    check_writable(place)
     kept = f"; {listed(found.foreign)} stays, which no run wrote" if found.foreign else ""
     print(f"--overwrite: {len(found.own)} files that an earlier run wrote into {place} will be replaced{kept}")
 

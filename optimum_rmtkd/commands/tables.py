@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import RMTKDError
 
@@ -39,6 +39,7 @@ ARCHIVES = {
 WHOLE = re.compile(r"[+-]?(0|[1-9]\d{0,17})")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MISSING = {"", "na", "n/a", "nan", "null", "none", "-", "?"}  # beside numbers these are no numbers either
+QUOTED = re.compile(r'"([^"]|"")*"')  # a cell of a table
 FIELD_LIMIT = 2**31 - 1  # characters of a cell; csv's own limit is 131,072
 
 
@@ -157,20 +158,57 @@ def _csv_columns(path: Path, separator: str) -> dict[str, list[str | None]]:
     """Cells by column, in the order of the header; an empty cell is None."""
     csv.field_size_limit(FIELD_LIMIT)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=separator)
-        header = _header(next(_filled(reader), None), path)
-        columns: list[list[str | None]] = [[] for _ in header]
-        for row in _filled(reader):
-            if len(row) != len(header):
-                raise RMTKDError(
-                    f"Cannot read {path}: line {reader.line_num} ends a row of {len(row)} fields; the header has "
-                    f"{len(header)} ({', '.join(header[:5])}). Quote texts with separators or line breaks in them."
-                )
-            for column, cell in zip(columns, row, strict=True):
-                column.append(cell or None)
+        plain = separator == "\t" and _quotes_are_text(file)
+        file.seek(0)
+        # strict: a quote that closes in the middle of a cell has swallowed the rows before it
+        reader = csv.reader(file, delimiter=separator, strict=True, **({"quoting": csv.QUOTE_NONE} if plain else {}))
+        try:
+            header = _header(next(_filled(reader), None), path)
+            columns: list[list[str | None]] = [[] for _ in header]
+            for row in _filled(reader):
+                if len(row) != len(header):
+                    raise RMTKDError(
+                        f"Cannot read {path}: line {reader.line_num} ends a row of {len(row)} fields; the header has "
+                        f"{len(header)} ({', '.join(header[:5])}). Quote texts with separators or line breaks in them."
+                    )
+                if any("\0" in cell for cell in row):  # blocks that a full disk or a broken copy left
+                    raise RMTKDError(f"Cannot read {path}: line {reader.line_num} holds a NUL byte; expected text.")
+                for column, cell in zip(columns, row, strict=True):
+                    column.append(cell or None)
+        except csv.Error as error:
+            raise RMTKDError(
+                f"Cannot read {path}: the cell that ends in line {reader.line_num} is not quoted as a table has it "
+                f"({error}). Quote texts with quotes in them, and double those."
+            ) from error
     if not columns[0]:
         raise RMTKDError(f"Cannot read {path}: it holds no rows")
     return dict(zip(header, columns, strict=True))
+
+
+def _quotes_are_text(file: TextIO) -> bool:
+    """Whether a tsv is written without quoting, as those of GLUE are: every line is a row by itself, and some cell has
+    a quote at one end alone.
+
+    Raises:
+        RMTKDError: it can be read with quoting as well, with other rows.
+    """
+    counts, loose = set(), False
+    for row in _filled(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)):
+        counts.add(len(row))
+        loose = loose or any(cell.startswith('"') and not QUOTED.fullmatch(cell) for cell in row)
+    if not loose or len(counts) != 1:
+        return False
+    file.seek(0)
+    try:
+        quoted = {len(row) for row in _filled(csv.reader(file, delimiter="\t", strict=True))}
+    except csv.Error:
+        return True
+    if quoted == counts:
+        raise RMTKDError(
+            f"Cannot read {file.name}: its quotes may be text, or hold cells of several lines together; both readings "
+            "fit. Quote every text and double the quotes in it, or save it as jsonl."
+        )
+    return True
 
 
 def _filled(reader: Iterator[list[str]]) -> Iterator[list[str]]:

@@ -167,8 +167,11 @@ def _load_model(model: str, kind: str, attn_implementation: str | None) -> PreTr
     try:
         # Checkpoints stored in half precision would otherwise be calibrated and trained in it.
         loaded = auto.from_pretrained(model, dtype=torch.float32)
-    except (OSError, SafetensorError) as error:
-        raise RMTKDError(f"Cannot load the weights of '{model}': {error}") from error
+    except RMTKDError:
+        raise
+    # the last four: sizes, activations and shapes of a config.json that does not fit itself or the weights
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise RMTKDError(f"Cannot load the weights of '{model}': {type(error).__name__}: {error}") from error
     if attn_implementation is not None:
         try:
             loaded.set_attn_implementation(attn_implementation)

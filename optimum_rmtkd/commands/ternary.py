@@ -100,7 +100,7 @@ class TernaryCommand(Command):
             if args.features is not None:
                 table = _from_features(args.features, args.test_features, config, folder)
             else:
-                check_checkpoints(training.checkpoints)
+                check_checkpoints(training.checkpoints, inputs)
                 table = _in_a_model(args, data, training, config, folder)
         print(table)
         print(f"saved to {args.output}")

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import RMTKDError
 from ..files import check_writable
+from ..folders import RECORD, listed, survey
 from ..validation import AtLeastZero, Count, Interval, Positive, check_fields
 from .options import option
+from .output import Inputs, check_place
 
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ __all__ = [
 
 KEPT = 2  # checkpoints
 STATE = "rmtkd_state.json"  # trainer.checkpoint.STATE, without torch
+LAST_WRITTEN = "trainer_state.json"  # of a checkpoint, by transformers
 
 
 @dataclass(frozen=True)
@@ -93,23 +96,48 @@ def training_arguments(training: TrainingOptions, seed: int, folder: Path, **oth
     )
 
 
-def check_checkpoints(folder: str | None) -> None:
+def check_checkpoints(folder: str | None, inputs: Inputs = ()) -> None:
     """Refuse a folder of checkpoints that cannot be used, before anything is loaded.
 
+    Args:
+        inputs: what it must be apart from, see `output.check_place`; the checkpoints among them do not count.
+
     Raises:
-        RMTKDError: it cannot be written to, or its last checkpoint is none of ours.
+        RMTKDError: it cannot be written to, holds something else, or its last checkpoint is not ours or not whole.
     """
     from transformers.trainer_utils import get_last_checkpoint
 
     if folder is None:
         return
     check_writable(folder)
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if last is not None and not (Path(last) / STATE).is_file():
+    place = check_place(folder, [entry for entry in inputs if entry[0] != "--checkpoints"], "checkpoints")
+    if not place.is_dir():
+        return
+    if (place / RECORD).exists():
         raise RMTKDError(
-            f"--checkpoints {folder}: {Path(last).name} in it is another trainer's ({STATE} is missing), so there is "
-            "nothing to continue from. Choose a folder of its own."
+            f"--checkpoints {folder} is the output of an earlier run ({RECORD} lies there), whose record would be "
+            "replaced. Choose a folder of its own."
         )
+    files = [path.name for path in place.glob("checkpoint-*") if not path.is_dir() and path.name[11:].isdigit()]
+    if files:
+        raise RMTKDError(f"--checkpoints {folder}: {listed(files)} in it is a file, where a folder would be made.")
+    last = get_last_checkpoint(place)
+    if last is not None and (fault := _fault_of(Path(last))):
+        raise RMTKDError(
+            f"--checkpoints {folder}: {Path(last).name} in it is another trainer's or is not whole ({fault}), so it "
+            "cannot be continued from. Move it away to continue from the one before, or choose a folder of its own."
+        )
+
+
+def _fault_of(checkpoint: Path) -> str | None:
+    """What is missing in a checkpoint that a run could continue from."""
+    missing = [name for name in (STATE, LAST_WRITTEN) if not (checkpoint / name).is_file()]
+    found = survey(checkpoint)
+    if found is not None:
+        missing += [name for name in found.missing if name not in missing]
+        if found.changed:
+            return f"{listed(found.changed)} changed since"
+    return f"{listed(missing)} missing" if missing else None
 
 
 def keep_latest(folder: str, count: int = KEPT) -> TrainerCallback:
@@ -119,7 +147,7 @@ def keep_latest(folder: str, count: int = KEPT) -> TrainerCallback:
     """
     from transformers import TrainerCallback
 
-    from ..folders import RECORD, remove_recorded, write_record
+    from ..folders import remove_recorded, write_record
 
     class KeepLatest(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):

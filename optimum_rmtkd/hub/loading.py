@@ -23,11 +23,13 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     Raises:
         RMTKDError: none there, or of an unknown kind.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, RecursionError) as error:
+    # the last four: a config.json that is no object, or holds values of other kinds than its class declares
+    except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         hint = "" if Path(name).is_dir() else f" There is no folder {name} here, so it was looked for on the Hub."
         raise RMTKDError(f"Cannot load model '{name}': {error}{hint}") from error
 

@@ -103,6 +103,7 @@ def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
     Raises:
         RMTKDError: no such folder, no state in it, an unreadable one, or one of another version.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -120,7 +121,10 @@ def read_state(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
         raise RMTKDError(f"{folder / STATE} cannot be read ({error}); resume from another checkpoint.") from error
     if values.get("version") != VERSION:
         raise RMTKDError(f"{folder / STATE} has version {values.get('version')!r}; expected {VERSION}.")
-    return values, load_file(folder / TENSORS)
+    try:
+        return values, load_file(folder / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise RMTKDError(f"{folder / TENSORS} cannot be read ({error}); resume from another checkpoint.") from error
 
 
 def same_weights_or_raise(expected: str, found: str, folder: str | Path) -> None:

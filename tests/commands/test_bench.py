@@ -10,8 +10,9 @@ import types
 import pytest
 
 from optimum_rmtkd.commands import measuring
-from optimum_rmtkd.commands.bench import BenchOptions, compare
+from optimum_rmtkd.commands.bench import BenchOptions, _shapes, compare
 from optimum_rmtkd.commands.output import weight_bytes
+from optimum_rmtkd.errors import RMTKDError
 
 from .conftest import save_bert
 
@@ -214,3 +215,14 @@ def test_memory_of_a_process_of_its_own(tmp_path):
 def test_wrong_options(cli, bert, options, message):
     code, _, err = cli("bench", bert, "--against", bert, *options)
     assert code == 2 and message in err
+
+
+def test_the_longest_text_of_roberta_is_shorter_than_its_table():
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    config = RobertaConfig(vocab_size=40, max_position_embeddings=34, pad_token_id=1, **sizes)
+    model = RobertaForSequenceClassification(config)
+    assert _shapes(model, BenchOptions(batch_sizes=[1])) == [(1, 32)]
+    with pytest.raises(RMTKDError, match="at most 32 tokens"):
+        _shapes(model, BenchOptions(lengths=[33]))

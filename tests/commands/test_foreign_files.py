@@ -53,7 +53,9 @@ def project(tmp_path, bert, monkeypatch):
 DATA = ("--model", "./model", "--train-file", "train.csv", "--validation-file", "dev.csv")
 
 
-@pytest.mark.parametrize("place", [".", "./", "../project", "model", "model/new", "link/..", "train.csv", ""])
+@pytest.mark.parametrize(
+    "place", [".", "./", "../project", "model", "model/new", "link/..", "train.csv", "", "~", "~/x", "x" * 300]
+)
 @pytest.mark.parametrize("overwrite", [(), ("--overwrite",)])
 def test_compress_keeps_out_of_the_users_folders(cli, project, place, overwrite):
     before = snapshot(project)
@@ -222,6 +224,42 @@ def test_checkpoints_beside_those_of_others(cli, project):
         "checkpoint-old",
     ]
     assert [path.name for path in (runs / "checkpoint-1").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("place", ["model", "model/runs", ".", "..", "~/runs", "earlier", "taken", "x" * 300])
+def test_checkpoints_lie_in_a_folder_of_their_own(cli, project, monkeypatch, place):
+    from optimum_rmtkd.commands import task
+
+    monkeypatch.setattr(task, "load_task", lambda *_: pytest.fail("work was started"))
+    for name in ("earlier/rmtkd_files.json", "earlier/rmtkd_stages.json", "taken/checkpoint-1"):
+        (project / name).parent.mkdir(exist_ok=True)
+        (project / name).write_text('{"version": 1, "files": {}}')
+    before = snapshot(project)
+    code, _, err = cli("compress", *DATA, *BRIEF, "-o", "out", "--checkpoints", place)
+    assert code == 2 and "Traceback" not in err
+    assert_untouched(before)
+    assert set(snapshot(project)) == set(before)
+
+
+@pytest.mark.parametrize("fault", ["state", "last", "weights", "changed"])
+def test_a_checkpoint_that_is_not_whole_is_named_before_any_work(tmp_path, fault):
+    from optimum_rmtkd.commands.training import check_checkpoints
+    from optimum_rmtkd.errors import RMTKDError
+    from optimum_rmtkd.folders import write_record
+
+    place = tmp_path / "runs" / "checkpoint-4"
+    place.mkdir(parents=True)
+    for name in ("rmtkd_state.json", "model.safetensors", "trainer_state.json"):
+        (place / name).write_text("{}")
+    check_checkpoints(str(tmp_path / "runs"))  # of a script, without a record
+    write_record(place)
+    check_checkpoints(str(tmp_path / "runs"))
+    name = {"state": "rmtkd_state.json", "last": "trainer_state.json"}.get(fault, "model.safetensors")
+    (place / name).write_text("{") if fault == "changed" else (place / name).unlink()
+    before = snapshot(tmp_path)
+    with pytest.raises(RMTKDError, match=f"checkpoint-4 in it is another trainer's or is not whole .*{name}"):
+        check_checkpoints(str(tmp_path / "runs"))
+    assert_untouched(before)
 
 
 @pytest.mark.parametrize("out", ["runs", "runs/out", "runs/checkpoint-1", "."])

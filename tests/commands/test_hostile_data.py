@@ -59,7 +59,10 @@ HOSTILE = {
     "empty.csv": (b"", "is empty"),
     "blank.csv": (b"\n\n\n", "is empty"),
     "header.csv": (b"sentence,label\n", "holds no rows"),
-    "open_quote.csv": (b'sentence,label\n"the film,1\nthe cast,0\n', "line 3 ends a row of 1 fields"),
+    "open_quote.csv": (b'sentence,label\n"the film,1\nthe cast,0\n', "line 3 is not quoted"),
+    "swallowed.csv": (b'sentence,label\n"the film,0\nthe "best" cast,1\n', "line 3 is not quoted"),
+    "nul.csv": (table("the film,1") * 200 + b"the \0 cast,1\n", "NUL byte"),
+    "zeros.csv": (table("the film,007", "the cast,001"), "--label-map 001="),
     "long_row.csv": (b"sentence,label\na,1\nb,1,2\n", "line 3 ends a row of 3 fields"),
     "short_row.csv": (b"sentence,label\na,1\nb\n", "line 3 ends a row of 1 fields"),
     "twice.csv": (b"label,label\na,1\n", "more than one column 'label'"),
@@ -118,6 +121,10 @@ def labels_of(model, path, **more) -> list:
         ("gaps.csv", b"id,sentence,label\n" + 5 * b"7,the film,1\nNA,the cast,0\n", [1, 0]),
         ("words.csv", table("NA,1", "null,0"), [1, 0]),
         ("bools.csv", table("the film,True", "the cast,False"), [1, 0]),
+        ("spreadsheet.csv", table("the film,TRUE", "the cast,FALSE"), [1, 0]),
+        ("words.tsv", table("the film\ttrue", "the cast\tfalse").replace(b",", b"\t"), [1, 0]),
+        ("returns.csv", table("the film,1", "the cast,0").replace(b"\n", b"\r"), [1, 0]),
+        ("power.csv", table("the film,1e0", "the cast,0"), [1, 0]),
         ("floats.csv", table("the film,1.0", "the cast,0.0"), [1, 0]),
         ("names.csv", table("the film, POSITIVE", "the cast,Negative "), [1, 0]),
         ("blank_lines.csv", table("the film,1", "", "the cast,0"), [1, 0]),
@@ -129,6 +136,31 @@ def labels_of(model, path, **more) -> list:
 def test_unusual_files_that_say_what_they_mean(bert, tmp_path, name, content, labels):
     (tmp_path / name).write_bytes(content)
     assert labels_of(bert, tmp_path / name)[:2] == labels
+
+
+@pytest.mark.parametrize(
+    ("lines", "texts"),
+    [
+        (['"the film\t1', "said\t0", "a\t1"], ['"the film', "said", "a"]),  # as in GLUE: quotes are text
+        (['"the ""best"" film"\t1', "a\t0"], ['the "best" film', "a"]),  # as pandas and Excel write
+        (['"the\tbest\nfilm\nis"\t1', "a\t0"], ["the\tbest\nfilm\nis", "a"]),
+        (['"the" film\t1', '"a"\t0'], ['"the" film', '"a"']),
+    ],
+)
+def test_quotes_of_a_tsv_never_swallow_a_row(tmp_path, lines, texts):
+    from optimum_rmtkd.commands.tables import read_table
+
+    (tmp_path / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    assert read_table(tmp_path / "rows.tsv")["sentence"][:] == texts
+
+
+@pytest.mark.parametrize("lines", [['"the film\t1', 'said "\t0', "a\t1"], ['"the\tfilm\nis"\t1', "a\t0"]])
+def test_a_tsv_that_can_be_read_in_two_ways_is_refused(tmp_path, lines):
+    from optimum_rmtkd.commands.tables import read_table
+
+    (tmp_path / "rows.tsv").write_text("sentence\tlabel\n" + "\n".join(lines) + "\n")
+    with pytest.raises(RMTKDError, match="both readings fit"):
+        read_table(tmp_path / "rows.tsv")
 
 
 def test_texts_that_look_like_numbers(bert, tmp_path):
@@ -238,7 +270,7 @@ def test_position_limits():
         T5ForSequenceClassification,
     )
 
-    from optimum_rmtkd.commands.inputs import position_limit
+    from optimum_rmtkd.surgery.explaining import position_limit
 
     small = {
         "vocab_size": 40,
@@ -333,3 +365,37 @@ def test_images_that_are_too_large_to_be_one(pictures, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)
     with pytest.raises(RMTKDError, match="DecompressionBomb"):
         image_task(pictures)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_eight_bits_are_refused(pictures, mode):
+    import numpy as np
+    from PIL import Image
+
+    kind = {"I;16": "uint16", "I": "int32", "F": "float32"}[mode]
+    Image.fromarray(np.full((12, 12), 3000, kind)).save(pictures / "train" / "dog" / "deep.tif")
+    with pytest.raises(RMTKDError, match=f"deep.tif cannot be read .its mode is {mode}"):
+        image_task(pictures)
+
+
+def test_images_of_other_kinds_and_files_that_are_none(pictures):
+    from PIL import Image
+
+    dog = pictures / "train" / "dog"
+    Image.new("CMYK", (12, 12)).save(dog / "a.jpg")
+    Image.new("LA", (12, 12)).save(dog / "b.png")
+    Image.new("P", (12, 12)).save(dog / "c.gif", save_all=True, append_images=[Image.new("P", (12, 12), 3)])
+    for name in (".DS_Store", "Thumbs.db", "._0.png", "desktop.ini", "x.svg"):
+        (dog / name).write_text("no image")
+    task = image_task(pictures)
+    assert len(task.train) == 12 and task.train[5]["pixel_values"].shape == (3, 8, 8)
+
+
+def test_a_class_called_like_a_split(pictures):
+    """datasets takes folders called train, test or dev for splits, and drops all others."""
+    config = json.loads((pictures / "vit" / "config.json").read_text())
+    config |= {"id2label": {"0": "train", "1": "dog", "2": "test"}, "label2id": {"train": 0, "dog": 1, "test": 2}}
+    (pictures / "vit" / "config.json").write_text(json.dumps(config))
+    (pictures / "train" / "fish").rename(pictures / "train" / "train")
+    (pictures / "train" / "cat").rename(pictures / "train" / "test")
+    assert sorted(image_task(pictures).train["labels"]) == [0] * 3 + [1] * 3 + [2] * 3

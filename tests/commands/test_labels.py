@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 
@@ -242,3 +243,14 @@ def test_validation_rows_are_read_as_the_training_rows():
     assert label_values(held_out, "label", names, like=train) == [1, 2]
     with pytest.raises(RMTKDError, match="'new'"):
         label_values(rows_of({"label": [0]}, label=class_label("new")), "label", names, like=train)
+
+
+def test_the_hint_for_labels_that_look_like_options_can_be_typed():
+    """-1=negative would be read as an option."""
+    rows = rows_of({"label": [-1, 1]})
+    with pytest.raises(RMTKDError, match="from -1 to 1") as caught:
+        label_values(rows, "label", Config())
+    words = shlex.split(str(caught.value).partition("--label-map ")[2])
+    label_map = parse_label_map(words[:1])
+    assert label_map == {"-1": "negative", "1": "positive"}
+    assert label_values(rows, "label", Config(), label_map) == [0, 1]

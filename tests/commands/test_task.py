@@ -175,3 +175,25 @@ def test_stored_dtype(bert, tmp_path):
     BertForSequenceClassification.from_pretrained(bert).half().save_pretrained(tmp_path)
     assert stored_dtype(str(tmp_path)) == "float16"
     assert torch.float16 == BertForSequenceClassification.from_pretrained(tmp_path).dtype
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "big"},
+        {"id2label": ["a", "b"]},
+        {"label2id": {"negative": "x", "positive": "y"}},
+        {"dtype": "floaty"},
+        {"num_attention_heads": 5},
+        {"hidden_act": "swoosh"},
+        {"vocab_size": 7},
+        None,
+    ],
+    ids=str,
+)
+def test_a_config_that_does_not_fit_ends_in_a_named_error(bert, table, tmp_path, changes):
+    shutil.copytree(bert, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text("null" if changes is None else json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(RMTKDError):
+        load_task(str(tmp_path / "model"), DataArguments(train_file=str(table)))
