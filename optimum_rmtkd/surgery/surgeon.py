@@ -79,6 +79,14 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
     check_structure(model)
     select_sites(anatomy_of(model, config), config.sites)
     find_estimator(config.edge_estimator)
+    _check_finite(model)
+    if config.target_reduction is not None:
+        now, goal = count_parameters(model), (1 - config.target_reduction) * uncut_parameters(model)
+        if now <= goal:
+            raise already_met(now, goal, "parameters")
+
+
+def _check_finite(model: PreTrainedModel) -> None:
     broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
     if broken:
         raise CalibrationError(
@@ -86,10 +94,6 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
             f"{broken[0]}: expected finite weights. The training diverged, or the file is damaged; take another "
             "checkpoint."
         )
-    if config.target_reduction is not None:
-        now, goal = count_parameters(model), (1 - config.target_reduction) * uncut_parameters(model)
-        if now <= goal:
-            raise already_met(now, goal, "parameters")
 
 
 def check_data(model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig) -> None:
@@ -133,6 +137,7 @@ class Surgeon:
             whole, count = uncut_parameters(model), parameters_of(model, self.anatomy)
             check_reachable(self.sites, count, (1 - target_reduction) * whole, whole, config)
         with one_for_all(accelerator):
+            _check_finite(model)
             share = share_of(config.calibration_samples, accelerator)
             batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
             check_behaviour(model, batches[0])

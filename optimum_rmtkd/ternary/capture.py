@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..batches import described, padding_mask, run, to_device
+from ..batches import described, evaluating, padding_mask, run, to_device
 from ..errors import CalibrationError, UnsupportedArchitectureError
 from ..models import check_behaviour
 from .config import TernaryConfig
@@ -70,8 +71,8 @@ def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: Te
     handle = part.register_forward_hook(
         lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True
     )
-    was_training, count = model.training, 0
-    model.eval()
+    count, modes = 0, contextlib.ExitStack()
+    modes.enter_context(evaluating(model))
     try:
         for batch in tqdm(dataloader, desc=f"features of {name}", leave=False):
             if not isinstance(batch, Mapping):
@@ -90,7 +91,7 @@ def capture_module(model: nn.Module, name: str, dataloader: Iterable, config: Te
                 break
     finally:
         handle.remove()
-        model.train(was_training)
+        modes.close()
     if not count:
         raise CalibrationError("The data is empty: expected at least one batch with unmasked samples.")
     inputs, outputs, labels = (torch.cat(column)[: config.calibration_samples] for column in zip(*rows))

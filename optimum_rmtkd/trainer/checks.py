@@ -99,12 +99,17 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
     """Does the data hold what the objectives read? What one process lacks stops all of them.
 
     Raises:
-        RMTKDError: no data, no labels for the task loss, or no cached answers for a `CachedTeacher`.
+        RMTKDError: nothing to train, no data, no labels for the task loss, or no cached answers for a `CachedTeacher`.
         CalibrationError: data that no cut can be calibrated with.
     """
     from .. import surgery
     from ..surgery.processes import one_for_all
 
+    if not any(p.requires_grad for p in trainer.model.parameters()):
+        raise RMTKDError(
+            f"Every parameter of {type(trainer.model).__name__} is frozen, and there is nothing to train: expected "
+            "some with requires_grad. A merged adapter leaves its model frozen; call model.requires_grad_(True)."
+        )
     if hasattr(trainer.train_dataset, "__len__") and not len(trainer.train_dataset):
         raise RMTKDError("train_dataset is empty; expected rows to calibrate the cuts and to distil on.")
     samples = max(trainer.args.per_device_eval_batch_size, trainer.args.world_size)
