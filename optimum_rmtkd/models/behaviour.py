@@ -134,10 +134,11 @@ def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list[torch
 
 
 def _values(output: Any) -> list[torch.Tensor]:
-    """At most SAMPLED evenly spaced values of each tensor in an output, on the CPU."""
+    """At most SAMPLED evenly spaced values of each tensor in an output, copied to the CPU: a view would keep the whole
+    tensor alive."""
     if isinstance(output, torch.Tensor):
         flat = output.detach().reshape(-1)
-        return [flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu()]
+        return [flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to("cpu", copy=True)]
     if isinstance(output, Mapping):
         output = list(output.values())
     return [value for item in output for value in _values(item)] if isinstance(output, (tuple, list)) else []

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrizations, prune
 
 from optimum_rmtkd import CalibrationError, RMTKDConfig, RMTKDError, UnsupportedArchitectureError, narrow
 from optimum_rmtkd.models import check_behaviour, check_structure
+from optimum_rmtkd.models.behaviour import _values
 
 from ..surgery import zoo
 
@@ -390,6 +391,15 @@ def test_one_activation_for_all_layers(bert):
     check_structure(bert)
     check_behaviour(bert, zoo.batches("bert", count=1)[0])
     narrow(bert, zoo.batches("bert", count=2), RECIPE, progress=False)
+
+
+def test_outputs_that_are_compared_do_not_stay_in_memory():
+    output = torch.randn(64, 1000, 8)
+    (kept,) = _values(output)
+    assert kept.untyped_storage().nbytes() <= 4 * 4096
+    before = kept.clone()
+    output.zero_()  # as a layer that works in place does
+    assert torch.equal(kept, before)
 
 
 def test_one_layer_twice(bert):

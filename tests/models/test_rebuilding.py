@@ -366,7 +366,9 @@ def test_hooks_are_there_once_after_several_cuts(bert, tmp_path):
     for hook in (Probe(), Probe().method):
         bert.bert.pooler.register_forward_hook(hook)
     recipe = RECIPE.replace(rounds=2, target_reduction=0.6, max_metric_drop=0.5)
-    trained(bert, tmp_path, recipe=recipe, max_steps=4, metric_for_best_model="score", scores=iter([0.9, 0.8] + 9 * [0.1]))
+    trained(
+        bert, tmp_path, recipe=recipe, max_steps=4, metric_for_best_model="score", scores=iter([0.9, 0.8] + 9 * [0.1])
+    )
     Probe.calls = 0
     with torch.no_grad():
         bert(**zoo.batches("bert", 1)[0])
