@@ -217,14 +217,20 @@ def unchunked(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; every module is back in its own mode afterwards."""
+    """Eval mode, and nothing compiled (`module.compile()`), for no hook would see inside; every module is back in its
+    own mode afterwards."""
     training = [module for module in model.modules() if module.training]
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     model.eval()
+    for module in compiled:
+        module._compiled_call_impl = None
     try:
         yield
     finally:
         for module in training:
             module.training = True
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def described(value: Any) -> str:

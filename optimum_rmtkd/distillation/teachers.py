@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from torch import nn
 
 from ..batches import INPUTS
 from ..errors import RMTKDError
+from ..models import copied
 from ..reparameterization.base import plain_parameters
 from ..validation import Interval, checked
 from .features import capture
@@ -146,7 +146,7 @@ def without_labels(model: nn.Module, inputs: Mapping[str, Any], labels: Iterable
 
 def clean_copy(model: nn.Module) -> nn.Module:
     """A deep copy in evaluation mode, free of gradients and of what accelerate hung on the original."""
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     for name in _PREPARED:
         twin.__dict__.pop(name, None)
     for parameter in twin.parameters():

@@ -12,17 +12,19 @@ from torch import nn
 from ..modeling_rmtkd import TYPE_PREFIX
 from .behaviour import check_behaviour, nearly_equal
 from .identity import check_structure
-from .rebuilding import carry_over, match_precision, rebuilt, twin_of, widest_dtype
+from .rebuilding import carry_over, copied, match_precision, pinned, rebuilt, twin_of, widest_dtype
 
 
 __all__ = [
     "carry_over",
     "check_behaviour",
     "check_structure",
+    "copied",
     "count_parameters",
     "is_narrowed",
     "match_precision",
     "nearly_equal",
+    "pinned",
     "provenance_of",
     "rebuilt",
     "twin_of",

@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from ..batches import evaluating, run
 from ..errors import UnsupportedArchitectureError
 from .differences import ON_THE_RESULT, differences, field_that_says_so
-from .rebuilding import blank, is_plain, is_users_hook, is_wrapped, sharing_tensors, with_computed_buffers
+from .rebuilding import (
+    blank,
+    carry_over,
+    is_plain,
+    is_users_hook,
+    is_wrapped,
+    sharing_tensors,
+    with_computed_buffers,
+)
 
 
 __all__ = ["check_behaviour", "nearly_equal"]
 
+CANNOT_RUN = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
 SAMPLED = 4096  # values of each output that are compared, evenly spaced
 
 
@@ -30,18 +41,61 @@ def check_behaviour(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
         UnsupportedArchitectureError: they differ; names the first module that computes something else, and what of it
             differs from what class and config describe.
     """
-    stock = with_computed_buffers(model)
-    _check_buffers(model, stock)
-    twin = sharing_tensors(stock, model)
+    twin = sharing_tensors(with_computed_buffers(model), model)
     with evaluating(model), stock_forward(model):
         ours = _outputs(model, batch)
     try:
         theirs = _outputs(twin, batch)
-    except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except CANNOT_RUN as error:
         raise _computes_something_else(model, twin, "", f"its class alone cannot run the batch: {error}") from error
+    _check_buffers(model, twin)
+    known = dict(model.named_modules())  # one activation in several places has the first of their names
     for path in theirs:
-        if path not in ours or not _close(ours[path], theirs[path]):
+        if path in known and (path not in ours or not _close(ours[path], theirs[path])):
             raise _computes_something_else(model, twin, path)
+    _check_bound(model, batch)
+
+
+def patched(model: nn.Module) -> dict[str, Callable[..., Any]]:
+    """{path: function} of the modules whose forward was bound to the instance."""
+    return {
+        path: vars(module)["forward"].__func__
+        for path, module in model.named_modules()
+        if isinstance(vars(module).get("forward"), types.MethodType) and not is_wrapped(module)
+    }
+
+
+def _check_bound(model: PreTrainedModel, batch: Mapping[str, Any]) -> None:
+    """A forward that is bound to a copy must run the layers of the copy."""
+    functions = patched(model)
+    if not functions:
+        return
+    copied = carry_over(model, sharing_tensors(with_computed_buffers(model), model))
+    first, function = next(iter(functions.items()))
+    watch = _Watch(model.parameters())
+    try:
+        with watch:
+            _outputs(copied.eval(), batch)
+        how = "runs the layers of this very model, through a variable instead of `self`"
+    except CANNOT_RUN as error:
+        watch.seen, how = True, f"cannot run there ({error})"
+    if watch.seen:
+        raise UnsupportedArchitectureError(
+            f"{first or 'The model'} has a forward of its own ({function.__qualname__}), and bound to a copy it "
+            f"{how}: a narrow model would not compute with its own weights. Call the original as "
+            "type(self).forward(self, ...) in it, or undo it (del module.forward), narrow, and patch the result."
+        )
+
+
+class _Watch(TorchFunctionMode):
+    """Notes whether any of some tensors takes part in a computation."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]):
+        self.watched, self.seen = {id(t) for t in tensors}, False
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen = self.seen or any(id(leaf) in self.watched for leaf in tree_leaves((args, kwargs)))
+        return function(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -80,10 +134,11 @@ def _outputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, list[torch
 
 
 def _values(output: Any) -> list[torch.Tensor]:
-    """At most SAMPLED evenly spaced values of each tensor in an output, on the CPU."""
+    """At most SAMPLED evenly spaced values of each tensor in an output, copied to the CPU: a view would keep the whole
+    tensor alive."""
     if isinstance(output, torch.Tensor):
         flat = output.detach().reshape(-1)
-        return [flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].cpu()]
+        return [flat[:: max(1, flat.numel() // SAMPLED)][:SAMPLED].to("cpu", copy=True)]
     if isinstance(output, Mapping):
         output = list(output.values())
     return [value for item in output for value in _values(item)] if isinstance(output, (tuple, list)) else []
@@ -106,15 +161,14 @@ def nearly_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def _check_buffers(model: nn.Module, stock: nn.Module) -> None:
-    """What a class computes from its config and does not save must still be that."""
+    """What a class computes from its config and does not save must still be that, after the same pass (some follow
+    the length of what they have seen)."""
     theirs = dict(stock.named_modules())
     for path, module in model.named_modules():
         for name in module._non_persistent_buffers_set:
             computed = theirs[path]._buffers.get(name) if path in theirs else None
             held = module._buffers.get(name)
-            if computed is None or held is None or computed.is_meta:
-                continue
-            if not _close(_values(held), _values(computed.to(held.dtype))):
+            if computed is not None and held is not None and not _close(_values(held), _values(computed)):
                 raise UnsupportedArchitectureError(
                     f"Buffer {path}.{name} of {type(model).__name__} holds other values than its class computes from "
                     f"the config; it is not saved, so that a narrow model would lose them. Put the change into the "
@@ -125,7 +179,7 @@ def _check_buffers(model: nn.Module, stock: nn.Module) -> None:
 def _computes_something_else(
     model: PreTrainedModel, twin: nn.Module, path: str, how: str | None = None
 ) -> UnsupportedArchitectureError:
-    ours, theirs = dict(model.named_modules()), dict(twin.named_modules())
+    ours, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (model, twin))
     odd = {at: _oddities(ours[at], theirs[at], at) for at in theirs if at in ours}
     reasons = [text for at in _around(path) for text in odd.get(at, ())] or [
         t for texts in odd.values() for t in texts
@@ -156,9 +210,8 @@ def _oddities(module: nn.Module, stock: nn.Module, path: str) -> list[str]:
     where, found = path or "the model itself", []
     if type(module) is not type(stock):
         found.append(f"{where} is a {type(module).__name__}, the class builds a {type(stock).__name__}")
-    patch = vars(module).get("forward")
-    if isinstance(patch, types.MethodType) and not is_wrapped(module):
-        found.append(f"{where} has a forward of its own ({patch.__func__.__qualname__})")
+    if patch := patched(module).get(""):
+        found.append(f"{where} has a forward of its own ({patch.__qualname__})")
     hooks = [h for store in (module._forward_hooks, module._forward_pre_hooks) for h in store.values()]
     if named := [getattr(hook, "__qualname__", type(hook).__name__) for hook in hooks if is_users_hook(hook)]:
         found.append(f"{where} has hooks ({', '.join(named)})")

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..errors import UnsupportedArchitectureError
-from .rebuilding import blank, is_bare, is_plain
+from .rebuilding import blank, is_bare, is_plain, is_untrained
 
 
 __all__ = ["ON_THE_RESULT", "Difference", "differences", "field_that_says_so", "not_its_config"]
@@ -22,9 +23,13 @@ __all__ = ["ON_THE_RESULT", "Difference", "differences", "field_that_says_so", "
 # Others are carried over where the outputs are equal.
 MEANING = frozenset(
     "num_heads num_attention_heads n_heads n_head num_key_value_heads num_key_value_groups head_dim "
-    "attention_head_size all_head_size is_causal is_decoder padding_idx max_norm norm_type scale_grad_by_freq "
+    "attention_head_size all_head_size is_causal is_decoder max_norm norm_type scale_grad_by_freq "
     "approximate kernel_size stride padding dilation groups padding_mode track_running_stats sliding_window".split()
 )
+CANNOT_BUILD = (ValueError, TypeError, RuntimeError, LookupError, AttributeError, ZeroDivisionError)
+# They matter to one class and not to another (the row of padding has no gradient; position ids count from it), and
+# fields of the config that say them are often set after the model was made: the outputs tell.
+PERHAPS = MEANING | {"padding_idx"}
 ON_THE_RESULT = "narrow the stock model, and put the change on the result"
 
 
@@ -47,17 +52,18 @@ def differences(model: nn.Module, stock: nn.Module, activations: bool = False) -
     is not named again.
 
     Args:
-        activations: also name modules without tensors that are of another type. They may make no difference (an
-            Identity in place of a dropout): the outputs tell.
+        activations: also name what may make no difference: modules without tensors that are of another type (an
+            Identity in place of a dropout), another padding index. The outputs tell.
     """
-    ours, theirs, found = dict(model.named_modules()), dict(stock.named_modules()), []
+    ours, theirs = (dict(m.named_modules(remove_duplicate=False)) for m in (model, stock))
+    found: list[Difference] = []
     for path in dict.fromkeys((*theirs, *ours)):
         if any(path.startswith(f"{d.path}.") or path == d.path for d in found if d.path):
             continue
         if path not in ours:
             found.append(Difference(path, "missing", _shown(theirs[path]), _layer_counts(path, ours, theirs)))
         elif path not in theirs:
-            if not is_bare(ours[path]):
+            if not is_untrained(ours[path]):
                 found.append(Difference(path, f"a {_shown(ours[path])}", "nothing", _layer_counts(path, ours, theirs)))
         elif difference := _difference(path, ours[path], theirs[path], activations):
             found.append(difference)
@@ -86,7 +92,7 @@ def _difference(path: str, ours: nn.Module, theirs: nn.Module, activations: bool
         return Difference(path, f"a {type(ours).__name__} with other {names}", f"{wrong or 'none'}", tuple(numbers))
     for name, value in vars(theirs).items():
         given = vars(ours).get(name, value)
-        if name in MEANING and is_plain(value) and is_plain(given) and given != value:
+        if name in (PERHAPS if activations else MEANING) and is_plain(value) and is_plain(given) and given != value:
             return Difference(path, f"a {type(ours).__name__} with {name}={given!r}", f"{value!r}", ((value, given),))
     return None
 
@@ -152,5 +158,5 @@ def _explains(model: PreTrainedModel, name: str, value: Any) -> bool:
     try:
         setattr(config, name, value)
         return not differences(model, blank(model, config), activations=True)
-    except (ValueError, TypeError, RuntimeError, KeyError, AttributeError, ZeroDivisionError):
+    except (*CANNOT_BUILD, StrictDataclassError):
         return False  # no config of this class has that value

@@ -7,11 +7,14 @@ without changing an output (a dropout rate, a hook that looks on) is carried ove
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 
@@ -36,6 +39,7 @@ def check_structure(model: Any) -> None:
     """
     _check_kind(model)
     _check_class(type(model))
+    _check_config(model)
     stock = blank(model)
     _check_weights(model, stock)
     if found := differences(model, stock):
@@ -48,7 +52,13 @@ def _check_kind(model: Any) -> None:
     if isinstance(model, PreTrainedModel):
         return
     name, inner = type(model).__name__, _unwrapped(model)
-    if hasattr(model, "merge_and_unload") or hasattr(model, "peft_config"):
+    adapters = getattr(model, "peft_config", {})
+    if any(getattr(adapter, "is_prompt_learning", False) for adapter in dict(adapters).values()):
+        cure = (
+            "A prompt is no weight and cannot be merged: narrow the model inside, model.get_base_model(), and tune a "
+            "prompt for the result."
+        )
+    elif hasattr(model, "merge_and_unload") or adapters:
         cure = "Merge the adapter first: model = model.merge_and_unload(); then narrow it, and train a new adapter."
     elif inner is not None:
         cure = f"Pass the model inside it, {inner}."
@@ -88,6 +98,16 @@ def _check_class(cls: type) -> None:
     )
 
 
+def _check_config(model: PreTrainedModel) -> None:
+    try:
+        copy.deepcopy(model.config)
+    except (TypeError, RuntimeError) as error:
+        raise UnsupportedArchitectureError(
+            f"The config of {type(model).__name__} cannot be copied ({error}), nor saved: it holds something beside "
+            "numbers, words and lists of them. Keep that as an attribute of the model instead."
+        ) from error
+
+
 # -- the weights ------------------------------------------------------------------------------------------------------
 
 
@@ -98,10 +118,21 @@ def _check_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
             f"{type(model).__name__} carries an adapter (PEFT), whose layers a narrow model would not have. Merge it "
             "first, peft's PeftModel.merge_and_unload() or model.delete_adapter(), then narrow, then adapt anew."
         )
-    if away := [name for name, tensor in model.named_parameters() if tensor.is_meta]:
+    if beside := [path for path, m in model.named_modules() if hasattr(m, "modules_to_save")]:
+        raise UnsupportedArchitectureError(
+            f"{beside[0]} of {type(model).__name__} is wrapped by PEFT, which trained a copy of it beside an adapter. "
+            f"PeftModel.merge_and_unload() puts the copy in its place; where there is none, by hand: "
+            f"model.{beside[0]} = model.{beside[0]}.modules_to_save['default']."
+        )
+    if away := [name for name, tensor in model.named_parameters() if is_lazy(tensor) or tensor.is_meta]:
         raise UnsupportedArchitectureError(
             f"{len(away)} tensor(s) of {type(model).__name__} are offloaded or empty (device meta), the first is "
             f"{away[0]}: surgery needs all weights. Load the model whole, from_pretrained(..., device_map=None)."
+        )
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} was made, or is to be cut, under torch.inference_mode: surgery needs gradients. "
+            "Load it and call this outside of that context."
         )
     places = sorted({str(tensor.device) for tensor in model.parameters()})
     if len(places) > 1:
@@ -110,6 +141,12 @@ def _check_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
             "Load it with device_map=None and move it with model.to(device)."
         )
     _check_quantised(model)
+    if compiled := [path for path, module in model.named_modules() if isinstance(module, OptimizedModule)]:
+        raise UnsupportedArchitectureError(
+            f"{compiled[0]} of {type(model).__name__} is wrapped by torch.compile, which neither class nor config "
+            f"says. Put back what is inside (model.{compiled[0]} = model.{compiled[0]}._orig_mod), or compile in "
+            f"place: model.{compiled[0]}.compile()."
+        )
     usual = {path for path, module in stock.named_modules() if _reparametrised(module)}
     changed = {
         path: how for path, module in model.named_modules() if path not in usual and (how := _reparametrised(module))
@@ -127,7 +164,7 @@ def _check_quantised(model: PreTrainedModel) -> None:
     odd = [
         name
         for name, p in model.named_parameters()
-        if type(p) not in plain or type(p.data) is not torch.Tensor or not p.is_floating_point()
+        if type(p) not in plain or type(p.data) is not torch.Tensor or not p.is_floating_point() or p.itemsize < 2
     ]
     packed = [path for path, module in model.named_modules() if "quantized" in type(module).__module__.split(".")]
     if odd or packed or getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
@@ -161,8 +198,9 @@ def _check_ties(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     ours, theirs = _ties(model), _ties(stock)
     if ours != theirs:
         names = sorted({name for group in ours ^ theirs for name in group})
+        listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         raise UnsupportedArchitectureError(
-            f"{', '.join(names)} of {type(model).__name__} {'share' if ours - theirs else 'do not share'} their "
+            f"{listed} of {type(model).__name__} {'share' if ours - theirs else 'do not share'} their "
             "memory, where class and config describe the contrary: a narrow model, rebuilt from these, would be tied "
             f"otherwise. Set config.tie_word_embeddings = {bool(ours - theirs)} if that says it; else make them what "
             "the config describes (model.tie_weights())."

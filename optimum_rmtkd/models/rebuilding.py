@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..modeling_rmtkd import reduced_class
@@ -20,7 +21,9 @@ from ..modeling_rmtkd import reduced_class
 __all__ = [
     "blank",
     "carry_over",
+    "copied",
     "match_precision",
+    "pinned",
     "rebuilt",
     "sharing_tensors",
     "twin_of",
@@ -51,11 +54,19 @@ RUNTIME = frozenset(
         "_compiled_call_impl",
     )
 )
-HOOKS = (
-    ("_forward_pre_hooks", "register_forward_pre_hook", "_forward_pre_hooks_with_kwargs"),
-    ("_forward_hooks", "register_forward_hook", "_forward_hooks_with_kwargs"),
-    ("_backward_pre_hooks", "register_full_backward_pre_hook", None),
-    ("_backward_hooks", "register_full_backward_hook", None),
+HOOKS = (  # where torch keeps them, who registers them, and {option: where it keeps the numbers of those that have it}
+    ("_forward_pre_hooks", "register_forward_pre_hook", {"with_kwargs": "_forward_pre_hooks_with_kwargs"}),
+    (
+        "_forward_hooks",
+        "register_forward_hook",
+        {"with_kwargs": "_forward_hooks_with_kwargs", "always_call": "_forward_hooks_always_called"},
+    ),
+    ("_backward_pre_hooks", "register_full_backward_pre_hook", {}),
+    ("_backward_hooks", "register_full_backward_hook", {}),
+    ("_state_dict_pre_hooks", "register_state_dict_pre_hook", {}),
+    ("_state_dict_hooks", "_register_state_dict_hook", {}),
+    ("_load_state_dict_pre_hooks", "_register_load_state_dict_pre_hook", {}),
+    ("_load_state_dict_post_hooks", "register_load_state_dict_post_hook", {}),
 )
 # Plain numbers that decide what a layer computes, and that few configs state: the spec of a narrow model states them.
 PINNED = ("eps", "variance_epsilon", "scaling", "scale", "softmax_scale", "negative_slope", "momentum")
@@ -78,17 +89,23 @@ def with_computed_buffers(model: PreTrainedModel) -> PreTrainedModel:
 
 def sharing_tensors(stock: PreTrainedModel, model: PreTrainedModel) -> PreTrainedModel:
     """`stock`, in place, with the memory of the parameters and buffers of `model`, its ties, and the numbers of its
-    layers; tensors must not be changed in place. The two have the same modules (`identity.check_structure`)."""
+    layers; tensors must not be changed in place. The two have the same modules (`identity.check_structure`).
+
+    Buffers that are not saved, and that `stock` has computed itself (`with_computed_buffers`), stay its own, in the
+    dtype and on the device of the model's.
+    """
     for path, numbers in pinned(model, stock).items():
         vars(stock.get_submodule(path)).update(numbers)
     parameters = {id(p): nn.Parameter(p.detach()) for p in model.parameters()}
-    ours = dict(model.named_modules())
+    ours = dict(model.named_modules(remove_duplicate=False))
     for path, module in stock.named_modules():
         for name in module._parameters:
             if (tensor := ours[path]._parameters[name]) is not None:
                 module._parameters[name] = parameters[id(tensor)]
-        for name in module._buffers:
-            module._buffers[name] = ours[path]._buffers[name]
+        for name, own in module._buffers.items():
+            held = ours[path]._buffers[name]
+            computed = name in module._non_persistent_buffers_set and own is not None and not own.is_meta
+            module._buffers[name] = own.to(held) if computed and held is not None else held
     return stock
 
 
@@ -125,8 +142,8 @@ def match_precision(model: nn.Module, reference: nn.Module) -> nn.Module:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _nearest(name: str, known: Mapping[str, torch.Tensor]) -> torch.dtype:
@@ -137,11 +154,13 @@ def _nearest(name: str, known: Mapping[str, torch.Tensor]) -> torch.dtype:
 
 
 def _relatives(name: str, known: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
-    """Tensors of the smallest module around `name` of which `known` has any."""
+    """Tensors of the smallest module around `name` of which `known` has any; where one of them has its last word
+    ("dense.weight" for "dense.up.weight"), that one alone."""
+    leaf = name.rpartition(".")[2]
     while "." in name:
         name = name.rpartition(".")[0]
-        if family := [tensor for other, tensor in known.items() if other.startswith(name + ".")]:
-            return family
+        if family := {other: tensor for other, tensor in known.items() if other.startswith(name + ".")}:
+            return [family[f"{name}.{leaf}"]] if f"{name}.{leaf}" in family else list(family.values())
     return []
 
 
@@ -165,9 +184,9 @@ def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, 
     config.rmtkd = rmtkd | {"spec": _with_pinned(model, rmtkd["spec"])}
     config._attn_implementation = model.config._attn_implementation
     student = match_precision(model_class(config).to(device=model.device), model).eval()
-    old, new = model.state_dict(), student.state_dict()
+    old = dict(_tensors(model))  # not its state dict, whose hooks may rename tensors
     with torch.no_grad():
-        for name, tensor in new.items():
+        for name, tensor in _tensors(student):
             if name in old and old[name].shape == tensor.shape:
                 tensor.copy_(old[name])
     return student
@@ -185,25 +204,31 @@ def _with_pinned(model: PreTrainedModel, spec: Mapping[str, Any]) -> dict[str, A
     return {**spec, "attrs": attrs}
 
 
-def carry_over(old: PreTrainedModel, new: PreTrainedModel) -> PreTrainedModel:
+def carry_over(old: PreTrainedModel, new: PreTrainedModel, root: nn.Module | None = None) -> PreTrainedModel:
     """`new`, in place, with what the instance `old` has beyond its class and config and beyond its weights.
 
     Carried are, module by module at the same path: `requires_grad`; attributes that the class does not set, or sets
     otherwise (dropout rates, a loss function, tags); methods bound to the instance, bound anew; modules without
-    parameters; buffers of the user's; forward and backward hooks; and the generation config.
+    parameters; buffers of the user's; hooks; attributes of parameters; and the generation config. Where an attribute
+    refers to a module or a method of `old`, it refers to that of `new` afterwards.
+
+    Args:
+        root: what such references to `old` itself are to be; default: `new`.
     """
     stock = blank(old)
     twins, students = dict(stock.named_modules()), dict(new.named_modules())
-    _carry_frozen(old, new)
+    known = {id(module): students[path] for path, module in old.named_modules() if path in students}
+    known[id(old)] = new if root is None else root
+    _carry_flags(old, new)
     if getattr(old, "generation_config", None) is not None:
         new.generation_config = copy.deepcopy(old.generation_config)
-    for path, module in old.named_modules():
-        if path not in twins or path not in students:
-            continue
-        _carry_modules(module, twins[path], students[path])
-        _carry_buffers(module, twins[path], students[path])
-        _carry_attributes(module, twins[path], students[path])
-        _carry_hooks(module, students[path])
+    triples = [(m, twins[p], students[p]) for p, m in old.named_modules() if p in twins and p in students]
+    for triple in triples:
+        _carry_modules(*triple)
+        _carry_buffers(*triple)
+        known |= _carry_hooks(*triple)
+    for triple in triples:
+        _carry_attributes(*triple, known)
     if hooked := [name for name, parameter in old.named_parameters() if parameter._backward_hooks]:
         logger.warning(
             "%d parameter(s) have hooks of their own, the first is %s: they do not follow into the new model, whose "
@@ -214,12 +239,14 @@ def carry_over(old: PreTrainedModel, new: PreTrainedModel) -> PreTrainedModel:
     return new
 
 
-def _carry_frozen(old: nn.Module, new: nn.Module) -> None:
-    """Frozen parameters stay frozen by name; a new one (a factor in place of a layer) where its relatives all are."""
+def _carry_flags(old: nn.Module, new: nn.Module) -> None:
+    """Frozen parameters stay frozen by name; a new one (a factor in place of a layer) where its relatives all are.
+    Attributes of parameters (that optimizers read) stay on those of the same name."""
     known = dict(old.named_parameters())
     for name, parameter in new.named_parameters():
         if name in known:
             parameter.requires_grad_(known[name].requires_grad)
+            vars(parameter).update({k: v for k, v in vars(known[name]).items() if k not in RUNTIME})
         elif family := _relatives(name, known):
             parameter.requires_grad_(any(other.requires_grad for other in family))
 
@@ -229,20 +256,53 @@ def is_bare(module: nn.Module) -> bool:
     return next(module.parameters(), None) is None and next(module.buffers(), None) is None
 
 
+def is_untrained(module: nn.Module) -> bool:
+    """Without a parameter of its own or beneath it; a criterion may hold the weights of classes in a buffer."""
+    return next(module.parameters(), None) is None
+
+
 def _carry_modules(module: nn.Module, stock: nn.Module, new: nn.Module) -> None:
-    for name, child in module.named_children():
+    for name, child in module._modules.items():
+        if child is None:
+            continue
         other = stock._modules.get(name)
-        if is_bare(child) and (other is None or (is_bare(other) and type(child) is not type(other))):
-            setattr(new, name, copy.deepcopy(child))
+        if other is None and is_untrained(child):
+            setattr(new, name, copied(child))
+        elif other is not None and is_bare(child) and is_bare(other) and type(child) is not type(other):
+            setattr(new, name, copied(child))
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy. Attributes that cannot be copied (a lock, a file, an output that was kept) are shared with it."""
+    try:
+        return copy.deepcopy(module)
+    except (TypeError, RuntimeError):
+        whole = list(module.modules())
+        values = [value for m in whole for name, value in vars(m).items() if name not in RUNTIME]
+        return copy.deepcopy(module, {id(value): value for value in values if not _can_be_copied(value, whole)})
+
+
+def _can_be_copied(value: Any, modules: list[nn.Module]) -> bool:
+    """Whether an attribute can be, apart from the modules that it refers to."""
+    try:
+        copy.deepcopy(value, {id(module): module for module in modules})
+    except (TypeError, RuntimeError):
+        return False
+    return True
 
 
 def _carry_buffers(module: nn.Module, stock: nn.Module, new: nn.Module) -> None:
-    for name, buffer in module.named_buffers(recurse=False):
+    fleeting = module._non_persistent_buffers_set
+    for name, buffer in module._buffers.items():
+        ours = new._buffers.get(name)
         if name not in stock._buffers and name not in new._buffers:
-            new.register_buffer(name, buffer.detach().clone(), name not in module._non_persistent_buffers_set)
+            copied = None if buffer is None else buffer.detach().clone()
+            new.register_buffer(name, copied, name not in fleeting)
+        elif name in fleeting and buffer is not None and ours is not None and ours.shape == buffer.shape:
+            ours.copy_(buffer)  # state that goes with plain attributes: frequencies stretched for a length
 
 
-def _carry_attributes(module: nn.Module, stock: nn.Module, new: nn.Module) -> None:
+def _carry_attributes(module: nn.Module, stock: nn.Module, new: nn.Module, known: Mapping[int, Any]) -> None:
     theirs = vars(stock)
     for name, value in vars(module).items():
         if name in RUNTIME and not (name == "forward" and _own_method(module, value)):
@@ -250,9 +310,33 @@ def _carry_attributes(module: nn.Module, stock: nn.Module, new: nn.Module) -> No
         if name in PINNED and name in theirs:
             continue  # the spec states it
         if name not in theirs or (is_plain(value) and is_plain(theirs[name]) and value != theirs[name]):
-            if isinstance(value, types.MethodType) and value.__self__ is module:
-                value = types.MethodType(value.__func__, new)
-            new.__dict__[name] = copy.copy(value) if isinstance(value, (list, dict, set)) else value
+            new.__dict__[name] = moved(value, known)
+
+
+def moved(value: Any, known: Mapping[int, Any]) -> Any:
+    """A value with the modules, methods and hook handles of the old model in it replaced by those of the new one.
+
+    Args:
+        known: {id of an old module, or number of an old hook: what stands for it}. What is not known stays the object
+            it is; containers of the basic types, methods and `functools.partial` are made anew.
+    """
+    if isinstance(value, nn.Module):
+        return known.get(id(value), value)
+    if isinstance(value, RemovableHandle):
+        return known.get(value.id, value)
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, moved(value.__self__, known))
+    if type(value) is functools.partial:
+        arguments = [moved(item, known) for item in value.args]
+        return functools.partial(moved(value.func, known), *arguments, **moved(value.keywords, known))
+    if type(value) in (list, tuple):
+        return type(value)(moved(item, known) for item in value)
+    if isinstance(value, (list, dict, set)):
+        made = copy.copy(value)
+        if isinstance(made, dict):
+            made.update({key: moved(item, known) for key, item in value.items()})
+        return made
+    return value
 
 
 def _own_method(module: nn.Module, value: Any) -> bool:
@@ -274,13 +358,40 @@ def is_plain(value: Any) -> bool:
     )
 
 
-def _carry_hooks(module: nn.Module, new: nn.Module) -> None:
-    for store, register, with_kwargs in HOOKS:
-        takes_kwargs = getattr(module, with_kwargs) if with_kwargs else {}
+def _carry_hooks(module: nn.Module, stock: nn.Module, new: nn.Module) -> dict[int, RemovableHandle]:
+    """The hooks that the class does not register itself, in place of those that `new` may have of an earlier life;
+    {number of an old one: handle of the new one}."""
+    handles = {}
+    for store, register, flags in HOOKS:
+        usual = {_what(hook) for hook in getattr(stock, store).values()}
+        for number, hook in list(getattr(new, store).items()):
+            if _what(hook) not in usual and is_users_hook(hook):
+                _handle(new, store, number, flags).remove()
         for number, hook in getattr(module, store).items():
-            if is_users_hook(hook) and hook not in getattr(new, store).values():
-                options = {"with_kwargs": True} if number in takes_kwargs else {}
-                getattr(new, register)(hook, **options)
+            if _what(hook) in usual or not is_users_hook(hook):
+                continue
+            options = {option: True for option, numbers in flags.items() if number in getattr(module, numbers)}
+            if store == "_load_state_dict_pre_hooks":  # torch keeps it in a wrapper
+                hook, options = hook.hook, {"with_module": hook.with_module}
+            if store == "_backward_hooks" and module._is_full_backward_hook is False:
+                register = "register_backward_hook"
+            if getattr(hook, "_from_public_api", False):
+                register = "register_state_dict_post_hook"
+            handles[number] = getattr(new, register)(hook, **options)
+    return handles
+
+
+def _handle(module: nn.Module, store: str, number: int, flags: Mapping[str, str]) -> RemovableHandle:
+    handle = RemovableHandle(getattr(module, store), extra_dict=[getattr(module, name) for name in flags.values()])
+    handle.id = number
+    return handle
+
+
+def _what(hook: Any) -> Any:
+    """The code of a hook, also of one that is bound to its module, made anew for each, or wrapped by torch."""
+    hook = getattr(hook, "hook", hook)
+    hook = getattr(hook, "__func__", hook)
+    return getattr(hook, "__code__", id(hook))
 
 
 def is_users_hook(hook: Any) -> bool:

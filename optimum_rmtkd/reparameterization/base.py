@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ..errors import RMTKDError
+from ..models import copied
 from ..registry import Part, Registry
 from ..validation import Length, Positive
 from .targets import target_paths
@@ -196,7 +196,7 @@ def fold(model: nn.Module, finish: Reparameterization | None = None) -> nn.Modul
 
 def folded_copy(model: nn.Module, finish: Reparameterization | None = None) -> nn.Module:
     """As `fold`, of a copy; the model itself stays as it is."""
-    return fold(copy.deepcopy(model), finish)
+    return fold(copied(model), finish)
 
 
 def over_parameterize(model: nn.Module, reparameterization: Any) -> nn.Module:

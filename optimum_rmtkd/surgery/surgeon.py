@@ -79,6 +79,11 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
     anatomy = anatomy_of(model, config)
     sites = select_sites(anatomy, config.sites)
     find_estimator(config.edge_estimator)
+    _check_finite(model)
+    _check_parameters(model, anatomy, sites, config, config.target_reduction)
+
+
+def _check_finite(model: PreTrainedModel) -> None:
     broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
     if broken:
         raise CalibrationError(
@@ -86,7 +91,6 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
             f"{broken[0]}: expected finite weights. The training diverged, or the file is damaged; take another "
             "checkpoint."
         )
-    _check_parameters(model, anatomy, sites, config, config.target_reduction)
 
 
 def check_data(model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig) -> None:
@@ -156,6 +160,7 @@ class Surgeon:
         self.sites = select_sites(self.anatomy, wanted)
         _check_parameters(model, self.anatomy, self.sites, config, target_reduction)
         with one_for_all(accelerator):
+            _check_finite(model)
             share = share_of(config.calibration_samples, accelerator)
             batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
             check_behaviour(model, batches[0])

@@ -130,7 +130,7 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
     """Does the data hold what the objectives read? What one process lacks stops all of them.
 
     Raises:
-        RMTKDError: no data, splits in place of rows, no labels for the task loss, or no cached answers for a
+        RMTKDError: nothing to train, no data, splits in place of rows, no labels for the task loss, or no cached answers for a
             `CachedTeacher`.
         CalibrationError: weights that are not finite; data that no cut can be calibrated with.
         BudgetError: a target that the model already meets, or that no widths can give, in however many cuts.
@@ -138,6 +138,11 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
     from .. import surgery
     from ..surgery.processes import one_for_all
 
+    if not any(p.requires_grad for p in trainer.model.parameters()):
+        raise RMTKDError(
+            f"Every parameter of {type(trainer.model).__name__} is frozen, and there is nothing to train: expected "
+            "some with requires_grad. A merged adapter leaves its model frozen; call model.requires_grad_(True)."
+        )
     if isinstance(trainer.train_dataset, Mapping):
         raise RMTKDError(
             f"train_dataset is a {type(trainer.train_dataset).__name__} with "

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
-from ..models import carry_over, is_narrowed, match_precision, widest_dtype
+from ..models import carry_over, is_narrowed, match_precision, pinned, widest_dtype
 from ..reparameterization import core_parameters
 from .data import isolated_rng
 
@@ -40,6 +40,7 @@ __all__ = [
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _HOOKS += tuple(f"{name}_with_kwargs" for name in _HOOKS[:2]) + ("_forward_hooks_always_called",)  # how to call them
+_HOOKS += ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
 
 
 def become(model: nn.Module, other: nn.Module) -> set[str]:
@@ -54,7 +55,7 @@ def become(model: nn.Module, other: nn.Module) -> set[str]:
     old = dict(model.named_parameters())
     same = {
         name
-        for name, parameter in carry_over(model, other).named_parameters()
+        for name, parameter in carry_over(model, other, root=model).named_parameters()
         if name in old
         and old[name].shape == parameter.shape
         and torch.equal(old[name].detach(), parameter.detach().to(old[name]))
@@ -198,7 +199,14 @@ def skeleton(template: PreTrainedModel, config: dict[str, Any]) -> PreTrainedMod
     built.use_cache = getattr(template.config, "use_cache", None)
     with isolated_rng(0):
         fresh = cls(built)
+    if _spec_of(built) == _spec_of(template.config):  # else the spec states the numbers of single layers
+        for path, numbers in pinned(template, fresh).items():
+            vars(fresh.get_submodule(path)).update(numbers)
     return match_precision(fresh.to(device=template.device), template)
+
+
+def _spec_of(config: Any) -> dict[str, Any]:
+    return (getattr(config, "rmtkd", None) or {}).get("spec", {})
 
 
 def enable_checkpointing(model: PreTrainedModel, args: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import types
 
 import pytest
@@ -10,8 +11,9 @@ import transformers as tf
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from optimum_rmtkd import RMTKDConfig, RMTKDError, UnsupportedArchitectureError, narrow
+from optimum_rmtkd import CalibrationError, RMTKDConfig, RMTKDError, UnsupportedArchitectureError, narrow
 from optimum_rmtkd.models import check_behaviour, check_structure
+from optimum_rmtkd.models.behaviour import _values
 
 from ..surgery import zoo
 
@@ -368,3 +370,121 @@ def test_a_buffer_that_is_not_saved(bert):
 def test_statistics_of_batch_norm_are_weights_like_others():
     model = zoo.make("resnet-basic", "ForImageClassification")
     check_behaviour(model, zoo.batches("resnet-basic", count=1)[0])
+
+
+# Models as users have them
+
+
+def test_an_index_of_padding_that_was_set_later(bert):
+    bert.config.pad_token_id = 3  # as Trainer does, where the tokenizer has another
+    narrow(bert, zoo.batches("bert", count=2), RECIPE, progress=False)
+    roberta = zoo.make("roberta", "ForSequenceClassification")
+    roberta.config.pad_token_id = 3  # its position ids count from it
+    message = refused_on_data(roberta, "roberta")
+    assert "padding_idx" in message and "model.config.pad_token_id = 1" in message
+
+
+def test_one_activation_for_all_layers(bert):
+    shared = nn.GELU()
+    for layer in bert.bert.encoder.layer:
+        layer.intermediate.intermediate_act_fn = shared
+    check_structure(bert)
+    check_behaviour(bert, zoo.batches("bert", count=1)[0])
+    narrow(bert, zoo.batches("bert", count=2), RECIPE, progress=False)
+
+
+def test_outputs_that_are_compared_do_not_stay_in_memory():
+    output = torch.randn(64, 1000, 8)
+    (kept,) = _values(output)
+    assert kept.untyped_storage().nbytes() <= 4 * 4096
+    before = kept.clone()
+    output.zero_()  # as a layer that works in place does
+    assert torch.equal(kept, before)
+
+
+def test_one_layer_twice(bert):
+    bert.bert.encoder.layer[1] = bert.bert.encoder.layer[0]
+    assert "share" in refused(bert)
+
+
+@pytest.mark.parametrize("part", ["", "bert.pooler", "bert.encoder.layer.0.output.dense"])
+def test_a_bound_forward_that_runs_the_layers_of_the_original(bert, part):
+    module = bert.get_submodule(part)
+    original = module.forward
+    module.forward = types.MethodType(lambda self, *args, **kwargs: original(*args, **kwargs), module)
+    message = refused_on_data(bert)
+    assert (part or "The model") in message and "type(self).forward(self" in message
+
+
+def test_a_bound_forward_that_needs_what_the_user_put_on_the_model(bert):
+    bert.calls = []
+
+    def forward(self, *args, **kwargs):
+        self.calls.append(self)
+        return type(self).forward(self, *args, **kwargs)
+
+    bert.forward = types.MethodType(forward, bert)
+    found = narrow(bert, zoo.batches("bert", count=2), RECIPE, progress=False)
+    assert set(map(id, bert.calls)) == {id(bert)} and found.forward.__self__ is found
+
+
+def test_compiled_models(bert):
+    assert "model._orig_mod" in refused(torch.compile(bert), RMTKDError)
+    bert.bert.encoder.compile(backend="eager")  # hooks inside would not be called
+    call = bert.bert.encoder._compiled_call_impl
+    narrow(bert, zoo.batches("bert", count=2), RECIPE, progress=False)
+    assert bert.bert.encoder._compiled_call_impl is call
+    bert.bert.pooler = torch.compile(bert.bert.pooler)
+    assert "model.bert.pooler = model.bert.pooler._orig_mod" in refused(bert)
+
+
+def test_a_tuned_prompt_cannot_be_merged(bert):
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(bert, peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4))
+    message = refused(tuned, RMTKDError)
+    assert "get_base_model()" in message and "merge_and_unload" not in message
+    inside = tuned.get_base_model()
+    assert "model.classifier = model.classifier.modules_to_save['default']" in refused(inside)
+    inside.classifier = inside.classifier.modules_to_save["default"]
+    check_structure(inside)
+
+
+def test_a_model_that_a_merged_adapter_left_frozen(bert, tmp_path):
+    from optimum_rmtkd import RMTKDTrainer, RMTKDTrainingArguments
+
+    args = RMTKDTrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    trainer = RMTKDTrainer(bert.requires_grad_(False), args=args, rmtkd_config=RECIPE, train_dataset=[{}])
+    with pytest.raises(RMTKDError, match=r"requires_grad_\(True\)"):
+        trainer.train()
+
+
+def test_inference_mode(bert):
+    with torch.inference_mode():
+        assert "inference_mode" in refused(bert)
+        made = zoo.make("bert", "ForSequenceClassification")
+    assert "inference_mode" in refused(made)
+
+
+def test_weights_of_eight_bits(bert):
+    weight = bert.classifier.weight.detach().to(torch.float8_e4m3fn)
+    bert.classifier.weight = nn.Parameter(weight, requires_grad=False)
+    assert "quantised" in refused(bert)
+
+
+def test_weights_that_are_not_finite(bert):
+    bert.classifier.weight.data[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match=r"classifier\.weight"):
+        narrow(bert, Untouchable(), RECIPE, progress=False)
+
+
+def test_a_config_that_cannot_be_copied(bert):
+    bert.config.lock = threading.Lock()
+    assert "attribute of the model" in refused(bert)
+
+
+def test_a_field_of_a_strict_config_is_tried_without_a_crash():
+    sizes = {"num_key_value_heads": 2, "vocab_size": 61, "pad_token_id": None}
+    model = tf.LlamaForSequenceClassification(tf.LlamaConfig(**zoo.BODY, **sizes))
+    model.score = nn.Linear(32, 7, bias=False)
+    model.model.layers[0].self_attn.is_causal = None
+    assert "score" in refused(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import threading
 import types
 
 import pytest
@@ -10,8 +12,16 @@ import torch
 import transformers as tf
 from torch import nn
 
-from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments, narrow
-from optimum_rmtkd.models import match_precision, twin_of, widest_dtype
+from optimum_rmtkd import (
+    RMTKDConfig,
+    RMTKDTrainer,
+    RMTKDTrainingArguments,
+    TernaryConfig,
+    compress_head,
+    narrow,
+)
+from optimum_rmtkd.models import copied, match_precision, twin_of, widest_dtype
+from optimum_rmtkd.trainer.swap import skeleton
 
 from ..surgery import zoo
 
@@ -23,13 +33,15 @@ def small(model, name="bert"):
     return narrow(model, zoo.batches(name, count=2), RECIPE, progress=False)
 
 
-def trained(model, folder, resume=None, **options):
-    """The same object, cut inside a Trainer."""
+def trained(model, folder, resume=None, recipe=RECIPE, scores=None, **options):
+    """The same object, cut inside a Trainer; `scores` are what its evaluations give."""
     rows = [{k: v[0] for k, v in b.items()} | {"labels": i % 3} for i, b in enumerate(zoo.batches("bert", 12, 1))]
     args = RMTKDTrainingArguments(
         str(folder), **{"max_steps": 2, "report_to": [], "use_cpu": True, "save_strategy": "no"} | options
     )
-    RMTKDTrainer(model=model, args=args, rmtkd_config=RECIPE, train_dataset=rows).train(resume_from_checkpoint=resume)
+    validation = {"eval_dataset": rows, "compute_metrics": lambda _: {"score": next(scores)}} if scores else {}
+    trainer = RMTKDTrainer(model=model, args=args, rmtkd_config=recipe, train_dataset=rows, **validation)
+    trainer.train(resume_from_checkpoint=resume)
     return model
 
 
@@ -212,8 +224,6 @@ def test_a_bound_method_is_bound_anew(bert):
 
 
 def test_things_that_cannot_be_copied_are_no_hindrance(bert):
-    import threading
-
     bert.lock = threading.Lock()
     assert small(bert).lock is bert.lock
 
@@ -284,3 +294,132 @@ def test_the_old_model_is_left_bit_identical(bert):
     small(bert)
     assert all(torch.equal(value, before[name]) for name, value in bert.state_dict().items())
     assert vars(bert) == things
+
+
+@pytest.mark.parametrize("trained", ["bias", "weight"])
+def test_factors_are_frozen_as_the_tensors_they_replace(bert, trained):
+    for name, parameter in bert.named_parameters():
+        parameter.requires_grad_(name.endswith(trained))  # "bias": BitFit
+    found = narrow(bert, zoo.batches("bert", 2), RECIPE.replace(form="factored", target_reduction=0.2), progress=False)
+    assert any(name.endswith("up.bias") for name, _ in found.named_parameters())
+    assert {n for n, p in found.named_parameters() if p.requires_grad is not n.endswith(trained)} == set()
+
+
+def test_attributes_of_parameters(bert, cut):
+    bert.classifier.bias.no_weight_decay = True
+    assert cut(bert).classifier.bias.no_weight_decay
+
+
+def test_a_criterion_with_weights_of_classes(bert, cut):
+    bert.criterion = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 5.0]))
+    bert.register_buffer("unset", None)
+    found = cut(bert)
+    assert found.criterion.weight.tolist() == [1.0, 2.0, 5.0] and "unset" in found._buffers
+
+
+def test_attributes_that_refer_to_parts_of_the_model(bert, cut):
+    def width(self, times=1):
+        return times * self.config.hidden_size
+
+    bert.watched, bert.by_name = [bert.bert.encoder.layer[1], (bert,)], {"head": bert.classifier}
+    bert.width = types.MethodType(width, bert)
+    bert.twice = functools.partial(bert.width, times=2)
+    found = cut(bert)
+    assert found.watched == [found.bert.encoder.layer[1], (found,)] and found.by_name["head"] is found.classifier
+    assert found.width.__self__ is found and found.twice() == 2 * found.config.hidden_size
+
+
+def test_hooks_keep_the_way_they_are_called(bert, cut):
+    calls = []
+    layer = bert.bert.encoder.layer[0]
+    layer.register_forward_hook(lambda *args: calls.append("always"), always_call=True)
+    layer.register_state_dict_pre_hook(lambda *args: calls.append("before saving"))
+    layer.register_state_dict_post_hook(lambda *args: calls.append("after saving"))
+    layer.register_load_state_dict_pre_hook(lambda *args: calls.append("before loading"))
+    layer.register_load_state_dict_post_hook(lambda *args: calls.append("after loading"))
+    found = cut(bert)
+    layer = found.bert.encoder.layer[0]
+    assert len(layer._forward_hooks_always_called) == 1
+    calls.clear()
+    found.load_state_dict(found.state_dict())
+    assert calls == ["before saving", "after saving", "before loading", "after loading"]
+
+
+def test_handles_of_hooks_remove_the_hooks_of_the_new_model(bert, cut):
+    bert.enable_input_require_grads()
+    found = cut(bert)
+    assert found.get_input_embeddings()._forward_hooks
+    found.disable_input_require_grads()
+    assert not found.get_input_embeddings()._forward_hooks
+
+
+def test_hooks_are_there_once_after_several_cuts(bert, tmp_path):
+    class Probe:
+        calls = 0
+
+        def __call__(self, *args):
+            Probe.calls += 1
+
+        def method(self, *args):
+            Probe.calls += 1
+
+    for hook in (Probe(), Probe().method):
+        bert.bert.pooler.register_forward_hook(hook)
+    recipe = RECIPE.replace(rounds=2, target_reduction=0.6, max_metric_drop=0.5)
+    trained(
+        bert, tmp_path, recipe=recipe, max_steps=4, metric_for_best_model="score", scores=iter([0.9, 0.8] + 9 * [0.1])
+    )
+    Probe.calls = 0
+    with torch.no_grad():
+        bert(**zoo.batches("bert", 1)[0])
+    assert Probe.calls == 2
+
+
+def test_numbers_of_layers_after_a_cut_was_taken_back(bert, tmp_path):
+    bert.bert.embeddings.LayerNorm.eps, bert.note = 0.3, "kept"
+    recipe = RECIPE.replace(max_metric_drop=0.5)
+    trained(bert, tmp_path, recipe=recipe, metric_for_best_model="score", scores=iter([0.9, 0.8] + 9 * [0.1]))
+    assert type(bert) is tf.BertForSequenceClassification
+    assert bert.bert.embeddings.LayerNorm.eps == 0.3 and bert.note == "kept"
+
+
+def test_skeletons_of_the_uncut_model_have_its_numbers(bert):
+    bert.bert.embeddings.LayerNorm.eps = 0.3
+    assert skeleton(bert, bert.config.to_dict()).bert.embeddings.LayerNorm.eps == 0.3
+    once = narrow(bert, zoo.batches("bert", 2), RECIPE.replace(sites="hidden", target_reduction=0.3), progress=False)
+    again = skeleton(bert, once.config.to_dict())
+    assert again.bert.embeddings.LayerNorm.eps == once.bert.embeddings.LayerNorm.eps != 0.3
+
+
+def test_hooks_that_rename_what_is_saved(bert):
+    def rename(module, state, prefix, metadata):
+        for name in list(state):
+            state[f"other.{name}"] = state.pop(name)
+
+    bert.register_state_dict_post_hook(rename)
+    head, _ = compress_head(bert, "classifier", zoo.batches("bert", 2), TernaryConfig(hidden=(8,)))
+    with torch.no_grad():
+        ours, theirs = (m.bert(**zoo.batches("bert", 1)[0])[0] for m in (head, bert))
+    assert torch.equal(ours, theirs)
+
+
+def test_what_cannot_be_copied_is_shared_with_a_teacher(bert, tmp_path):
+    bert.lock, bert.kept = threading.Lock(), bert(**zoo.batches("bert", 1)[0]).logits
+    bert.head = types.MethodType(lambda self: self.classifier, bert)
+    twin = copied(bert)
+    assert twin.lock is bert.lock and twin.head() is twin.classifier is not bert.classifier
+    lock = bert.lock
+    assert trained(bert, tmp_path).lock is lock
+
+
+def test_frequencies_that_followed_the_length_of_a_batch(tmp_path):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    sizes = {"num_key_value_heads": 2, "vocab_size": 61, "max_position_embeddings": 16}
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**zoo.BODY, **sizes, rope_parameters=rope)).eval()
+    batch = {"input_ids": torch.randint(0, 61, (8, 40), generator=torch.Generator().manual_seed(0))}
+    with torch.no_grad():
+        model(**batch)
+    found = narrow(model, [batch], RECIPE.replace(form="factored", target_reduction=0.2), progress=False)
+    found.save_pretrained(tmp_path)
+    again = type(found).from_pretrained(tmp_path)
+    torch.testing.assert_close(zoo.outputs(found, batch), zoo.outputs(again, batch))

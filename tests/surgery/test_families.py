@@ -3,6 +3,7 @@ again."""
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 
@@ -250,3 +251,14 @@ def test_report_reads(tmp_path):
     assert report.budget[-1].cost == report.planned_parameters
     losses = [point.predicted_loss for point in report.budget]
     assert losses == sorted(losses)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"])
+def test_heads_of_multiple_choice(name, tmp_path):
+    torch.manual_seed(0)
+    model = getattr(transformers, zoo.stem(name) + "ForMultipleChoice")(copy.deepcopy(zoo.CONFIGS[name])).eval()
+    data = [{key: value.reshape(4, 2, -1) for key, value in batch.items()} for batch in zoo.batches(name)]
+    found = quiet(narrow_to, model, data, {"hidden": 20}, RECIPE)
+    assert found.classifier.in_features == 20
+    found.save_pretrained(tmp_path)
+    assert zoo.same(type(found).from_pretrained(tmp_path), found, data[0])

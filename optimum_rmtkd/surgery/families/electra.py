@@ -27,8 +27,9 @@ register_family(
             up="intermediate.dense",
             down="output.dense",
             ffn_norm="output.LayerNorm",
+            pooler="sequence_summary.summary",
+            pooled_by=("classifier",),  # of multiple choice; that of token classification has no summary before it
             head_reads=(
-                "classifier",
                 "classifier.dense",
                 "qa_outputs",
                 "generator_predictions.dense",

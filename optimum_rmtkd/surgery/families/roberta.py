@@ -27,7 +27,8 @@ register_family(
             down="output.dense",
             ffn_norm="output.LayerNorm",
             pooler="@.pooler.dense",
-            head_reads=("classifier", "classifier.dense", "qa_outputs", "lm_head.dense"),
+            pooled_by=("classifier",),  # of multiple choice; that of token classification has no pooler before it
+            head_reads=("classifier.dense", "qa_outputs", "lm_head.dense"),
             decoder="lm_head.decoder",
         ),
         inert_padding=True,
