@@ -8,6 +8,7 @@ and a line says so. Whatever leaves a label without a class, or with two, is ref
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import shlex

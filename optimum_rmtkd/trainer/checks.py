@@ -130,8 +130,8 @@ def check_first_batch(trainer: RMTKDTrainer) -> None:
     """Does the data hold what the objectives read? What one process lacks stops all of them.
 
     Raises:
-        RMTKDError: nothing to train, no data, splits in place of rows, no labels for the task loss, or no cached answers for a
-            `CachedTeacher`.
+        RMTKDError: nothing to train, no data, splits in place of rows, no labels for the task loss, or no cached
+            answers for a `CachedTeacher`.
         CalibrationError: weights that are not finite; data that no cut can be calibrated with.
         BudgetError: a target that the model already meets, or that no widths can give, in however many cuts.
     """
