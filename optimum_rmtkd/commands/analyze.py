@@ -56,6 +56,8 @@ class AnalyzeCommand(Command):
     def execute(self) -> None:
         recipe: RMTKDConfig = recipe_from_options(self.args)
         data = from_options(DataArguments, self.args)
+        if self.args.batch_size < 1:
+            raise RMTKDError(f"--batch-size {self.args.batch_size}: expected a whole number of at least 1.")
         check_files(data)
         targets = [path for path in (self.args.json, self.args.html, self.args.plot) if path]
         for path in targets:

@@ -60,7 +60,7 @@ def text_tools(
     config = model.config
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, LookupError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, RecursionError, TypeError, AttributeError) as error:
         raise RMTKDError(f"'{name}' has no tokenizer that can be read: {error}") from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         # Without any file transformers makes an empty tokenizer that turns every word into [UNK].
@@ -72,6 +72,11 @@ def text_tools(
             f"The tokenizer of '{name}', a {type(tokenizer).__name__} of {len(tokenizer)} tokens for a table of "
             f"{config.vocab_size} rows, has no padding token. If it belongs to another model, put the right one in "
             "its place; else set its pad_token and config.pad_token_id and save both."
+        )
+    if not isinstance(tokenizer.model_max_length, (int, float)):
+        raise RMTKDError(
+            f"The tokenizer of '{name}' has model_max_length={tokenizer.model_max_length!r}; expected a number of "
+            "tokens. Correct its tokenizer_config.json."
         )
     length = min(max_length, tokenizer.model_max_length, longest_text(model) or max_length)
 
@@ -137,7 +142,7 @@ def image_tools(model: str, config: PreTrainedConfig, column: str) -> tuple[Any,
 
     try:
         processor = AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError, LookupError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, RecursionError, TypeError, AttributeError) as error:
         raise RMTKDError(f"'{model}' has no image processor that can be read: {error}") from error
     mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
 

@@ -169,8 +169,8 @@ def _load_model(model: str, kind: str, attn_implementation: str | None) -> PreTr
         loaded = auto.from_pretrained(model, dtype=torch.float32)
     except RMTKDError:
         raise
-    # the last four: sizes, activations and shapes of a config.json that does not fit itself or the weights
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    # the last five: sizes, activations and shapes of a config.json that does not fit itself or the weights
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
         raise RMTKDError(f"Cannot load the weights of '{model}': {type(error).__name__}: {error}") from error
     if attn_implementation is not None:
         try:
