@@ -97,7 +97,7 @@ def text_tools(
 
 def longest_text(model: PreTrainedModel) -> int | None:
     """Tokens of the longest text: by the tables of absolute positions, else by the config; None without either."""
-    from ..surgery.explaining import position_limit
+    from ..batches import position_limit
 
     said = getattr(model.config, "max_position_embeddings", None)
     limit = position_limit(model) or (said if isinstance(said, int) else None)

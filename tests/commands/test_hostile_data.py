@@ -270,7 +270,7 @@ def test_position_limits():
         T5ForSequenceClassification,
     )
 
-    from optimum_rmtkd.surgery.explaining import position_limit
+    from optimum_rmtkd.batches import position_limit
 
     small = {
         "vocab_size": 40,
