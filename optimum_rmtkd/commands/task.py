@@ -166,12 +166,17 @@ def _load_model(model: str, kind: str, attn_implementation: str | None) -> PreTr
     auto = AutoModelForSequenceClassification if kind == "text" else AutoModelForImageClassification
     try:
         # Checkpoints stored in half precision would otherwise be calibrated and trained in it.
-        loaded = auto.from_pretrained(model, dtype=torch.float32)
+        loaded, found = auto.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
     except RMTKDError:
         raise
     # the last five: sizes, activations and shapes of a config.json that does not fit itself or the weights
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
         raise RMTKDError(f"Cannot load the weights of '{model}': {type(error).__name__}: {error}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up, with a warning
+        raise RMTKDError(
+            f"The weights of '{model}' lack {len(missing)} tensor(s) that its config.json describes, the first is "
+            f"{missing[0]}: expected a whole fine-tuned checkpoint. Save config and weights together again."
+        )
     if attn_implementation is not None:
         try:
             loaded.set_attn_implementation(attn_implementation)

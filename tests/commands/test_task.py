@@ -197,3 +197,12 @@ def test_a_config_that_does_not_fit_ends_in_a_named_error(bert, table, tmp_path,
     path.write_text("null" if changes is None else json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(RMTKDError):
         load_task(str(tmp_path / "model"), DataArguments(train_file=str(table)))
+
+
+def test_a_config_with_more_layers_than_the_weights(bert, table, tmp_path):
+    folder = tmp_path / "deeper"
+    shutil.copytree(bert, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": config["num_hidden_layers"] + 1}))
+    said = refusal(folder, table)
+    assert "that its config.json describes" in said and f"encoder.layer.{config['num_hidden_layers']}." in said
