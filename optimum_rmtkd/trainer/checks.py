@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..batches import from_loader, no_mapping
+from ..batches import from_loader, main_input, no_mapping
 from ..distillation import CachedTeacher, TaskLoss
 from ..distillation.cached import COLUMNS
 from ..distillation.signatures import named_inputs
@@ -184,8 +184,28 @@ def _check_batch(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:
             f"The task loss needs {' or '.join(trainer.label_names)}; the batch holds {', '.join(inputs)}. Give "
             "labels, or leave TaskLoss out of the objectives to distil on unlabelled data."
         )
+    _check_classes(trainer, inputs)
     trainer.distiller.look_at_labels([inputs])
     _check_segments(trainer, inputs)
+
+
+def _check_classes(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:
+    """One class a sample has to be one of the model's: torch would say so after the cut, without a name."""
+    labels, sample = inputs.get("labels"), main_input(inputs)
+    classes = getattr(trainer.model.config, "num_labels", None) or 0
+    one_each = isinstance(labels, torch.Tensor) and labels.dim() == 1 and not labels.is_floating_point()
+    if trainer.overrides_loss or trainer.compute_loss_func is not None or not one_each or classes < 2:
+        return
+    if sample is None or sample.dim() not in (2, 4):  # (batch, choices, length): the label is a choice
+        return
+    known = labels[labels != -100]
+    lowest, highest = (int(known.min()), int(known.max())) if len(known) else (0, 0)
+    if lowest < 0 or highest >= classes:
+        raise RMTKDError(
+            f"The labels of a batch go from {lowest} to {highest}; expected classes from 0 to {classes - 1}, as "
+            f"{type(trainer.model).__name__} has {classes} (config.num_labels). Map the labels, or load the model "
+            "with more of them."
+        )
 
 
 def _check_segments(trainer: RMTKDTrainer, inputs: Mapping[str, Any]) -> None:

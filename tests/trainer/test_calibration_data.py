@@ -133,3 +133,20 @@ def test_rows_that_make_no_batches_are_named_before_the_training(make_trainer, g
         trainer.train()
     assert all(word in str(caught.value) for word in words), caught.value
     assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize("label", [2, 7, -1])
+def test_classes_that_the_model_has_not_are_refused_before_the_first_step(make_trainer, label):
+    data = [row | {"labels": label} for row in toy_data()]
+    trainer = make_trainer(trainer_kwargs={"train_dataset": data, "eval_dataset": None})
+    with pytest.raises(
+        RMTKDError, match=f"labels of a batch go from {label} to {label}; expected classes from 0 to 1"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not trainer.stages
+
+
+def test_ignored_labels_are_no_classes(make_trainer):
+    data = [row | {"labels": -100 if i % 2 else 1} for i, row in enumerate(toy_data())]
+    trainer = make_trainer(max_steps=1, trainer_kwargs={"train_dataset": data, "eval_dataset": None})
+    assert trainer.train().global_step == 1
