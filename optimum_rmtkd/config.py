@@ -152,7 +152,7 @@ class RMTKDConfig(Recipe):
     min_rank_ratio: Annotated[float, _share("a site's width", "left")] = _option(
         0.0, "Stop when a site would keep less than this share of its width (the paper's rho_min)."
     )
-    max_metric_drop: AtLeastZero | None = _option(
+    max_metric_drop: float | None = _option(
         None,
         "Reject and roll back a stage whose validation metric, at its end, lies more than this below the uncut "
         "model's (the paper's epsilon). None: never.",

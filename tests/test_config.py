@@ -53,8 +53,8 @@ def test_ten_thousand_times_any_values(values):
         ("sites", ["hidden", b"embedding"], "sites[1]=b'embedding': expected a string; got a bytes. Decode it."),
         ("temperature", math.inf, "temperature=inf: expected a number above 0. It has to be finite."),
         ("temperature", None, "temperature=None: expected a number above 0; got None."),
-        ("max_metric_drop", math.nan, "max_metric_drop=nan: expected a number of at least 0."),
-        ("max_metric_drop", -0.1, "max_metric_drop=-0.1: expected a number of at least 0."),
+        ("max_metric_drop", math.nan, "max_metric_drop=nan: expected a number."),
+        ("stage_threshold", -0.1, "stage_threshold=-0.1: expected a number of at least 0."),
         ("stage_threshold", "0.9", "Write 0.9, without quotes."),
         (
             "target_reduction",

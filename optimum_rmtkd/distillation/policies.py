@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from ..batches import evaluating
 from ..errors import RMTKDError
-from ..validation import AtLeastZero, Count, Interval
+from ..validation import Count, Interval
 from .counts import IGNORED
 from .objectives.answers import shifts_labels
 from .transforms import BatchTransform, register_transform
@@ -94,7 +94,7 @@ class AdaptiveOffPolicy(OnPolicy):
         max_new_tokens: Count = 64,
         capacity: Count = 1000,
         increase: Annotated[float, Interval(0, 1)] = 0.1,
-        tolerance: AtLeastZero = 0.1,
+        tolerance: float = 0.1,
     ):
         super().__init__(0.0, max_new_tokens)
         self.capacity, self.increase, self.tolerance = capacity, increase, tolerance

@@ -20,9 +20,9 @@ from torch import nn
 
 from ..batches import run
 from ..errors import UnsupportedArchitectureError
-from ..modeling_rmtkd import resolve_path
+from ..modeling_rmtkd import TernaryMLP, resolve_path
 from ..models import nearly_equal
-from .sites import Anatomy, Point, Unit, get_module, is_layer, linear_layers
+from .sites import Anatomy, Point, Unit, get_module, has_module, is_layer, linear_layers
 
 
 __all__ = ["with_traced_reads"]
@@ -87,7 +87,7 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[
     before, outputs = _run(model, candidates, batch)
     found: list[str] = []
     while True:
-        readers = [path for path in (*known, *found) if is_layer(model, path)]
+        readers = [path for path in (*known, *found) if _can_read(model, path)]
         with _turned(model, source, readers):
             after, turned_outputs = _run(model, candidates, batch)
         changed = next((p for p in after if p not in found and not nearly_equal(after[p], before[p])), None)
@@ -106,6 +106,10 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[
         site = dataclasses.replace(site, points=(Point(found[0], "input"),))
     units = tuple(Unit(path, source.site) for path in found)
     return dataclasses.replace(anatomy, units=anatomy.units + units, sites={**anatomy.sites, source.site: site})
+
+
+def _can_read(model: nn.Module, path: str) -> bool:
+    return is_layer(model, path) or (has_module(model, path) and isinstance(get_module(model, path), TernaryMLP))
 
 
 def _refused(model: nn.Module, how: str) -> UnsupportedArchitectureError:

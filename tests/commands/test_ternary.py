@@ -143,7 +143,7 @@ def test_trained_part_of_a_model(cli, table, validation_table, tmp_path):
         (("--features", "other.npz", "-o", "out"), "holds a; expected arrays x"),
         (("--features", "train.npz", "--activation", "swoosh", "-o", "out"), "Unknown activation 'swoosh'"),
         (("--features", "train.npz", "--mode", "min_shift", "--levels", 2, "-o", "out"), "largest residual"),
-        (("--features", "train.npz", "--sparsity", 1.5, "-o", "out"), "expected a share of weights"),
+        (("--features", "train.npz", "--sparsity", 1.5, "-o", "out"), "expected a share of the weights"),
         (("--features", "bare.npy", "-o", "out"), "bare.npy cannot be read"),
         (("--features", "words.npz", "-o", "out"), "words.npz cannot be read"),
         (("--features", "cut.npz", "-o", "out"), "cut.npz cannot be read"),

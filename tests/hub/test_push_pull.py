@@ -124,5 +124,5 @@ def test_the_pushed_code_is_the_reviewed_file_and_imports_torch_and_transformers
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             called.add(node.func.id)
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
-    assert imported & set(sys.stdlib_module_names) <= {"contextlib", "math", "sys", "zlib"}
+    assert imported & set(sys.stdlib_module_names) <= {"contextlib", "math", "sys", "warnings", "zlib"}
     assert not called & {"eval", "exec", "compile", "open", "__import__"}

@@ -16,7 +16,7 @@ from optimum_rmtkd.surgery import narrow_to, reduce
 from optimum_rmtkd.surgery.budget import Couple, allocate, couple_grid, flops_of, parameters_of, speed_weight_of
 from optimum_rmtkd.surgery.reduction import anatomy_of
 from optimum_rmtkd.surgery.sites import Site
-from optimum_rmtkd.surgery.surgeon import Surgeon
+from optimum_rmtkd.surgery.surgeon import Surgeon, _positions
 
 from . import zoo
 
@@ -239,7 +239,7 @@ def test_small_models_meet_every_target_that_can_be_met(name, task, allocation):
     model, data = zoo.make(name, task), zoo.batches(name, count=2)
     surgeon = Surgeon(model, data, RMTKDConfig(calibration_samples=16), progress=False)
     count = parameters_of(model, surgeon.anatomy)
-    work = flops_of(model, surgeon.anatomy, surgeon._positions())
+    work = flops_of(model, surgeon.anatomy, _positions(model, surgeon.batches))
     met = set()
     for kind, size in (("target_reduction", count), ("target_flops", work)):
         for target in (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.95):

@@ -209,7 +209,9 @@ def test_labels_longer_than_the_decoder():
 
 @pytest.mark.parametrize("name", ["whisper", "bart", "t5"])
 def test_labels_of_another_tokenizer(name):
-    data = [batch | {"labels": batch["labels"] + 40} for batch in data_for(name)]
+    data = data_for(name)
+    for batch in data:
+        batch["labels"] = torch.where(batch["labels"] < 0, -100, batch["labels"] + 40)
     with pytest.raises(CalibrationError, match="labels .* go up to .* has 61 outputs: .*tokenizer of another model"):
         narrow(MODELS[name][0](), data, FACTORED, progress=False)
 
