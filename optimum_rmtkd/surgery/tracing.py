@@ -22,7 +22,7 @@ from ..batches import run
 from ..errors import UnsupportedArchitectureError
 from ..modeling_rmtkd import TernaryMLP, resolve_path
 from ..models import nearly_equal
-from .sites import Anatomy, Point, Unit, get_module, has_module, is_layer, linear_layers
+from .sites import Anatomy, Point, Unit, get_module, is_layer, linear_layers
 
 
 __all__ = ["with_traced_reads"]
@@ -49,6 +49,8 @@ def with_traced_reads(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, An
         UnsupportedArchitectureError: something of the head depends on the stream and is no linear layer that reads it;
             names the layer, or the output.
     """
+    if any(isinstance(module, TernaryMLP) for module in model.modules()):
+        return anatomy  # the cut itself refuses what would change a ternary part
     for source in _sources(model, anatomy):
         anatomy = _traced(model, anatomy, source, batch)
     return anatomy
@@ -87,7 +89,7 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[
     before, outputs = _run(model, candidates, batch)
     found: list[str] = []
     while True:
-        readers = [path for path in (*known, *found) if _can_read(model, path)]
+        readers = [path for path in (*known, *found) if is_layer(model, path)]
         with _turned(model, source, readers):
             after, turned_outputs = _run(model, candidates, batch)
         changed = next((p for p in after if p not in found and not nearly_equal(after[p], before[p])), None)
@@ -106,10 +108,6 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[
         site = dataclasses.replace(site, points=(Point(found[0], "input"),))
     units = tuple(Unit(path, source.site) for path in found)
     return dataclasses.replace(anatomy, units=anatomy.units + units, sites={**anatomy.sites, source.site: site})
-
-
-def _can_read(model: nn.Module, path: str) -> bool:
-    return is_layer(model, path) or (has_module(model, path) and isinstance(get_module(model, path), TernaryMLP))
 
 
 def _refused(model: nn.Module, how: str) -> UnsupportedArchitectureError:
