@@ -91,8 +91,8 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
     done = start(tmp_path / "out", 2, "--broken-rank", "1")
     assert done.returncode == 0, done.stderr[-3000:]
     told = [(tmp_path / "out" / f"error-{rank}.txt").read_text() for rank in range(2)]
-    assert told[1] == "no such column"
-    assert told[0] == "Another process failed, so all stop. process 1: ValueError: no such column"
+    assert "no such column" in told[1]
+    assert told[0].startswith("Another process failed, so all stop. process 1: ") and "no such column" in told[0]
 
 
 def test_distillation_of_ragged_batches_is_that_of_one_process(tmp_path):

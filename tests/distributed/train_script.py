@@ -18,9 +18,15 @@ from ..trainer.conftest import tiny_bert, toy_data
 from .leaving import leave
 
 
-def broken(**options):
-    yield {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
-    raise ValueError("no such column")
+class Broken:
+    """Two batches, of which the second cannot be read."""
+
+    def __len__(self):
+        return 2
+
+    def __iter__(self):
+        yield {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+        raise ValueError("no such column")
 
 
 def main():
@@ -67,7 +73,7 @@ def main():
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if trainer.args.process_index == options.broken_rank:
-        trainer.calibration_batches = broken
+        trainer.calibration_batches = lambda **options: Broken()
     rank = trainer.args.process_index
     if options.broken_rank is not None:
         with pytest.raises((RMTKDError, ValueError)) as caught:
