@@ -185,7 +185,8 @@ def test_the_same_recipe_is_the_same_after_json(make_trainer):
     own["objectives"]["attention_relation"]["relations"] = ("qk",)
     whole = make_trainer(recipe=own, max_steps=2, save_strategy="steps", save_steps=1)
     whole.train()
-    make_trainer(recipe=own, max_steps=2, out="again").train(resume_from_checkpoint=str(folder(whole, 1)))
+    again = make_trainer(recipe=own, max_steps=2, out="again")
+    assert again.train(resume_from_checkpoint=str(folder(whole, 1))).global_step == 2
 
 
 def test_a_checkpoint_that_lacks_tensors_is_refused(make_trainer):
