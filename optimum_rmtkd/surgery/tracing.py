@@ -158,8 +158,9 @@ def _run(model: nn.Module, paths: list[str], batch: Mapping[str, Any]) -> tuple[
         get_module(model, path).register_forward_pre_hook(lambda _module, args, path=path: keep(path, args))
         for path in paths
     ]
+    devices = [model.device] if model.device.type == "cuda" else []  # manual_seed below seeds those, too
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
             torch.manual_seed(0)
             outputs = run(model, batch)
     finally:
