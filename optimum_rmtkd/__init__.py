@@ -47,7 +47,7 @@ _EXPORTS = {
         "pack_model",
         "ternarize",
     ),
-    "trainer": ("RMTKDTrainer", "RMTKDTrainingArguments"),
+    "trainer": ("RMTKDMixin", "RMTKDSeq2SeqTrainer", "RMTKDTrainer", "RMTKDTrainingArguments"),
 }
 _HOMES = {name: room for room, names in _EXPORTS.items() for name in names}
 

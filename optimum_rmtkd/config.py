@@ -144,6 +144,17 @@ class RMTKDConfig(Recipe):
     stage_share: Annotated[float, _share("the training steps", "right")] = _option(
         0.3, "Share of the training steps within which the cuts are spread; the rest distils the final architecture."
     )
+    fit_share: Annotated[float, _share("the training steps", "left")] | None = _option(
+        None,
+        "Share of the training steps in which the model is fine-tuned on the task alone, before the first cut. None: "
+        "0 for a model that can teach, about 0.4 for one that cannot (a new head, a loss no better than that of the "
+        "label frequencies).",
+    )
+    distil_learning_rate: Positive | None = _option(
+        None,
+        "Peak learning rate of the distillation. None: the one of the training arguments, kept within the bounds that "
+        "the size of the cut and the number of steps allow; the log says which was used, and why.",
+    )
     stage_threshold: AtLeastZero | None = _option(
         None,
         "A stage waits until the validation metric has reached this share of its value before the first cut (paper: "

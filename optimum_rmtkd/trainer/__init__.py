@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from .arguments import RMTKDTrainingArguments
+from .mixin import RMTKDMixin
 from .stages import Stage, stage_table
-from .trainer import RMTKDTrainer
+from .trainer import RMTKDSeq2SeqTrainer, RMTKDTrainer
 
 
-__all__ = ["RMTKDTrainer", "RMTKDTrainingArguments", "Stage", "stage_table"]
+__all__ = [
+    "RMTKDMixin",
+    "RMTKDSeq2SeqTrainer",
+    "RMTKDTrainer",
+    "RMTKDTrainingArguments",
+    "Stage",
+    "stage_table",
+]
