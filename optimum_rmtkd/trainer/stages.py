@@ -68,6 +68,13 @@ class Stage:
     metric_before: float | None = None
     metric_cut: float | None = None
     metric_after: float | None = None
+    metrics_before: dict[str, float] | None = None
+    metrics_cut: dict[str, float] | None = None
+    metrics_after: dict[str, float] | None = None
+    predicted_loss: float | None = None
+    divergence: float | None = None
+    learning_rate: float | None = None
+    note: str | None = None
     status: str = "open"
     reason: str | None = None
 

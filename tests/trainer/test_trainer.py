@@ -123,7 +123,7 @@ def test_adam_keeps_the_moments_of_unchanged_tensors_only(make_trainer):
         max_steps=4,
     )
     states = {}
-    install = trainer.staging._apply
+    install = trainer.run._apply
 
     def spy(reduction, before):
         if not trainer.stages:
@@ -141,7 +141,7 @@ def test_adam_keeps_the_moments_of_unchanged_tensors_only(make_trainer):
                 assert torch.equal(state["exp_avg"], moments[name])
         states["kept"] = len(raw.state)
 
-    trainer.staging._apply = spy
+    trainer.run._apply = spy
     trainer.train()
     assert len(trainer.stages) == 2 and 0 < states["kept"] < len(states["old"])
 
@@ -292,7 +292,7 @@ def test_label_smoothing_shifts_the_labels_under_peft(make_trainer):
     expected = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=-100, label_smoothing=0.1
     )
-    assert trainer.distiller.shifted and found.item() == pytest.approx(expected.item(), rel=1e-4)
+    assert trainer._shifted() and found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_layerwise_stops_once_the_target_is_met(make_trainer):
     }
     trainer = make_trainer(recipe=recipe)
     trainer.train()
-    assert len(trainer.stages) == 1 and trainer.staging.stopped == "target met"
+    assert len(trainer.stages) == 1 and trainer.run.stopped == "target met"
 
 
 def test_a_site_that_would_keep_too_little_stops_the_run(make_trainer, caplog):
@@ -511,10 +511,10 @@ def test_every_teacher_has_a_known_projection(make_trainer, teacher):
     trainer.train()
     width = {"initial": 32, "ema": trainer.model.config.hidden_size}
     if teacher == "previous":
-        assert type(trainer.staging.teacher.model).__name__.startswith("RMTKD")
-        assert count_parameters(trainer.staging.teacher.model) == trainer.stages[0].parameters_after
+        assert type(trainer.run.teacher.model).__name__.startswith("RMTKD")
+        assert count_parameters(trainer.run.teacher.model) == trainer.stages[0].parameters_after
     else:
-        assert trainer.staging.teacher.model.bert.embeddings.word_embeddings.embedding_dim == width[teacher]
+        assert trainer.run.teacher.model.bert.embeddings.word_embeddings.embedding_dim == width[teacher]
     assert all(0 <= value < 100 for value in history(trainer, "loss/hidden"))
 
 
