@@ -1,4 +1,4 @@
-"""A recipe without a target: the edge decides where a bulk of noise stands apart, else the user is asked for a size."""
+"""A recipe without a target: the edge decides where a bulk of noise stands apart, else a size is asked for."""
 
 from __future__ import annotations
 
