@@ -42,6 +42,7 @@ from .budget import (
     speed_weight_of,
 )
 from .calibration import Calibration, calibrate, points_of
+from .cautions import MUCH
 from .checks import anatomy_of, check_finite, check_flops, check_parameters, positions_of
 from .directions import Directions, site_directions
 from .divergence import answers_per_sample, mean_divergence
@@ -216,8 +217,9 @@ class Surgeon:
             sure = all(doubts.get(site.name) is None for site in c.sites)
             # two factors of a rank near the full one hold more parameters than the layer they replace
             widths[c.name] = c.rank if sure and parameters({c.name: c.rank}) < whole else c.width
-        if not self.trust_edges and all(widths[c.name] == c.width for c in couples):
-            raise no_target(self.config, doubts, self._curve(couples))
+        lost = self.predicted_loss(widths) if self.loss_unit == "nats" else None
+        if not self.trust_edges and (all(widths[c.name] == c.width for c in couples) or (lost or 0.0) > MUCH):
+            raise no_target(self.config, doubts, lost, self._curve(couples))
         return Plan(widths, [], self.config.round_to)
 
     def doubts(self) -> dict[str, str | None]:

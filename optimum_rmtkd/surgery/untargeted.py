@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from ..config import RMTKDConfig
 from ..errors import NoTargetError
 from .budget import BudgetPoint
+from .cautions import MUCH
 
 
 __all__ = ["SHARES", "asks_for_edges", "curve_table", "has_target", "no_target", "whole_sites"]
@@ -47,14 +48,20 @@ def curve_table(curve: Sequence[BudgetPoint], parameters: float, whole: float, u
     return "\n".join(lines)
 
 
-def no_target(config: RMTKDConfig, doubts: Mapping[str, str | None], curve: str) -> NoTargetError:
+def no_target(config: RMTKDConfig, doubts: Mapping[str, str | None], lost: float | None, curve: str) -> NoTargetError:
     """The error of a recipe without a target, for a model whose edges do not say how far to cut it.
 
     Args:
         doubts: {site: why its edge means nothing, or None}.
+        lost: what a cut of the other sites at their edges is predicted to cost, in nats an answer.
     """
     reasons = [f"{name}: {why}" for name, why in doubts.items() if why is not None]
-    if reasons:
+    if lost is not None and lost > MUCH:
+        found = (
+            f"the edges of {len(doubts) - len(reasons)} of {len(doubts)} sites stand apart, but what lies below them "
+            f"carries {lost:.2g} nats an answer (at most {MUCH:.2g})"
+        )
+    elif reasons:
         more = f"; {len(reasons) - 1} more" if len(reasons) > 1 else ""
         found = f"at {len(reasons)} of {len(doubts)} sites there is no separated bulk of noise ({reasons[0]}{more})"
     else:

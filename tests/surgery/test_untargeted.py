@@ -69,6 +69,15 @@ def test_a_spectrum_without_a_gap_asks_for_a_size():
     assert text.startswith("No target was given") and text.endswith(raised.value.curve)
 
 
+def test_a_bulk_that_carries_the_task_is_not_cut_away():
+    """To the spectrum it is noise; to the head, which is large, it is what the answer hangs on."""
+    model = echo()
+    with torch.no_grad():
+        model.classifier.weight.mul_(300)
+    with pytest.raises(NoTargetError, match="1 of 1 sites stand apart, but what lies below them carries"):
+        narrow(model, planted(), STREAM, progress=False)
+
+
 def test_the_error_shows_what_sizes_are_predicted_to_cost():
     model, data = zoo.make("bert", "ForSequenceClassification"), zoo.batches("bert", count=16)
     recipe = RMTKDConfig(round_to=4, min_width=2, speed_weight=4.0)
