@@ -224,17 +224,8 @@ def reduce(
     asked = config.target_reduction if target_reduction is None else target_reduction
     targets = {"target_reduction": asked, "target_flops": config.target_flops if asked is None else None}
     by_edge = targets == {"target_reduction": None, "target_flops": None}
-    surgeon = Surgeon(
-        model,
-        dataloader,
-        config,
-        sites,
-        accelerator,
-        progress,
-        thorough=by_edge and not trust_edges,
-        trust_edges=trust_edges,
-        **targets,
-    )
+    options = targets | {"thorough": by_edge and not trust_edges, "trust_edges": trust_edges}
+    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, **options)
     with one_for_all(accelerator):
         plan = surgeon.plan(target_reduction)
     plan = from_main(plan, accelerator)

@@ -21,12 +21,20 @@ DEFAULT = RMTKDConfig(round_to=1, min_width=1)
 STREAM = DEFAULT.replace(sites=("hidden",))
 
 
-def echo() -> tf.BertForSequenceClassification:
-    """A model whose stream is its input, normalised: the blocks add nothing."""
+IDS = torch.arange(8192).view(1024, 8)
+DATA = [{"input_ids": part} for part in IDS.split(64)]  # every word once: independent samples
+
+
+def echo(strengths: torch.Tensor, labels: int = 2) -> tf.BertForSequenceClassification:
+    """A model whose stream is its table of words, normalised, and the blocks add nothing to it: 8192 vectors whose
+    covariance has the eigenvalues `strengths` (DIM,), in a random basis."""
     torch.manual_seed(0)
     body = {"hidden_size": DIM, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
-    model = tf.BertForSequenceClassification(tf.BertConfig(vocab_size=30, max_position_embeddings=16, **body)).eval()
+    config = tf.BertConfig(vocab_size=IDS.numel(), max_position_embeddings=16, num_labels=labels, **body)
+    model = tf.BertForSequenceClassification(config).eval()
+    basis = torch.linalg.qr(torch.randn(DIM, DIM))[0]
     with torch.no_grad():
+        model.bert.embeddings.word_embeddings.weight.copy_((torch.randn(8192, DIM) * strengths.sqrt()) @ basis.T)
         model.bert.embeddings.position_embeddings.weight.zero_()
         model.bert.embeddings.token_type_embeddings.weight.zero_()
         for layer in model.bert.encoder.layer:
@@ -35,32 +43,25 @@ def echo() -> tf.BertForSequenceClassification:
     return model
 
 
-def embedded(strengths: torch.Tensor, seed: int = 1) -> list[dict[str, torch.Tensor]]:
-    """Batches of 1024 texts of 8 independent tokens whose covariance has these eigenvalues (DIM,), in a random
-    basis."""
-    generator = torch.Generator().manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(DIM, DIM, generator=generator))[0]
-    x = (torch.randn(1024, 8, DIM, generator=generator) * strengths.sqrt()) @ basis.T
-    return [{"inputs_embeds": part} for part in x.split(64)]
+def planted(**options) -> tf.BertForSequenceClassification:
+    """RANK directions of signal, and white noise."""
+    return echo(torch.cat([torch.linspace(30.0, 10.0, RANK), torch.ones(DIM - RANK)]), **options)
 
 
-def planted() -> list[dict[str, torch.Tensor]]:
-    return embedded(torch.cat([torch.linspace(30.0, 10.0, RANK), torch.ones(DIM - RANK)]))
-
-
-def falling() -> list[dict[str, torch.Tensor]]:
-    return embedded(100.0 * torch.arange(1, DIM + 1.0) ** -1.5)
+def falling() -> tf.BertForSequenceClassification:
+    """A spectrum without a gap, as trained networks have it."""
+    return echo(100.0 * torch.arange(1, DIM + 1.0) ** -1.5)
 
 
 def test_a_separated_bulk_is_cut_at_its_edge():
-    small = narrow(echo(), planted(), STREAM, progress=False)
+    small = narrow(planted(), DATA, STREAM, progress=False)
     assert abs(small.config.hidden_size - RANK) <= 1
-    assert count_parameters(small) < count_parameters(echo())
+    assert count_parameters(small) < count_parameters(planted())
 
 
 def test_a_spectrum_without_a_gap_asks_for_a_size():
     with pytest.raises(NoTargetError) as raised:
-        narrow(echo(), falling(), STREAM, progress=False)
+        narrow(falling(), DATA, STREAM, progress=False)
     assert isinstance(raised.value, BudgetError)
     text = str(raised.value)
     assert "target_reduction=0.5" in raised.value.message and "hidden: the rank is" in raised.value.message
@@ -71,11 +72,11 @@ def test_a_spectrum_without_a_gap_asks_for_a_size():
 
 def test_a_bulk_that_carries_the_task_is_not_cut_away():
     """To the spectrum it is noise; to the head, which is large, it is what the answer hangs on."""
-    model = echo()
+    model = planted(labels=40)
     with torch.no_grad():
         model.classifier.weight.mul_(300)
     with pytest.raises(NoTargetError, match="1 of 1 sites stand apart, but what lies below them carries"):
-        narrow(model, planted(), STREAM, progress=False)
+        narrow(model, DATA, STREAM, progress=False)
 
 
 def test_the_error_shows_what_sizes_are_predicted_to_cost():
@@ -93,11 +94,11 @@ def test_the_error_shows_what_sizes_are_predicted_to_cost():
 
 def test_sites_without_a_bulk_keep_their_width(caplog):
     with caplog.at_level(logging.WARNING, logger="optimum_rmtkd"):
-        small = narrow(echo(), planted(), DEFAULT.replace(sites=("hidden", "attention_vo")), progress=False)
+        small = narrow(planted(), DATA, DEFAULT.replace(sites=("hidden", "attention_vo")), progress=False)
     assert abs(small.config.hidden_size - RANK) <= 1
     assert small.bert.encoder.layer[0].attention.self.value.out_features == DIM
     said = [r.getMessage() for r in caplog.records if "keep their width" in r.getMessage()]
-    assert len(said) == 1 and "1 of 3 sites" in said[0]
+    assert len(said) == 1 and "1 of 5 sites" in said[0]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +106,7 @@ def test_sites_without_a_bulk_keep_their_width(caplog):
     [{"edge_estimator": "mp_median"}, {"edge_estimator": "fixed", "fixed_rank": 10}, {"edge_estimator": "energy"}],
 )
 def test_an_estimator_that_is_named_is_taken_at_its_word(choice):
-    small = narrow(echo(), falling(), STREAM.replace(**choice), progress=False)
+    small = narrow(falling(), DATA, STREAM.replace(**choice), progress=False)
     assert small.config.hidden_size < DIM
 
 
@@ -130,22 +131,22 @@ def test_a_target_that_costs_much_draws_one_warning(caplog):
 
 def test_the_papers_schedule_with_the_default_estimator_is_no_licence():
     with pytest.raises(NoTargetError):
-        narrow(echo(), falling(), STREAM.replace(schedule="layerwise"), progress=False)
+        narrow(falling(), DATA, STREAM.replace(schedule="layerwise"), progress=False)
     with pytest.raises(NoTargetError):
-        check_edges(echo(), falling(), STREAM.replace(schedule="layerwise"), progress=False)
+        check_edges(falling(), DATA, STREAM.replace(schedule="layerwise"), progress=False)
 
 
 def test_a_layer_of_that_schedule_is_cut_at_its_edge_by_the_trainer():
     """There a target may stop the cuts, which a single one does not know of."""
-    found = reduce(echo(), falling(), STREAM.replace(schedule="layerwise"), sites=["hidden"], progress=False)
+    found = reduce(falling(), DATA, STREAM.replace(schedule="layerwise"), sites=["hidden"], progress=False)
     assert found.parameters_after < found.parameters_before
 
 
 def test_edges_are_checked_before_training():
-    names = check_edges(echo(), planted(), DEFAULT.replace(sites=("hidden", "attention_vo")), progress=False)
+    names = check_edges(planted(), DATA, DEFAULT.replace(sites=("hidden", "attention_vo")), progress=False)
     assert names == ("hidden",)
     with pytest.raises(NoTargetError):
-        check_edges(echo(), falling(), STREAM, progress=False)
+        check_edges(falling(), DATA, STREAM, progress=False)
 
 
 @pytest.mark.parametrize(
@@ -161,13 +162,13 @@ def test_nothing_is_computed_where_there_is_no_question(choice):
 
 
 def test_analyze_always_works():
-    report = analyze(echo(), falling(), STREAM, progress=False)
+    report = analyze(falling(), DATA, STREAM, progress=False)
     assert report.planned_parameters == report.parameters
     assert [s.planned for s in report.sites] == [DIM]
     assert "No target was given" in report.table() and report.to_dict()["note"] == report.note
-    report = analyze(echo(), planted(), STREAM, progress=False)
+    report = analyze(planted(), DATA, STREAM, progress=False)
     assert abs(report.sites[0].planned - RANK) <= 1 and report.note == ""
-    report = analyze(echo(), falling(), STREAM.replace(target_reduction=0.3), progress=False)
+    report = analyze(falling(), DATA, STREAM.replace(target_reduction=0.3), progress=False)
     assert report.planned_parameters < report.parameters and report.note == ""
 
 
