@@ -86,6 +86,8 @@ def spectra_page(report: Mapping[str, Any]) -> str:
 
 def _spectra_sections(report: Mapping[str, Any], prefix: str, key: str) -> list[dict[str, Any]]:
     sections, sites = [], report["sites"]
+    if report.get("note"):
+        sections.append({"title": f"{prefix}No target", "text": report["note"]})
     if report["budget"]:
         figure = plots.new_figure()
         plots.draw_budget(report, figure.subplots())
@@ -183,9 +185,8 @@ def _render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Map
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    keyed = [
-        {"figures": (), "rows": (), "details": ()} | dict(s) | {"key": f"part-{i}"} for i, s in enumerate(sections)
-    ]
+    blank = {"text": "", "figures": (), "rows": (), "details": ()}
+    keyed = [blank | dict(s) | {"key": f"part-{i}"} for i, s in enumerate(sections)]
     page = environment.get_template("report.html.jinja").render(
         title=title, facts=facts, sections=keyed, recipe=sorted(recipe.items()), generator=UNSIGNED
     )
