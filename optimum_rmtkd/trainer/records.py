@@ -53,4 +53,6 @@ def stage_of(cut: PlannedCut, step: int, reduction: Any, measured: Measured, met
         metric_name=metric_name if measured.value is not None else None,
         metric_before=measured.value,
         metrics_before=measured.metrics,
+        predicted_loss=reduction.predicted_loss if reduction.loss_unit == "nats" else None,
+        divergence=reduction.divergence,
     )

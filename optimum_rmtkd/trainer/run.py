@@ -191,7 +191,7 @@ class Run:
                 self.fit.steps,
             )
         if self._open is not None:
-            self._settle(self.judge.measure())
+            self._settle(self._measure())
         if self.cuts_to_come and self.stages:
             cut = self._next_cut()
             logger.warning(
@@ -202,6 +202,8 @@ class Run:
                 ", and the validation metric had not come back" if self.waits else "",
             )
         self._warn_short_of_target()
+        if any(stage.accepted for stage in self.stages) and (text := self.judge.loss_of(self.judge.last)):
+            logger.warning(text)
         self.dropout.restore()
         self._write_journal()
 
@@ -215,7 +217,7 @@ class Run:
         cut = self._next_cut()
         if cut is None or step < max(cut.step + self.delay, self.retry_at or 0):
             return
-        measured = self.judge.measure()
+        measured = self._measure()
         if self.judge.baseline.metrics is None:
             self.judge.baseline = measured
         if self._may_cut(measured, step) and not self._target_met():
@@ -260,18 +262,21 @@ class Run:
         self.stopped = "target met"
         return True
 
+    def _measure(self) -> Measured:
+        return self.judge.measure(self.initial if self.stages else None)
+
     def _may_cut(self, measured: Measured, step: int) -> bool:
         """Judge the open stage before the next cut; False where that cut is not made now."""
-        judge, value, stage = self.judge, measured.value, self._open
+        judge, value = self.judge, measured.value
         if self.stages and judge.below_threshold(value):
             self._wait(step)
             return False
         self.retry_at = None
-        if stage is None:
+        if self._open is None:
             return True
         if not judge.dropped(value):
-            if judge.worse(value, stage):
-                self._repeat(step, value)
+            if judge.worse(measured):
+                self._repeat(step, measured)
                 return False
             if not judge.come_back(value, self.fit.chance):
                 self._wait_or_stop(step, value)
@@ -306,18 +311,17 @@ class Run:
 
     def _look(self, step: int) -> None:
         """Once in a stage, early enough to mend it: is the model being ruined?"""
-        stage = self._open
-        if self.look_at is None or step < self.look_at or stage is None:
+        if self.look_at is None or step < self.look_at or self._open is None:
             return
         self.look_at = None
-        value = None if stage.metric_cut is None else self.judge.measure().value
-        if self.judge.worse(value, stage) and not self.judge.come_back(value, self.fit.chance):
-            self._repeat(step, value)
+        measured = self._measure()
+        if self.judge.worse(measured) and not self.judge.come_back(measured.value, self.fit.chance):
+            self._repeat(step, measured)
 
-    def _repeat(self, step: int, value: float) -> None:
+    def _repeat(self, step: int, measured: Measured) -> None:
         """The weights of just after the cut come back, and the stage begins anew at a lower rate."""
         stage, spent = self._open, step - self.stage_from
-        lost = f"{stage.metric_name} {value:.4g} after {spent} steps, {stage.metric_cut:.4g} just after the cut"
+        lost = f"{self.judge.words(measured)}, after {spent} steps"
         self._put_back()
         self.pace.slow_down()
         self.repeats += 1
@@ -348,22 +352,18 @@ class Run:
     def _settle(self, measured: Measured) -> bool:
         """Judge the open stage for good; False if it was rolled back."""
         stage, value = self._open, measured.value
-        after = {"metric_after": value, "metrics_after": measured.metrics}
         if self.judge.dropped(value):
             uncut, allowed = self.judge.baseline.value, self.config.max_metric_drop
             reason = f"{stage.metric_name} {value:.4f}, uncut {uncut:.4f}, max_metric_drop {allowed:g}"
-            self.stages[-1] = dataclasses.replace(stage, **after, status="rolled_back", reason=reason)
+            self.stages[-1] = dataclasses.replace(stage, **_after(measured), status="rolled_back", reason=reason)
             self._roll_back(reason)
             return False
-        if self.judge.worse(value, stage):
+        if self.judge.worse(measured):
             self._put_back()
-            self._note(
-                f"distilling made it worse ({stage.metric_name} {value:.4g}, {stage.metric_cut:.4g} just after the "
-                "cut): the weights just after the cut are kept"
-            )
+            self._note(f"distilling made it worse ({self.judge.words(measured)}): the weights just after the cut stay")
             logger.warning("Stage %d: %s.", stage.index, self.stages[-1].note)
-            after = {"metric_after": stage.metric_cut, "metrics_after": stage.metrics_cut}
-        self.stages[-1] = dataclasses.replace(self.stages[-1], **after, status="accepted")
+            self.judge.last = measured = self.judge.just_cut
+        self.stages[-1] = dataclasses.replace(self.stages[-1], **_after(measured), status="accepted")
         self.after_cut = None
         self._write_journal()
         return True
@@ -399,8 +399,8 @@ class Run:
             self._write_journal()
             return
         self._apply(reduction, before)
-        now = self.judge.measure()
-        self.after_cut = None if now.value is None else _copied(self.host.model)
+        self.judge.just_cut = now = self.judge.measure(self.initial)
+        self.after_cut = None if now.value is None and now.divergence is None else _copied(self.host.model)
         target = self.config.target_reduction or self.config.target_flops or 0.0
         self.pace.suit(max(target, 1 - self.parameters / self.reference_parameters))
         figures = {"metric_cut": now.value, "metrics_cut": now.metrics, "learning_rate": self.pace.rate}
@@ -501,6 +501,14 @@ class Run:
 
     def _write_journal(self) -> None:
         self.records.journal(self.stages, self.reference_parameters, self.parameters)
+
+
+def _after(measured: Measured) -> dict[str, Any]:
+    return {
+        "metric_after": measured.value,
+        "metrics_after": measured.metrics,
+        "divergence_after": measured.divergence,
+    }
 
 
 def _copied(model: nn.Module) -> dict[str, torch.Tensor]:

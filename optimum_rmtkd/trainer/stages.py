@@ -73,6 +73,7 @@ class Stage:
     metrics_after: dict[str, float] | None = None
     predicted_loss: float | None = None
     divergence: float | None = None
+    divergence_after: float | None = None
     learning_rate: float | None = None
     note: str | None = None
     status: str = "open"
