@@ -155,6 +155,9 @@ class Run:
             self.pace.reset()
         if resumed and not self.fit.going:
             self._appoint_teacher()
+        elif resumed:
+            load_transforms(self.parts.transforms, self.restored)
+            self.restored = None
         self._disable_dropout()
         if not resumed:
             self.host.reschedule()
