@@ -47,8 +47,9 @@ def stage_measures(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, 
             row = [values[moment].get(name) for moment in MOMENTS]
             rows += [(name, stage["index"], *row)] if any(value is not None for value in row) else []
     for key, name in (("predicted_loss", "added loss, predicted"), ("divergence", "divergence from uncut, nats")):
-        known = [(stage["index"], stage[key]) for stage in stages if stage.get(key) is not None]
-        rows += [(name, index, None, value, None) for index, value in known]
+        for stage in stages:
+            values = stage.get(key), stage.get(f"{key}_after")
+            rows += [(name, stage["index"], None, *values)] if any(value is not None for value in values) else []
     return rows
 
 

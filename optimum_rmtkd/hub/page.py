@@ -91,6 +91,8 @@ def spectra_page(report: Mapping[str, Any]) -> str:
 
 def _spectra_sections(report: Mapping[str, Any], prefix: str, key: str) -> list[dict[str, Any]]:
     sections, sites = [], report["sites"]
+    if report.get("note"):
+        sections.append({"title": f"{prefix}No target", "text": report["note"]})
     if report["budget"]:
         figure = plots.new_figure()
         plots.draw_budget(report, figure.subplots())
@@ -188,9 +190,8 @@ def _render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Map
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    keyed = [
-        {"figures": (), "rows": (), "remarks": (), "details": ()} | dict(s) | {"key": f"part-{i}"} for i, s in enumerate(sections)
-    ]
+    blank = {"text": "", "figures": (), "rows": (), "remarks": (), "details": ()}
+    keyed = [blank | dict(s) | {"key": f"part-{i}"} for i, s in enumerate(sections)]
     page = environment.get_template("report.html.jinja").render(
         title=title, facts=facts, sections=keyed, recipe=sorted(recipe.items()), generator=UNSIGNED
     )

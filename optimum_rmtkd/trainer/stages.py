@@ -58,7 +58,8 @@ class Stage:
         metrics_before, metrics_cut, metrics_after: all numbers that the evaluation returned at these moments, without
             times and speeds (`hub.measures.of_quality`), that one included.
         predicted_loss: what the cut was predicted to add to the task loss of a sample, in nats (`BudgetPoint`).
-        divergence: of the model just after the cut, untrained, from the uncut one, in nats.
+        divergence, divergence_after: of the model just after the cut, untrained, and at the end of the stage, from the
+            uncut one, in nats an answer.
         learning_rate: peak rate of the distillation of this stage.
         note: one line of what was noticed, for people.
         status: "open" (being distilled), "accepted", "rolled_back" (metric fell too far), "rejected" (never applied).
@@ -75,15 +76,16 @@ class Stage:
     metric_before: float | None = None
     metric_cut: float | None = None
     metric_after: float | None = None
-    status: str = "open"
-    reason: str | None = None
     metrics_before: dict[str, float] | None = None
     metrics_cut: dict[str, float] | None = None
     metrics_after: dict[str, float] | None = None
     predicted_loss: float | None = None
     divergence: float | None = None
+    divergence_after: float | None = None
     learning_rate: float | None = None
     note: str | None = None
+    status: str = "open"
+    reason: str | None = None
 
     @property
     def accepted(self) -> bool:
