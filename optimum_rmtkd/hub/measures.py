@@ -4,6 +4,7 @@ cost. Plain functions over the plain dictionaries of `rmtkd_stages.json`."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def of_quality(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in metrics.items()
-        if isinstance(value, (int, float))
+        if isinstance(value, numbers.Real)
         and not isinstance(value, bool)
         and name != "epoch"
         and not name.endswith(SPEED)
@@ -35,7 +36,9 @@ def number(value: float | None) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.4g}"
 
 
-def stage_measures(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float | None, float | None, float | None]]:
+def stage_measures(
+    stages: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, int, float | None, float | None, float | None]]:
     """Rows (what, stage, before, just after the cut, after) of all that was measured of the stages beside the metric
     that judged them."""
     judged = {stage.get("metric_name") for stage in stages}

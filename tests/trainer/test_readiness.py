@@ -8,9 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
-    AutoModelForImageClassification,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
@@ -188,7 +185,9 @@ def test_tokens_are_judged_by_their_labels_and_causal_ones_are_shifted():
     ):
         model.eval()
         given = labels if not model.config.is_encoder_decoder else ids
-        found = readiness(model, [{"input_ids": ids[:2], "labels": given[:2]}, {"input_ids": ids[2:], "labels": given[2:]}])
+        found = readiness(
+            model, [{"input_ids": ids[:2], "labels": given[:2]}, {"input_ids": ids[2:], "labels": given[2:]}]
+        )
         with torch.no_grad():
             assert found.loss == pytest.approx(float(model(input_ids=ids, labels=given).loss), rel=1e-4)
         counted = given[:, 1:] if isinstance(model, GPT2LMHeadModel) else given
