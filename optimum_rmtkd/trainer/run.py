@@ -21,7 +21,7 @@ from ..distillation.teachers import clean_copy
 from ..reparameterization import is_reparameterized
 from . import checkpoint, plain
 from .companions import Companions
-from .cutting import planned, reduced
+from .cutting import check_edges, planned, reduced
 from .fit import Fit
 from .host import Host
 from .judge import Judge, Measured
@@ -149,6 +149,8 @@ class Run:
             self.fit.decide()
             kept = self.parameters / self.reference_parameters
             self.plan = planned(self.host.model, self.config, self.host.max_steps, self.fit.steps, kept)
+            if self.plan and self.fit.going:
+                check_edges(self.host, self.config)
             if self.plan or self.fit.steps:
                 self.pace.begin(self.fit.steps)
         elif not resumed and not self.fit.going:  # trained on after its cuts, by the user's own schedule
