@@ -153,8 +153,8 @@ def test_the_rate_of_an_online_teacher_is_its_own_times_the_schedules_share(make
     )
     rates, step = [], trainer.run.tutor.companions.step
 
-    def watched():
-        step()
+    def watched(main):
+        step(main)
         rates.extend(group["lr"] for group in trainer.run.tutor.companions.optimizer.param_groups)
 
     trainer.run.tutor.companions.step = watched
