@@ -33,9 +33,8 @@ def doubt(found: SignalSubspace) -> str | None:
     if ranks[most] - ranks[least] > max(1, AGREEMENT * ranks[least]):
         return f"the rank is {ranks[least]} by {least} and {ranks[most]} by {most}, of {found.dim}"
     bulk = found.dim - found.null_directions - found.spectral_rank
-    if math.isnan(found.ks_distance) or found.ks_distance > (allowed := FIT + 1 / bulk):
-        said = (
-            "no bulk" if math.isnan(found.ks_distance) else f"distance {found.ks_distance:.2f}, at most {allowed:.2f}"
-        )
-        return f"what lies below the edge is not noise (Kolmogorov-Smirnov: {said})"
+    if math.isnan(found.ks_distance):
+        return "fewer than two directions lie below the edge"
+    if found.ks_distance > (allowed := FIT + 1 / bulk):
+        return f"what lies below the edge is no noise: Kolmogorov-Smirnov {found.ks_distance:.2f} (> {allowed:.2f})"
     return found.details.get("warning")

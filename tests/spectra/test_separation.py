@@ -52,8 +52,8 @@ def test_agreement_alone_is_not_enough(spiked):
     """Rules can agree by chance on a spectrum that is no noise below its edge."""
     found = subspace(spiked(2000, dim=64, rank=6))
     assert doubt(found) is None
-    assert "distance 0.20" in doubt(dataclasses.replace(found, ks_distance=0.2))
-    assert "no bulk" in doubt(dataclasses.replace(found, ks_distance=float("nan")))
+    assert "Kolmogorov-Smirnov 0.20" in doubt(dataclasses.replace(found, ks_distance=0.2))
+    assert "fewer than two" in doubt(dataclasses.replace(found, ks_distance=float("nan")))
 
 
 def test_controls_neither_vote_nor_are_believed(spiked):
