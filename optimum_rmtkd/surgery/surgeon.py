@@ -43,7 +43,8 @@ from .budget import (
 )
 from .calibration import Calibration, calibrate, points_of
 from .cautions import MUCH
-from .checks import anatomy_of, check_finite, check_flops, check_parameters, positions_of
+from .checks import anatomy_of, check_data, check_finite, check_flops, check_parameters, check_recipe
+from .checks import positions_of as _positions
 from .directions import Directions, site_directions
 from .divergence import answers_per_sample, mean_divergence
 from .grouping import by_length
@@ -58,7 +59,7 @@ from .tryout import checked_batches
 from .untargeted import SHARES, asks_for_edges, curve_table, no_target
 
 
-__all__ = ["Surgeon"]
+__all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
 
 TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
 
@@ -200,7 +201,7 @@ class Surgeon:
         target = self.config.target_reduction if target_reduction is None else target_reduction
         if target is None and self.config.target_flops is None:
             return self._plan_by_edges(couples, parameters)
-        positions = positions_of(self.teacher, self.batches)
+        positions = _positions(self.teacher, self.batches)
         flops = flops_of(self.teacher, self.anatomy, positions)
         if target is not None:
             whole = float(uncut_parameters(self.source))
@@ -233,7 +234,7 @@ class Surgeon:
 
     def _curve(self, couples: list[Couple]) -> str:
         """What sizes are predicted to cost, as a table."""
-        parameters, positions = parameters_of(self.teacher, self.anatomy), positions_of(self.teacher, self.batches)
+        parameters, positions = parameters_of(self.teacher, self.anatomy), _positions(self.teacher, self.batches)
         now, whole = parameters({}), float(uncut_parameters(self.source))
         worth = self._worth(now, flops_of(self.teacher, self.anatomy, positions)({}), positions)
         moves = descent(couples, parameters, worth, (1 - SHARES[-1]) * whole, whole, self.config)
