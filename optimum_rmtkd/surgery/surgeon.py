@@ -68,7 +68,7 @@ class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
 
     `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
-    that the estimator "signflip" needs. A `target_reduction` that is out of reach is refused (BudgetError) before any
+    that the estimator "signflip" needs (`null_moments`: those alone). A `target_reduction` that is out of reach is refused (BudgetError) before any
     data is read, a `target_flops` before the calibration; `plan` is asked for them again. With `trust_edges` a plan
     without a target takes every spectral edge as it is; default: where the recipe names an estimator.
     """
@@ -85,6 +85,7 @@ class Surgeon:
         target_reduction: float | None = None,
         target_flops: float | None = None,
         trust_edges: bool | None = None,
+        null_moments: bool = False,
     ):
         check_structure(model)
         find_estimator(config.edge_estimator)
@@ -107,7 +108,9 @@ class Surgeon:
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
             check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
-            self.calibration = Calibration(points, self._gradient_points(), config, null_moments=thorough)
+            self.calibration = Calibration(
+                points, self._gradient_points(), config, null_moments=thorough or null_moments
+            )
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
