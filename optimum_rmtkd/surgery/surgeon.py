@@ -68,9 +68,10 @@ class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
 
     `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
-    that the estimator "signflip" needs (`null_moments`: those alone). A `target_reduction` that is out of reach is refused (BudgetError) before any
-    data is read, a `target_flops` before the calibration; `plan` is asked for them again. With `trust_edges` a plan
-    without a target takes every spectral edge as it is; default: where the recipe names an estimator.
+    that the estimator "signflip" needs (`null_moments`: those alone). A `target_reduction` that is out of reach is
+    refused (BudgetError) before any data is read, a `target_flops` before the calibration; `plan` is asked for them
+    again. With `trust_edges` a plan without a target takes every spectral edge as it is; default: where the recipe
+    names an estimator.
     """
 
     def __init__(
