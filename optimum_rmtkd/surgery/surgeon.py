@@ -242,7 +242,10 @@ class Surgeon:
         now, whole = parameters({}), float(uncut_parameters(self.source))
         worth = self._worth(now, flops_of(self.teacher, self.anatomy, positions)({}), positions)
         moves = descent(couples, parameters, worth, (1 - SHARES[-1]) * whole, whole, self.config)
-        units = {"nats": ("nats an answer", self.answers), "energy": ("sum of shares of the energy", 1.0)}
+        units = {
+            "nats": ("nats an answer, to second order", self.answers),
+            "energy": ("sum of shares of the energy", 1.0),
+        }
         unit, per = units.get(self.loss_unit, ("mean share of a layer's energy", float(len(couples))))
         return curve_table(moves, now, whole, unit, per)
 

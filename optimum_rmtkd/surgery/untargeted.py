@@ -34,7 +34,7 @@ def curve_table(curve: Sequence[BudgetPoint], parameters: float, whole: float, u
         curve: the moves of one descent. parameters, whole: of the model now, and before its first cut.
         unit: of the predicted losses once they are divided by `per`.
     """
-    lines = [f"  {'target_reduction':>16}  {'parameters':>14}  predicted loss ({unit}, to second order)"]
+    lines = [f"  {'target_reduction':>16}  {'parameters':>14}  predicted loss ({unit})"]
     for share in SHARES:
         goal = (1 - share) * whole
         point = next((p for p in curve if p.cost <= goal), None)
