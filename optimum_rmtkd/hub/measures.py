@@ -35,7 +35,9 @@ def number(value: float | None) -> str:
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.4g}"
 
 
-def stage_measures(stages: Sequence[Mapping[str, Any]]) -> list[tuple[str, int, float | None, float | None, float | None]]:
+def stage_measures(
+    stages: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, int, float | None, float | None, float | None]]:
     """Rows (what, stage, before, just after the cut, after) of all that was measured of the stages beside the metric
     that judged them."""
     judged = {stage.get("metric_name") for stage in stages}

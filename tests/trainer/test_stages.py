@@ -125,7 +125,9 @@ MEASURED = {
 
 
 def test_the_table_shows_all_metrics_and_what_the_cut_was_predicted_to_cost():
-    first = Stage(0, 0, (), 100, 50, **MEASURED, predicted_loss=0.25, divergence=0.4, learning_rate=1e-4, note="a note")
+    first = Stage(
+        0, 0, (), 100, 50, **MEASURED, predicted_loss=0.25, divergence=0.4, learning_rate=1e-4, note="a note"
+    )
     table = stage_table([first, Stage(1, 9, (), 50, 25, metrics_before={"eval_f1": 0.7})])
     head, rest = table.split("\n\n")
     assert re.search(r"50\.0% +0\.9000 +0\.6000 +0\.8800 +open", head) and "eval_f1" not in head
@@ -153,14 +155,24 @@ def test_the_journal_holds_all_metrics_and_the_fine_tuning(tmp_path):
     journal = json.loads((tmp_path / JOURNAL).read_text())
     assert journal["fit"] == fit and journal["stages"][0]["metrics_cut"]["eval_f1"] == 0.5
     assert journal["metrics"] == {"before": MEASURED["metrics_before"], "after": MEASURED["metrics_after"]}
-    write_journal(tmp_path, stages[1:], RMTKDConfig(), 10, 5, metrics={"before": {"eval_loss": math.nan}, "after": None})
+    write_journal(
+        tmp_path, stages[1:], RMTKDConfig(), 10, 5, metrics={"before": {"eval_loss": math.nan}, "after": None}
+    )
     journal = json.loads((tmp_path / JOURNAL).read_text())
     assert journal["metrics"] == {"before": {"eval_loss": None}, "after": None} and journal["fit"] is None
 
 
 def test_records_of_earlier_versions_still_load():
     old = Stage(0, 3, (site("a", 4, 2),), 10, 5, metric_after=0.5).to_dict()
-    for name in ("metrics_before", "metrics_cut", "metrics_after", "predicted_loss", "divergence", "learning_rate", "note"):
+    for name in (
+        "metrics_before",
+        "metrics_cut",
+        "metrics_after",
+        "predicted_loss",
+        "divergence",
+        "learning_rate",
+        "note",
+    ):
         del old[name]
     stage = Stage.from_dict(old)
     assert stage.metrics_after is None and stage.note is None and stage.metric_after == 0.5
