@@ -4,6 +4,7 @@ cost. Plain functions over the plain dictionaries of `rmtkd_stages.json`."""
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ def of_quality(metrics: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: float(value)
         for name, value in metrics.items()
-        if isinstance(value, (int, float))
+        if isinstance(value, numbers.Real)
         and not isinstance(value, bool)
         and name != "epoch"
         and not name.endswith(SPEED)

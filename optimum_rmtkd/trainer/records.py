@@ -21,10 +21,10 @@ class Records:
     def __init__(self, host: Host, config: RMTKDConfig):
         self.host, self.config = host, config
 
-    def journal(self, stages: Sequence[Stage], reference: int, parameters: int) -> None:
+    def journal(self, stages: Sequence[Stage], reference: int, parameters: int, fit: dict[str, Any] | None) -> None:
         """`rmtkd_stages.json` as things stand."""
         if self.host.folder is not None:
-            write_journal(self.host.folder, stages, self.config, reference, parameters)
+            write_journal(self.host.folder, stages, self.config, reference, parameters, fit=fit)
 
     def spectra(self, index: int, report: Any) -> None:
         """The spectra that a cut was made from."""

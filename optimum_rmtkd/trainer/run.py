@@ -21,7 +21,7 @@ from ..distillation.teachers import clean_copy
 from ..reparameterization import is_reparameterized
 from . import checkpoint, plain
 from .companions import Companions
-from .cutting import planned, reduced
+from .cutting import check_edges, planned, reduced
 from .fit import Fit
 from .host import Host
 from .judge import Judge, Measured
@@ -149,12 +149,17 @@ class Run:
             self.fit.decide()
             kept = self.parameters / self.reference_parameters
             self.plan = planned(self.host.model, self.config, self.host.max_steps, self.fit.steps, kept)
+            if self.plan and self.fit.going:
+                check_edges(self.host, self.config)
             if self.plan or self.fit.steps:
                 self.pace.begin(self.fit.steps)
         elif not resumed and not self.fit.going:  # trained on after its cuts, by the user's own schedule
             self.pace.reset()
         if resumed and not self.fit.going:
             self._appoint_teacher()
+        elif resumed:
+            load_transforms(self.parts.transforms, self.restored)
+            self.restored = None
         self._disable_dropout()
         if not resumed:
             self.host.reschedule()
@@ -401,11 +406,10 @@ class Run:
         self._apply(reduction, before)
         self.judge.just_cut = now = self.judge.measure(self.initial)
         self.after_cut = None if now.value is None and now.divergence is None else _copied(self.host.model)
-        target = self.config.target_reduction or self.config.target_flops or 0.0
-        self.pace.suit(max(target, 1 - self.parameters / self.reference_parameters))
-        figures = {"metric_cut": now.value, "metrics_cut": now.metrics, "learning_rate": self.pace.rate}
-        self.stages.append(dataclasses.replace(stage, **figures))
+        self.stages.append(dataclasses.replace(stage, metric_cut=now.value, metrics_cut=now.metrics))
         self.repeats = 0
+        self.pace.suit(1 - self.parameters / self.reference_parameters, self._steps_of_stage(step))
+        self.stages[-1] = dataclasses.replace(self.stages[-1], learning_rate=self.pace.rate)
         self._begin_stage(step)
         self._disable_dropout()
         self.reports.append(reduction.report)
@@ -413,10 +417,14 @@ class Run:
         self._write_journal()
         self.records.log(self.stages[-1], self.parameters)
 
+    def _steps_of_stage(self, step: int) -> int:
+        """From here to the next cut, or the end."""
+        cut = self._next_cut()
+        return max(1, (self.host.max_steps if cut is None else cut.step + self.delay) - step)
+
     def _begin_stage(self, step: int) -> None:
         """The model just after its cut is at hand: the rate warms up, and a look is due at a quarter of the stage."""
-        cut = self._next_cut()
-        steps = (self.host.max_steps if cut is None else cut.step + self.delay) - step
+        steps = self._steps_of_stage(step)
         self.stage_from, self.look_at = step, step + steps // 4 if steps >= LOOKED_AT else None
         self.pace.warm_up(step, steps)
         self.host.reschedule()
@@ -500,7 +508,7 @@ class Run:
             self.host.install(plain.put_on(how, clean_copy(model), cores), prepare=False)
 
     def _write_journal(self) -> None:
-        self.records.journal(self.stages, self.reference_parameters, self.parameters)
+        self.records.journal(self.stages, self.reference_parameters, self.parameters, self.fit.to_dict())
 
 
 def _after(measured: Measured) -> dict[str, Any]:
