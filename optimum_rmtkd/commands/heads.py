@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..errors import RMTKDError
-from .labels import GENERIC, SHOWN, WHOLE, find, shortest
+from .labels import SHOWN, WHOLE, find, shortest
 from .metrics import REGRESSION
 
 
@@ -70,11 +70,6 @@ def _classes(rows: Dataset, column: str, metric: str | None, label_map: dict[str
         )
     if classes == [str(i) for i in range(len(classes))]:
         return [f"LABEL_{i}" for i in range(len(classes))]  # numbers are no names
-    if any(map(GENERIC.fullmatch, classes)) and classes != sorted(classes):
-        raise RMTKDError(
-            f"Column '{column}' has classes called {', '.join(classes[:SHOWN])}, and LABEL_N means number N: give "
-            "them names of their own with --label-map."
-        )
     return classes
 
 

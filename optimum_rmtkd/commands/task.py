@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RMTKDError
 from ..hub.loading import load_config
+from ..hub.measures import of_quality
 from .data import DataArguments, divide, find_columns, has_images, read_rows
 from .heads import with_new_head
 from .inputs import check_inputs, image_tools, text_tools
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 
 
-__all__ = ["Task", "evaluate", "load_task", "stored_dtype", "weights_folder"]
+__all__ = ["Task", "evaluate", "load_task", "measure", "stored_dtype", "weights_folder"]
 
 HEADS = {"text": "ForSequenceClassification", "image": "ForImageClassification"}
 
@@ -51,6 +52,11 @@ class Task:
     collator: Callable
     metric: str
     new_head: bool = False
+
+    @property
+    def judged_by(self) -> str:
+        """Name of the metric among those of `measure`."""
+        return f"eval_{self.metric}"
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """`compute_metrics` of a Trainer: the one metric of the task."""
@@ -164,6 +170,11 @@ def _labelled(
 
 def evaluate(task: Task, model: PreTrainedModel, batch_size: int = 64) -> float:
     """The task's metric of `model` on the validation rows."""
+    return measure(task, model, batch_size)[task.judged_by]
+
+
+def measure(task: Task, model: PreTrainedModel, batch_size: int = 64) -> dict[str, float]:
+    """All metrics of `model` on the validation rows, named as by `Trainer.evaluate`: eval_loss and that of the task."""
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -176,7 +187,7 @@ def evaluate(task: Task, model: PreTrainedModel, batch_size: int = 64) -> float:
             dataloader_pin_memory=torch.accelerator.is_available(),
         )
         trainer = Trainer(model, args, data_collator=task.collator, compute_metrics=task.compute_metrics)
-        return trainer.predict(task.validation).metrics[f"test_{task.metric}"]
+        return of_quality(trainer.predict(task.validation, metric_key_prefix="eval").metrics)
 
 
 def weights_folder(model: str) -> Path:
