@@ -93,7 +93,11 @@ class CompressCommand(Command):
     @staticmethod
     def parse_args(parser):
         set_help(parser, DESCRIPTION, EPILOG, USAGE)
-        parser.add_argument("--model", required=True, help="Hub name or local folder of a fine-tuned classifier; with --fit, of any model.")
+        parser.add_argument(
+            "--model",
+            required=True,
+            help="Hub name or local folder of a fine-tuned classifier; with --fit, of any model.",
+        )
         parser.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder of the reduced model.")
         parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
         parser.add_argument(
@@ -251,7 +255,9 @@ def _measured(stages: Sequence[Stage], metrics: dict[str, dict[str, float]], jud
     """The records of a cut without training, measured before and after."""
     before, after = metrics["before"], metrics["after"]
     figures = {"metrics_before": before, "metrics_cut": after, "metrics_after": after, "metric_name": judged_by}
-    figures |= {f"metric_{moment}": figures[f"metrics_{moment}"].get(judged_by) for moment in ("before", "cut", "after")}
+    figures |= {
+        f"metric_{moment}": figures[f"metrics_{moment}"].get(judged_by) for moment in ("before", "cut", "after")
+    }
     return [dataclasses.replace(stage, **figures) for stage in stages]
 
 

@@ -113,7 +113,9 @@ def load_task(
     train, validation = divide(train, validation, data, seed)
     loaded = _load_model(model, config if new else None, kind, attn_implementation, seed)
     if new:
-        gives = "one number" if is_regression(config) else f"{config.num_labels} classes ({shown(class_names(config))})"
+        gives = (
+            "one number" if is_regression(config) else f"{config.num_labels} classes ({shown(class_names(config))})"
+        )
         print(f"{why}: it gets a new head for {gives}, and is fine-tuned first")
     if kind == "text":
         processor, collator, encode = text_tools(model, loaded, inputs, data.max_length)
@@ -174,7 +176,7 @@ def evaluate(task: Task, model: PreTrainedModel, batch_size: int = 64) -> float:
 
 
 def measure(task: Task, model: PreTrainedModel, batch_size: int = 64) -> dict[str, float]:
-    """All metrics of `model` on the validation rows, named as by `Trainer.evaluate`: eval_loss and that of the task."""
+    """All metrics of `model` on the validation rows, named as by `Trainer.evaluate`: eval_loss and the task's own."""
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -244,7 +246,7 @@ def _load_model(
 
 
 def _in_backbone(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor belongs to what pretraining made: a pooler, which masked language models leave out, does not."""
+    """Whether a tensor belongs to what pretraining made: a pooler, which masked models leave out, does not."""
     return name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name.split(".")
 
 

@@ -61,7 +61,9 @@ def test_a_raw_checkpoint_is_fine_tuned_cut_and_distilled(cli, raw, table, valid
     assert "Fine-tuned first: 2 steps" in (tmp_path / "out" / "README.md").read_text(encoding="utf8")
 
 
-def test_a_fine_tuned_model_keeps_its_head_and_is_fine_tuned_all_the_same(cli, bert, table, validation_table, tmp_path):
+def test_a_fine_tuned_model_keeps_its_head_and_is_fine_tuned_all_the_same(
+    cli, bert, table, validation_table, tmp_path
+):
     files = ("--model", bert, "--train-file", table, "--validation-file", validation_table)
     code, out, err = cli("compress", "--fit-share", 0.2, *files, *SMALL, "--max-steps", 5, "-o", tmp_path / "out")
     assert code == 0, err
@@ -153,7 +155,9 @@ def test_a_checkpoint_that_lacks_a_part_of_the_backbone_is_refused(raw, table, t
     tensors = load_file(raw / "model.safetensors")
     del tensors["encoder.layer.1.output.dense.weight"], tensors["pooler.dense.weight"]
     save_file(tensors, tmp_path / "raw" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(RMTKDError, match=r"lack 1 tensor.*encoder\.layer\.1\.output\.dense\.weight: expected a whole ch"):
+    with pytest.raises(
+        RMTKDError, match=r"lack 1 tensor.*encoder\.layer\.1\.output\.dense\.weight: expected a whole ch"
+    ):
         loaded(tmp_path / "raw", table)
 
 
