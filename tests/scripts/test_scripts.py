@@ -10,11 +10,7 @@ import pytest
 import torch
 
 from .declarations import SCRIPTS
-from .workshop import RECIPE, Workshop, checkpoints, journal, results, weights
-
-
-QUICK = ("glue", "qa", "summarization")  # one of each kind of trainer: plain, with an evaluate of its own, Seq2Seq
-DURING = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+from .workshop import DURING, RECIPE, Workshop, checkpoints, journal, results, steps_of, tensors, weights
 
 
 def scripts(*names: str, but: tuple[str, ...] = (), quick: tuple[str, ...] = ()):
@@ -64,7 +60,7 @@ def check_model(shop: Workshop, out: Path, target: float) -> None:
     assert json.loads((out / "config.json").read_text())["model_type"].startswith("rmtkd_")
     again, final = shop.evaluated_again(out), results(out)
     name = shop.script.judged_by
-    assert again[name] == pytest.approx(final[name], rel=1e-5 if shop.script.exact else 0.1)
+    assert again[name] == pytest.approx(final[name], rel=shop.script.tolerance)
 
 
 def check_files(out: Path) -> None:
@@ -76,7 +72,7 @@ def check_files(out: Path) -> None:
         if path.suffix == ".json" and "data" not in path.parts:
             json.loads(path.read_text())
         if path.suffix == ".safetensors":
-            assert weights(path.parent)
+            assert tensors(path)
     needed = {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
     for checkpoint in checkpoints(out):
         assert needed <= {path.name for path in checkpoint.iterdir()}
@@ -98,8 +94,8 @@ def check_all(shop: Workshop, out: Path, target: float = RECIPE["target_reductio
 def check_as_good_as_plain(shop: Workshop, out: Path) -> None:
     name, script = shop.script.judged_by, shop.script
     ours, theirs = results(out)[name], results(shop.plain)[name]
-    assert theirs > script.chance + 4 * script.loss, f"the toy task is not learnt: {theirs}"
-    assert ours >= theirs - script.loss
+    assert theirs > script.chance + 4 * script.within, f"the toy task is not learnt: {theirs}"
+    assert ours >= theirs - script.within
 
 
 def check_same_weights(ours: Path, theirs: Path) -> None:
@@ -111,43 +107,51 @@ def check_same_weights(ours: Path, theirs: Path) -> None:
 # -- the runs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", scripts(quick=QUICK))
+@pytest.mark.parametrize("name", scripts(quick=("glue", "summarization")))
 def test_from_a_raw_checkpoint(workshops, name):
     """It is fine-tuned, cut and distilled in the one `train()`, and ends about where the plain script does."""
     shop = workshops(name)
-    out = shop.run("raw-run", shop.raw, {})
-    assert journal(out)["stages"][0]["step"] > 0, "a model that cannot teach was cut at once"
-    check_all(shop, out)
-    check_as_good_as_plain(shop, out)
+    assert journal(shop.narrow)["stages"][0]["step"] > 0, "a model that cannot teach was cut at once"
+    check_all(shop, shop.narrow)
+    check_as_good_as_plain(shop, shop.narrow)
 
 
 @pytest.mark.parametrize("name", scripts(quick=("qa",)))
 def test_from_a_fine_tuned_checkpoint(workshops, name):
     """It is cut at once, and keeps what it can do."""
     shop = workshops(name)
-    out = shop.run("tuned-run", shop.plain, {}, num_train_epochs=2)
-    assert journal(out)["stages"][0]["step"] == 0
+    out = shop.run("tuned", shop.plain, {}, num_train_epochs=2)
+    stage, judged = journal(out)["stages"][0], shop.script.judged_by
+    assert stage["step"] == 0
+    assert stage["metrics_before"][judged] == pytest.approx(results(shop.plain)[judged], rel=shop.script.tolerance)
     check_all(shop, out)
-    before = journal(out)["stages"][0]["metrics_before"][shop.script.judged_by]
-    assert before == pytest.approx(results(shop.plain)[shop.script.judged_by], rel=1e-4 if shop.script.exact else 0.1)
     check_as_good_as_plain(shop, out)
 
 
-@pytest.mark.parametrize("moment", ["fitting", "distilling"])
 @pytest.mark.parametrize("name", scripts(quick=("glue",)))
-def test_a_resumed_run_ends_with_the_same_bits(workshops, name, moment):
-    """From a checkpoint of the fine-tuning, and from one after the cut."""
+def test_resumed_after_the_cut_it_ends_with_the_same_bits(workshops, name):
     shop = workshops(name)
-    whole = shop.folder / "whole"
-    if not whole.is_dir():
-        shop.run("whole", shop.raw, {}, **DURING)
-    cut_at = journal(whole)["stages"][0]["step"]
-    steps = [(int(c.name.rsplit("-", 1)[1]), c) for c in checkpoints(whole)]
-    early = [c for step, c in steps if (step < cut_at if moment == "fitting" else step > cut_at)]
-    assert early, f"no checkpoint of {moment}; the cut was at step {cut_at}"
-    out = shop.run(f"resumed-{moment}", shop.raw, {}, resume_from_checkpoint=early[0], **DURING)
-    check_same_weights(out, whole)
-    assert journal(out)["stages"] == journal(whole)["stages"]
+    check_resumed(shop, [c for c in checkpoints(shop.narrow) if steps_of(c) > cut_at(shop.narrow)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", scripts())
+def test_resumed_in_the_midst_of_fine_tuning_it_ends_with_the_same_bits(workshops, name):
+    shop = workshops(name)
+    check_resumed(shop, [c for c in checkpoints(shop.narrow) if steps_of(c) < cut_at(shop.narrow)])
+
+
+def cut_at(out: Path) -> int:
+    return journal(out)["stages"][0]["step"]
+
+
+def check_resumed(shop: Workshop, candidates: list[Path]) -> None:
+    """From the first of these checkpoints of the whole run."""
+    assert candidates, f"no such checkpoint; the cut was at step {cut_at(shop.narrow)}"
+    first = candidates[0]
+    out = shop.run(f"from-{steps_of(first)}", shop.raw, {}, resume_from_checkpoint=first, **DURING)
+    check_same_weights(out, shop.narrow)
+    assert journal(out)["stages"] == journal(shop.narrow)["stages"]
 
 
 VARIANTS = {
@@ -183,7 +187,7 @@ def check_best_model(shop: Workshop, out: Path) -> None:
     state = json.loads((out / "trainer_state.json").read_text())
     best = Path(state["best_model_checkpoint"])
     check_same_weights(out, best)
-    assert int(best.name.rsplit("-", 1)[1]) > stages[-1]["step"]
+    assert steps_of(best) > stages[-1]["step"]
     later = [line for line in state["log_history"] if line["step"] > stages[-1]["step"]]
     assert state["best_metric"] == max(line[shop.script.judged_by] for line in later if shop.script.judged_by in line)
 
@@ -197,8 +201,7 @@ def test_in_two_processes(workshops, name):
     whole = shop.run("two-run", shop.raw, {}, processes=2, **halved)
     check_all(shop, whole)
     check_as_good_as_plain(shop, whole)
-    cut_at = journal(whole)["stages"][0]["step"]
-    after = next(c for c in checkpoints(whole) if int(c.name.rsplit("-", 1)[1]) > cut_at)
+    after = next(c for c in checkpoints(whole) if steps_of(c) > cut_at(whole))
     out = shop.run("two-resumed", shop.raw, {}, processes=2, resume_from_checkpoint=after, **halved)
     check_same_weights(out, whole)
 
@@ -216,11 +219,11 @@ def test_two_cuts_from_a_raw_checkpoint(workshops):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", scripts("summarization", "summarization_bart"))
-def test_a_smaller_student_learns_from_a_teacher_without_a_cut(workshops, name):
+def test_a_student_learns_from_a_given_teacher_without_a_cut(workshops, name):
     shop = workshops(name)
     recipe = {"schedule": "none", "form": None, "target_reduction": None}
     out = shop.run("taught-run", shop.raw, recipe, teacher_name_or_path=shop.plain)
-    assert not journal(out)["stages"] if (out / "rmtkd_stages.json").exists() else True
+    assert not (out / "rmtkd_stages.json").exists() or not journal(out)["stages"]
     assert weights(out).keys() == weights(shop.plain).keys()
     check_as_good_as_plain(shop, out)
     check_files(out)
@@ -233,3 +236,17 @@ def test_the_metric_that_judges_is_the_one_that_was_named(workshops):
     out = shop.run("f1-run", shop.plain, {}, num_train_epochs=2, metric_for_best_model="f1")
     assert {stage["metric_name"] for stage in journal(out)["stages"]} == {"eval_f1"}
     check_metrics(shop, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", scripts("glue", "qa"))
+def test_without_validation_data(workshops, name):
+    """What the cut costs is predicted where it cannot be measured."""
+    shop = workshops(name)
+    out = shop.run("blind-run", shop.raw, {}, do_eval=False)
+    (stage,) = journal(out)["stages"]
+    assert stage["step"] > 0 and stage["metrics_before"] is None and stage["status"] == "accepted"
+    assert stage["predicted_loss"] is not None
+    assert journal(out)["reduction"] == pytest.approx(RECIPE["target_reduction"], abs=0.02)
+    again = shop.evaluated_again(out)[shop.script.judged_by]
+    assert again >= results(shop.plain)[shop.script.judged_by] - shop.script.within

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ TRAINER = {
     "save_strategy": "no",
     "logging_steps": 16,
 }
+DURING = {"eval_strategy": "epoch", "save_strategy": "epoch"}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Script:
         model: saves a raw checkpoint, a backbone without a head for the task, and its tokenizer.
         metric: by which the model is judged, one of those that the script computes.
         chance: its value for a model that has learnt nothing.
-        loss: the most that ours may end below the plain script, from a raw checkpoint and as many steps.
+        within: the most that ours may end below the plain script, from a raw checkpoint and as many steps.
         options: of the script, beside `TRAINER`.
         recipe: beside `RECIPE`.
         exact: an evaluation gives the same metrics each time (False where it masks at random).
@@ -55,7 +57,7 @@ class Script:
     model: Callable[[Path], None]
     metric: str
     chance: float
-    loss: float
+    within: float
     options: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = True
@@ -64,6 +66,11 @@ class Script:
     def judged_by(self) -> str:
         """Its metric, as it is called in results."""
         return f"eval_{self.metric}"
+
+    @property
+    def tolerance(self) -> float:
+        """How far two evaluations of one model may lie apart, relatively."""
+        return 1e-5 if self.exact else 0.1
 
 
 def as_options(values: Mapping[str, Any]) -> list[str]:
@@ -99,14 +106,16 @@ class Workshop:
         self.raw.mkdir()
         script.model(self.raw)
         self.files = script.data(folder / "data")
-        self._plain: Path | None = None
 
-    @property
+    @cached_property
     def plain(self) -> Path:
         """What the script makes of the raw checkpoint with a plain Trainer: a fine-tuned model."""
-        if self._plain is None:
-            self._plain = self.run("plain", self.raw)
-        return self._plain
+        return self.run("plain", self.raw)
+
+    @cached_property
+    def narrow(self) -> Path:
+        """What it makes of the raw checkpoint in as many steps with ours; with checkpoints on the way."""
+        return self.run("narrow", self.raw, {}, **DURING)
 
     def run(self, out: str, model: Path, recipe: Mapping | None = None, processes: int = 1, **options) -> Path:
         """Start the script on `model` and see it succeed; returns its output folder.
@@ -140,10 +149,15 @@ def journal(out: Path) -> dict[str, Any]:
     return json.loads((out / "rmtkd_stages.json").read_text())
 
 
-def weights(out: Path) -> dict[str, Any]:
-    """The saved tensors by name; tied ones once."""
-    with safe_open(out / "model.safetensors", "pt") as file:
+def tensors(path: Path) -> dict[str, Any]:
+    """Those of a file, by name."""
+    with safe_open(path, "pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}
+
+
+def weights(out: Path) -> dict[str, Any]:
+    """The saved tensors of a model by name; tied ones once."""
+    return tensors(out / "model.safetensors")
 
 
 def steps_of(checkpoint: Path) -> int:
