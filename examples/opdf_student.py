@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 from datasets import DatasetDict, load_dataset
+from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,8 +29,12 @@ from transformers import (
     set_seed,
 )
 
-from optimum_rmtkd import MatrixProductOperator  # (+)
-from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments  # (~) Trainer, TrainingArguments
+from optimum_rmtkd import (
+    MatrixProductOperator,  # (+)
+    RMTKDConfig,  # (+)
+    RMTKDTrainer,  # (~) Trainer
+    RMTKDTrainingArguments,  # (~) TrainingArguments
+)
 from optimum_rmtkd.objectives import KLDivergence, TaskLoss, TensorAlignment  # (+)
 
 

@@ -10,8 +10,8 @@ nothing else. The embedding is the mean over tokens, as sentence-transformers ta
 model: the cosines are what is kept. `--sites intermediate attention_qk attention_vo embedding` keeps its width.
 
 Every option of `transformers.TrainingArguments` is an option here; `--recipe FILE` reads any field of `RMTKDConfig`
-from JSON. With sentence-transformers installed, `OUT/sentence-transformers` is a folder that `SentenceTransformer(...)`
-loads.
+from JSON. With sentence-transformers installed, `OUT/sentence-transformers` is a folder that
+`SentenceTransformer(...)` loads.
 """
 
 from __future__ import annotations

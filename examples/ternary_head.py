@@ -3,8 +3,8 @@
     python examples/ternary_head.py --model ./all-MiniLM-L6-v2 --train_file ag_news_train.parquet \\
         --test_file ag_news_test.parquet --output_dir out --hidden 1000 1000 1000
 
-`--recipe FILE` reads any field of `TernaryConfig` from JSON. The encoder runs once over the data; the ternary network is
-fitted to its mean token in seconds: hidden layers are drawn from a seed, only the readout is solved for, by ridge
+`--recipe FILE` reads any field of `TernaryConfig` from JSON. The encoder runs once over the data; the ternary network
+is fitted to its mean token in seconds: hidden layers are drawn from a seed, only the readout is solved for, by ridge
 regression. Two other readouts are printed beside it: the same network with dense Gaussian weights, and ridge
 regression on the features themselves. If the last one is as good, take it: it is smaller still.
 

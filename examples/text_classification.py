@@ -76,9 +76,10 @@ def load_rows(data: DataArguments, seed: int) -> DatasetDict:
         parts = rows["train"].train_test_split(0.1, seed=seed)
         rows = DatasetDict(train=parts["train"], validation=parts["test"])
     most = {"train": data.max_train_samples, "validation": data.max_eval_samples}
-    return DatasetDict(
-        {name: rows[name].shuffle(seed=seed).select(range(min(n or len(rows[name]), len(rows[name])))) for name, n in most.items()}
-    )
+    for split, count in most.items():
+        if count is not None and count < len(rows[split]):
+            rows[split] = rows[split].shuffle(seed=seed).select(range(count))
+    return rows
 
 
 def class_numbers(rows: DatasetDict, column: str, config) -> dict | None:
@@ -87,7 +88,8 @@ def class_numbers(rows: DatasetDict, column: str, config) -> dict | None:
     if isinstance(values[0], float):
         return None
     if isinstance(values[0], int):
-        return {value: value for value in range(feature.num_classes if isinstance(feature, ClassLabel) else max(values) + 1)}
+        count = feature.num_classes if isinstance(feature, ClassLabel) else values[-1] + 1
+        return {value: value for value in range(count)}
     known = {str(name): number for name, number in (config.label2id or {}).items()}
     return known if set(known) == set(values) else {value: number for number, value in enumerate(values)}
 
@@ -112,7 +114,7 @@ def main() -> None:
     config = AutoConfig.from_pretrained(arguments.model)
     classes, texts = class_numbers(rows, data.label_column, config), text_columns(rows, data)
     outputs = 1 if classes is None else len(classes)
-    if config.num_labels != outputs:
+    if config.num_labels != outputs:  # a new head
         config.num_labels = outputs
     if classes is not None and isinstance(next(iter(classes)), str):
         config.label2id, config.id2label = classes, {number: name for name, number in classes.items()}

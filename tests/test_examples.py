@@ -14,6 +14,7 @@ from .conftest import ROOT
 
 PUBLIC_MODULES = ("optimum_rmtkd", "optimum_rmtkd.objectives", "optimum_rmtkd.projections", "optimum_rmtkd.errors")
 EXAMPLES = sorted((ROOT / "examples").glob("*.py")) + sorted((ROOT / "tests" / "scripts").glob("run_*.py"))
+ADDED = re.compile(r"^\+(from optimum_rmtkd\S* import .*|import optimum_rmtkd.*)$", flags=re.MULTILINE)
 PAGES = (ROOT / "README.md", ROOT / "docs" / "guides" / "your-script.md")
 
 
@@ -48,5 +49,5 @@ def test_lines_that_a_page_adds_to_a_script_import_public_names_alone(page):
     blocks = re.findall(r"```diff\n(.*?)```", page.read_text(), flags=re.DOTALL)
     assert blocks
     for block in blocks:
-        for line in re.findall(r"^\+(from optimum_rmtkd\S* import .*|import optimum_rmtkd.*)$", block, flags=re.MULTILINE):
+        for line in ADDED.findall(block):
             assert private_imports(line) == [], line

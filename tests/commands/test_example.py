@@ -47,7 +47,8 @@ def test_from_a_raw_checkpoint(bert, tmp_path, named):
     AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "raw")
     for split, seed in (("train", 0), ("validation", 1)):
         rows = sentence_rows(256, seed=seed)
-        write_csv(tmp_path / f"{split}.csv", [row | {"label": ("bad", "good")[row["label"]]} for row in rows] if named else rows)
+        names = ("bad", "good") if named else (0, 1)
+        write_csv(tmp_path / f"{split}.csv", [row | {"label": names[row["label"]]} for row in rows])
     data = ("--train_file", tmp_path / "train.csv", "--validation_file", tmp_path / "validation.csv")
     RMTKDConfig(round_to=1, min_width=4).to_json_file(tmp_path / "recipe.json")
     size = ("--target_reduction", 0.4, "--recipe", tmp_path / "recipe.json")

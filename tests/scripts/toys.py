@@ -1,4 +1,4 @@
-"""Small tasks that a tiny model learns in a hundred steps, as local files, and the tiny models and tokenizers for them.
+"""Small tasks that a tiny model learns in a hundred steps, as local files; tiny models and tokenizers for them.
 
 Each function takes a folder, writes its files, and returns the options of a script that name them; `corpus` holds
 every word there is.
@@ -28,9 +28,9 @@ TOWNS = "paris oslo lima cairo delhi tokyo quito sofia accra hanoi".split()
 PLACES = "north south upper lower old".split()
 SIZES = "small large old young tired".split()
 KINDS = {
-    "animal": "cat dog horse sheep goat mouse".split(),
-    "tool": "hammer saw drill wrench ladder rope".split(),
-    "fruit": "apple pear plum cherry grape melon".split(),
+    "animal": ("tame wild shy".split(), "cat dog horse sheep goat mouse".split()),
+    "tool": ("wooden heavy rusty".split(), "hammer saw drill wrench ladder rope".split()),
+    "fruit": ("ripe sour juicy".split(), "apple pear plum cherry grape melon".split()),
 }
 FILLERS = "there was something in the yard and then later near a wall on that day".split()
 ACTORS = {
@@ -48,7 +48,8 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def corpus() -> list[str]:
     """Every word, once a line."""
     listed = [NOUNS, GOOD, BAD, *TOPICS.values(), TOPICS, FIRST_NAMES, LAST_NAMES, TOWNS, PLACES, SIZES]
-    listed += [*KINDS.values(), KINDS, FILLERS, ACTORS, *ACTORS.values(), GLUE, ["good", "bad"]]
+    listed += [words for kind in KINDS.values() for words in kind]
+    listed += [KINDS, FILLERS, ACTORS, *ACTORS.values(), GLUE, ["good", "bad"]]
     return sorted({word for words in listed for word in words})
 
 
@@ -70,7 +71,7 @@ def sentences(draw: random.Random, i: int) -> Row:
 
 def pairs(draw: random.Random, i: int) -> Row:
     """The second sentence decides; the first one tells nothing."""
-    (first, _), (second, label) = praise(draw, draw.randint(0, 1)), praise(draw, i)
+    second, label = praise(draw, i)
     return {"sentence1": f"{draw.choice(FIRST_NAMES)} sees {draw.choice(TOWNS)}", "sentence2": second, "label": label}
 
 
@@ -104,9 +105,9 @@ def names(draw: random.Random, i: int) -> Row:
 
 
 def questions(draw: random.Random, i: int) -> Row:
-    """Which animal? In the text stands "large cat", among others. Some texts are longer than a feature."""
+    """Which animal? In the text stands "tame cat", among others. Some texts are longer than a feature."""
     kind = draw.choice(list(KINDS))
-    things = {k: f"{draw.choice(SIZES)} {draw.choice(words)}" for k, words in KINDS.items()}
+    things = {k: " ".join(map(draw.choice, words)) for k, words in KINDS.items()}
     parts = list(things.values())
     draw.shuffle(parts)
     count = draw.randint(6, 9) if i % 8 == 0 else draw.randint(1, 2)
@@ -231,7 +232,13 @@ def train_tokenizer(folder: Path, texts: Sequence[str], pairs: bool = True) -> i
     return len(fast)
 
 
-WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+WIDTHS = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "initializer_range": 0.1,  # as large as makes a hundred steps enough, and attention worth keeping
+}
 
 
 def save_bert(folder: Path) -> None:
