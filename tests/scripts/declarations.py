@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from . import toys
-from .workshop import Script
+from .workshop import LOOP, Script
 
 
 SCRIPTS = (
     Script("glue", "run_glue", toys.csv_files(toys.sentences), toys.save_bert, "accuracy", 0.5, 0.05),
+    Script(
+        "glue_loop",
+        "run_glue_no_trainer",
+        toys.csv_files(toys.sentences),
+        toys.save_bert,
+        "accuracy",
+        0.5,
+        0.05,
+        kind=LOOP,
+    ),
     Script("glue_pairs", "run_glue", toys.json_files(toys.pairs), toys.save_bert, "accuracy", 0.5, 0.05),
     Script(
         "classification",

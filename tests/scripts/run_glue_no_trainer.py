@@ -1,7 +1,7 @@
 """Fine-tune a model on a task of one or two sentences a row, in a loop of its own with Accelerate.
 
 In the shape of transformers' run_glue_no_trainer.py: accumulation, a schedule, checkpoints of the accelerator, and
-resume.
+resume. Marked with (+) is what `--rmtkd` needs.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import ProjectConfiguration, set_seed
 from datasets import load_dataset
 from torch.utils.data import DataLoader
@@ -24,6 +24,8 @@ from transformers import (
     SchedulerType,
     get_scheduler,
 )
+
+from optimum_rmtkd import RMTKDConfig, RMTKDLoop  # (+)
 
 
 def parse_args():
@@ -47,6 +49,7 @@ def parse_args():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing_steps", type=int, default=None)
     parser.add_argument("--resume_from_checkpoint", default=None)
+    parser.add_argument("--rmtkd", default=None)  # (+)
     return parser.parse_args()
 
 
@@ -57,6 +60,7 @@ def main():
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         project_config=ProjectConfiguration(project_dir=args.output_dir),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True),  # the order of a resumed epoch
     )
     set_seed(args.seed)
     extension = args.train_file.rsplit(".", 1)[-1]
@@ -103,6 +107,14 @@ def main():
     steps_an_epoch = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or args.num_train_epochs * steps_an_epoch
 
+    loop = None
+    if args.rmtkd is not None:
+        loop = RMTKDLoop(  # (+)
+            accelerator, model, optimizer, train_dataloader, lr_scheduler, max_steps=max_train_steps,  # (+)
+            rmtkd_config=RMTKDConfig(**json.loads(args.rmtkd)), output_dir=args.output_dir,  # (+)
+            evaluate=lambda: {"accuracy": evaluate()}, metric_for_best_model="accuracy",  # (+)
+        )  # (+)  # fmt: skip
+
     completed_steps = 0
     if args.resume_from_checkpoint:
         accelerator.load_state(args.resume_from_checkpoint)
@@ -119,7 +131,6 @@ def main():
             hits, seen = hits + int((predictions == labels).sum()), seen + len(labels)
         return hits / seen
 
-    accuracy = None
     for epoch in range(first_epoch, math.ceil(max_train_steps / steps_an_epoch)):
         model.train()
         train_dataloader.set_epoch(epoch)
@@ -128,7 +139,7 @@ def main():
             batches = accelerator.skip_first_batches(batches, skipped * args.gradient_accumulation_steps)
         for batch in batches:
             with accelerator.accumulate(model):
-                loss = model(**batch).loss
+                loss = loop.loss(batch) if loop else model(**batch).loss  # (+) loop.loss(batch)
                 accelerator.backward(loss)
                 optimizer.step()
                 lr_scheduler.step()
@@ -139,16 +150,18 @@ def main():
                     accelerator.save_state(str(Path(args.output_dir) / f"step_{completed_steps}"))
             if completed_steps >= max_train_steps:
                 break
-        accuracy = evaluate()
-        accelerator.print(f"epoch {epoch}: accuracy {accuracy:.4f}")
+        accelerator.print(f"epoch {epoch}: accuracy {evaluate():.4f}")
+    if loop:
+        loop.end()  # (+)
 
+    accuracy = evaluate()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(model).save_pretrained(
         args.output_dir, is_main_process=accelerator.is_main_process, save_function=accelerator.save
     )
     if accelerator.is_main_process:
         tokenizer.save_pretrained(args.output_dir)
-        (Path(args.output_dir) / "all_results.json").write_text(json.dumps({"eval_accuracy": accuracy}))
+        (Path(args.output_dir) / "eval_results.json").write_text(json.dumps({"accuracy": accuracy}))
     accelerator.end_training()
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from .declarations import SCRIPTS
-from .workshop import DURING, RECIPE, Workshop, checkpoints, journal, results, steps_of, tensors, weights
+from .workshop import RECIPE, TRAINER, Workshop, journal, results, steps_of, tensors, weights
 
 
 def scripts(*names: str, but: tuple[str, ...] = (), quick: tuple[str, ...] = ()):
@@ -41,7 +41,8 @@ def workshops(tmp_path_factory):
 def check_metrics(shop: Workshop, out: Path) -> None:
     """Every metric that the script computes stands in the journal, before the first cut and at the end."""
     stages, final = journal(out)["stages"], results(out)
-    computed = {n for n in final if n.startswith("eval_")} - {"eval_samples", "eval_model_preparation_time"}
+    computed = {n for n in final if n.startswith(shop.script.kind.prefix)}
+    computed -= {"eval_samples", "eval_model_preparation_time"}
     computed = {n for n in computed if not n.endswith(("_runtime", "_per_second"))}
     assert shop.script.judged_by in computed
     for moment in ("metrics_before", "metrics_cut"):
@@ -63,7 +64,7 @@ def check_model(shop: Workshop, out: Path, target: float) -> None:
     assert again[name] == pytest.approx(final[name], rel=shop.script.tolerance)
 
 
-def check_files(out: Path) -> None:
+def check_files(shop: Workshop, out: Path) -> None:
     """Nothing half-written: files are what they say they are, and no temporary one is left."""
     for path in out.parent.rglob("*"):
         if "cache" in path.relative_to(out.parent).parts:
@@ -74,7 +75,7 @@ def check_files(out: Path) -> None:
         if path.suffix == ".safetensors":
             assert tensors(path)
     needed = {"config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"}
-    for checkpoint in checkpoints(out):
+    for checkpoint in shop.checkpoints(out) if shop.script.kind is TRAINER else ():
         assert needed <= {path.name for path in checkpoint.iterdir()}
 
 
@@ -87,8 +88,9 @@ def check_card(shop: Workshop, out: Path) -> None:
 def check_all(shop: Workshop, out: Path, target: float = RECIPE["target_reduction"]) -> None:
     check_metrics(shop, out)
     check_model(shop, out, target)
-    check_files(out)
-    check_card(shop, out)
+    check_files(shop, out)
+    if shop.script.kind is TRAINER:
+        check_card(shop, out)
 
 
 def check_as_good_as_plain(shop: Workshop, out: Path) -> None:
@@ -131,14 +133,14 @@ def test_from_a_fine_tuned_checkpoint(workshops, name):
 @pytest.mark.parametrize("name", scripts(quick=("glue",)))
 def test_resumed_after_the_cut_it_ends_with_the_same_bits(workshops, name):
     shop = workshops(name)
-    check_resumed(shop, [c for c in checkpoints(shop.narrow) if steps_of(c) > cut_at(shop.narrow)])
+    check_resumed(shop, [c for c in shop.checkpoints(shop.narrow) if steps_of(c) > cut_at(shop.narrow)])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", scripts())
 def test_resumed_in_the_midst_of_fine_tuning_it_ends_with_the_same_bits(workshops, name):
     shop = workshops(name)
-    check_resumed(shop, [c for c in checkpoints(shop.narrow) if steps_of(c) < cut_at(shop.narrow)])
+    check_resumed(shop, [c for c in shop.checkpoints(shop.narrow) if steps_of(c) < cut_at(shop.narrow)])
 
 
 def cut_at(out: Path) -> int:
@@ -149,7 +151,7 @@ def check_resumed(shop: Workshop, candidates: list[Path]) -> None:
     """From the first of these checkpoints of the whole run."""
     assert candidates, f"no such checkpoint; the cut was at step {cut_at(shop.narrow)}"
     first = candidates[0]
-    out = shop.run(f"from-{steps_of(first)}", shop.raw, {}, resume_from_checkpoint=first, **DURING)
+    out = shop.run(f"from-{steps_of(first)}", shop.raw, {}, resume_from_checkpoint=first, **shop.script.kind.during)
     check_same_weights(out, shop.narrow)
     assert journal(out)["stages"] == journal(shop.narrow)["stages"]
 
@@ -158,15 +160,15 @@ VARIANTS = {
     "bf16": {"bf16": True},
     "accumulation": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
     "checkpointing": {"gradient_checkpointing": True},
-    "best_model": DURING | {"load_best_model_at_end": True, "save_total_limit": 2},
-    "together": DURING
+    "best_model": TRAINER.during | {"load_best_model_at_end": True, "save_total_limit": 2},
+    "together": TRAINER.during
     | {"bf16": True, "gradient_accumulation_steps": 2, "gradient_checkpointing": True, "load_best_model_at_end": True},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("name", scripts(but=("glue_pairs", "mlm_joined", "classification_multi_label")))
+@pytest.mark.parametrize("name", scripts(but=("glue_pairs", "glue_loop", "mlm_joined", "classification_multi_label")))
 def test_with_what_trainers_are_given(workshops, name, variant):
     shop = workshops(name)
     options = dict(VARIANTS[variant])
@@ -175,9 +177,22 @@ def test_with_what_trainers_are_given(workshops, name, variant):
     out = shop.run(f"{variant}-run", shop.raw, {}, **options)
     check_as_good_as_plain(shop, out)
     check_model(shop, out, RECIPE["target_reduction"])
-    check_files(out)
+    check_files(shop, out)
     if "load_best_model_at_end" in options:
         check_best_model(shop, out)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [{"mixed_precision": "bf16"}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}],
+    ids=["bf16", "accumulation"],
+)
+def test_a_loop_with_what_loops_are_given(workshops, options):
+    shop = workshops("glue_loop")
+    out = shop.run(f"{next(iter(options))}-run", shop.raw, {}, **options)
+    check_as_good_as_plain(shop, out)
+    check_all(shop, out)
 
 
 def check_best_model(shop: Workshop, out: Path) -> None:
@@ -193,15 +208,15 @@ def check_best_model(shop: Workshop, out: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", scripts("glue", "qa", "summarization", "classification_weighted"))
+@pytest.mark.parametrize("name", scripts("glue", "glue_loop", "qa", "summarization", "classification_weighted"))
 def test_in_two_processes(workshops, name):
     """As good as in one, and resumed to the same bits."""
     shop = workshops(name)
-    halved = DURING | {"per_device_train_batch_size": 8}
+    halved = shop.script.kind.during | {"per_device_train_batch_size": 8}
     whole = shop.run("two-run", shop.raw, {}, processes=2, **halved)
     check_all(shop, whole)
     check_as_good_as_plain(shop, whole)
-    after = next(c for c in checkpoints(whole) if steps_of(c) > cut_at(whole))
+    after = next(c for c in shop.checkpoints(whole) if steps_of(c) > cut_at(whole))
     out = shop.run("two-resumed", shop.raw, {}, processes=2, resume_from_checkpoint=after, **halved)
     check_same_weights(out, whole)
 
@@ -226,7 +241,7 @@ def test_a_student_learns_from_a_given_teacher_without_a_cut(workshops, name):
     assert not (out / "rmtkd_stages.json").exists() or not journal(out)["stages"]
     assert weights(out).keys() == weights(shop.plain).keys()
     check_as_good_as_plain(shop, out)
-    check_files(out)
+    check_files(shop, out)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -18,20 +19,43 @@ from safetensors import safe_open
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RECIPE = {"target_reduction": 0.5, "calibration_samples": 128, "round_to": 4, "min_width": 4}
-TRAINER = {
-    "do_train": True,
-    "do_eval": True,
-    "use_cpu": True,
-    "report_to": "none",
-    "disable_tqdm": True,
+STEPS = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "learning_rate": 2e-3,
     "num_train_epochs": 4,
-    "save_strategy": "no",
-    "logging_steps": 16,
 }
-DURING = {"eval_strategy": "epoch", "save_strategy": "epoch"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What scripts of a kind are told.
+
+    Attributes:
+        options: of every run.
+        during: those that make it write checkpoints on its way.
+        again: those that make it evaluate a model, and no more.
+        prefix: of its metrics in what it saves.
+        checkpoints: pattern of the names of their folders.
+    """
+
+    options: Mapping[str, Any]
+    during: Mapping[str, Any]
+    again: Mapping[str, Any]
+    prefix: str
+    checkpoints: str
+
+
+TRAINER = Kind(
+    STEPS
+    | {"do_train": True, "do_eval": True, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    | {"save_strategy": "no", "logging_steps": 16},
+    {"eval_strategy": "epoch", "save_strategy": "epoch"},
+    {"do_train": False},
+    "eval_",
+    "checkpoint-*",
+)
+LOOP = Kind(STEPS | {"cpu": True}, {"checkpointing_steps": 32}, {"num_train_epochs": 0}, "", "step_*")
 
 
 @dataclass(frozen=True)
@@ -46,8 +70,9 @@ class Script:
         metric: by which the model is judged, one of those that the script computes.
         chance: its value for a model that has learnt nothing.
         within: the most that ours may end below the plain script, from a raw checkpoint and as many steps.
-        options: of the script, beside `TRAINER`.
+        options: of the script, beside those of its kind.
         recipe: beside `RECIPE`.
+        kind: with a Trainer, or a loop of its own.
         exact: an evaluation gives the same metrics each time (False where it masks at random).
     """
 
@@ -61,11 +86,12 @@ class Script:
     options: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = True
+    kind: Kind = TRAINER
 
     @property
     def judged_by(self) -> str:
         """Its metric, as it is called in results."""
-        return f"eval_{self.metric}"
+        return f"{self.kind.prefix}{self.metric}"
 
     @property
     def tolerance(self) -> float:
@@ -74,8 +100,9 @@ class Script:
 
 
 def as_options(values: Mapping[str, Any]) -> list[str]:
-    """{"do_train": True, "seed": 1} as --do_train True --seed 1."""
-    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
+    """{"do_train": True, "seed": 1} as --do_train --seed 1."""
+    given = {name: value for name, value in values.items() if value is not None}
+    return [part for name, value in given.items() for part in (f"--{name}", *([] if value is True else [str(value)]))]
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -115,7 +142,7 @@ class Workshop:
     @cached_property
     def narrow(self) -> Path:
         """What it makes of the raw checkpoint in as many steps with ours; with checkpoints on the way."""
-        return self.run("narrow", self.raw, {}, **DURING)
+        return self.run("narrow", self.raw, {}, **self.script.kind.during)
 
     def run(self, out: str, model: Path, recipe: Mapping | None = None, processes: int = 1, **options) -> Path:
         """Start the script on `model` and see it succeed; returns its output folder.
@@ -125,7 +152,7 @@ class Workshop:
             **options: what differs from its own options; None: leave it away.
         """
         place = self.folder / out
-        values: dict[str, Any] = {"model_name_or_path": model, "output_dir": place} | self.files | TRAINER
+        values: dict[str, Any] = {"model_name_or_path": model, "output_dir": place} | self.files | dict(self.script.kind.options)
         values |= dict(self.script.options) | options
         if recipe is not None:
             recipe = RECIPE | dict(self.script.recipe) | dict(recipe)
@@ -137,12 +164,16 @@ class Workshop:
 
     def evaluated_again(self, model: Path) -> dict[str, float]:
         """Metrics of a saved model, by the plain script in a fresh process."""
-        return results(self.run(f"again-{model.name}", model, do_train=False), "eval")
+        return results(self.run(f"again-{model.name}", model, **self.script.kind.again))
+
+    def checkpoints(self, out: Path) -> list[Path]:
+        """In the order in which they were written."""
+        return sorted(out.glob(self.script.kind.checkpoints), key=steps_of)
 
 
-def results(out: Path, split: str = "eval") -> dict[str, float]:
-    """What the script saved with `save_metrics`."""
-    return json.loads((out / f"{split}_results.json").read_text())
+def results(out: Path) -> dict[str, float]:
+    """What the script saved of its evaluation."""
+    return json.loads((out / "eval_results.json").read_text())
 
 
 def journal(out: Path) -> dict[str, Any]:
@@ -161,9 +192,5 @@ def weights(out: Path) -> dict[str, Any]:
 
 
 def steps_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rsplit("-", 1)[1])
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """In the order in which they were written."""
-    return sorted(out.glob("checkpoint-*"), key=steps_of)
+    """The number at the end of its name."""
+    return int(re.split("[-_]", checkpoint.name)[-1])
