@@ -19,6 +19,7 @@ _EXPORTS = {
         "BudgetError",
         "CalibrationError",
         "MatchingError",
+        "NoTargetError",
         "RMTKDError",
         "SpecMismatchError",
         "UnsupportedArchitectureError",

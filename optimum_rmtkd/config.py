@@ -27,8 +27,9 @@ class RMTKDConfig(Recipe):
     """What to narrow, how the widths are found, and how the student is distilled afterwards.
 
     Every field has a default that needs no width from the user; `metadata["help"]` of each field is its documentation
-    and the text of the command line. With neither `target_reduction` nor `target_flops`, the spectral edge of each
-    site decides its width.
+    and the text of the command line. With neither `target_reduction` nor `target_flops`, sites are cut at their
+    spectral edge where that means something, and where it does nowhere, `NoTargetError` asks for a target. Where
+    `edge_estimator` is named, its edge is taken as it is.
 
     Raises:
         RMTKDError: a value outside its range, or contradictory values; the message says what was got and expected.
@@ -38,7 +39,8 @@ class RMTKDConfig(Recipe):
     target_reduction: Annotated[float, _share("the parameters to remove, for example 0.8")] | None = _option(
         None,
         "Share of all parameters to remove, embeddings included, in (0, 1); of a model that was narrowed before, of "
-        "its parameters before the first cut. None: the spectral edge decides.",
+        "its parameters before the first cut. None: the spectral edge decides, at sites where a bulk of noise stands "
+        "apart.",
     )
     target_flops: Annotated[float, _share("the FLOPs to remove, for example 0.5")] | None = _option(
         None,
@@ -63,7 +65,7 @@ class RMTKDConfig(Recipe):
     edge_estimator: str = _option(
         "screenot",
         "How signal is told from noise: mp_quantile (the paper), mp_median, gavish_donoho, dpa, signflip, screenot, "
-        "energy, fixed, or a registered one.",
+        "energy, fixed, or a registered one. Without a target, one other than the default is taken at its word.",
     )
     tau: Annotated[float, Interval(0, 1, "neither", "a quantile of the eigenvalues")] = _option(
         0.5, "Quantile of the eigenvalues taken as noise level by mp_quantile, in (0, 1)."

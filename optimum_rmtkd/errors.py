@@ -7,6 +7,7 @@ __all__ = [
     "BudgetError",
     "CalibrationError",
     "MatchingError",
+    "NoTargetError",
     "RMTKDError",
     "SpecMismatchError",
     "UnsupportedArchitectureError",
@@ -29,6 +30,22 @@ class CalibrationError(RMTKDError):
 
 class BudgetError(RMTKDError):
     """The requested size cannot be reached; the message names the smallest one that can, and why."""
+
+
+class NoTargetError(BudgetError):
+    """No size was asked for, and the spectra do not say one.
+
+    Attributes:
+        message: what was found and what to do, on one line.
+        curve: what sizes are predicted to cost, as a table of several lines.
+    """
+
+    def __init__(self, message: str, curve: str):
+        super().__init__(message, curve)
+        self.message, self.curve = message, curve
+
+    def __str__(self) -> str:
+        return f"{self.message}\n{self.curve}"
 
 
 class MatchingError(RMTKDError):

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 
 from optimum.commands.base import BaseOptimumCLICommand
 
-from ..errors import RMTKDError
+from ..errors import NoTargetError, RMTKDError
 
 
 __all__ = ["Command", "set_help"]
@@ -27,7 +27,8 @@ def set_help(parser: ArgumentParser, description: str, epilog: str, usage: str |
 
 
 class Command(BaseOptimumCLICommand):
-    """A command whose expected errors end in one line on stderr and exit code 2; anything else keeps its traceback."""
+    """A command whose expected errors end in one line on stderr (and the table that belongs to it) and exit code 2;
+    anything else keeps its traceback."""
 
     def execute(self) -> None:
         raise NotImplementedError
@@ -36,8 +37,11 @@ class Command(BaseOptimumCLICommand):
         try:
             self.execute()
         except (RMTKDError, OSError) as error:  # the latter: what only the system knows, a name too long, a full disk
-            message = " ".join(str(error).split())
+            asking = isinstance(error, NoTargetError)
+            message = " ".join((error.message if asking else str(error)).split())
             print(f"optimum-cli rmtkd {self.COMMAND.name}: error: {message}", file=sys.stderr)
+            if asking:
+                print(error.curve, file=sys.stderr)
             raise SystemExit(EXIT_USER_ERROR) from error
         except KeyboardInterrupt as interrupt:
             print(f"optimum-cli rmtkd {self.COMMAND.name}: interrupted, no output was written", file=sys.stderr)

@@ -36,14 +36,14 @@ if TYPE_CHECKING:
 __all__ = ["CompressCommand"]
 
 RECIPE_NAME = "rmtkd_recipe.json"
-ALARMING = 0.05  # of accuracy or correlation lost
 
 USAGE = "optimum-cli rmtkd compress --model MODEL (--train-file FILE | --dataset NAME) -o OUT [options]"
 
 DESCRIPTION = """\
 Narrow a fine-tuned text or image classifier (or regressor), distil it from its former self, and save it with its
-tokenizer or image processor. No width is chosen by hand: give the share of parameters to remove, or nothing, and the
-spectral edge of each site decides.
+tokenizer or image processor. No width is chosen by hand: give the share of parameters to remove. Without one, only
+sites whose spectrum has a separated bulk of noise are cut; where there is none, the command asks for a share and shows
+what sizes are predicted to cost.
 """
 
 EPILOG = """\
@@ -58,9 +58,11 @@ examples:
     optimum-cli rmtkd compress --model org/bert-mrpc --dataset glue --dataset-config mrpc \\
         --text-column sentence1 sentence2 --target-reduction 0.6 -o ./small
   an image classifier on a folder of images, one sub-folder for each class
-    optimum-cli rmtkd compress --model ./my-vit --train-file ./train --validation-file ./test -o ./small
+    optimum-cli rmtkd compress --model ./my-vit --train-file ./train --validation-file ./test \\
+        --target-reduction 0.63 -o ./small
   a csv with names, for a model whose classes are LABEL_0 and LABEL_1
-    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --label-map bad=LABEL_0 good=LABEL_1 -o ./small
+    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --label-map bad=LABEL_0 good=LABEL_1 \\
+        --target-reduction 0.63 -o ./small
   other objectives, and weights trained as matrix product operators (OPDF), which are folded before saving
     optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --target-reduction 0.8 \\
         --objectives '{"task": {"weight": 0.5}, "skew_kl": {"alpha": 0.1}}' --reparameterization mpo -o ./small
@@ -165,7 +167,7 @@ def _compress(
     """Fill `folder` with the reduced model and return the table before / after."""
     from ..hub import write_results
     from ..hub.run import public_name
-    from ..surgery import check_data, check_recipe, count_parameters, uncut_parameters
+    from ..surgery import check_data, check_edges, check_recipe, count_parameters, loss_warning, uncut_parameters
     from ..trainer.parts import parts_of
     from ..trainer.stages import write_journal
     from .task import evaluate, load_task, stored_dtype, weights_folder
@@ -176,6 +178,7 @@ def _compress(
     if recipe.schedule != "none":
         loader = task.calibration_loader(training.batch_size, recipe.seed)
         check_data(task.model, itertools.islice(loader, 1), recipe)
+        check_edges(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
     parameters = count_parameters(task.model)
     before = evaluate(task, task.model, training.eval_batch_size)
     distil = _distil if training.train else _cut
@@ -210,12 +213,8 @@ def _compress(
         shares = [f"{1 - size / uncut:.1%}" for size in (parameters, count_parameters(model))]
         rows.insert(1, ("removed of the uncut model", *shares, ""))
     table = format_table(("", "before", "after", "change"), rows)
-    lost = before - after
-    if lost > ALARMING:
-        table += (
-            f"\nwarning: {task.metric} fell from {before:.4f} to {after:.4f}. Ask for a smaller reduction or train "
-            "longer (--epochs, --learning-rate) before you use this model."
-        )
+    if warning := loss_warning(task.metric, before, after, greater_is_better=True):
+        table += f"\nwarning: {warning}"
     return table
 
 
@@ -225,9 +224,11 @@ def _cut(
     """One cut without training: a single stage, not yet measured."""
     from ..hub import write_spectra
     from ..surgery import reduce
+    from ..surgery.untargeted import asks_for_edges
     from ..trainer import Stage
 
-    reduction = reduce(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
+    loader = task.calibration_loader(training.batch_size, recipe.seed)
+    reduction = reduce(task.model, loader, recipe, trust_edges=asks_for_edges(recipe))
     stage = Stage(
         index=0,
         step=0,

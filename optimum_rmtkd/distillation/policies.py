@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from ..batches import evaluating
+from ..batches import evaluating, to_device
 from ..errors import RMTKDError
 from ..validation import Count, Interval
 from .counts import IGNORED
@@ -63,11 +63,11 @@ class OnPolicy(BatchTransform):
         if teacher is None:
             raise RMTKDError(f"{type(self).__name__}: cached answers do not fit generated text. Pass a teacher model.")
 
-    def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         if float(torch.rand(())) >= self.fraction:
             return inputs
-        model = trainer.model if self.source == "student" else trainer.staging.teacher.model
-        return generated(model, trainer._prepare_inputs(dict(inputs)), self.max_new_tokens)
+        model = run.model if self.source == "student" else run.teacher.model
+        return generated(model, _on_device(inputs, run.model), self.max_new_tokens)
 
 
 @register_transform
@@ -102,15 +102,13 @@ class AdaptiveOffPolicy(OnPolicy):
         self.buffer: list[dict[str, torch.Tensor]] = []
         self._warned = False
 
-    def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        strategy = getattr(getattr(trainer, "args", None), "eval_strategy", None)
-        if getattr(strategy, "value", strategy) == "no":
+    def __call__(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        if not run.evaluates:
             self._warn("there are no evaluations while training (eval_strategy='no')")
         draw = float(torch.rand(()))
         full = len(self.buffer) >= self.capacity
-        progress = trainer.state.global_step / max(1, trainer.state.max_steps)
-        if draw < self.threshold * (1 - progress if full else 1.0):
-            batch = generated(trainer.model, trainer._prepare_inputs(dict(inputs)), self.max_new_tokens)
+        if draw < self.threshold * (1 - run.progress if full else 1.0):
+            batch = generated(run.model, _on_device(inputs, run.model), self.max_new_tokens)
             if full:
                 self.buffer.pop(0)
             self.buffer.append({name: tensor.cpu() for name, tensor in batch.items()})
@@ -151,6 +149,10 @@ class AdaptiveOffPolicy(OnPolicy):
             if name:
                 rows.setdefault(int(number), {})[name] = tensor
         self.buffer = [rows[i] for i in sorted(rows)]
+
+
+def _on_device(inputs: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    return to_device(dict(inputs), next(model.parameters()).device)
 
 
 def prompt_length(inputs: Mapping[str, torch.Tensor]) -> int:

@@ -26,8 +26,9 @@ class BatchTransform(Part):
     is what the loss is normalised by. Random numbers come from torch's global generator, which checkpoints keep.
     """
 
-    def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch to train on. `trainer` offers `model`, `staging.teacher` and `state`."""
+    def __call__(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch to train on. `run` offers `model`, `teacher` (a `Teacher`), `progress` (share of the steps that is
+        done) and `evaluates` (whether there are evaluations while training)."""
         return inputs
 
     @contextmanager
@@ -110,7 +111,7 @@ class EmbeddingMixup(BatchTransform):
         if teacher is None:
             raise RMTKDError("EmbeddingMixup needs a teacher that can answer to mixtures; cached answers cannot.")
 
-    def __call__(self, trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, run: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         labels = inputs.get("labels")
         if torch.is_tensor(labels) and labels.dim() > 1 and not labels.is_floating_point():
             raise RMTKDError(

@@ -25,10 +25,11 @@ RUNAWAY_ROUNDS = 4  # shadowed spikes show in two or three
 
 EDGE_ESTIMATORS: dict[str, Callable[..., Edge]] = {}
 NEED_NULL_MOMENTS: set[str] = set()
+CONTROLS: set[str] = set()
 
 
 def register_edge_estimator(
-    name: str, null_moments: bool = False
+    name: str, null_moments: bool = False, control: bool = False
 ) -> Callable[[Callable[..., Edge]], Callable[..., Edge]]:
     """Register an edge estimator under a name that `signal_subspace(estimator=...)` and the recipe accept.
 
@@ -46,6 +47,7 @@ def register_edge_estimator(
 
     Args:
         null_moments: it looks at `spectrum.null_eigenvalues`, which cost a second product a batch to collect.
+        control: it has no model of noise, so its answer says nothing of where the noise ends.
 
     Raises:
         RMTKDError: the name is taken.
@@ -57,6 +59,8 @@ def register_edge_estimator(
         EDGE_ESTIMATORS[name] = checked(function)
         if null_moments:
             NEED_NULL_MOMENTS.add(name)
+        if control:
+            CONTROLS.add(name)
         return EDGE_ESTIMATORS[name]
 
     return register
@@ -72,6 +76,11 @@ def find_estimator(name: str) -> Callable[..., Edge]:
 def needs_null_moments(name: str) -> bool:
     """Whether an estimator looks at the moments of sign-flipped samples."""
     return name in NEED_NULL_MOMENTS
+
+
+def is_control(name: str) -> bool:
+    """Whether an estimator has no model of noise."""
+    return name in CONTROLS
 
 
 def estimator_options(name: str) -> list[str]:
@@ -380,7 +389,7 @@ def _screenot_threshold(noise: Tensor, aspect: float) -> float:
     return top * (low + high) / 2
 
 
-@register_edge_estimator("energy")
+@register_edge_estimator("energy", control=True)
 def energy(
     spectrum: Spectrum, share: Annotated[float, Interval(0, 1, "right", "a share of the variance")] = 0.95
 ) -> Edge:
@@ -395,7 +404,7 @@ def energy(
     return _fixed_edge(spectrum, rank, {"share": share})
 
 
-@register_edge_estimator("fixed")
+@register_edge_estimator("fixed", control=True)
 def fixed(spectrum: Spectrum, rank: Count) -> Edge:
     """Control without a noise model: the `rank` largest directions.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from ..models import count_parameters, uncut_parameters
+from .cautions import divergence_warning, loss_warning
+from .checks import anatomy_of, check_data, check_recipe
 from .families import Family, family_of, register_family
 from .layouts import EncoderLayout, ResidualConvLayout
-from .reduction import Reduction, SiteRecord, analyze, block_paths, narrow, narrow_to, reduce, stage_sites
+from .reduction import Reduction, SiteRecord, analyze, block_paths, check_edges, narrow, narrow_to, reduce, stage_sites
 from .report import SpectralReport
-from .surgeon import anatomy_of, check_data, check_recipe
 
 
 __all__ = [
@@ -21,9 +22,12 @@ __all__ = [
     "anatomy_of",
     "block_paths",
     "check_data",
+    "check_edges",
     "check_recipe",
     "count_parameters",
+    "divergence_warning",
     "family_of",
+    "loss_warning",
     "narrow",
     "narrow_to",
     "reduce",

@@ -24,6 +24,7 @@ __all__ = [
     "Plan",
     "allocate",
     "check_reachable",
+    "descent",
     "flops_of",
     "parameters_of",
     "site_widths",
@@ -301,11 +302,27 @@ def allocate(
 
 
 class _Stuck(Exception):
-    """Every couple is at its floor; `size` is what is left of the model then."""
+    """Every couple is at its floor; `size` is what is left of the model then, `curve` the moves that led there."""
 
-    def __init__(self, size: float):
+    def __init__(self, size: float, curve: list[BudgetPoint]):
         super().__init__(size)
-        self.size = size
+        self.size, self.curve = size, curve
+
+
+def descent(
+    couples: list[Couple],
+    cost: Callable[[Mapping[str, int]], float],
+    worth: Callable[[Couple], Callable[[Mapping[str, int]], float]],
+    goal: float,
+    whole: float,
+    config: RMTKDConfig,
+) -> list[BudgetPoint]:
+    """The moves of `allocate` in steps of `round_to`, towards `goal` and as far as they go: what sizes cost, for
+    somebody who has not asked for one yet."""
+    try:
+        return _descend(couples, {}, cost, {c.name: worth(c) for c in couples}, goal, whole, config)[0]
+    except _Stuck as stuck:
+        return stuck.curve
 
 
 def _tries(round_to: int, last_move: Callable[[], BudgetPoint | None]) -> Iterator[tuple[int, dict[str, int]]]:
@@ -383,7 +400,7 @@ def _descend(
     while size > goal:
         moves = [m for c in free for m in _moves(c, widths, size, cost, local[c.name], config)]
         if not moves:
-            raise _Stuck(size)
+            raise _Stuck(size, curve)
         fitting = [m for m in moves if size - m[1] >= goal - TOLERANCE * whole]
         if fitting:
             _, saved, couple, width = min(fitting, key=lambda m: m[0])

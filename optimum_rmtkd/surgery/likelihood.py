@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from ..batches import first_samples, main_input, model_inputs, padding_mask, run
 
 
-__all__ = ["content_uniforms", "gives_likelihood", "log_likelihood"]
+__all__ = ["Answers", "answers", "content_uniforms", "gives_likelihood", "log_likelihood"]
 
 
 def gives_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> bool:
@@ -42,36 +43,71 @@ def content_uniforms(batch: Mapping[str, Any], shape: torch.Size, seed: int) -> 
     return torch.stack(rows).clamp(1e-12, 1 - 1e-12)
 
 
-def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, Any], seed: int) -> torch.Tensor:
-    """Summed log-likelihood of labels drawn from the model's own predictions: its gradients have the Fisher
-    information as second moment (Kunstner, Hennig and Balles 2019, the true and not the empirical one).
+@dataclass(frozen=True)
+class Answers:
+    """What a model answers to a batch, in one form for every task.
 
-    Classes, several independent labels, regression with unit variance, tokens and spans are told apart by the outputs'
-    names and shapes and by `config.problem_type`. Draws are those of `content_uniforms`.
+    Attributes:
+        kind: "classes" (a softmax over the last axis), "labels" (independent ones, along the last axis) or "numbers".
+        logits: fp32: (batch, ..., classes); labels (batch, labels); numbers (batch, ...). A span is two answers,
+            (batch, 2, length), with padding at the least number there is.
+        mask: (batch, length) bool, the tokens that count as answers; None where all do.
     """
+
+    kind: str
+    logits: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    @property
+    def count(self) -> int:
+        """How many answers there are: samples of a classifier, tokens of a language model, two for each span."""
+        if self.mask is not None:
+            return int(self.mask.sum())
+        return self.logits.numel() if self.kind == "numbers" else self.logits[..., 0].numel()
+
+
+def answers(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Answers | None:
+    """The answers of a model, told apart by the outputs' names and shapes and by `config.problem_type`; None where
+    outputs define no likelihood."""
     if "start_logits" in outputs:
         spans = torch.stack([outputs[name].float() for name in ("start_logits", "end_logits")], dim=1)
         mask = padding_mask(batch)
         if mask is not None:  # no answer starts on padding
             spans = spans.masked_fill(~mask[:, None], torch.finfo(spans.dtype).min)
-        return _drawn(spans, content_uniforms(batch, spans.shape[1:-1], seed)).sum()
+        return Answers("classes", spans)
+    if "logits" not in outputs:
+        return None
     logits = outputs["logits"].float()
     problem = getattr(model.config, "problem_type", None)
     if problem == "multi_label_classification":
+        return Answers("labels", logits)
+    if problem == "regression" or logits.shape[-1] == 1 or logits.dim() == 1:
+        return Answers("numbers", logits)
+    if logits.dim() != 3:
+        return Answers("classes", logits)
+    labels = batch.get("labels")
+    labelled = isinstance(labels, torch.Tensor) and labels.shape == logits.shape[:-1]
+    mask = labels != -100 if labelled else padding_mask(batch)
+    return Answers("classes", logits, mask if mask is not None and mask.shape == logits.shape[:-1] else None)
+
+
+def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, Any], seed: int) -> torch.Tensor:
+    """Summed log-likelihood of labels drawn from the model's own predictions: its gradients have the Fisher
+    information as second moment (Kunstner, Hennig and Balles 2019, the true and not the empirical one).
+
+    Numbers have unit variance. Draws are those of `content_uniforms`.
+    """
+    given = answers(model, outputs, batch)
+    logits = given.logits
+    if given.kind == "labels":
         uniforms = content_uniforms(batch, logits.shape[1:], seed).to(logits.device)
         drawn = (uniforms < logits.detach().double().sigmoid()).to(logits)
         return -nn.functional.binary_cross_entropy_with_logits(logits, drawn, reduction="sum")
-    if problem == "regression" or logits.shape[-1] == 1 or logits.dim() == 1:
+    if given.kind == "numbers":
         noise = torch.special.ndtri(content_uniforms(batch, logits.shape[1:], seed)).to(logits)
         return (noise * logits).sum()
     likelihood = _drawn(logits, content_uniforms(batch, logits.shape[1:-1], seed))
-    if likelihood.dim() == 2:
-        labels = batch.get("labels")
-        labelled = isinstance(labels, torch.Tensor) and labels.shape == likelihood.shape
-        mask = labels != -100 if labelled else padding_mask(batch)
-        counts = mask is not None and mask.shape == likelihood.shape
-        likelihood = likelihood.masked_fill(~mask, 0.0) if counts else likelihood
-    return likelihood.sum()
+    return (likelihood if given.mask is None else likelihood.masked_fill(~given.mask, 0.0)).sum()
 
 
 def _drawn(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:

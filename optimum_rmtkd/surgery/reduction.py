@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,15 +13,18 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import RMTKDConfig
-from ..errors import RMTKDError
+from ..errors import NoTargetError, RMTKDError
 from ..modeling_rmtkd import resolve_path
 from ..models import count_parameters
-from .budget import site_widths
+from .budget import Plan, site_widths
+from .cautions import divergence_warning
+from .checks import anatomy_of
 from .families import family_of
 from .processes import broadcast_model, from_main, one_for_all
 from .report import SpectralReport
 from .sites import select_sites
-from .surgeon import Surgeon, anatomy_of
+from .surgeon import Surgeon
+from .untargeted import asks_for_edges, has_target, whole_sites
 
 
 __all__ = [
@@ -28,11 +32,14 @@ __all__ = [
     "SiteRecord",
     "analyze",
     "block_paths",
+    "check_edges",
     "narrow",
     "narrow_to",
     "reduce",
     "stage_sites",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,12 @@ class Reduction:
         sites: what happened to each site that was open to this cut, also where it kept its width.
         parameters_before, parameters_after: tied parameters counted once.
         report: the spectra the widths come from.
+        predicted_loss: what the cut was predicted to cost, in `loss_unit`; None where it has none.
+        loss_unit: "nats", of the likelihood of an answer (a sample of a classifier, a token of a language model) to
+            second order; "energy", for models without logits, the sum over sites of the share of the stream's energy
+            that is lost; None for factors, which weigh each layer by itself.
+        divergence: what it did cost before any training: the mean KL divergence of the narrow model's answers from the
+            old one's on a few calibration batches, nats an answer (`mean_divergence`); None without logits.
     """
 
     model: PreTrainedModel
@@ -70,6 +83,9 @@ class Reduction:
     parameters_before: int
     parameters_after: int
     report: SpectralReport = field(repr=False)
+    predicted_loss: float | None = None
+    loss_unit: str | None = None
+    divergence: float | None = None
 
 
 def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
@@ -104,7 +120,39 @@ def analyze(
     config = config or RMTKDConfig()
     targets = {"target_reduction": config.target_reduction, "target_flops": config.target_flops}
     surgeon = Surgeon(model, dataloader, config, progress=progress, thorough=True, **targets)
-    return surgeon.report(*surgeon.plan())
+    try:
+        plan, note = surgeon.plan(), "" if has_target(config) else whole_sites(surgeon.doubts())
+    except NoTargetError as error:
+        plan, note = Plan({}, [], config.round_to), str(error)
+    return dataclasses.replace(surgeon.report(*plan), note=note)
+
+
+def check_edges(
+    model: PreTrainedModel,
+    dataloader: Iterable,
+    config: RMTKDConfig,
+    *,
+    accelerator: Any = None,
+    progress: bool = True,
+) -> tuple[str, ...] | None:
+    """Whether a recipe without a target says how far to cut a model, asked before anything is trained.
+
+    It costs a calibration. With several processes each passes its own data, as for `reduce`.
+
+    Returns:
+        Names of the sites whose spectral edge decides, in the order of the network; None where a target, or an
+        estimator that the user named, leaves no question (nothing is computed then).
+
+    Raises:
+        NoTargetError: the edge of no site means anything; the message shows what sizes are predicted to cost.
+        UnsupportedArchitectureError, CalibrationError: as for `analyze`.
+    """
+    if has_target(config) or asks_for_edges(config) or config.schedule == "none":
+        return None
+    surgeon = Surgeon(model, dataloader, config, None, accelerator, progress, thorough=True, trust_edges=False)
+    with one_for_all(accelerator):
+        surgeon.plan()
+    return from_main(tuple(name for name, why in surgeon.doubts().items() if why is None), accelerator)
 
 
 def narrow(
@@ -112,12 +160,18 @@ def narrow(
 ) -> PreTrainedModel:
     """One cut, no training: a new, narrow model; `model` is left bit-identical.
 
-    Arguments and errors as for `analyze`, and RMTKDError for a recipe with `schedule="none"`, which cuts nothing.
+    A model whose answers lie far from those of the old one draws a warning (`divergence_warning`).
+
+    Arguments and errors as for `analyze`, NoTargetError for a recipe without a target where the spectra do not say how
+    far to cut, and RMTKDError for a recipe with `schedule="none"`, which cuts nothing.
     """
     config = config or RMTKDConfig()
     if config.schedule == "none":
         raise RMTKDError("schedule='none' cuts nothing, and narrow is one cut: leave the schedule out.")
-    return reduce(model, dataloader, config, progress=progress).model
+    reduction = reduce(model, dataloader, config, progress=progress, trust_edges=asks_for_edges(config))
+    if has_target(config):  # else reduce has looked at it
+        _warn_of(reduction.divergence)
+    return reduction.model
 
 
 def narrow_to(
@@ -147,6 +201,7 @@ def reduce(
     sites: Iterable[str] | None = None,
     accelerator: Any = None,
     progress: bool = True,
+    trust_edges: bool | None = None,
 ) -> Reduction:
     """One cut, with all that a trainer wants to know of it; `model` is left untouched.
 
@@ -156,19 +211,33 @@ def reduce(
         accelerator: with several processes, each passes its own data; moments are summed over all, the main process
             decides, every process cuts and refits on the data of all, and every one returns the main process's
             weights.
+        trust_edges: without a target, take every spectral edge as it is. None: where the recipe names an edge
+            estimator, and for schedule="layerwise", whose edges decide whatever the target. Else only sites with a
+            separated bulk of noise are cut, and the others keep their width (`spectra.separation`).
 
     Raises:
         UnsupportedArchitectureError, CalibrationError, BudgetError, RMTKDError: see `optimum_rmtkd.errors`.
+        NoTargetError: no target, edges that are not trusted, and none of them means anything.
     """
+    if trust_edges is None:
+        trust_edges = asks_for_edges(config) or config.schedule == "layerwise"
     asked = config.target_reduction if target_reduction is None else target_reduction
     targets = {"target_reduction": asked, "target_flops": config.target_flops if asked is None else None}
-    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, **targets)
+    by_edge = targets == {"target_reduction": None, "target_flops": None}
+    options = targets | {"thorough": by_edge and not trust_edges, "trust_edges": trust_edges}
+    surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, **options)
     with one_for_all(accelerator):
         plan = surgeon.plan(target_reduction)
     plan = from_main(plan, accelerator)
     with one_for_all(accelerator):
         student, projections = surgeon.operate(plan.couples)
     broadcast_model(student, projections, accelerator)
+    with one_for_all(accelerator):
+        costs = surgeon.predicted_loss(plan.couples), surgeon.loss_unit, surgeon.divergence(student)
+    predicted, unit, divergence = from_main(costs, accelerator)
+    # one layer of many (schedule="layerwise") is no cut to judge by itself
+    if by_edge and sites is None and (accelerator is None or accelerator.is_main_process):
+        _say_of_edges(surgeon, predicted if unit == "nats" else None, divergence)
     report = surgeon.report(*plan)
     widths = site_widths(plan.couples, surgeon.anatomy)
     records = tuple(
@@ -176,4 +245,17 @@ def reduce(
         for s in report.sites
         if s.name in widths
     )
-    return Reduction(student, projections, records, count_parameters(model), count_parameters(student), report)
+    sizes = count_parameters(model), count_parameters(student)
+    return Reduction(student, projections, records, *sizes, report, predicted, unit, divergence)
+
+
+def _say_of_edges(surgeon: Surgeon, *nats: float | None) -> None:
+    """Which sites keep their width, and a warning where the edges cost much, predicted or measured."""
+    if kept := whole_sites(surgeon.doubts()):
+        logger.warning(kept)
+    _warn_of(max((value for value in nats if value is not None), default=None))
+
+
+def _warn_of(nats: float | None) -> None:
+    if text := divergence_warning(nats):
+        logger.warning(text)

@@ -54,6 +54,7 @@ class SpectralReport:
         recipe: RMTKDConfig.to_dict().
         round_to: what planned widths are multiples of: less than the recipe says where that would have missed the
             target. None: not known.
+        note: what is to be said of a recipe without a target; empty otherwise.
     """
 
     sites: tuple[SiteSpectrum, ...]
@@ -62,6 +63,7 @@ class SpectralReport:
     budget: tuple[BudgetPoint, ...]
     recipe: dict[str, Any]
     round_to: int | None = None
+    note: str = ""
 
     def table(self) -> str:
         """One line a site: width, planned width, rank under the chosen and every other estimator, and the fit of the
@@ -104,6 +106,7 @@ class SpectralReport:
             f"parameters {self.parameters:,} -> {self.planned_parameters:,} ({-share:+.1%})",
             *([f"widths: {self.steps}"] if self.steps else []),
             *self.warnings(),
+            *([self.note] if self.note else []),
         ]
         return "\n".join(lines)
 
@@ -137,6 +140,7 @@ class SpectralReport:
             "planned_parameters": self.planned_parameters,
             "round_to": self.round_to,
             "steps": self.steps,
+            "note": self.note,
             "recipe": self.recipe,
             "sites": [site.to_dict() for site in self.sites],
             "budget": [vars(point) for point in self.budget],

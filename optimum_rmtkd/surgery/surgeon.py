@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..batches import batch_size, evaluating, run
+from ..batches import evaluating, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import (
@@ -27,109 +28,39 @@ from ..models import (
 )
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from ..spectra.edges import find_estimator
+from ..spectra.separation import doubt
 from .budget import (
     BudgetPoint,
     Couple,
     Plan,
     allocate,
-    check_reachable,
     couple_grid,
+    descent,
     flops_of,
     parameters_of,
     site_widths,
     speed_weight_of,
 )
-from .calibration import Calibration, calibrate, features_last, observed, points_of
+from .calibration import Calibration, calibrate, points_of
+from .cautions import MUCH
+from .checks import anatomy_of, check_finite, check_flops, check_parameters, positions_of
 from .directions import Directions, site_directions
-from .families import family_of
+from .divergence import answers_per_sample, mean_divergence
 from .grouping import by_length
-from .layouts import factored_anatomy
-from .likelihood import gives_likelihood
+from .likelihood import answers, gives_likelihood
 from .narrowing import Cuts, build_student, fold_norms, initialise
 from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
-from .sites import Anatomy, Point, Site, Unit, get_module, linear_layers, select_sites
+from .sites import Point, Site, Unit, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
+from .untargeted import SHARES, asks_for_edges, curve_table, no_target
 
 
-__all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
+__all__ = ["Surgeon"]
 
 TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
-
-
-def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:
-    """Sites and units of a model in the form of the recipe; raises UnsupportedArchitectureError."""
-    if config.form == "factored":
-        return factored_anatomy(model)
-    return family_of(model).layout.anatomy(model)
-
-
-def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
-    """Refuse what cannot work before anything is computed.
-
-    Raises:
-        UnsupportedArchitectureError, RMTKDError: a model that its class and config do not describe
-            (`models.check_structure`); no family; an unknown site or edge estimator.
-        CalibrationError: weights that are not finite; names the first tensor.
-        BudgetError: a model that is already as small as asked for, or cannot get so small.
-    """
-    check_structure(model)
-    anatomy = anatomy_of(model, config)
-    sites = select_sites(anatomy, config.sites)
-    find_estimator(config.edge_estimator)
-    _check_finite(model)
-    _check_parameters(model, anatomy, sites, config, config.target_reduction)
-
-
-def _check_finite(model: PreTrainedModel) -> None:
-    broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
-    if broken:
-        raise CalibrationError(
-            f"{len(broken)} tensor(s) of {type(model).__name__} hold NaN or infinite values, the first is "
-            f"{broken[0]}: expected finite weights. The training diverged, or the file is damaged; take another "
-            "checkpoint."
-        )
-
-
-def check_data(model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig) -> None:
-    """Refuse data that cannot calibrate a cut of `model`, by its first batches and forward passes over a few of them;
-    and a model that on these does something else than its class and config describe.
-
-    Raises:
-        CalibrationError, UnsupportedArchitectureError: names what the data holds, what was expected, what to do.
-        BudgetError: no widths have as few FLOPs as `target_flops` leaves.
-    """
-    anatomy = anatomy_of(model, config)
-    sites = select_sites(anatomy, config.sites)
-    batches = checked_batches(model, dataloader, config.calibration_samples, anatomy, sites)
-    check_behaviour(model, batches[0])
-    if config.target_flops is not None:
-        with evaluating(model):
-            batches = by_length(model, batches, points_of(anatomy, sites))
-            _check_flops(model, anatomy, sites, batches, config, config.target_flops)
-
-
-def _check_parameters(
-    model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], config: RMTKDConfig, target: float | None
-) -> None:
-    if target is not None:
-        whole = uncut_parameters(model)
-        check_reachable(sites, parameters_of(model, anatomy), (1 - target) * whole, whole, config, "parameters")
-
-
-def _check_flops(
-    model: PreTrainedModel,
-    anatomy: Anatomy,
-    sites: list[Site],
-    batches: list[dict[str, Any]],
-    config: RMTKDConfig,
-    target: float | None,
-) -> None:
-    if target is not None:
-        flops = flops_of(model, anatomy, _positions(model, batches))
-        check_reachable(sites, flops, (1 - target) * flops({}), flops({}), config, "FLOPs")
 
 
 class Surgeon:
@@ -137,7 +68,8 @@ class Surgeon:
 
     `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
     that the estimator "signflip" needs. A `target_reduction` that is out of reach is refused (BudgetError) before any
-    data is read, a `target_flops` before the calibration; `plan` is asked for them again.
+    data is read, a `target_flops` before the calibration; `plan` is asked for them again. With `trust_edges` a plan
+    without a target takes every spectral edge as it is; default: where the recipe names an estimator.
     """
 
     def __init__(
@@ -151,16 +83,18 @@ class Surgeon:
         thorough: bool = False,
         target_reduction: float | None = None,
         target_flops: float | None = None,
+        trust_edges: bool | None = None,
     ):
         check_structure(model)
         find_estimator(config.edge_estimator)
         self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
+        self.trust_edges = asks_for_edges(config) if trust_edges is None else trust_edges
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
-        _check_parameters(model, self.anatomy, self.sites, config, target_reduction)
+        check_parameters(model, self.anatomy, self.sites, config, target_reduction)
         with one_for_all(accelerator):
-            _check_finite(model)
+            check_finite(model)
             share = share_of(config.calibration_samples, accelerator)
             batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
             check_behaviour(model, batches[0])
@@ -171,7 +105,7 @@ class Surgeon:
             self.teacher = fold_norms(twin, self.anatomy)
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
-            _check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
+            check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
             self.calibration = Calibration(points, self._gradient_points(), config, null_moments=thorough)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
@@ -255,20 +189,18 @@ class Surgeon:
         return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
 
     def plan(self, target_reduction: float | None = None) -> Plan:
-        """Widths by budget where there is a target, else by the spectral edges.
+        """Widths by budget where there is a target, else by the spectral edges that mean something.
 
         Raises:
             BudgetError: the target cannot be reached, or already is.
+            NoTargetError: no target, and no edge that says how far to cut.
         """
         couples = self.couples()
         parameters = parameters_of(self.teacher, self.anatomy)
         target = self.config.target_reduction if target_reduction is None else target_reduction
         if target is None and self.config.target_flops is None:
-            # two factors of a rank near the full one hold more parameters than the layer they replace
-            whole = parameters({})
-            widths = {c.name: c.rank if parameters({c.name: c.rank}) < whole else c.width for c in couples}
-            return Plan(widths, [], self.config.round_to)
-        positions = _positions(self.teacher, self.batches)
+            return self._plan_by_edges(couples, parameters)
+        positions = positions_of(self.teacher, self.batches)
         flops = flops_of(self.teacher, self.anatomy, positions)
         if target is not None:
             whole = float(uncut_parameters(self.source))
@@ -278,6 +210,64 @@ class Surgeon:
             goal, cost, what = (1 - self.config.target_flops) * whole, flops, "FLOPs"
         worth = self._worth(parameters({}), flops({}), positions)
         return allocate(couples, cost, worth, goal, whole, self.config, what)
+
+    def _plan_by_edges(self, couples: list[Couple], parameters: Callable[[Mapping[str, int]], float]) -> Plan:
+        whole, doubts, widths = parameters({}), self.doubts(), {}
+        for c in couples:
+            sure = all(doubts.get(site.name) is None for site in c.sites)
+            # two factors of a rank near the full one hold more parameters than the layer they replace
+            widths[c.name] = c.rank if sure and parameters({c.name: c.rank}) < whole else c.width
+        lost = self.predicted_loss(widths) if self.loss_unit == "nats" else None
+        if not self.trust_edges and (all(widths[c.name] == c.width for c in couples) or (lost or 0.0) > MUCH):
+            raise no_target(self.config, doubts, lost, self._curve(couples))
+        return Plan(widths, [], self.config.round_to)
+
+    def doubts(self) -> dict[str, str | None]:
+        """{site: why its spectral edge does not say how far to cut}; None where it does, or is trusted."""
+
+        def of(site: Site) -> str | None:
+            narrow = f"too narrow for a bulk, {site.width} features" if site.width < TOO_NARROW else None
+            return None if self.trust_edges else narrow or doubt(self.subspace_of(site))
+
+        return {site.name: of(site) for site in self.sites if site.kind != "pooled"}
+
+    def _curve(self, couples: list[Couple]) -> str:
+        """What sizes are predicted to cost, as a table."""
+        parameters, positions = parameters_of(self.teacher, self.anatomy), positions_of(self.teacher, self.batches)
+        now, whole = parameters({}), float(uncut_parameters(self.source))
+        worth = self._worth(now, flops_of(self.teacher, self.anatomy, positions)({}), positions)
+        moves = descent(couples, parameters, worth, (1 - SHARES[-1]) * whole, whole, self.config)
+        units = {"nats": ("nats an answer", self.answers), "energy": ("sum of shares of the energy", 1.0)}
+        unit, per = units.get(self.loss_unit, ("mean share of a layer's energy", float(len(couples))))
+        return curve_table(moves, now, whole, unit, per)
+
+    @property
+    def loss_unit(self) -> str | None:
+        """What a predicted loss is counted in: "nats" of the model's own likelihood, an answer; "energy", the sum over
+        sites of the share of the stream's (or block sum's) energy; None for factors, where each layer is weighed by
+        itself."""
+        if self.config.form == "factored":
+            return None
+        return "nats" if self.calibration.gradients else "energy"
+
+    @functools.cached_property
+    def answers(self) -> float:
+        """Answers a sample, in a batch of middling length: 1 for a classifier, the tokens of a language model."""
+        batch = self.batches[len(self.batches) // 2]
+        with evaluating(self.teacher), torch.no_grad():
+            given = answers(self.teacher, run(self.teacher, batch), batch)
+        return 1.0 if given is None else max(1.0, answers_per_sample(given))
+
+    def predicted_loss(self, couples: Mapping[str, int]) -> float | None:
+        """What a cut to {couple: features of a group} is predicted to cost, in `loss_unit`; None without a unit."""
+        if self.loss_unit is None:
+            return None
+        lost = sum(float(c.damage[couples.get(c.name, c.width)]) for c in self.couples())
+        return lost / (self.answers if self.loss_unit == "nats" else 1.0)
+
+    def divergence(self, student: PreTrainedModel) -> float | None:
+        """Measured: see `mean_divergence`."""
+        return mean_divergence(self.teacher, student, self.batches)
 
     def _worth(
         self, parameters: float, flops: float, positions: Mapping[str, float]
@@ -358,21 +348,6 @@ class Surgeon:
         # the folded stream of a pre-norm model is the old one less its mean over features
         basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
         return {"hidden": basis.float().to(self.source.device)}
-
-
-def _positions(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str, float]:
-    """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling length."""
-    positions: dict[str, float] = {}
-    batch = batches[len(batches) // 2]
-    size = batch_size(batch)
-
-    def see(point: Point, x: torch.Tensor) -> None:
-        features = features_last(x, get_module(model, point.path)).shape[-1]
-        positions[point.path] = x.numel() / features / size
-
-    with observed(model, [Point(p) for p in linear_layers(model)], see), torch.no_grad():
-        run(model, batch)
-    return positions
 
 
 @contextlib.contextmanager

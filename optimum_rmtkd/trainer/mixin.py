@@ -1,49 +1,56 @@
 """RMTKDMixin: what makes a trainer of transformers, or of a library built on it, narrow its model while it trains it.
 
-The only file that knows the hooks of `transformers.Trainer`.
+With `hooks/`, the only place that knows the hooks of `transformers.Trainer`: the trainer as a `Host` (`hosting`), its
+moments (`callbacks`), its loss, schedule, checkpoints and card.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..config import RMTKDConfig
-from ..distillation import BatchTransform, DistillationObjective, Teacher
-from ..distillation.teachers import clean_copy
+from ..distillation import BatchTransform, CachedTeacher, DistillationObjective, Teacher
+from ..distillation.cached import CLASSES, AnswerCollator
 from ..errors import RMTKDError
-from ..hub import write_card, write_results
-from ..hub.card import CARD, is_foreign
-from ..hub.run import first, public_name
-from ..reparameterization import Reparameterization, fold, is_reparameterized
-from .arguments import RMTKDTrainingArguments
-from .callbacks import Patience, StageCallback
-from .checkpoint import write_process_state
-from .checks import check_first_batch, check_length, check_parts, check_setting, unsharded
-from .columns import for_calibration, for_student, kept_for_teacher
-from .cores import Cores
-from .data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
-from .distiller import Distiller, LateBatches
-from .extras import Extras
-from .fitting import transforms_state
+from ..reparameterization import Reparameterization
+from .checks import (
+    check_data,
+    check_first_batch,
+    check_length,
+    check_model,
+    check_own_loss,
+    check_parts,
+    one_device,
+    unsharded,
+)
+from .companions import Companions
+from .hooks.callbacks import Patience, StageCallback
+from .hooks.checkpoints import CheckpointHooks
+from .hooks.hosting import TrainerHost
+from .hooks.losses import LossHooks
+from .hooks.results import ResultHooks
+from .hooks.schedules import ScheduleHooks
 from .parts import parts_of
+from .run import Run
 from .stages import Stage, stage_table
-from .staging import Staging
-from .stream import Stream, evaluated_again, is_stream
-from .swap import enable_checkpointing, load_weights, separate_cores
-from .teaching import accept_teacher
+from .stream import Stream, evaluated_again
+from .teaching import accept_teacher, check_cached
 
 
 __all__ = ["RMTKDMixin"]
 
 logger = logging.getLogger(__name__)
 
+TAUGHT = ("training", "calibration")  # what transformers and we call the data that a teacher sees as well
 
-class RMTKDMixin:
+
+class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     """Put in front of a `transformers.Trainer`, or of any subclass of it: `class MyTrainer(RMTKDMixin, SFTTrainer)`.
 
     It trains as that trainer does, and narrows the model on the way as the recipe says.
@@ -51,7 +58,7 @@ class RMTKDMixin:
     Args:
         model: a `PreTrainedModel` of a supported family. It keeps its identity; class and widths change at each cut.
         args: `RMTKDTrainingArguments`, or any `TrainingArguments`.
-        rmtkd_config: the recipe. None: `RMTKDConfig()`, where the spectral edges decide the widths.
+        rmtkd_config: the recipe. None: `RMTKDConfig()`, where the spectral edges decide the widths if they can.
         teacher_model: None for self-distillation (`rmtkd_config.teacher`); a model of the same vocabulary and labels;
             a list of models, or of (model, weight); or a `Teacher` (OnlineTeacher, CachedTeacher). `HiddenStateLoss`
             is used only if it is the very model that is cut: no projection is known for another one.
@@ -72,6 +79,10 @@ class RMTKDMixin:
     the number of labels in it, and accumulation is weighed here. `replaces_loss = True` in the subclass says that its
     `compute_loss` is the whole training loss; `super().compute_loss` then gives it the weighted sum of all terms.
 
+    A model that cannot teach yet (a new head) is fine-tuned first, see `RMTKDConfig.fit_share`. What a subclass
+    overrides keeps its meaning: the stages are judged by what its `evaluate` returns, cuts are calibrated on what its
+    `get_train_dataloader` gives.
+
     `EarlyStoppingCallback` and the like wait for the last cut: see `callbacks.Patience`.
 
     Raises:
@@ -79,13 +90,6 @@ class RMTKDMixin:
             one.
         UnsupportedArchitectureError: no known family.
     """
-
-    # Our loss is averaged over the micro-batches. Inferred, it would be wrong: BERT & co. swallow `num_items_in_batch`
-    # through **kwargs and ignore it, so loss and gradients would grow with accumulation steps and processes
-    # (transformers #47688).
-    loss_is_scaled_for_ga = False
-
-    replaces_loss = False  # does a subclass's compute_loss stand for all terms, and not for the task's alone?
 
     def __init__(
         self,
@@ -106,16 +110,19 @@ class RMTKDMixin:
                 "RMTKDConfig.from_json_file(path)."
             )
         parts = parts_of(self.rmtkd_config, objectives, reparameterization, transforms)
-        self.objectives, self.reparameterization, self.transforms = parts
-        args = args if args is not None else RMTKDTrainingArguments("tmp_trainer")
-        if getattr(args, "fsdp", None) or getattr(args, "deepspeed", None):
-            raise unsharded("fsdp" if args.fsdp else "deepspeed")
-        check_length(args, *positional[1:2], **kwargs)
+        self.reparameterization, self.transforms = parts.reparameterization, parts.transforms
+        if sharding := next((what for what in ("fsdp", "deepspeed") if getattr(args, what, None)), None):
+            raise unsharded(sharding)
+        taken = inspect.signature(super().__init__).bind_partial(model, args, *positional, **kwargs).arguments
+        if args is not None:
+            check_length(args, taken.get("train_dataset"))
+        self.run: Run | None = None
         super().__init__(model, args, *positional, **kwargs)
+        check_length(self.args, self.train_dataset)
         self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
         if not self.replaces_loss:
             self.loss_is_scaled_for_ga = False  # the sum of the terms is not, whatever a subclass says of its own
-        check_setting(self)
+        self._check_setting()
         self.optimizer_was_given = self.optimizer is not None
         if self.optimizer_was_given and self.reparameterization is not None:
             logger.warning(
@@ -124,31 +131,62 @@ class RMTKDMixin:
                 self.reparameterization.name,
                 self.reparameterization.lr_scale,
             )
-        self.reports: list[Any] = []
-        self.distiller = Distiller(self)
-        self.extras = Extras(self)
-        self.cores = Cores(self)
-        self.staging = Staging(self)
-        self.patience = Patience(self)
-        self._stream: Stream | None = None
+        adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
+        companions = Companions(self.accelerator, **adam, max_grad_norm=self.args.max_grad_norm)
+        self._host = TrainerHost(self)
+        self.run = Run(self._host, self.rmtkd_config, parts, companions, reentrant=self._reentrant)
+        self.run.evaluates = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
         if teacher_model is not None:
-            accept_teacher(self, teacher_model)
-        check_parts(self)
-        if (smooth := self.label_smoother) is not None:
-            # transformers knows the causal models, whose labels are shifted, by the names of its own classes
-            self.label_smoother = lambda outputs, labels, shift_labels=False, **rest: smooth(
-                outputs, labels, shift_labels=shift_labels or self.distiller.shifted, **rest
-            )
-        if self.compute_loss_func is not None:
-            self.compute_loss_func = self.distiller.counting(self.compute_loss_func)
-        self.add_callback(StageCallback(self))
+            self._accept(teacher_model)
+        check_parts(self.run, self._host.model)
+        if self.overrides_loss:
+            check_own_loss(self.compute_loss, type(self).__name__, self.run)
+        self._adapt_losses()
+        self.patience = Patience(self.run, self.callback_handler)
+        self.add_callback(StageCallback(self.run, self.patience, self._end_step))
+
+    def _check_setting(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise unsharded("fsdp" if self.is_fsdp_enabled else "deepspeed")
+        if self.args.n_gpu > 1 or self.is_model_parallel:
+            raise one_device(self.args.n_gpu)
+        check_model(TrainerHost(self).model, self.rmtkd_config, evaluated=self.eval_dataset is not None)
+
+    @property
+    def _reentrant(self) -> bool:
+        args = self.args
+        return args.gradient_checkpointing and bool((args.gradient_checkpointing_kwargs or {}).get("use_reentrant"))
+
+    def _accept(self, teacher: Any) -> None:
+        """A teacher that was passed in."""
+        run, host = self.run, self._host
+        if not accept_teacher(run.tutor, teacher, host.model, self.args.device):
+            self.rmtkd_config = run.config = self.rmtkd_config.replace(teacher="initial")
+            return
+        host.teacher = given = run.tutor.given
+        columns = getattr(self.train_dataset, "column_names", None) or ()
+        if isinstance(given, CachedTeacher):
+            if CLASSES in columns:
+                rows = self.train_dataset if host.stream is None else host.stream.samples(1)
+                check_cached(given, host.model, lambda: rows[0])
+            self.data_collator = AnswerCollator(self.data_collator)
 
     # -- what the user reads ------------------------------------------------------------------------------------------
 
     @property
     def stages(self) -> list[Stage]:
         """Records of the cuts so far, in order."""
-        return list(self.staging.stages)
+        return list(self.run.stages)
+
+    @property
+    def objectives(self) -> list[DistillationObjective]:
+        """The terms of the loss."""
+        return self.run.tutor.objectives
+
+    @property
+    def reports(self) -> list[Any]:
+        """The spectra that each cut was made from."""
+        return self.run.reports
 
     @property
     def metric_name(self) -> str:
@@ -162,36 +200,44 @@ class RMTKDMixin:
         given = self.args.greater_is_better
         return not self.metric_name.endswith("loss") if given is None else given
 
+    def calibration_batches(self, strip: bool = True, samples: int | None = None) -> Iterable[dict[str, Any]]:
+        """This process's share of the calibration data, the same in every pass.
+
+        Args:
+            strip: without what is there for the teacher, or a loss of the user's own, alone.
+            samples: how many; None: `calibration_samples`.
+        """
+        return self._host.calibration_batches(samples, strip)
+
     def train(self, resume_from_checkpoint=None, *positional, **kwargs):
-        """As `Trainer.train`; the metrics also hold `parameters_before`, `parameters_after` and `reduction`.
+        """As the trainer's own; the metrics also hold `parameters_before`, `parameters_after` and `reduction`.
 
         Raises:
             RMTKDError: no train_dataset, an empty one, or batches without labels or cached answers that are needed; a
                 checkpoint of a run that started from another model or with other parts.
             BudgetError: the model is already as small as the target.
         """
-        if self.train_dataset is None:
-            raise RMTKDError(
-                "train() without train_dataset: it is needed to calibrate the cuts and to distil. Pass train_dataset "
-                "to RMTKDTrainer, or use optimum_rmtkd.narrow for a single cut without training."
-            )
-        if self._stream is not None and self._stream.dataset is not self.train_dataset:
-            self._stream = None
+        run, host = self.run, self._host
+        check_data(self.train_dataset)
+        host.keep_stream()
         self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
-        check_first_batch(self)
+        own = self.overrides_loss or self.compute_loss_func is not None
+        needed = not own and not self.can_return_loss
+        check_first_batch(run, self.args.per_device_eval_batch_size, labels_needed=needed, classes_known=not own)
         given, self.train_dataset = self.train_dataset, self._training_data()
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
-            self.staging.reset()
-        self.distiller.forget()
-        self.extras.base_rate = None
+            run.reset()
+        run.loss.forget()
+        run.tutor.companions.base_rate = None
         try:
             output = super().train(resume_from_checkpoint, *positional, **kwargs)
-            self.staging.end()
-            self.cores.fold()
+            run.end()
+            self._fold()
         finally:
-            self.staging.dropout.restore()
-            self.train_dataset, self._stream = given, None
-        before, after = self.staging.reference_parameters, self.staging.parameters
+            run.dropout.restore()
+            self.train_dataset = given
+            host.forget_data()
+        before, after = run.reference_parameters, run.parameters
         output.metrics.update(parameters_before=before, parameters_after=after, reduction=1 - after / before)
         if self.args.should_save:
             self._write_results(before, after)
@@ -199,38 +245,10 @@ class RMTKDMixin:
             print(stage_table(self.stages))
         return output
 
-    def create_model_card(
-        self,
-        language=None,
-        license=None,
-        tags=None,
-        model_name=None,
-        finetuned_from=None,
-        tasks=None,
-        dataset_tags=None,
-        dataset=None,
-        dataset_args=None,
-    ) -> None:
-        """As `Trainer.create_model_card`, with the card of a reduced model: sizes, stages, figures, recipe."""
-        if not self.is_world_process_zero():
-            return
-        if not self.stages:  # nothing was cut: an ordinary model
-            super().create_model_card(
-                language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
-            )
-            return
-        given = [first(values) for values in (dataset_tags, dataset, dataset_args)]
-        if is_foreign(self.args.output_dir):
-            logger.warning("%s was written or changed by somebody else; it stays.", Path(self.args.output_dir) / CARD)
-            return
-        if any(given):
-            known = {"id": given[0] or given[1], "name": given[1] or given[0], "config": given[2]}
-            write_results(self.args.output_dir, dataset=known | {"on_hub": given[0] is not None})
-        write_results(self.args.output_dir, base_model=finetuned_from)
-        kept = getattr(self.staging.initial, "model_tags", None) or []  # a cut makes a new model, without them
-        tags = [*([tags] if isinstance(tags, str) else tags or []), *kept]
-        metadata = {"language": language, "license": license, "tags": tags, "pipeline_tag": first(tasks)}
-        write_card(self.args.output_dir, self.hub_model_id or model_name, **metadata)
+    @property
+    def stream(self) -> Stream | None:
+        """The first rows of a train_dataset that is iterated; None where it is indexed."""
+        return self._host.stream
 
     def _training_data(self) -> Any:
         """The train_dataset, or what gives its rows from the first one on if it is a stream that was looked at."""
@@ -242,137 +260,23 @@ class RMTKDMixin:
         self.stream.settle()
         return self.stream.data
 
-    def _write_results(self, before: int, after: int) -> None:
-        options = {"epochs": self.args.num_train_epochs, "batch_size": self.args.per_device_train_batch_size}
-        same = ("max_steps", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps", "bf16")
-        options |= {name: getattr(self.args, name) for name in same}
-        write_results(
-            self.args.output_dir,
-            base_model=public_name(self.staging.initial.config._name_or_path),
-            parameters=(before, after),
-            log_history=self.state.log_history,
-            training=options,
-            recipe=self.rmtkd_config.to_dict(),
-        )
+    # -- log and evaluations ------------------------------------------------------------------------------------------
 
-    @property
-    def overrides_loss(self) -> bool:
-        """Does a subclass, or a function set on this object, compute the task's loss?"""
-        own = self.compute_loss
-        return not self.replaces_loss and getattr(own, "__func__", own) is not RMTKDMixin.compute_loss
-
-    # -- the loss -----------------------------------------------------------------------------------------------------
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Evaluation, and what an override calls: the task loss. Training: sum over objectives of weight * term.
-
-        `num_items_in_batch` is withheld from the task loss: all terms alike are weighed by `DistillationStep.share`.
-        """
-        if not model.training or self.staging.teacher is None or self.distiller.busy:
-            return super().compute_loss(model, for_student(self, inputs), return_outputs=return_outputs)
-        loss, outputs = self.distiller.loss(model, inputs, super().compute_loss)
-        return (loss, outputs) if return_outputs else loss
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """As `Trainer.prediction_step`, without columns that are there for the teacher alone."""
-        with self.distiller.told_alike():
-            return super().prediction_step(model, for_student(self, inputs), prediction_loss_only, ignore_keys)
-
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """As `Trainer.get_batch_samples`, with the batch transforms applied and the units of the whole batch
-        counted."""
-        batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return LateBatches(batches, self.distiller.begin_batch), num_items_in_batch
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As `Trainer.log`; a training line ("loss") also gets the mean of each term since the last one."""
+    def log(self, logs: dict[str, float], *positional, **kwargs) -> None:
+        """As the trainer's own; a training line ("loss") also gets the mean of each term since the last one."""
+        if self._host.measuring:
+            return super().log(logs, *positional, **kwargs)
         if "loss" in logs:
-            logs |= self.distiller.log_terms()
+            logs |= self.run.loss.log_terms()
         asked = self.control.should_training_stop
-        super().log(logs, start_time)
-        self.patience.grant(asked)
+        super().log(logs, *positional, **kwargs)
+        self.patience.grant(self.control, asked)
 
-    # -- what the staging asks for ------------------------------------------------------------------------------------
-
-    def calibration_batches(self, strip: bool = True, samples: int | None = None) -> CalibrationBatches:
-        """This process's share of the calibration data, through the trainer's collator, the same in every pass.
-
-        Args:
-            strip: without what is there for the teacher alone.
-            samples: how many; None: `calibration_samples`.
-        """
-        dataset, collate, config = self.train_dataset, self.data_collator, self.rmtkd_config
-        if self.stream is None and is_hf_dataset(dataset):
-            dataset = self._remove_unused_columns(dataset, description="calibration")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="calibration")
-        wanted = config.calibration_samples if samples is None else samples
-        if self.stream is None:
-            chosen = pick_samples(dataset, wanted, config.seed)
-        else:
-            chosen = self.stream.samples(wanted)
-        return CalibrationBatches(
-            chosen,
-            collate,
-            self.args.per_device_eval_batch_size,
-            seed=config.seed,
-            process_index=self.args.process_index,
-            num_processes=self.args.world_size,
-            prepare=lambda batch: self._prepare_inputs(for_calibration(self, batch) if strip else batch),
-        )
-
-    @property
-    def stream(self) -> Stream | None:
-        """The first rows of a train_dataset that is iterated; None where it is indexed."""
-        if self._stream is None and is_stream(self.train_dataset):
-            self._stream = Stream(self.train_dataset, self.rmtkd_config.seed)
-        return self._stream
-
-    def measure(self) -> float | None:
-        """The validation metric now, or None without an eval_dataset.
-
-        Not `evaluate`: its callbacks would count for early stopping, and its sampler would advance the random numbers.
-        As in training, also after it: outside, `bf16_full_eval` would cast the model that is about to be saved.
-        """
-        if self.eval_dataset is None:
-            return None
-        several = isinstance(self.eval_dataset, dict)
-        metrics: dict[str, float] = {}
-        training, self.is_in_train = self.is_in_train, True
-        try:
-            with isolated_rng(self.rmtkd_config.seed):
-                for name in self.eval_dataset if several else (None,):
-                    output = self.evaluation_loop(
-                        self.get_eval_dataloader(name),
-                        description="Stage",
-                        prediction_loss_only=True if self.compute_metrics is None else None,
-                        metric_key_prefix=f"eval_{name}" if several else "eval",
-                    )
-                    metrics.update(output.metrics)
-        finally:
-            self.is_in_train = training
-        if self.metric_name not in metrics:
-            found = ", ".join(sorted(metrics)) or "nothing (eval_dataset is empty, or holds no labels)"
-            raise RMTKDError(
-                f"The evaluation gave {found}; the stages are judged by {self.metric_name!r}. "
-                "Set metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
-            )
-        return float(metrics[self.metric_name])
-
-    def after_swap(self) -> None:
-        """Repeat on the new layers what `Trainer.train` did to the old ones before training."""
-        enable_checkpointing(self.model, self.args)
-        if self.neftune_noise_alpha is not None and hasattr(self, "neftune_hook_handle"):
-            from transformers.integrations.neftune import activate_neftune
-
-            self.neftune_hook_handle = activate_neftune(self.model, self.neftune_noise_alpha, self.accelerator)
-
-    def log_stage(self, stage: Stage) -> None:
-        """One line in the trainer's log."""
-        line = {"rmtkd/stage": stage.index, "rmtkd/parameters": self.staging.parameters}
-        if stage.metric_cut is not None:
-            line[f"rmtkd/{stage.metric_name}"] = stage.metric_cut
-        self.log(line)
+    def _evaluate(self, *positional, **kwargs):
+        asked = self.control.should_training_stop
+        metrics = super()._evaluate(*positional, **kwargs)
+        self.patience.weigh(self.control, asked, metrics)
+        return metrics
 
     # -- private hooks of Trainer -------------------------------------------------------------------------------------
     # `_inner_training_loop` wraps the model once and hands that wrapper down as a local variable; after a cut under
@@ -382,7 +286,7 @@ class RMTKDMixin:
         return super()._run_epoch(self.model_wrapped, *positional, **kwargs)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        with self.distiller.in_charge():
+        with self._in_charge():
             return super().training_step(self.model_wrapped, inputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model):
@@ -391,63 +295,25 @@ class RMTKDMixin:
     def _get_grad_norm(self, model, grad_norm=None):
         return super()._get_grad_norm(self.model_wrapped, grad_norm=grad_norm)
 
-    # The three below touch checkpoints: the architecture has to be in place before weights are loaded, and what only
-    # we know has to lie beside the optimizer's state (hence not with save_only_model).
-
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self.staging.restore(resume_from_checkpoint)
-        load_weights(self.model, resume_from_checkpoint)
-        self.staging.restore_cores()
-
-    def _save(self, output_dir=None, state_dict=None):
-        """Plain weights, whatever they are trained as: every checkpoint loads with stock `from_pretrained`."""
-        if not self.args.should_save or not is_reparameterized(self.model):
-            return super()._save(output_dir, state_dict)
-        trained = self.model
-        self.model = fold(clean_copy(trained), self.reparameterization)
+    @contextlib.contextmanager
+    def _kept_for_teacher(self, description: str | None) -> Iterator[None]:
+        """While open, the columns that a given teacher reads are not "unused" in data that it sees."""
+        given = None if self.run is None else self.run.tutor.given
+        if given is None or (description or TAUGHT[0]).lower() not in TAUGHT:
+            yield
+            return
+        self._set_signature_columns_if_needed()
+        own = self._signature_columns
+        self._signature_columns = own + [name for name in given.columns if name not in own]
         try:
-            super()._save(output_dir)
+            yield
         finally:
-            self.model = trained
-
-    def _load_best_model(self):
-        self.cores.fold()
-        self.staging.adopt(self.state.best_model_checkpoint)
-        logger.info("Loading the best model from %s (%s).", self.state.best_model_checkpoint, self.state.best_metric)
-        load_weights(self.model, self.state.best_model_checkpoint)
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        write_process_state(output_dir, self.args.process_index, self.args.world_size, transforms_state(self))
-        if self.args.should_save:
-            self.staging.save(output_dir)
-
-    def create_optimizer(self, model=None):
-        """As `Trainer.create_optimizer`; tensors of a reparameterization form the last group, without weight decay."""
-        given = self.optimizer is not None
-        optimizer = super().create_optimizer(model)
-        if self.reparameterization is not None and not given:
-            separate_cores(optimizer, self.model, self.reparameterization.lr_scale)
-        return optimizer
+            self._signature_columns = own
 
     def _remove_unused_columns(self, dataset, description=None):
-        with kept_for_teacher(self, description):
+        with self._kept_for_teacher(description):
             return super()._remove_unused_columns(dataset, description)
 
     def _get_collator_with_removed_columns(self, data_collator, description=None):
-        with kept_for_teacher(self, description):
+        with self._kept_for_teacher(description):
             return super()._get_collator_with_removed_columns(data_collator, description)
-
-    def _get_num_items_in_batch(self, batch_samples, device):
-        # of which the model is not told, but a compute_loss of the user's own is
-        self.model_accepts_loss_kwargs = self.overrides_loss and self._model_takes_items
-        try:
-            return super()._get_num_items_in_batch(batch_samples, device)
-        finally:
-            self.model_accepts_loss_kwargs = False
-
-    def _evaluate(self, *positional, **kwargs):
-        asked = self.control.should_training_stop
-        metrics = super()._evaluate(*positional, **kwargs)
-        self.patience.weigh(asked, metrics)
-        return metrics

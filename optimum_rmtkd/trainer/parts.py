@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
+
+import torch
 
 from ..config import RMTKDConfig
 from ..distillation import (
@@ -18,9 +20,10 @@ from ..distillation import (
 from ..errors import RMTKDError
 from ..registry import Part
 from ..reparameterization import MatrixProductOperator, Reparameterization, build_reparameterization
+from .checkpoint import flatten, subset
 
 
-__all__ = ["Parts", "described", "parts_of"]
+__all__ = ["Parts", "described", "load_transforms", "parts_of", "transforms_state"]
 
 
 class Parts(NamedTuple):
@@ -67,3 +70,18 @@ def parts_of(
             "well, or leave it out."
         )
     return parts
+
+
+def transforms_state(transforms: Iterable[BatchTransform]) -> dict[str, torch.Tensor]:
+    """What transforms need in a resumed run."""
+    tensors: dict[str, torch.Tensor] = {}
+    for number, transform in enumerate(transforms):
+        tensors |= flatten(f"transform/{number}", transform.state_dict())
+    return tensors
+
+
+def load_transforms(transforms: Iterable[BatchTransform], tensors: Mapping[str, torch.Tensor]) -> None:
+    """Inverse of `transforms_state`, among other tensors."""
+    for number, transform in enumerate(transforms):
+        if state := subset(f"transform/{number}", tensors):
+            transform.load_state_dict(state)

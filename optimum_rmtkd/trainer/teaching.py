@@ -1,37 +1,37 @@
-"""Whether a teacher that was passed in can teach this student."""
+"""Whether a teacher that was passed in can teach this student. Knows models and objectives, no trainer and no run."""
 
 from __future__ import annotations
 
 import json
 import logging
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
 
 from ..distillation import (
     CachedTeacher,
     EMATeacher,
     FrozenTeacher,
     SnapshotTeacher,
+    Teacher,
     as_teacher,
     check_compatible,
     fingerprint,
 )
-from ..distillation.cached import CLASSES, AnswerCollator
+from ..distillation.cached import CLASSES
 from ..errors import RMTKDError
-from .data import is_hf_dataset
-from .staging import Staging
+from .tutor import Tutor
 
 
-if TYPE_CHECKING:
-    from .trainer import RMTKDTrainer
-
-
-__all__ = ["accept_teacher"]
+__all__ = ["accept_teacher", "check_cached", "own_teacher"]
 
 logger = logging.getLogger(__name__)
 
 
-def accept_teacher(trainer: RMTKDTrainer, teacher: Any) -> None:
-    """Take what was passed as `teacher_model`, or refuse it.
+def accept_teacher(tutor: Tutor, teacher: Any, model: nn.Module, device: torch.device | str) -> bool:
+    """Give a tutor what was passed as `teacher_model`, or refuse it; False where it is the very model that is cut.
 
     Raises:
         RMTKDError: no teacher at all, of other labels or another vocabulary, one that would move with the student, or
@@ -43,34 +43,45 @@ def accept_teacher(trainer: RMTKDTrainer, teacher: Any) -> None:
             "teacher_model is an EMATeacher: an average has to be made anew at every cut and lies in the checkpoints. "
             "Leave teacher_model out and set RMTKDConfig(teacher='ema', ema_decay=...)."
         )
-    for model in given.models:
-        check_compatible(trainer.model, model)
-    itself = given.origins == (fingerprint(trainer.model),)
+    for member in given.models:
+        check_compatible(model, member)
+    itself = given.origins == (fingerprint(model),)
     if itself and type(given) in (FrozenTeacher, SnapshotTeacher):  # a subclass may answer otherwise
         logger.info("teacher_model is the model that is cut: taken as teacher='initial'.")
-        trainer.rmtkd_config = trainer.rmtkd_config.replace(teacher="initial")
-        trainer.staging = Staging(trainer)
-        return
-    if any(model is trainer.model for model in given.models):
+        return False
+    if any(member is model for member in given.models):
         raise RMTKDError(
             "The model that is trained is one of its own teachers: they would change with it. Pass a copy, "
             "SnapshotTeacher(model)."
         )
-    for model in given.models:
-        trainer._move_model_to_device(model, trainer.args.device)
-    trainer.staging.given_teacher, trainer.staging.taught_by_itself = given, itself
-    trainer.staging.given_description = json.dumps(given.describe(), default=str)
-    if isinstance(given, CachedTeacher):
-        _check_cached(trainer)
-        trainer.data_collator = AnswerCollator(trainer.data_collator)
+    for member in given.models:
+        member.to(device)
+    tutor.given, tutor.taught_by_itself = given, itself
+    tutor.described = json.dumps(given.describe(), default=str)
     if not itself:
-        _drop_projected(trainer, type(teacher).__name__)
+        _drop_projected(tutor, type(teacher).__name__)
+    return True
 
 
-def _drop_projected(trainer: RMTKDTrainer, teacher: str) -> None:
+def own_teacher(
+    kind: str, initial: nn.Module, before: nn.Module | None, copy: Callable[[], nn.Module], decay: float
+) -> Teacher:
+    """The model's former self.
+
+    Args:
+        kind: "initial", "previous" or "ema", see `RMTKDConfig.teacher`.
+        before: the model before its last cut; None where there was none.
+        copy: gives a copy of the model as it is.
+    """
+    if kind == "ema":
+        return EMATeacher(copy(), decay)
+    return FrozenTeacher(before if kind == "previous" and before is not None else initial)
+
+
+def _drop_projected(tutor: Tutor, teacher: str) -> None:
     """Leave out the objectives that need a projection between the two streams."""
-    kept = [objective for objective in trainer.objectives if not objective.needs_projection]
-    dropped = ", ".join(type(o).__name__ for o in trainer.objectives if o.needs_projection)
+    kept = [objective for objective in tutor.objectives if not objective.needs_projection]
+    dropped = ", ".join(type(o).__name__ for o in tutor.objectives if o.needs_projection)
     if dropped:
         logger.warning(
             "%s is dropped: the student's residual stream is a projection of its own uncut model's, and no projection "
@@ -79,19 +90,23 @@ def _drop_projected(trainer: RMTKDTrainer, teacher: str) -> None:
             dropped,
             teacher,
         )
-        trainer.objectives = kept
+        tutor.objectives = kept
     if not kept:
         raise RMTKDError(f"No objective is left after {dropped}; add TaskLoss or KLDivergence.")
 
 
-def _check_cached(trainer: RMTKDTrainer) -> None:
-    """Cached answers carry no config; how many classes they are over is all that can be compared."""
-    if not is_hf_dataset(trainer.train_dataset) or CLASSES not in (
-        getattr(trainer.train_dataset, "column_names", None) or ()
-    ):
+def check_cached(teacher: Teacher, model: nn.Module, first_row: Callable[[], Mapping[str, Any]]) -> None:
+    """Cached answers carry no config; how many classes they are over is all that can be compared.
+
+    Args:
+        first_row: of the training data.
+
+    Raises:
+        RMTKDError: another number than the student's labels, or its vocabulary.
+    """
+    if not isinstance(teacher, CachedTeacher):
         return
-    row = trainer.train_dataset[0] if trainer.stream is None else trainer.stream.samples(1)[0]
-    text, classes = trainer.model.config.get_text_config(), int(row[CLASSES])
+    text, classes = model.config.get_text_config(), int(first_row()[CLASSES])
     known = {n: v for n in ("num_labels", "vocab_size") if (v := getattr(text, n, None)) is not None}
     if known and classes not in known.values():
         raise RMTKDError(

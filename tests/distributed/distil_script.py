@@ -108,7 +108,7 @@ def main():
         "losses": {
             f"{e['step']}/{k}": v for e in trainer.state.log_history for k, v in e.items() if k.startswith("loss")
         },
-        "adapters": [p.detach().tolist() for p in trainer.extras.parameters],
+        "adapters": [p.detach().tolist() for p in trainer.run.tutor.companions.parameters],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
     leave(trainer)

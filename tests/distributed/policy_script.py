@@ -53,7 +53,7 @@ def main():
     torch.save(trainer.model.state_dict(), options.out / f"weights-{rank}.pt")
     values = {
         "processes": trainer.args.world_size,
-        "adapters": [p.detach().tolist() for p in trainer.extras.parameters],
+        "adapters": [p.detach().tolist() for p in trainer.run.tutor.companions.parameters],
         "buffer": [batch["input_ids"].tolist() for batch in policy.buffer],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))

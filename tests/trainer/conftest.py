@@ -23,6 +23,7 @@ BERT = {
 }
 RECIPE = {
     "target_reduction": 0.3,
+    "fit_share": 0,
     "calibration_samples": 32,
     "min_width": 4,
     "round_to": 4,

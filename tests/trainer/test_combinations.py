@@ -183,7 +183,7 @@ def test_students_of_another_width_and_depth(make_trainer, kind, objective):
         trainer_kwargs={"train_dataset": data, "eval_dataset": None},
     )
     trainer.train()
-    extra = trainer.extras.parameters
+    extra = trainer.run.tutor.companions.parameters
     assert bool(extra) == (objective == "projected_feature")
     names = set(trainer.model.state_dict())
     assert not [name for name in names if "adapter" in name]
@@ -191,7 +191,7 @@ def test_students_of_another_width_and_depth(make_trainer, kind, objective):
         start = DistillationObjective.from_dict({"name": "projected_feature"})
         assert start.to_dict()["projection"]["name"] == "marchenko_pastur"
         assert all(p.grad is None or p.grad.abs().sum() == 0 for p in extra)  # cleared after every step
-        assert all(trainer.extras.optimizer.state[p]["step"] == 4 for p in extra)
+        assert all(trainer.run.tutor.companions.optimizer.state[p]["step"] == 4 for p in extra)
 
 
 def test_unlabelled_rows_have_no_task_loss(make_trainer):
@@ -294,7 +294,7 @@ def test_hidden_states_drop_out_where_no_blocks_are_declared(make_trainer, caplo
     )
     trainer.train()
     assert "HiddenStateLoss drops out" in caplog.text
-    assert [o.label for o in trainer.distiller.objectives] == ["task", "kl"]
+    assert [o.label for o in trainer.run.loss.objectives] == ["task", "kl"]
 
 
 def test_factored_form_on_an_architecture_without_a_family(make_trainer, caplog):

@@ -86,7 +86,7 @@ def test_an_override_that_calls_the_parent_distils_once(make_trainer):
         for cls in (RMTKDTrainer, Doubled)
     )  # fmt: skip
     asked = []
-    doubled.staging.given_teacher.model.register_forward_hook(lambda *_: asked.append(1))
+    doubled.run.tutor.given.model.register_forward_hook(lambda *_: asked.append(1))
     plain.train()
     doubled.train()
     ours, theirs = terms(doubled)[0], terms(plain)[0]

@@ -54,7 +54,7 @@ def test_without_a_cut_the_first_loss_is_that_of_the_plain_model(make_trainer, t
         trainer.train()
         seen[str(name)] = [e["loss"] for e in trainer.state.log_history if "loss" in e]
         assert not is_reparameterized(student) and count_parameters(student) == size
-        assert trainer.staging.parameters == size
+        assert trainer.run.parameters == size
         assert (trained[0] > size) == ("mpo" in str(name))
         if name == "mpo":
             trainer.save_model(tmp_path / "saved")
@@ -129,7 +129,12 @@ def test_a_resumed_run_ends_with_the_same_bits(make_trainer, weights, recipe, ho
     assert losses(resumed) == losses(whole)
     assert [s.to_dict() for s in resumed.stages] == [s.to_dict() for s in whole.stages]
     if how is None:
-        assert all(torch.equal(a, b) for a, b in zip(resumed.extras.parameters, whole.extras.parameters, strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(
+                resumed.run.tutor.companions.parameters, whole.run.tutor.companions.parameters, strict=True
+            )
+        )
 
 
 def test_the_same_trainer_can_go_back_to_its_own_checkpoint(make_trainer, weights):

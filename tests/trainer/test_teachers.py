@@ -55,7 +55,7 @@ def test_a_list_of_teachers_in_the_trainer(make_trainer):
         recipe=NONE, teacher_model=[(tiny_bert(1), 2.0), (tiny_bert(2), 1.0)], objectives=["kl"], max_steps=2
     )
     trainer.train()
-    assert len(history(trainer, "loss/kl")) == 2 and trainer.staging.teacher.weights == pytest.approx([2 / 3, 1 / 3])
+    assert len(history(trainer, "loss/kl")) == 2 and trainer.run.teacher.weights == pytest.approx([2 / 3, 1 / 3])
     with pytest.raises(RMTKDError, match="vocab_size=61"):
         make_trainer(teacher_model=[tiny_bert(1), tiny_bert(2, vocab_size=61)])
     with pytest.raises(RMTKDError, match="teacher_model is a str"):
@@ -72,10 +72,10 @@ def test_frozen_teachers_may_be_given_as_such(make_trainer):
             student, recipe=NONE, out=kind.__name__, teacher_model=given, objectives=["kl"], max_steps=1
         )
         trainer.train()
-        assert trainer.staging.teacher is given and len(history(trainer, "loss/kl")) == 1
+        assert trainer.run.teacher is given and len(history(trainer, "loss/kl")) == 1
     for given in (FrozenTeacher(student), SnapshotTeacher(student)):
         itself = make_trainer(student, teacher_model=given)
-        assert itself.staging.given_teacher is None and itself.rmtkd_config.teacher == "initial"
+        assert itself.run.tutor.given is None and itself.rmtkd_config.teacher == "initial"
 
 
 def test_teachers_that_would_move_with_the_student_are_refused(make_trainer):
@@ -151,13 +151,13 @@ def test_the_rate_of_an_online_teacher_is_its_own_times_the_schedules_share(make
         eval_strategy="epoch",
         trainer_kwargs={"optimizers": (optimizer, None)},
     )
-    rates, step = [], trainer.extras.step
+    rates, step = [], trainer.run.tutor.companions.step
 
-    def watched():
-        step()
-        rates.extend(group["lr"] for group in trainer.extras.optimizer.param_groups)
+    def watched(main):
+        step(main)
+        rates.extend(group["lr"] for group in trainer.run.tutor.companions.optimizer.param_groups)
 
-    trainer.extras.step = watched
+    trainer.run.tutor.companions.step = watched
     trainer.train()
     assert rates == pytest.approx([1e-4, 0.5e-4 if schedule == "linear" else 1e-4])
 
@@ -167,8 +167,8 @@ def test_a_roll_back_keeps_the_projection_of_a_teacher_of_the_students_own_weigh
     recipe = {"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5, "teacher": "previous"}
     trainer = make_trainer(teacher_model=OnlineTeacher(tiny_bert(), rank=2), recipe=recipe | {"max_metric_drop": 9.0})
     trainer.train()
-    trainer.staging._roll_back("for the test")
-    assert trainer.staging.projections and trainer.objectives[2]._projections
+    trainer.run._roll_back("for the test")
+    assert trainer.run.projections and trainer.objectives[2]._projections
 
 
 def test_teachers_of_a_users_own_are_asked(make_trainer):
@@ -179,7 +179,7 @@ def test_teachers_of_a_users_own_are_asked(make_trainer):
 
     student = tiny_bert()
     sharper = Sharper(SnapshotTeacher(student).model)
-    assert make_trainer(student, teacher_model=sharper).staging.given_teacher is sharper
+    assert make_trainer(student, teacher_model=sharper).run.tutor.given is sharper
 
 
 def test_modules_of_an_online_teacher_are_fp32_and_in_the_backbone_alone():
@@ -224,7 +224,7 @@ def test_online_teacher_resumes_to_the_same_bits(make_trainer, weights):
     whole, resumed = make("whole"), make("resumed")
     whole.train()
     resumed.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-2"))
-    for side in (lambda t: weights(t.model), lambda t: weights(t.staging.teacher.model)):
+    for side in (lambda t: weights(t.model), lambda t: weights(t.run.teacher.model)):
         ours, theirs = side(whole), side(resumed)
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 

@@ -76,7 +76,7 @@ def test_mixup_in_the_trainer(make_trainer):
             trainer_kwargs={"train_dataset": data, "eval_dataset": None, "transforms": "embedding_mixup"},
         )
         trainer.train()
-        assert trainer.distiller.totals[0] == 16 and all(v > 0 for v in history(trainer))
+        assert trainer.run.loss.totals[0] == 16 and all(v > 0 for v in history(trainer))
 
 
 def test_mixup_of_a_reduced_student(make_trainer):
@@ -181,7 +181,7 @@ def test_on_policy_training(make_trainer, source):
         },
     )
     trainer.train()
-    assert trainer.distiller.totals[2] <= 8 * 4 and all(v > 0 for v in history(trainer))
+    assert trainer.run.loss.totals[2] <= 8 * 4 and all(v > 0 for v in history(trainer))
 
 
 def test_adaptive_policy_follows_the_validation_loss():

@@ -1,18 +1,19 @@
-"""The moments of transformers' training loop that concern a run, and patience that counts from the last cut."""
+"""The moments of transformers' training loop that concern a run, and patience that counts from the last cut.
+
+Knows the callbacks of transformers and a run; no trainer.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from transformers import EarlyStoppingCallback, TrainerCallback
-from transformers.trainer_callback import ExportableState, TrainerControl
+from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerControl
 
-
-if TYPE_CHECKING:
-    from .trainer import RMTKDTrainer
+from ..run import Run
 
 
 __all__ = ["Patience", "StageCallback"]
@@ -21,30 +22,31 @@ logger = logging.getLogger(__name__)
 
 
 class StageCallback(TrainerCallback):
-    """Tells the staging that training began or a step ended. At both moments the gradients have been cleared."""
+    """Tells the run that training began or a step ended. At both moments the gradients have been cleared.
 
-    def __init__(self, trainer: RMTKDTrainer):
-        self.trainer = trainer
+    Args:
+        ended: called after each optimizer step, before the run hears of it.
+    """
+
+    def __init__(self, run: Run, patience: Patience, ended: Callable[[], None]):
+        self.run, self.patience, self.ended = run, patience, ended
 
     def on_train_begin(self, args, state, control: TrainerControl, **kwargs):
-        self.trainer.patience.begin()
+        self.patience.begin()
         with _flags_kept(control):
-            self.trainer.staging.begin()
+            self.run.begin()
 
-    def on_pre_optimizer_step(self, args, state, control: TrainerControl, **kwargs):
-        self.trainer.extras.step()
+    def on_pre_optimizer_step(self, args, state, control: TrainerControl, optimizer=None, **kwargs):
+        self.run.tutor.companions.step(optimizer)
 
     def on_evaluate(self, args, state, control: TrainerControl, metrics=None, **kwargs):
-        for transform in self.trainer.transforms:
-            transform.on_evaluate(metrics or {}, self.trainer.distiller.progress)
+        for transform in self.run.parts.transforms:
+            transform.on_evaluate(metrics or {}, self.run.progress)
 
     def on_step_end(self, args, state, control: TrainerControl, **kwargs):
-        staging = self.trainer.staging
-        self.trainer.distiller.end_step()
-        staging.teacher.update(self.trainer.model)
-        if state.global_step < state.max_steps:  # a cut after the last step could not be distilled
-            with _flags_kept(control):
-                staging.advance(state.global_step)
+        self.ended()
+        with _flags_kept(control):
+            self.run.after_step(state.global_step)
 
 
 class _flags_kept:
@@ -75,8 +77,8 @@ class Patience:
     their stop is granted.
     """
 
-    def __init__(self, trainer: RMTKDTrainer):
-        self.trainer = trainer
+    def __init__(self, run: Run, handler: CallbackHandler):
+        self.run, self.handler = run, handler
         self._fresh: list[tuple[TrainerCallback, dict[str, Any]]] = []
         self._granted = self._warned = False
         self.begin()
@@ -84,7 +86,7 @@ class Patience:
     def begin(self) -> None:
         """Remember where the counting of callbacks begins that were not there before."""
         known = {id(callback) for callback, _ in self._fresh}
-        callbacks = _patient(self.trainer.callback_handler.callbacks)
+        callbacks = _patient(self.handler.callbacks)
         self._fresh += [(callback, _unused(callback)) for callback in callbacks if id(callback) not in known]
         self._warned = False
 
@@ -93,17 +95,16 @@ class Patience:
         for callback, values in self._fresh:
             vars(callback).update(values)
 
-    def grant(self, asked_before: bool) -> None:
+    def grant(self, control: TrainerControl, asked_before: bool) -> None:
         """After a line was logged: a stop that it led to is none that an evaluation led to."""
-        self._granted |= self.trainer.control.should_training_stop and not asked_before
+        self._granted |= control.should_training_stop and not asked_before
 
-    def weigh(self, asked_before: bool, metrics: Mapping[str, Any]) -> None:
+    def weigh(self, control: TrainerControl, asked_before: bool, metrics: Mapping[str, Any]) -> None:
         """After an evaluation: take a stop back that it led to, where cuts are to come."""
-        trainer, control = self.trainer, self.trainer.control
-        granted, self._granted = asked_before or self._granted or _broken(metrics, trainer.metric_name), False
-        if granted or not control.should_training_stop or not trainer.staging.cuts_to_come:
-            return
-        if trainer.staging.waits:
+        run = self.run
+        granted = asked_before or self._granted or _broken(metrics, run.host.metric_name)
+        self._granted = False
+        if granted or not control.should_training_stop or not run.cuts_to_come or run.waits:
             return
         control.should_training_stop = False
         if not self._warned:
@@ -111,7 +112,7 @@ class Patience:
             logger.warning(
                 "A callback asked to stop after the evaluation at step %d, before the last cut: training goes on, and "
                 "patience counts from the last cut. To end it all the same, stop in on_step_end.",
-                trainer.state.global_step,
+                run.host.step,
             )
 
 

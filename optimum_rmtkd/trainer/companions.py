@@ -1,24 +1,25 @@
-"""What is trained beside the student and never saved with it: adapters of objectives, modules of an online teacher."""
+"""What is trained beside the student and never saved with it: adapters of objectives, modules of an online teacher.
+
+Knows optimizers and processes, no trainer and no run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
-
-if TYPE_CHECKING:
-    from .trainer import RMTKDTrainer
+from ..distillation import DistillationObjective, Teacher
 
 
-__all__ = ["Extras"]
+__all__ = ["Companions"]
 
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-class Extras:
+class Companions:
     """An AdamW of their own for parameters outside the model.
 
     The trainer's optimizer is created before they exist (they follow the architecture and the calibration data), may
@@ -26,21 +27,29 @@ class Extras:
     clipped by themselves, and stepped with the trainer's schedule.
     """
 
-    def __init__(self, trainer: RMTKDTrainer):
-        self.trainer = trainer
+    def __init__(
+        self,
+        accelerator: Any,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        max_grad_norm: float | None = 1.0,
+    ):
+        self.accelerator, self.betas, self.eps, self.max_grad_norm = accelerator, betas, eps, max_grad_norm
         self.parameters: list[nn.Parameter] = []
         self.optimizer: torch.optim.Optimizer | None = None
         self.base_rate: float | None = None  # what the schedule multiplies: the rate of an optimizer that was given
 
-    def collect(self) -> None:
+    def collect(self, objectives: Iterable[DistillationObjective], teacher: Teacher, main: Any) -> None:
         """Take the parameters of the objectives and the teacher as they are now; moments of earlier ones are
-        dropped."""
-        trainer, args = self.trainer, self.trainer.args
+        dropped.
+
+        Args:
+            main: the student's optimizer.
+        """
         if self.base_rate is None:
-            first = trainer.optimizer.param_groups[0]
+            first = main.param_groups[0]
             self.base_rate = first.get("initial_lr", first["lr"])
-        own = [p for objective in trainer.distiller.objectives for p in objective.parameters() if p.requires_grad]
-        teacher = trainer.staging.teacher
+        own = [p for objective in objectives for p in objective.parameters() if p.requires_grad]
         groups = [
             {"params": own, "lr": self.base_rate},
             {"params": teacher.parameters(), "lr": getattr(teacher, "learning_rate", self.base_rate)},
@@ -50,17 +59,16 @@ class Extras:
         if not groups:
             self.optimizer = None
             return
-        betas = (args.adam_beta1, args.adam_beta2)
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(groups, betas=self.betas, eps=self.eps, weight_decay=0.0)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
 
-    def step(self) -> None:
-        """One update from the gradients of the accumulated batch. Nothing happens where they overflowed (fp16)."""
+    def step(self, main: Any) -> None:
+        """One update from the gradients of the accumulated batch, at the schedule of the student's optimizer. Nothing
+        happens where they overflowed (fp16)."""
         if self.optimizer is None:
             return
-        trainer = self.trainer
-        accelerator = trainer.accelerator
+        accelerator = self.accelerator
         scale = 1.0 if accelerator.scaler is None else 1.0 / accelerator.scaler.get_scale()
         for parameter in self.parameters:
             if parameter.grad is None:
@@ -69,9 +77,9 @@ class Extras:
                 parameter.grad = accelerator.reduce(parameter.grad, reduction="mean")
             parameter.grad.mul_(scale)
         if all(bool(torch.isfinite(parameter.grad).all()) for parameter in self.parameters):
-            if trainer.args.max_grad_norm:
-                nn.utils.clip_grad_norm_(self.parameters, trainer.args.max_grad_norm)
-            share = trainer.optimizer.param_groups[0]["lr"] / self.base_rate if self.base_rate else 1.0
+            if self.max_grad_norm:
+                nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+            share = main.param_groups[0]["lr"] / self.base_rate if self.base_rate else 1.0
             for group in self.optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * share
             self.optimizer.step()

@@ -1,0 +1,121 @@
+"""What cannot work is refused before anything expensive: by the model and the recipe, and by a look at the data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..batches import batch_size, evaluating, run
+from ..config import RMTKDConfig
+from ..errors import CalibrationError
+from ..models import check_behaviour, check_structure, uncut_parameters
+from ..spectra.edges import find_estimator
+from .budget import check_reachable, flops_of, parameters_of
+from .calibration import features_last, observed, points_of
+from .families import family_of
+from .grouping import by_length
+from .layouts import factored_anatomy
+from .sites import Anatomy, Point, Site, get_module, linear_layers, select_sites
+from .tryout import checked_batches
+
+
+__all__ = [
+    "anatomy_of",
+    "check_data",
+    "check_finite",
+    "check_flops",
+    "check_parameters",
+    "check_recipe",
+    "positions_of",
+]
+
+
+def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:
+    """Sites and units of a model in the form of the recipe; raises UnsupportedArchitectureError."""
+    if config.form == "factored":
+        return factored_anatomy(model)
+    return family_of(model).layout.anatomy(model)
+
+
+def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
+    """Refuse what cannot work before anything is computed.
+
+    Raises:
+        UnsupportedArchitectureError, RMTKDError: a model that its class and config do not describe
+            (`models.check_structure`); no family; an unknown site or edge estimator.
+        CalibrationError: weights that are not finite; names the first tensor.
+        BudgetError: a model that is already as small as asked for, or cannot get so small.
+    """
+    check_structure(model)
+    anatomy = anatomy_of(model, config)
+    sites = select_sites(anatomy, config.sites)
+    find_estimator(config.edge_estimator)
+    check_finite(model)
+    check_parameters(model, anatomy, sites, config, config.target_reduction)
+
+
+def check_finite(model: PreTrainedModel) -> None:
+    broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise CalibrationError(
+            f"{len(broken)} tensor(s) of {type(model).__name__} hold NaN or infinite values, the first is "
+            f"{broken[0]}: expected finite weights. The training diverged, or the file is damaged; take another "
+            "checkpoint."
+        )
+
+
+def check_data(model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig) -> None:
+    """Refuse data that cannot calibrate a cut of `model`, by its first batches and forward passes over a few of them;
+    and a model that on these does something else than its class and config describe.
+
+    Raises:
+        CalibrationError, UnsupportedArchitectureError: names what the data holds, what was expected, what to do.
+        BudgetError: no widths have as few FLOPs as `target_flops` leaves.
+    """
+    anatomy = anatomy_of(model, config)
+    sites = select_sites(anatomy, config.sites)
+    batches = checked_batches(model, dataloader, config.calibration_samples, anatomy, sites)
+    check_behaviour(model, batches[0])
+    if config.target_flops is not None:
+        with evaluating(model):
+            batches = by_length(model, batches, points_of(anatomy, sites))
+            check_flops(model, anatomy, sites, batches, config, config.target_flops)
+
+
+def check_parameters(
+    model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], config: RMTKDConfig, target: float | None
+) -> None:
+    if target is not None:
+        whole = uncut_parameters(model)
+        check_reachable(sites, parameters_of(model, anatomy), (1 - target) * whole, whole, config, "parameters")
+
+
+def check_flops(
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    sites: list[Site],
+    batches: list[dict[str, Any]],
+    config: RMTKDConfig,
+    target: float | None,
+) -> None:
+    if target is not None:
+        flops = flops_of(model, anatomy, positions_of(model, batches))
+        check_reachable(sites, flops, (1 - target) * flops({}), flops({}), config, "FLOPs")
+
+
+def positions_of(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str, float]:
+    """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling length."""
+    positions: dict[str, float] = {}
+    batch = batches[len(batches) // 2]
+    size = batch_size(batch)
+
+    def see(point: Point, x: torch.Tensor) -> None:
+        features = features_last(x, get_module(model, point.path)).shape[-1]
+        positions[point.path] = x.numel() / features / size
+
+    with observed(model, [Point(p) for p in linear_layers(model)], see), torch.no_grad():
+        run(model, batch)
+    return positions

@@ -1,0 +1,71 @@
+"""How far a cut model's answers lie from those of the model that it was cut from, before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batches import evaluating, run
+from .likelihood import Answers, answers
+
+
+__all__ = ["LOOKED_AT", "answers_per_sample", "mean_divergence"]
+
+LOOKED_AT = 4  # batches: a warning needs no more, and a cut costs a multiple of so few passes
+
+
+@torch.no_grad()
+def mean_divergence(teacher: nn.Module, student: nn.Module, batches: list[dict[str, Any]]) -> float | None:
+    """Mean Kullback-Leibler divergence of the student's answers from the teacher's, in nats an answer, over a few
+    batches spread over all of them.
+
+    An answer is a sample of a classifier, a real token of a language model or tagger (labelled ones, where the batch
+    has labels), the begin or the end of a span. Independent labels of one sample are summed. Numbers count as Gaussian
+    with the variance of the teacher's own numbers: half the share of it that the student misses.
+
+    Returns:
+        fp64, >= 0 up to rounding; NaN where a model's answers are not finite; None for models without answers.
+    """
+    total, count, numbers = 0.0, 0, []
+    with evaluating(teacher), evaluating(student):
+        for batch in _spread(batches):
+            true = answers(teacher, run(teacher, batch), batch)
+            if true is None:
+                return None
+            found = answers(student, run(student, batch), batch)
+            if true.kind == "numbers":
+                numbers.append((true.logits.double().flatten(), found.logits.double().flatten()))
+            else:
+                total += float(_divergences(true, found).sum())
+                count += true.count
+    return _gaussian(numbers) if numbers else total / max(count, 1)
+
+
+def answers_per_sample(given: Answers) -> float:
+    """How many answers a model gives to one sample of a batch, on average."""
+    return given.count / len(given.logits)
+
+
+def _spread(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most LOOKED_AT of the batches, evenly spaced: they may be sorted by length."""
+    taken = min(LOOKED_AT, len(batches))
+    return [batches[(2 * i + 1) * len(batches) // (2 * taken)] for i in range(taken)]
+
+
+def _divergences(true: Answers, found: Answers) -> torch.Tensor:
+    """(batch, ...) divergence of each answer, 0 where it does not count."""
+    if true.kind == "labels":
+        p, log = true.logits.sigmoid(), nn.functional.logsigmoid
+        yes, no = log(true.logits) - log(found.logits), log(-true.logits) - log(-found.logits)
+        return (p * yes + (1 - p) * no).sum(-1)
+    log_p, log_q = true.logits.log_softmax(-1), found.logits.log_softmax(-1)
+    nats = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    return nats if true.mask is None else nats.masked_fill(~true.mask, 0.0)
+
+
+def _gaussian(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    true, found = (torch.cat(side) for side in zip(*pairs, strict=True))
+    error, variance = (true - found).square().mean(), true.var(correction=0)
+    return float(0.5 * error / variance.clamp_min(torch.finfo(variance.dtype).tiny))

@@ -1,0 +1,91 @@
+"""Fine-tuning before the first cut: whether, for how long, and what came of it. Knows a host, no run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import RMTKDConfig
+from . import plain
+from .data import isolated_rng
+from .host import Host
+from .readiness import readiness
+
+
+__all__ = ["Fit"]
+
+logger = logging.getLogger(__name__)
+
+SHARE = 0.4  # of the steps, for a model that cannot teach yet
+STATE = ("steps", "why", "going", "metrics", "chance")
+
+
+class Fit:
+    """Attributes:
+    steps: of fine-tuning; 0 for a model that can teach.
+    why: so many, for people.
+    going: whether the model is fine-tuned now.
+    metrics: of the validation data, at its end.
+    chance: task loss of knowing nothing on the calibration labels, nats (or the labels' variance); None: unknown.
+    """
+
+    def __init__(self, host: Host, config: RMTKDConfig):
+        self.host, self.config = host, config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run."""
+        self.steps, self.why, self.going = 0, "", False
+        self.metrics: dict[str, float] | None = None
+        self.chance: float | None = None
+
+    def decide(self) -> None:
+        """How many steps, from the recipe and from what the model can do on the calibration data."""
+        host, share = self.host, self.config.fit_share
+        if share is not None:
+            self.why = f"fit_share={share:g}"
+        if self.config.schedule != "none":
+            with isolated_rng(self.config.seed):
+                found = readiness(
+                    plain.plain(host.model),
+                    host.calibration_batches(),
+                    label_names=tuple(host.label_names),
+                    own_loss=host.columns.own_loss,
+                    accelerator=host.accelerator,
+                )
+            self.chance = found.chance
+            if share is None:
+                share, self.why = 0.0 if found.can_teach else SHARE, found.why
+        self.steps = min(max(1, round(share * host.max_steps)), host.max_steps - 1) if share else 0
+        self.going = self.steps > 0
+        if self.going:
+            logger.warning(
+                "The model is fine-tuned for %d of %d steps before its first cut: %s. RMTKDConfig(fit_share=0) cuts "
+                "at once.",
+                self.steps,
+                host.max_steps,
+                self.why,
+            )
+
+    def end(self, metrics: dict[str, float] | None) -> None:
+        """The model is fine-tuned."""
+        self.going, self.metrics = False, metrics
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
+        logger.warning("Fine-tuned for %d steps%s: the teacher from here on.", self.steps, shown and f" ({shown})")
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """For the journal; None where nothing was fine-tuned."""
+        if not self.steps:
+            return None
+        share = self.steps / max(1, self.host.max_steps)
+        return {"steps": self.steps, "share": share, "why": self.why, "metrics": self.metrics}
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {name: getattr(self, name) for name in STATE}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        for name in STATE:
+            setattr(self, name, values[name])

@@ -1,0 +1,264 @@
+"""The `Host` that a Trainer is. Knows the attributes of `transformers.Trainer`, and what they mean for a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import Trainer
+
+from ...batches import batch_size
+from ...distillation import Teacher
+from ...hub.measures import of_quality
+from ..columns import Columns
+from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
+from ..stream import Stream, is_stream
+from ..swap import enable_checkpointing, install, raw_optimizer, rewrapped
+
+
+__all__ = ["TrainerHost"]
+
+
+class TrainerHost:
+    """A `Host` over a trainer: an object of its own, so that the names of neither get into the other's way."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.measuring = False
+        self.teacher: Teacher | None = None  # that was passed in
+        self._stream: Stream | None = None
+        self._loaded: tuple[Any, list] | None = None
+
+    # -- what a run reads ---------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> nn.Module:
+        return self.trainer.model
+
+    @property
+    def accelerator(self) -> Any:
+        return self.trainer.accelerator
+
+    @property
+    def optimizer(self) -> Any:
+        return self.trainer.optimizer
+
+    @property
+    def step(self) -> int:
+        return self.trainer.state.global_step
+
+    @property
+    def max_steps(self) -> int:
+        return self.trainer.state.max_steps
+
+    @property
+    def metric_name(self) -> str:
+        return self.trainer.metric_name
+
+    @property
+    def greater_is_better(self) -> bool:
+        return self.trainer.greater_is_better
+
+    @property
+    def metric_asked_for(self) -> bool:
+        asked = self.trainer.args.metric_for_best_model
+        return asked is not None and asked not in ("loss", "eval_loss")
+
+    @property
+    def validation_rows(self) -> int | None:
+        rows = self.trainer.eval_dataset
+        return len(rows) if hasattr(rows, "__len__") and not isinstance(rows, dict) else None
+
+    @property
+    def label_names(self) -> Iterable[str]:
+        return self.trainer.label_names
+
+    @property
+    def columns(self) -> Columns:
+        trainer = self.trainer
+        named_only = trainer.args.remove_unused_columns
+        return Columns(self.model, self.teacher, trainer.label_names, named_only, trainer.overrides_loss)
+
+    @property
+    def rate(self) -> float | None:
+        """None where the schedule is the user's own, or the optimizer is not of Adam's kind: what is known of rates
+        was measured with it."""
+        trainer = self.trainer
+        if trainer.optimizer is None or not trainer.schedule_is_known:
+            return None
+        group = raw_optimizer(trainer.optimizer).param_groups[0]
+        return group.get("initial_lr", group["lr"]) if {"betas", "eps"} <= set(group) else None
+
+    @property
+    def shows_progress(self) -> bool:
+        return not self.trainer.args.disable_tqdm
+
+    @property
+    def folder(self) -> str | None:
+        return self.trainer.args.output_dir if self.trainer.args.should_save else None
+
+    def looks(self) -> int:
+        args, state = self.trainer.args, self.trainer.state
+        by_steps = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps"
+        return state.eval_steps if by_steps and state.eval_steps else max(1, state.max_steps // 20)
+
+    # -- measuring ----------------------------------------------------------------------------------------------------
+
+    def measure(self) -> dict[str, float] | None:
+        """What the trainer's `evaluate` returns, a subclass's own included; its callbacks and log do not hear of it,
+        and random numbers stay where they were.
+
+        As in training, also after it: outside, `bf16_full_eval` would cast the model that is about to be saved.
+        """
+        if self.trainer.eval_dataset is None and getattr(self.trainer, "evaluator", None) is None:
+            return None
+        with self._unseen():
+            metrics = self.trainer.evaluate()
+        return of_quality(metrics or {})
+
+    @contextmanager
+    def _unseen(self) -> Iterator[None]:
+        trainer = self.trainer
+        handler, state, in_train = trainer.callback_handler, trainer.state, trainer.is_in_train
+        callbacks, handler.callbacks = handler.callbacks, []
+        history, state.log_history = state.log_history, list(state.log_history)
+        trainer.is_in_train = self.measuring = True
+        try:
+            yield
+        finally:
+            handler.callbacks, state.log_history = callbacks, history
+            trainer.is_in_train, self.measuring = in_train, False
+
+    # -- calibration --------------------------------------------------------------------------------------------------
+
+    @property
+    def stream(self) -> Stream | None:
+        """The first rows of a train_dataset that is iterated; None where it is indexed."""
+        dataset = self.trainer.train_dataset
+        if self._stream is None and is_stream(dataset):
+            self._stream = Stream(dataset, self.trainer.rmtkd_config.seed)
+        return self._stream
+
+    def forget_data(self) -> None:
+        """The training data may be others the next time."""
+        self._stream, self._loaded = None, None
+
+    def keep_stream(self) -> None:
+        """Forget a stream over other data than the trainer's."""
+        if self._stream is not None and self._stream.dataset is not self.trainer.train_dataset:
+            self._stream = None
+
+    def calibration_batches(self, samples: int | None = None, strip: bool = True) -> Iterable[dict[str, Any]]:
+        """This process's share of the calibration data, the same in every pass: the rows and the collator of
+        `get_train_dataloader`, a subclass's own included.
+
+        Args:
+            samples: how many; None: `calibration_samples`.
+            strip: without what is there for the teacher, or a loss of the user's own, alone.
+        """
+        trainer, config = self.trainer, self.trainer.rmtkd_config
+        wanted = config.calibration_samples if samples is None else samples
+        chosen, collate, size = self._rows(wanted)
+        return CalibrationBatches(
+            chosen,
+            collate,
+            size,
+            seed=config.seed,
+            process_index=trainer.args.process_index,
+            num_processes=trainer.args.world_size,
+            prepare=lambda batch: trainer._prepare_inputs(self.columns.for_calibration(batch) if strip else batch),
+        )
+
+    def _rows(self, wanted: int) -> tuple[Any, Any, int]:
+        """(rows, their collator, rows a batch)."""
+        trainer, seed = self.trainer, self.trainer.rmtkd_config.seed
+        size = trainer.args.per_device_eval_batch_size
+        own = trainer.get_train_dataloader
+        if getattr(own, "__func__", own) is not Trainer.get_train_dataloader:
+            return self._rows_of_loader(wanted, size)
+        dataset, collate = trainer.train_dataset, trainer.data_collator
+        if self.stream is not None:
+            collate = trainer._get_collator_with_removed_columns(collate, description="calibration")
+            return self.stream.samples(wanted), collate, size
+        if is_hf_dataset(dataset):
+            dataset = trainer._remove_unused_columns(dataset, description="calibration")
+        else:
+            collate = trainer._get_collator_with_removed_columns(collate, description="calibration")
+        return pick_samples(dataset, wanted, seed), collate, size
+
+    def _rows_of_loader(self, wanted: int, size: int) -> tuple[Any, Any, int]:
+        """The same of a loader that the user makes: its rows and collator where it has them, else its batches."""
+        with isolated_rng(self.trainer.rmtkd_config.seed):
+            if self._loaded is None:
+                self._loaded = (self.trainer.get_train_dataloader(), [])
+            loader, held = self._loaded
+            rows = getattr(loader, "dataset", None)
+            if hasattr(rows, "__getitem__") and hasattr(rows, "__len__") and hasattr(loader, "collate_fn"):
+                return pick_samples(rows, wanted, self.trainer.rmtkd_config.seed), loader.collate_fn, size
+            if sum(map(batch_size, held)) < wanted:
+                held.clear()
+                for batch in loader:
+                    held.append(batch)
+                    if sum(map(batch_size, held)) >= wanted:
+                        break
+        # Each process's loader gives it batches of its own: they are not dealt out again.
+        processes = self.trainer.args.world_size
+        return [batch for batch in held for _ in range(processes)], lambda batches: batches[0], 1
+
+    # -- changing the model -------------------------------------------------------------------------------------------
+
+    def install(self, replacement: nn.Module, prepare: bool = True) -> None:
+        trainer, wrapped = self.trainer, self.trainer.model_wrapped
+        fresh = None if trainer.optimizer_was_given else self._fresh_groups
+        install(self.model, replacement, trainer.optimizer, fresh)
+        enable_checkpointing(self.model, trainer.args)
+        self._add_noise()
+        if prepare:
+            live = lambda: trainer.model_wrapped  # noqa: E731
+            trainer.model_wrapped = rewrapped(trainer.accelerator, trainer.model, wrapped, live)
+        else:
+            trainer.model_wrapped = trainer.model
+        trainer.callback_handler.model = trainer.model
+
+    def _fresh_groups(self) -> list[list[nn.Parameter]]:
+        """The groups, in the very order, that `create_optimizer` would make now: what a resumed run will load into."""
+        trainer = self.trainer
+        kept, trainer.optimizer = trainer.optimizer, None
+        try:
+            return [group["params"] for group in raw_optimizer(trainer.create_optimizer()).param_groups]
+        finally:
+            trainer.optimizer = kept
+
+    def _add_noise(self) -> None:
+        """NEFTune's hook, on the new embeddings."""
+        trainer = self.trainer
+        if getattr(trainer, "neftune_noise_alpha", None) is not None and hasattr(trainer, "neftune_hook_handle"):
+            from transformers.integrations.neftune import activate_neftune
+
+            trainer.neftune_hook_handle = activate_neftune(
+                trainer.model, trainer.neftune_noise_alpha, trainer.accelerator
+            )
+
+    def forget_moments(self) -> None:
+        raw_optimizer(self.trainer.optimizer).state.clear()
+
+    def reschedule(self) -> None:
+        scheduler = self.trainer.lr_scheduler
+        if not self.trainer.schedule_is_known or scheduler is None:
+            return
+        factors = [shape(scheduler.last_epoch) for shape in scheduler.lr_lambdas]
+        rates = [base * factor for base, factor in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
+
+    def model_changed(self) -> None:
+        # A metric of the larger network must not win `load_best_model_at_end`.
+        state = self.trainer.state
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        self.trainer.patience.renew()
+
+    def log(self, logs: Mapping[str, float]) -> None:
+        self.trainer.log(dict(logs))

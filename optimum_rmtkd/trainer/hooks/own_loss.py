@@ -1,0 +1,89 @@
+"""Losses that a user computes: `compute_loss` of a subclass, or a `compute_loss_func`. They give the task's term.
+
+Knows how `transformers.Trainer` calls them, and nothing of a run.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ...distillation.counts import IGNORED
+from ...errors import RMTKDError
+
+
+__all__ = ["carries_gradient", "counting", "in_place_of", "items_of", "told_what_it_takes", "whole_result"]
+
+
+def told_what_it_takes(function: Callable) -> Callable:
+    """A loss that is not told `num_items_in_batch` where its signature has no place for it: many were written before
+    the Trainer gave it."""
+    taken = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD or p.name == "num_items_in_batch" for p in taken):
+        return function
+
+    def told(*args, num_items_in_batch=None, **kwargs):
+        return function(*args, **kwargs)
+
+    return told
+
+
+def items_of(labels: Any, shifted: bool) -> torch.Tensor | None:
+    """Labels that are not -100, as the Trainer counts them, of one micro-batch."""
+    if not torch.is_tensor(labels):
+        return None
+    return ((labels[..., 1:] if shifted and labels.dim() > 1 else labels) != IGNORED).sum()
+
+
+def counting(compute_loss_func: Callable, shifted: Callable[[], bool]) -> Callable:
+    """The same, told the number of labels in the micro-batch at hand: that makes its loss a mean like the others."""
+    told = told_what_it_takes(compute_loss_func)
+
+    def counted(outputs, labels, num_items_in_batch=None):
+        return told(outputs, labels, num_items_in_batch=items_of(labels, shifted()))
+
+    return counted
+
+
+def whole_result(result: Any, owner: str) -> tuple[torch.Tensor, Any]:
+    """(loss, outputs) as a compute_loss of `owner` returned them.
+
+    Raises:
+        RMTKDError: something else, or a loss that is no scalar.
+    """
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise RMTKDError(
+            f"compute_loss(..., return_outputs=True) of {owner} returned a {type(result).__name__}; expected (loss, "
+            "outputs). Distillation compares the outputs."
+        )
+    if torch.is_tensor(result[0]) and result[0].dim():
+        raise RMTKDError(
+            f"compute_loss of {owner} returned a loss of shape {tuple(result[0].shape)}; expected a scalar, the mean "
+            "over the micro-batch. Take its .mean()."
+        )
+    return result
+
+
+def carries_gradient(outputs: Any) -> bool:
+    """Whether something among a model's named outputs leads back to its weights. A compute_loss may compute its loss
+    from one pass and return the outputs of another, without gradient (TRL), or none at all."""
+    if not isinstance(outputs, Mapping):
+        return True
+    return any(torch.is_tensor(value) and value.requires_grad for name, value in outputs.items() if name != "loss")
+
+
+@contextmanager
+def in_place_of(trainer: Any, function: Callable) -> Iterator[None]:
+    """While open, `trainer.compute_loss` is `function`."""
+    set_here = vars(trainer).get("compute_loss")
+    trainer.compute_loss = function
+    try:
+        yield
+    finally:
+        del trainer.compute_loss
+        if set_here is not None:
+            trainer.compute_loss = set_here

@@ -1,0 +1,97 @@
+"""The learning rate of a run: its phases, the peak that suits the cut, and what lowers it. Knows a host, no run."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import RMTKDConfig
+from .host import Host
+from .rates import distil_rate, warmup_steps
+from .schedule import Phase
+
+
+__all__ = ["Pace"]
+
+logger = logging.getLogger(__name__)
+
+LOWER = 1 / 3  # of the rate, where a stage is repeated
+
+
+class Pace:
+    """Attributes:
+    phases: of the learning rate; none where the user's schedule stands as it is.
+    lowering: what the peak rate is multiplied by, after repeated stages.
+    """
+
+    def __init__(self, host: Host, config: RMTKDConfig):
+        self.host, self.config = host, config
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run."""
+        self.phases: tuple[Phase, ...] = ()
+        self.lowering = 1.0
+        self._said = ""
+
+    def begin(self, fit_steps: int) -> None:
+        """One schedule for the fit, if there is one, and one for the distillation."""
+        fit = (Phase("fit", 0, fit_steps),) if fit_steps else ()
+        self.phases = (*fit, Phase("distil", fit_steps, self.host.max_steps - fit_steps))
+
+    @property
+    def rate(self) -> float | None:
+        """Peak learning rate of the phase at hand; None where it is not ours to know."""
+        given = self.host.rate
+        return None if given is None or not self.phases else given * self.phases[-1].factor
+
+    def suit(self, removed: float, steps: int) -> None:
+        """Choose the peak rate of the distillation after a cut.
+
+        Args:
+            removed: share of the uncut model's parameters that are gone.
+            steps: to the next cut, or to the end.
+        """
+        given, wanted = self.host.rate, self.config.distil_learning_rate
+        if not self.phases or not given:
+            if wanted is not None:
+                self._say(
+                    "distil_learning_rate=%.3g is not used: the schedule, or the optimizer, is your own.", wanted
+                )
+            return
+        chosen, why = wanted or given, "distil_learning_rate" if wanted else "as given, nothing was removed"
+        if wanted is None and 0 < removed < 1:
+            chosen, why = dataclasses.astuple(distil_rate(given, removed, steps))
+        self._change(factor=chosen / given * self.lowering)
+        self._say("Distilling at a peak learning rate of %.3g: %s.", chosen * self.lowering, why)
+
+    def slow_down(self) -> None:
+        """A stage is repeated: the rate is lowered."""
+        self.lowering *= LOWER
+        if self.phases:
+            self._change(factor=self.phases[-1].factor * LOWER)
+
+    def warm_up(self, step: int, steps: int) -> None:
+        """A stage of so many steps begins: its rate rises first."""
+        length = warmup_steps(steps)
+        if self.phases and length:
+            self._change(warmups=(*self.phases[-1].warmups, (step, length)))
+
+    def _change(self, **values: Any) -> None:
+        self.phases = (*self.phases[:-1], dataclasses.replace(self.phases[-1], **values))
+
+    def _say(self, line: str, *values: Any) -> None:
+        if self._said != (said := line % values):
+            self._said = said
+            logger.warning(line, *values)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {"phases": [phase.to_dict() for phase in self.phases], "lowering": self.lowering}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        self.phases = tuple(Phase.from_dict(phase) for phase in values["phases"])
+        self.lowering = values["lowering"]

@@ -1,0 +1,48 @@
+"""A run's reparameterization: on the model while it trains, off in everything else. Plain functions over models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from ..distillation.teachers import clean_copy
+from ..reparameterization import Reparameterization, core_parameters, fold, is_reparameterized, plain_parameters
+
+
+__all__ = ["parameters", "plain", "plain_copy", "put_on", "state_of"]
+
+
+def parameters(model: nn.Module) -> int:
+    """Parameters of the model as it would be saved, tied ones once."""
+    from .. import surgery
+
+    cores = core_parameters(model)
+    named = {name for name, _ in model.named_parameters()}
+    inner = sum(t.numel() for name, t in plain_parameters(model).items() if name not in named) if cores else 0
+    return surgery.count_parameters(model) - sum(p.numel() for p in cores.values()) + inner
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model with plain weights, in evaluation mode."""
+    return fold(clean_copy(model))
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The model itself where its weights are plain, else a copy."""
+    return plain_copy(model) if is_reparameterized(model) else model
+
+
+def put_on(
+    how: Reparameterization | None, model: nn.Module, tensors: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """`model` with the reparameterization on, in place; with the tensors of `state_of` where they are given."""
+    if how is not None:
+        how.apply(model, tensors)
+    return model
+
+
+def state_of(how: Reparameterization | None, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint's plain weights were folded from."""
+    return {} if how is None else how.state(model)

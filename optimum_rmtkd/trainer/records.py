@@ -1,0 +1,58 @@
+"""What a run leaves behind while it lives: journal, spectra, lines in the log. Knows a host and plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import RMTKDConfig
+from ..hub.run import write_spectra
+from .host import Host
+from .judge import Measured
+from .stages import PlannedCut, Stage, write_journal
+
+
+__all__ = ["Records", "stage_of"]
+
+
+class Records:
+    """Writes nothing on a process whose host has no folder."""
+
+    def __init__(self, host: Host, config: RMTKDConfig):
+        self.host, self.config = host, config
+
+    def journal(self, stages: Sequence[Stage], reference: int, parameters: int, fit: dict[str, Any] | None) -> None:
+        """`rmtkd_stages.json` as things stand."""
+        if self.host.folder is not None:
+            write_journal(self.host.folder, stages, self.config, reference, parameters, fit=fit)
+
+    def spectra(self, index: int, report: Any) -> None:
+        """The spectra that a cut was made from."""
+        if self.host.folder is not None:
+            write_spectra(self.host.folder, index, report)
+
+    def log(self, stage: Stage, parameters: int) -> None:
+        """One line in the training log."""
+        line = {"rmtkd/stage": stage.index, "rmtkd/parameters": parameters}
+        if stage.metric_cut is not None:
+            line[f"rmtkd/{stage.metric_name}"] = stage.metric_cut
+        if stage.learning_rate is not None:
+            line["rmtkd/learning_rate"] = stage.learning_rate
+        self.host.log(line)
+
+
+def stage_of(cut: PlannedCut, step: int, reduction: Any, measured: Measured, metric_name: str) -> Stage:
+    """The record of a cut that is about to be made."""
+    return Stage(
+        index=cut.index,
+        step=step,
+        sites=tuple(site.to_dict() for site in reduction.sites),
+        parameters_before=reduction.parameters_before,
+        parameters_after=reduction.parameters_after,
+        target_reduction=cut.target_reduction,
+        metric_name=metric_name if measured.value is not None else None,
+        metric_before=measured.value,
+        metrics_before=measured.metrics,
+        predicted_loss=reduction.predicted_loss if reduction.loss_unit == "nats" else None,
+        divergence=reduction.divergence,
+    )

@@ -1,0 +1,58 @@
+"""The learning rate over a run: one schedule a phase (fit, distil), and a short warm-up after each cut.
+
+Plain functions over plain data: which schedule is the user's own is a function, `shape`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+__all__ = ["Phase", "factor_at"]
+
+Shape = Callable[[int], Callable[[int], float]]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the run with a schedule of its own.
+
+    Attributes:
+        name: "fit" or "distil".
+        start, steps: first optimizer step, and their number.
+        factor: peak learning rate, as a multiple of the one that the user gave.
+        warmups: (step, steps) of each linear warm-up after a cut.
+    """
+
+    name: str
+    start: int
+    steps: int
+    factor: float = 1.0
+    warmups: tuple[tuple[int, int], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return dataclasses.asdict(self) | {"warmups": [list(pair) for pair in self.warmups]}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Phase:
+        """Inverse of `to_dict`."""
+        return cls(**{**values, "warmups": tuple(tuple(pair) for pair in values["warmups"])})
+
+
+def factor_at(step: int, phases: Sequence[Phase], shape: Shape) -> float:
+    """What the user's peak rate is multiplied by at a step, counted from 0.
+
+    Args:
+        phases: in their order; none: the user's schedule as it is would be `shape(max_steps)(step)`.
+        shape: number of steps -> the user's schedule over so many, which gives a multiple of the peak rate at each.
+    """
+    phase = next((phase for phase in reversed(phases) if step >= phase.start), phases[0])
+    factor = phase.factor * shape(phase.steps)(step - phase.start)
+    for cut, steps in phase.warmups:
+        if cut <= step < cut + steps:
+            factor *= (step - cut + 1) / (steps + 1)
+    return factor

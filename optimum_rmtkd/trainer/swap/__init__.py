@@ -1,0 +1,24 @@
+"""How the model under training changes its inside, keeping its identity; knows no trainer and no run."""
+
+from __future__ import annotations
+
+from .architecture import enable_checkpointing, load_skeleton, load_weights, same_architecture, skeleton
+from .dropout import DropoutSwitch
+from .in_place import become, install, rewrapped
+from .optimizer import raw_optimizer, regroup, separate_cores
+
+
+__all__ = [
+    "DropoutSwitch",
+    "become",
+    "enable_checkpointing",
+    "install",
+    "load_skeleton",
+    "load_weights",
+    "raw_optimizer",
+    "regroup",
+    "rewrapped",
+    "same_architecture",
+    "separate_cores",
+    "skeleton",
+]

@@ -1,0 +1,164 @@
+"""Who teaches and what is compared: the teacher of the moment, the objectives made ready for it and the student.
+
+Knows models, objectives and batches; no trainer, no run, no stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batches import evaluating, padding_mask
+from ..distillation import DistillationObjective, DistillationStep, Teacher, capture
+from ..distillation.objectives.answers import Answers
+from ..distillation.teachers import without_labels
+from ..errors import RMTKDError
+from . import checkpoint
+from .companions import Companions
+from .data import isolated_rng
+
+
+__all__ = ["Tutor"]
+
+Batches = Callable[[], Iterable[Mapping[str, Any]]]
+
+
+class Tutor:
+    """The teacher's side of a run.
+
+    Attributes:
+        objectives: all terms of the loss; `active` are those that found something to compare.
+        given: a teacher that was passed in; None for self-distillation.
+        described: that teacher, as a resumed run must have it.
+        taught_by_itself: the given teacher started from the very model that is cut.
+        teacher: who teaches now; None while the model is fine-tuned.
+        companions: what is trained beside the student.
+    """
+
+    def __init__(
+        self,
+        objectives: list[DistillationObjective],
+        companions: Companions,
+        label_names: Iterable[str],
+        seed: int = 0,
+    ):
+        self.objectives, self.companions, self.seed = objectives, companions, seed
+        self.label_names = tuple(label_names)
+        self.given: Teacher | None = None
+        self.described: str | None = None
+        self.taught_by_itself = False
+        self.teacher: Teacher | None = None
+
+    @property
+    def active(self) -> list[DistillationObjective]:
+        """Those that found something to compare."""
+        return [objective for objective in self.objectives if objective.active]
+
+    def appoint(
+        self,
+        teacher: Teacher,
+        model: nn.Module,
+        projections: Mapping[str, torch.Tensor],
+        batches: Batches,
+        optimizer: Any,
+        restored: Mapping[str, torch.Tensor] | None = None,
+        strip: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda batch: batch,
+    ) -> None:
+        """Set the objectives up for the student and this teacher; fit those that look at data first.
+
+        Args:
+            projections: teacher's stream -> student's, see `DistillationObjective.setup`. Dropped where another model
+                teaches: none leads from its stream to this one.
+            batches: gives the calibration data, with what is there for the teacher alone.
+            optimizer: the student's.
+            restored: `state_dict` of an earlier run, which takes the place of fitting.
+            strip: leaves in a batch what the student takes.
+
+        Raises:
+            RMTKDError: models that an objective cannot work with, or nothing left to compare.
+        """
+        self.teacher = teacher
+        if self.given is not None and not self.taught_by_itself:
+            projections = {}
+        for objective in self.objectives:
+            objective.to(next(model.parameters()).device)
+            objective.setup(model, teacher.model, projections)
+        if not self.active:
+            raise RMTKDError("No objective has anything to compare for these models; add TaskLoss or KLDivergence.")
+        if restored is None:
+            self._fit(model, batches, strip)
+            self.companions.collect(self.active, teacher, optimizer)
+            return
+        for objective in self.active:
+            objective.load_tensors(_on_device(checkpoint.subset(f"objective/{objective.label}", restored), model))
+        self.companions.collect(self.active, teacher, optimizer)
+        self.companions.load_state_dict(checkpoint.subset("extra", restored))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What objectives and the parts trained beside the student need in a resumed run: the same on all
+        processes."""
+        tensors = checkpoint.flatten("extra", self.companions.state_dict())
+        for objective in self.objectives:
+            tensors |= checkpoint.flatten(f"objective/{objective.label}", objective.state_dict())
+        return tensors
+
+    def side(
+        self, inputs: Mapping[str, Any], objectives: list[DistillationObjective], model: nn.Module
+    ) -> DistillationStep:
+        """A step with the teacher's side filled in, for those objectives that look at it.
+
+        Args:
+            inputs: a batch on the device.
+            model: the student, which says how labels are read.
+        """
+        outputs, features = None, {}
+        if objectives:
+            paths = dict.fromkeys(path for objective in objectives for path in objective.features().teacher)
+            with self.companions.accelerator.autocast():
+                outputs, features = self.teacher(inputs, paths, drop=self.label_names)
+        answers = Answers.of(model)
+        return DistillationStep(
+            inputs,
+            teacher_outputs=outputs,
+            teacher_features=features,
+            mask=padding_mask(inputs),
+            shifted=answers.shifted,
+            decoding=answers.decoding,
+        )
+
+    @torch.no_grad()
+    def _fit(self, model: nn.Module, batches: Batches, strip: Callable) -> None:
+        """Let those objectives that ask for it see the teacher on the calibration data, then one batch of both
+        models."""
+        accelerator = self.companions.accelerator
+        watching = [objective for objective in self.active if objective.observes]
+        if not watching:
+            return
+        with isolated_rng(self.seed):
+            for batch in batches():
+                step = self.side(batch, watching, model)
+                for objective in watching:
+                    objective.observe(step)
+        for objective in watching:
+            objective.finish(lambda tensor: accelerator.reduce(tensor, reduction="sum"))
+        with isolated_rng(self.seed):
+            step = self._both(next(iter(batches())), watching, model, strip)
+        for objective in watching:
+            objective.prepare(step)
+
+    def _both(self, inputs: Mapping[str, Any], objectives: list, model: nn.Module, strip: Callable):
+        """Features of both sides on one batch, the student in evaluation mode."""
+        step = self.side(inputs, objectives, model)
+        paths = dict.fromkeys(path for objective in objectives for path in objective.features().student)
+        with evaluating(model), capture(model, paths) as features, self.companions.accelerator.autocast():
+            model(**without_labels(model, strip(step.inputs), self.label_names))
+        return dataclasses.replace(step, student_features=features)
+
+
+def _on_device(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in tensors.items()}

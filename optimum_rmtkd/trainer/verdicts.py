@@ -1,0 +1,56 @@
+"""How a stage is judged: plain functions over numbers.
+
+Three questions, asked of the metric that judges the stages: is it worse than just after the cut, has it come back
+close enough to the uncut model for another cut, and was it lost in a way that the user must hear of?
+"""
+
+from __future__ import annotations
+
+import math
+
+
+__all__ = ["come_back", "farther", "noise", "worse"]
+
+LOSS_NOISE = 0.1  # of a loss: it moves that much between two equally good models, and grows with their confidence
+LEAST_NOISE = 0.005  # of a metric
+LEAST_NATS = 0.05  # of a divergence
+NEAR = 0.9  # of a metric's way from nothing to the uncut model's value (the paper's threshold of a stage)
+NEAR_LOSS = 0.5  # of a loss's way from the uncut model's value to that of knowing nothing
+
+
+def noise(value: float, greater_is_better: bool, rows: int | None = None) -> float:
+    """How far two measurements of equally good models may lie apart.
+
+    A tenth of a loss. One standard error of a share in [0, 1] of `rows` samples, sqrt(p (1 - p) / n), at least half a
+    point; a hundredth of other metrics.
+    """
+    if not greater_is_better:
+        return LOSS_NOISE * abs(value)
+    if 0.0 <= value <= 1.0:
+        error = math.sqrt(value * (1.0 - value) / rows) if rows else 2 * LEAST_NOISE
+        return max(LEAST_NOISE, error)
+    return 0.01 * abs(value)
+
+
+def worse(after: float, cut: float, greater_is_better: bool, rows: int | None = None) -> bool:
+    """Is the distilled model worse than it was just after its cut, by more than the noise? NaN counts as worse."""
+    lost = cut - after if greater_is_better else after - cut
+    return not lost <= noise(cut, greater_is_better, rows)
+
+
+def farther(after: float, cut: float) -> bool:
+    """The same of the divergence from the uncut model, nats an answer, of which a few hundredths are nothing."""
+    return not after - cut <= max(LEAST_NATS, LOSS_NOISE * cut)
+
+
+def come_back(value: float, baseline: float, greater_is_better: bool, chance: float | None = None) -> bool:
+    """Is the model close enough to what it was before the first cut to be cut again? NaN is not.
+
+    A metric to `NEAR` of the uncut model's; a loss at most half-way to that of knowing nothing (`chance`), or, where
+    that is unknown, at most twice the uncut model's.
+    """
+    if greater_is_better:
+        return value >= baseline - (1.0 - NEAR) * abs(baseline)
+    if chance is not None and chance > baseline:
+        return value <= baseline + NEAR_LOSS * (chance - baseline)
+    return value <= baseline + max(abs(baseline), LOSS_NOISE)

@@ -1,0 +1,311 @@
+"""The life of a run, driven by a host of twenty lines: no Trainer, no data, no optimizer."""
+
+from __future__ import annotations
+
+import ast
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+import optimum_rmtkd.trainer
+from optimum_rmtkd.config import RMTKDConfig
+from optimum_rmtkd.errors import RMTKDError
+from optimum_rmtkd.trainer import fit as fitting
+from optimum_rmtkd.trainer import pace as pacing
+from optimum_rmtkd.trainer import run as life
+from optimum_rmtkd.trainer.columns import Columns
+from optimum_rmtkd.trainer.companions import Companions
+from optimum_rmtkd.trainer.host import Host
+from optimum_rmtkd.trainer.parts import parts_of
+from optimum_rmtkd.trainer.rates import Rate
+from optimum_rmtkd.trainer.readiness import Readiness
+from optimum_rmtkd.trainer.run import Run
+
+from .conftest import tiny_bert
+
+
+TINY = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
+
+
+def tiny(width=16):
+    return tiny_bert(**TINY, intermediate_size=width)
+
+
+class FakeHost:
+    """Says what it is told to say, and writes down what is done to it."""
+
+    metric_name, greater_is_better, metric_asked_for, validation_rows = "eval_accuracy", True, False, 1000
+    label_names, folder, shows_progress, rate = ("labels",), None, False, 1e-3
+
+    def __init__(self, metrics=(), max_steps=100):
+        self.model, self.accelerator, self.max_steps, self.step = tiny(), Accelerator(cpu=True), max_steps, 0
+        self.optimizer, self.columns = torch.optim.AdamW(self.model.parameters()), Columns(self.model)
+        self.metrics, self.done = list(metrics), []
+
+    def measure(self):
+        if not self.metrics:
+            return None
+        return {"eval_accuracy": self.metrics.pop(0) if len(self.metrics) > 1 else self.metrics[0], "eval_loss": 1.0}
+
+    def looks(self):
+        return 5
+
+    def calibration_batches(self, samples=None, strip=True):
+        return [{"input_ids": torch.ones(2, 4, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}]
+
+    def install(self, replacement, prepare=True):
+        self.done.append(f"install {replacement.config.intermediate_size}")
+        self.model.__dict__.update(replacement.__dict__)
+
+    def forget_moments(self):
+        self.done.append("forget")
+
+    def reschedule(self):
+        pass
+
+    def model_changed(self):
+        self.done.append("changed")
+
+    def log(self, logs):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Surgery, readiness and rates by a table: a cut halves the feed-forward width."""
+
+    def reduced(host, config, cut, reference):
+        old, new = host.model, tiny(host.model.config.intermediate_size // 2)
+        sizes = [sum(p.numel() for p in m.parameters()) for m in (old, new)]
+        return SimpleNamespace(
+            model=new, projections={}, sites=(), parameters_before=sizes[0], parameters_after=sizes[1], report=None,
+            predicted_loss=None, loss_unit=None, divergence=None,
+        )  # fmt: skip
+
+    monkeypatch.setattr(life, "reduced", reduced)
+    monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(True, 0.3, 0.69, "it can"))
+    monkeypatch.setattr(pacing, "distil_rate", lambda given, removed, steps: Rate(given, "for the test"))
+    monkeypatch.setattr(pacing, "warmup_steps", lambda steps: 0)
+
+
+def run_of(host, **recipe):
+    recipe = {"target_reduction": 0.2, "kl_weight": 1.0, "hidden_weight": 0.0, **recipe}
+    config = RMTKDConfig(**recipe)
+    return Run(host, config, parts_of(config), Companions(host.accelerator))
+
+
+def live(run, steps=None):
+    """All steps of a run; the model's weights move by one in each."""
+    host = run.host
+    if not run.active:
+        run.begin()
+    for step in range(host.step + 1, (steps or host.max_steps) + 1):
+        with torch.no_grad():
+            for parameter in host.model.parameters():
+                parameter += 1.0
+        host.step = step
+        run.after_step(step)
+    if steps is None:
+        run.end()
+    return run
+
+
+def test_the_host_of_the_test_is_a_host():
+    assert isinstance(FakeHost(), Host)
+
+
+def test_a_model_that_can_teach_is_cut_at_once():
+    run = live(run_of(FakeHost([0.9, 0.8, 0.85])))
+    (stage,) = run.stages
+    assert (stage.step, stage.status, stage.metric_before, stage.metric_cut, stage.metric_after) == (
+        0, "accepted", 0.9, 0.8, 0.85,
+    )  # fmt: skip
+    assert stage.metrics_before == {"eval_accuracy": 0.9, "eval_loss": 1.0} and run.fit.to_dict() is None
+    assert [phase.name for phase in run.pace.phases] == ["distil"]
+
+
+def test_a_model_that_cannot_teach_is_fine_tuned_first(monkeypatch):
+    monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, 0.69, 0.69, "a new head"))
+    host = FakeHost([0.9, 0.8, 0.85])
+    run = run_of(host)
+    live(run, steps=39)
+    assert run.fit.going and run.active and run.teacher is None and not run.stages
+    assert [objective.label for objective in run.loss.objectives] == ["task"]
+    run.host.step = 40
+    fitted = [p.detach().clone() for p in host.model.parameters()]
+    run.after_step(40)
+    assert [s.step for s in run.stages] == [40] and not run.fit.going and run.fit.metrics["eval_accuracy"] == 0.9
+    teacher = list(run.teacher.model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(teacher, fitted, strict=True))  # as it is at the end of the fit
+    assert [(p.name, p.start, p.steps) for p in run.pace.phases] == [("fit", 0, 40), ("distil", 40, 60)]
+
+
+@pytest.mark.parametrize(("share", "first"), [(0, 0), (0.25, 25), (0.001, 1)])
+def test_a_share_that_is_given_is_taken(monkeypatch, share, first):
+    monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, 0.69, 0.69, "a new head"))
+    run = live(run_of(FakeHost([0.9]), fit_share=share))
+    assert run.stages[0].step == first
+
+
+def test_training_that_ends_while_it_fits_says_so(caplog):
+    run = run_of(FakeHost([0.9]), fit_share=0.5)
+    live(run, steps=20)
+    run.end()
+    assert not run.stages and "in the 50 steps of fine-tuning: nothing was cut" in caplog.text
+
+
+def test_a_second_cut_follows_a_model_that_has_come_back():
+    run = live(run_of(FakeHost([0.9, 0.8, 0.88, 0.7, 0.75, 0.86]), rounds=2))
+    assert [(s.step, s.status) for s in run.stages] == [(0, "accepted"), (30, "accepted")]
+    assert run.stages[1].metric_before == 0.88 and run.stages[0].metric_after == 0.88
+
+
+def test_a_second_cut_waits_for_a_model_that_has_not(caplog):
+    # before, cut, due at 30: 0.5, 35: 0.5, 40: 0.9; then the second cut and its look
+    run = live(run_of(FakeHost([0.9, 0.4, 0.5, 0.5, 0.9, 0.8, 0.85, 0.88]), rounds=2))
+    assert [s.step for s in run.stages] == [0, 40]
+    assert caplog.text.count("the next cut waits until it has come back") == 1
+
+
+def test_a_cut_that_waits_too_long_is_not_made(caplog):
+    run = live(run_of(FakeHost([0.9, 0.4, 0.5]), rounds=2))
+    assert len(run.stages) == 1 and "had not come back to the 0.9 of the uncut model" in run.stopped
+    assert "No further cut is made" in caplog.text and "target_reduction asks for" in caplog.text
+
+
+def test_a_ruin_is_seen_early_and_begun_anew_at_a_lower_rate(caplog):
+    host = FakeHost([0.9, 0.8, 0.3, 0.85])
+    run = run_of(host)
+    run.begin()
+    cut = [p.detach().clone() for p in host.model.parameters()]
+    live(run, steps=25)
+    assert all(torch.equal(a, b) for a, b in zip(cut, host.model.parameters(), strict=True))  # just after the cut
+    assert "forget" in host.done and run.pace.phases[-1].factor == pytest.approx(1 / 3)
+    for step in range(26, 101):
+        host.step = step
+        run.after_step(step)
+    run.end()
+    assert run.stages[0].status == "accepted" and run.stages[0].metric_after == 0.85
+    assert "eval_accuracy 0.3, 0.8 just after the cut, after 25 steps" in run.stages[0].note
+    assert caplog.text.count("begins anew from its cut") == 1
+
+
+def test_no_cut_follows_a_stage_that_only_gets_worse():
+    values = [0.9, 0.8, 0.79, *[0.2] * 20]
+    run = live(run_of(FakeHost(values), rounds=2))
+    assert len(run.stages) == 1 and run.stages[0].metric_after == 0.8  # the model just after the cut
+    assert "made the model worse" in run.stopped
+
+
+def test_at_the_end_the_better_of_both_is_kept(caplog):
+    host = FakeHost([0.9, 0.8, 0.81, 0.7])
+    run = run_of(host)
+    run.begin()
+    cut = [p.detach().clone() for p in host.model.parameters()]
+    live(run)
+    assert all(torch.equal(a, b) for a, b in zip(cut, host.model.parameters(), strict=True))
+    assert run.stages[0].metric_after == 0.8 and "the weights just after the cut stay" in caplog.text
+
+
+def test_within_the_noise_the_distilled_model_is_kept():
+    run = live(run_of(FakeHost([0.9, 0.8, 0.8, 0.795])))
+    assert run.stages[0].metric_after == 0.795 and run.stages[0].note is None
+
+
+def test_a_stage_is_rolled_back():
+    host = FakeHost([0.9, 0.5, 0.6])
+    run = live(run_of(host, max_metric_drop=0.1))
+    assert run.stages[0].status == "rolled_back" and host.done.count("install 16") == 1
+    assert run.stopped == run.stages[0].reason and not run.cuts_to_come
+
+
+def test_a_stage_is_rejected(monkeypatch):
+    quick = life.reduced
+
+    def narrow(*args):
+        found = quick(*args)
+        site = {"name": "hidden", "width_before": 10, "width_after": 1}
+        found.sites = (SimpleNamespace(to_dict=lambda: site),)
+        return found
+
+    monkeypatch.setattr(life, "reduced", narrow)
+    host = FakeHost([0.9])
+    run = live(run_of(host, min_rank_ratio=0.5))
+    assert run.stages[0].status == "rejected" and not any("install" in done for done in host.done)
+
+
+def test_a_threshold_of_the_user_holds_the_next_cut_back():
+    run = live(run_of(FakeHost([0.9, 0.85, 0.85, 0.85, 0.9]), rounds=2, stage_threshold=0.99))
+    assert [s.step for s in run.stages] == [0, 40]
+
+
+def test_without_validation_data_the_cuts_are_made_as_planned():
+    run = live(run_of(FakeHost(), rounds=2))
+    assert [(s.step, s.status, s.metric_after) for s in run.stages] == [(0, "accepted", None), (30, "accepted", None)]
+
+
+def test_an_evaluation_without_the_metric_judges_nothing_and_says_so_once(caplog):
+    host = FakeHost([0.9, 0.1])
+    host.metric_name = "eval_nothing"
+    run = live(run_of(host, rounds=2))
+    assert [s.metric_name for s in run.stages] == [None, None] and run.stages[0].metrics_before["eval_loss"] == 1.0
+    assert caplog.text.count("the stages are judged without a metric") == 1
+    host = FakeHost([0.9])
+    host.metric_name, host.metric_asked_for = "eval_nothing", True
+    with pytest.raises(RMTKDError, match="judged by 'eval_nothing'"):
+        live(run_of(host))
+
+
+@pytest.mark.parametrize("at", [10, 30, 55, 80])
+def test_a_run_goes_on_from_its_state(monkeypatch, at):
+    """Fit, first cut, a wait, a second cut: the rest is the same from any moment, through JSON."""
+    monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, 0.69, 0.69, "a new head"))
+    recipe = {"rounds": 2, "fit_share": 0.2}
+    values = [0.9, 0.8, 0.5, 0.82, 0.85, 0.9, 0.84, 0.86, 0.88]
+    whole = live(run_of(FakeHost(values), **recipe))
+    part = live(run_of(FakeHost(values), **recipe), steps=at)
+    state = part.state_dict()
+    state = {"values": json.loads(json.dumps(state["values"])), "tensors": dict(state["tensors"])}
+    weights = {name: tensor.clone() for name, tensor in part.host.model.state_dict().items()}
+    host = FakeHost(part.host.metrics)
+    host.step = at
+    resumed = run_of(host, **recipe)
+    resumed.load_state_dict(state)
+    host.model.load_state_dict(weights)
+    live(resumed)
+    assert [s.to_dict() for s in resumed.stages] == [s.to_dict() for s in whole.stages]
+    assert resumed.pace.phases == whole.pace.phases and resumed.fit.to_dict() == whole.fit.to_dict()
+    sides = (lambda run: run.host.model, lambda run: run.teacher.model)
+    for side in sides:
+        ours, theirs = side(resumed).state_dict(), side(whole).state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_no_import_of_the_room_leads_back_to_where_it_came_from():
+    """Those for the type checker included."""
+    room = Path(optimum_rmtkd.trainer.__file__).parent
+    package = "optimum_rmtkd.trainer"
+    known = {
+        ".".join((package, *path.relative_to(room).with_suffix("").parts)).removesuffix(".__init__"): path
+        for path in room.rglob("*.py")
+    }
+
+    def imported(name, path):
+        parts = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = ".".join(parts[: len(parts) - node.level + 1] + ([node.module] if node.module else []))
+                inner = {f"{base}.{alias.name}" for alias in node.names} & set(known)
+                yield from inner or {base} & set(known)
+
+    graph = {name: set(imported(name, path)) - {name} for name, path in known.items()}
+
+    def reaches(start, goal, seen):
+        return any(n == goal or (n not in seen and not seen.add(n) and reaches(n, goal, seen)) for n in graph[start])
+
+    assert {name for name in graph if reaches(name, name, set())} == set()
+    assert not any("mixin" in inner or "hooks" in inner for inner in graph[f"{package}.run"])
