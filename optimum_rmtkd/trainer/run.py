@@ -140,8 +140,6 @@ class Run:
                 check_edges(self.host, self.config)
             if self.plan or self.fit.steps:
                 self.pace.begin(self.fit.steps)
-        elif not resumed and not self.fit.going:  # trained on after its cuts, by the user's own schedule
-            self.pace.reset()
         if resumed and not self.fit.going:
             self._appoint_teacher()
         elif resumed:
@@ -152,6 +150,11 @@ class Run:
             self.host.reschedule()
         self._advance(self.host.step)
         self._begin_distilling()
+
+    def train_on(self) -> None:
+        """A training that is over is followed by another one, by the user's own schedule."""
+        if self.plan is not None and not self.fit.going:
+            self.pace.reset()
 
     def remember_initial(self) -> None:
         """Keep a copy of the model as the user passed it in."""
@@ -251,7 +254,7 @@ class Run:
         if self.agenda.open is None:
             return True
         if not judge.dropped(value):
-            if judge.worse(measured):
+            if judge.spoiled(measured):
                 self._repeat(step, measured)
                 return False
             if not judge.come_back(value, self.fit.chance):
@@ -286,7 +289,7 @@ class Run:
         if not self.agenda.looks(step):
             return
         measured = self._measure()
-        if self.judge.worse(measured) and not self.judge.come_back(measured.value, self.fit.chance):
+        if self.judge.spoiled(measured) and not self.judge.come_back(measured.value, self.fit.chance):
             self._repeat(step, measured)
 
     def _repeat(self, step: int, measured: Measured) -> None:
