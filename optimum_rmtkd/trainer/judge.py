@@ -37,6 +37,10 @@ class Measured(NamedTuple):
     value: float | None = None
     divergence: float | None = None
 
+    def at_the_end(self) -> dict[str, Any]:
+        """Fields of the record of a stage that ends here."""
+        return {"metric_after": self.value, "metrics_after": self.metrics, "divergence_after": self.divergence}
+
 
 class Judge:
     """Attributes:

@@ -325,7 +325,7 @@ class Run:
         if self.judge.dropped(value):
             uncut, allowed = self.judge.baseline.value, self.config.max_metric_drop
             reason = f"{stage.metric_name} {value:.4f}, uncut {uncut:.4f}, max_metric_drop {allowed:g}"
-            self.agenda.change(**_after(measured), status="rolled_back", reason=reason)
+            self.agenda.change(**measured.at_the_end(), status="rolled_back", reason=reason)
             self._roll_back(reason)
             return False
         if self.judge.worse(measured):
@@ -335,7 +335,7 @@ class Run:
             )
             logger.warning("Stage %d: %s.", stage.index, self.stages[-1].note)
             self.judge.last = measured = self.judge.just_cut
-        self.agenda.change(**_after(measured), status="accepted")
+        self.agenda.change(**measured.at_the_end(), status="accepted")
         self.after_cut = None
         self._write_journal()
         return True
@@ -443,14 +443,6 @@ class Run:
 
     def _write_journal(self) -> None:
         self.records.journal(self.stages, self.reference_parameters, self.parameters, self.fit.to_dict())
-
-
-def _after(measured: Measured) -> dict[str, Any]:
-    return {
-        "metric_after": measured.value,
-        "metrics_after": measured.metrics,
-        "divergence_after": measured.divergence,
-    }
 
 
 def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
