@@ -278,8 +278,7 @@ class RMTKDLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """For `accelerator.save_state`, which writes the run itself beside it: the place in the training."""
-        state = self._host.accelerator.gradient_state
-        return {"step": self._host.step, "within_epoch": state.in_dataloader and not state.end_of_dataloader}
+        return {"step": self._host.step, "within_epoch": self._host.within_epoch}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`, called by `accelerator.load_state` after all else was loaded."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import optimum_rmtkd
 from optimum_rmtkd import RMTKDConfig, RMTKDLoop
 from optimum_rmtkd.errors import RMTKDError
+from optimum_rmtkd.trainer import pace as pacing
 from optimum_rmtkd.trainer.host import Host
 from optimum_rmtkd.trainer.stages import JOURNAL
 
@@ -93,7 +94,8 @@ def test_a_loop_learns_the_task_from_a_new_head():
     assert stage.metric_name == "accuracy" and stage.metric_before > 0.8 and stage.metric_after > 0.8
 
 
-def test_the_schedule_of_the_script_runs_once_a_phase():
+def test_the_schedule_of_the_script_runs_once_a_phase(monkeypatch):
+    monkeypatch.setattr(pacing, "warmup_steps", lambda steps: 0)
     script = prepared(max_steps=8, rate=1e-3)
     loop = looped(script, {"fit_share": 0.5}, evaluate=None)
     _, rates = train(script, loop)

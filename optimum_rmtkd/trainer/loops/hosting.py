@@ -93,6 +93,12 @@ class LoopHost:
         group = raw_optimizer(self.optimizer).param_groups[0]
         return group.get("initial_lr", group["lr"]) if {"betas", "eps"} <= set(group) else None
 
+    @property
+    def within_epoch(self) -> bool:
+        """Whether the script has batches of the training data to come before it begins with them anew."""
+        active = self.accelerator.gradient_state.active_dataloader
+        return getattr(active, "dataset", None) is self.loader.dataset and not active.end_of_dataloader
+
     def looks(self) -> int:
         return max(1, self.max_steps // 20)
 
