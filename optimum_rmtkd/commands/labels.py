@@ -88,8 +88,8 @@ def check_label_map(label_map: dict[str, str], data: Sequence[Dataset], column: 
     labels: dict[str, None] = {}
     for rows in data:
         names = getattr(rows.features[column], "names", None)
-        labels |= dict.fromkeys(names or (_shortest(value) for value in rows.unique(column) if value is not None))
-    unknown = [name for name in label_map if _find(name, list(labels)) is None]
+        labels |= dict.fromkeys(names or (shortest(value) for value in rows.unique(column) if value is not None))
+    unknown = [name for name in label_map if find(name, list(labels)) is None]
     if unknown:
         raise RMTKDError(
             f"--label-map names {', '.join(map(repr, unknown[:SHOWN]))}, which is no label in column '{column}'; it "
@@ -204,15 +204,15 @@ def _keys(values: list, names: list[str] | None, column: str, classes: int) -> l
     return [names[value] for value in values]
 
 
-def _shortest(value: Any) -> str:
+def shortest(value: Any) -> str:
     """A label as a word; whole numbers without a point."""
     whole = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return str(int(value)) if whole and value == int(value) else str(value)
 
 
 def _word(value: Any, row: int, column: str, classes: int) -> str:
-    if isinstance(value, (str, bool)) or (isinstance(value, (int, float)) and WHOLE.fullmatch(_shortest(value))):
-        return _shortest(value)
+    if isinstance(value, (str, bool)) or (isinstance(value, (int, float)) and WHOLE.fullmatch(shortest(value))):
+        return shortest(value)
     raise RMTKDError(
         f"Column '{column}' holds {value!r} in row {row}; the model has {classes} classes: expected class indices or "
         "names."
@@ -223,7 +223,7 @@ def _fold(name: str) -> str:
     return name.strip().casefold()
 
 
-def _find(key: str, names: Sequence[str]) -> int | None:
+def find(key: str, names: Sequence[str]) -> int | None:
     """Position of `key` among `names`: as it is written, else as the only one that differs in case or blanks alone."""
     if key in names:
         return list(names).index(key)
@@ -240,8 +240,8 @@ def _classes(
 ) -> dict[str, int]:
     """{label: class index} of `keys`, {label: first row of it}."""
     names, mapped = class_names(config), list(label_map)
-    given = {key: _target(label_map[mapped[i]], names) for key in keys if (i := _find(key, mapped)) is not None}
-    named = {key: i for key in keys if key not in given and (i := _find(key, names)) is not None}
+    given = {key: _target(label_map[mapped[i]], names) for key in keys if (i := find(key, mapped)) is not None}
+    named = {key: i for key in keys if key not in given and (i := find(key, names)) is not None}
     known = named | given
     if not known:
         by_number = _by_number(keys, column, names, numbered)
@@ -259,7 +259,7 @@ def _classes(
 
 
 def _target(wanted: str, names: Sequence[str]) -> int:
-    found = _find(wanted, names)
+    found = find(wanted, names)
     if found is None and WHOLE.fullmatch(wanted) and 0 <= int(wanted) < len(names):
         found = int(wanted)
     if found is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RMTKDError
 from ..files import is_ours as is_our_file
 from ..files import picture_metadata, read_text, write_text
+from .measures import fit_text, metric_changes, number, stage_measures, stage_notes
 from .run import RESULTS, Run, write_results
 
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
 
-__all__ = ["CARD", "comparison_rows", "model_card", "stage_rows", "write_card"]
+__all__ = ["CARD", "comparison_rows", "measure_rows", "model_card", "stage_rows", "write_card"]
 
 CARD = "README.md"
 FIGURES = "figures"
@@ -126,6 +127,9 @@ def model_card(
         has_latency=bool(run.bench),
         metric_name=metric[0] if metric else "",
         stages=stage_rows(run),
+        measures=measure_rows(run),
+        notes=stage_notes(run.stages),
+        fitted=sentence(fit_text(run.fit, run.stages)),
         figures=figures,
         auto_class=run.auto_class,
         recipe=json.dumps(run.recipe, indent=2),
@@ -188,7 +192,7 @@ def license_of(repository: str | None) -> str | None:
 
 
 def comparison_rows(run: Run) -> list[tuple[str, str, str, str]]:
-    """Rows (what, before, after, change): size, metric, and what the bench measured."""
+    """Rows (what, before, after, change): size, the metric that judged, all others, and what the bench measured."""
     rows = []
     if run.parameters:
         rows.append(_counted("parameters", *run.parameters))
@@ -196,7 +200,8 @@ def comparison_rows(run: Run) -> list[tuple[str, str, str, str]]:
         rows.append(_counted("bytes on disk", *size))
     if run.metric and run.metric[1] is not None and run.metric[2] is not None:
         name, before, after = run.metric
-        rows.append((name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"))
+        rows.append((name, number(before), number(after), f"{after - before:+.4f}"))
+    rows += metric_changes(run.metrics.get("before"), run.metrics.get("after"), {name for name, *_ in rows})
     rows += [tuple(row) for row in run.bench.get("rows", []) if row[0] not in {name for name, *_ in rows}]
     return rows
 
@@ -206,7 +211,7 @@ def stage_rows(run: Run) -> list[tuple[str, ...]]:
     rows = []
     for stage in run.stages:
         removed = 1 - stage["parameters_after"] / run.stages[0]["parameters_before"]
-        metrics = ["-" if stage[key] is None else f"{stage[key]:.4f}" for key in METRICS]
+        metrics = [number(stage[key]) for key in METRICS]
         status = stage["status"].replace("_", " ") + (f" ({stage['reason']})" if stage.get("reason") else "")
         size = f"{stage['parameters_before']:,} → {stage['parameters_after']:,}"
         rows.append((str(stage["index"]), str(stage["step"]), size, f"{removed:.1%}", *metrics, status))
@@ -214,6 +219,19 @@ def stage_rows(run: Run) -> list[tuple[str, ...]]:
 
 
 METRICS = ("metric_before", "metric_cut", "metric_after")
+
+
+def measure_rows(run: Run) -> list[tuple[str, ...]]:
+    """Rows (what, stage, before, just cut, after) of all that was measured beside the metric of `stage_rows`."""
+    return [
+        (what.removeprefix("eval_"), str(index), *map(number, values))
+        for what, index, *values in stage_measures(run.stages)
+    ]
+
+
+def sentence(text: str) -> str:
+    """With a capital and a full stop; "" stays."""
+    return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
 def _counted(name: str, before: int, after: int) -> tuple[str, str, str, str]:

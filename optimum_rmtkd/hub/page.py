@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import UNSIGNED, sign
 from . import plots
-from .card import comparison_rows, stage_rows
+from .card import comparison_rows, measure_rows, sentence, stage_rows
+from .measures import fit_text, stage_notes
 from .run import Run
 
 
@@ -56,6 +57,10 @@ def report_page(run: Run) -> str:
             "end of its stage (right)."
         )
         sections.append(_table("Stages", head, stage_rows(run), figures=[_picture(figure, "stages", text)]))
+        sections[-1]["remarks"] = [*filter(None, [sentence(fit_text(run.fit, run.stages))]), *stage_notes(run.stages)]
+    if rows := measure_rows(run):
+        head = ("measured", "stage", "before", "just cut", "after")
+        sections.append(_table("All metrics of the stages", head, rows))
     if widths := plots.widths_of(run):
         figure = plots.new_figure(height=1.0 + 0.2 * len(widths))
         plots.draw_widths(widths, figure.subplots())
@@ -185,7 +190,7 @@ def _render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Map
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    blank = {"text": "", "figures": (), "rows": (), "details": ()}
+    blank = {"text": "", "figures": (), "rows": (), "remarks": (), "details": ()}
     keyed = [blank | dict(s) | {"key": f"part-{i}"} for i, s in enumerate(sections)]
     page = environment.get_template("report.html.jinja").render(
         title=title, facts=facts, sections=keyed, recipe=sorted(recipe.items()), generator=UNSIGNED

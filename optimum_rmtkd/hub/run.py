@@ -1,7 +1,7 @@
 """The record of a run: small JSON files beside the model, from which card and report are made, now or later.
 
 config.json           of the model: spec, recipe, provenance
-rmtkd_stages.json     what happened at each cut                      (trainer, compress)
+rmtkd_stages.json     what happened at each cut, all metrics         (trainer, compress)
 rmtkd_spectra.json    the spectra behind each cut                    (trainer, compress)
 rmtkd_results.json    data set, metric, sizes, training log          (trainer, compress)
 rmtkd_bench.json      latency, throughput, memory, energy            (bench)
@@ -54,6 +54,8 @@ class Run:
         spectra: {index of the stage: SpectralReport.to_dict()}.
         results: what `write_results` was given, or {}.
         bench: what `optimum-cli rmtkd bench` wrote, or {}.
+        fit: {"steps", "share", "why"} of the fine-tuning before the first cut, or {}.
+        metrics: {"before": ..., "after": ...}, all metrics of the evaluations then, or {}.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Run:
     spectra: dict[int, dict[str, Any]] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
     bench: dict[str, Any] = field(default_factory=dict)
+    fit: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: str | Path, name: str | None = None) -> Run:
@@ -88,6 +92,8 @@ class Run:
             spectra=dict(sorted(spectra.items())),
             results=found[RESULTS],
             bench=found[BENCH],
+            fit=found[STAGES].get("fit") or {},
+            metrics=found[STAGES].get("metrics") or {},
         )
 
     @property

@@ -14,7 +14,7 @@ from .host import Host
 from .stages import PlannedCut, check_target, plan_cuts
 
 
-__all__ = ["planned", "reduced"]
+__all__ = ["check_edges", "planned", "reduced"]
 
 OVERSHOOT = 0.01  # of the parameters, that a cut may go beyond the target
 
@@ -38,6 +38,25 @@ def planned(
     groups = surgery.stage_sites(model, config) if config.schedule == "layerwise" else ()
     cuts = plan_cuts(config, max_steps - fit_steps, groups, kept)
     return tuple(dataclasses.replace(cut, step=cut.step + fit_steps) for cut in cuts)
+
+
+def check_edges(host: Host, config: RMTKDConfig) -> None:
+    """Without a target the spectra have to say how far to cut. Asked of a model that is fine-tuned first: hours of
+    training should not end at that question.
+
+    Raises:
+        NoTargetError: they do not; the message shows what sizes are predicted to cost.
+    """
+    from .. import surgery
+
+    with isolated_rng(config.seed):
+        surgery.check_edges(
+            plain.plain(host.model),
+            host.calibration_batches(),
+            config,
+            accelerator=host.accelerator,
+            progress=host.shows_progress,
+        )
 
 
 def reduced(host: Host, config: RMTKDConfig, cut: PlannedCut, reference: int) -> Any:

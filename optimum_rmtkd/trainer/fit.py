@@ -51,6 +51,7 @@ class Fit:
                     plain.plain(host.model),
                     host.calibration_batches(),
                     label_names=tuple(host.label_names),
+                    own_loss=host.columns.own_loss,
                     accelerator=host.accelerator,
                 )
             self.chance = found.chance

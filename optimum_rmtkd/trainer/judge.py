@@ -6,12 +6,17 @@ import logging
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
+from torch import nn
+
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
-from . import verdicts
+from ..surgery import divergence_warning, loss_warning
+from ..surgery.divergence import mean_divergence
+from . import plain, verdicts
 from .data import isolated_rng
 from .host import Host
-from .stages import Stage, metric_dropped, metric_reached
+from .stages import metric_dropped, metric_reached
 
 
 __all__ = ["Judge", "Measured"]
@@ -19,16 +24,24 @@ __all__ = ["Judge", "Measured"]
 logger = logging.getLogger(__name__)
 
 
+MOMENTS = ("baseline", "just_cut", "last")
+COMPARED = 256  # calibration samples that show how far the model is from the uncut one
+
+
 class Measured(NamedTuple):
-    """All metrics of one moment, and the one among them that judges."""
+    """One moment: all metrics, the one among them that judges, and, where there is none, how far the model's answers
+    are from the uncut model's (`surgery.divergence`, nats an answer)."""
 
     metrics: dict[str, float] | None = None
     value: float | None = None
+    divergence: float | None = None
 
 
 class Judge:
     """Attributes:
-    baseline: metrics of the uncut model, once it is fine-tuned.
+    baseline: of the uncut model, once it is fine-tuned.
+    just_cut: just after the cut of the open stage.
+    last: the moment measured last.
     """
 
     def __init__(self, host: Host, config: RMTKDConfig):
@@ -38,10 +51,13 @@ class Judge:
 
     def reset(self) -> None:
         """Forget the run."""
-        self.baseline = Measured()
+        self.baseline = self.just_cut = self.last = Measured()
 
-    def measure(self) -> Measured:
-        """The validation metrics now.
+    def measure(self, uncut: nn.Module | None = None) -> Measured:
+        """The model under training now.
+
+        Args:
+            uncut: what it is compared with where no metric judges; None: it is the uncut one.
 
         Raises:
             RMTKDError: the metric that the user named, or that the recipe compares, is not among them.
@@ -49,12 +65,25 @@ class Judge:
         host = self.host
         with isolated_rng(self.config.seed):
             metrics = host.measure()
-        if metrics is None:
-            return Measured()
-        value = metrics.get(host.metric_name)
-        if value is None:
+        value = None if metrics is None else metrics.get(host.metric_name)
+        if value is None and metrics is not None:
             self._complain(metrics)
-        return Measured(metrics, None if value is None else float(value))
+        away = self._divergence(uncut) if value is None and uncut is not None else None
+        self.last = Measured(metrics, None if value is None else float(value), away)
+        return self.last
+
+    def _divergence(self, uncut: nn.Module) -> float | None:
+        host = self.host
+        with isolated_rng(self.config.seed):
+            found = mean_divergence(
+                uncut,
+                plain.plain(host.model),
+                list(host.calibration_batches(min(COMPARED, self.config.calibration_samples))),
+            )
+        if found is None or host.accelerator.num_processes == 1:
+            return found
+        tensor = torch.tensor([found], dtype=torch.float64, device=host.accelerator.device)
+        return host.accelerator.reduce(tensor, reduction="mean").item()
 
     def _complain(self, metrics: Mapping[str, float]) -> None:
         host = self.host
@@ -90,11 +119,31 @@ class Judge:
             return False
         return metric_dropped(value, self.baseline.value, allowed, self.host.greater_is_better)
 
-    def worse(self, value: float | None, stage: Stage) -> bool:
-        """Is the model worse than just after the stage's cut, beyond the noise?"""
-        if value is None or stage.metric_cut is None:
-            return False
-        return verdicts.worse(value, stage.metric_cut, self.host.greater_is_better, self.host.validation_rows)
+    def worse(self, now: Measured) -> bool:
+        """Is the model worse than just after the cut of the open stage, beyond the noise?"""
+        cut = self.just_cut
+        if now.value is not None and cut.value is not None:
+            return verdicts.worse(now.value, cut.value, self.host.greater_is_better, self.host.validation_rows)
+        if now.divergence is not None and cut.divergence is not None:
+            return verdicts.farther(now.divergence, cut.divergence)
+        return False
+
+    def words(self, now: Measured) -> str:
+        """A moment beside the one just after the cut, for people."""
+        cut = self.just_cut
+        if now.value is not None:
+            return f"{self.host.metric_name} {now.value:.4g}, {cut.value:.4g} just after the cut"
+        return f"{now.divergence:.3g} nats an answer from the uncut model, {cut.divergence:.3g} just after the cut"
+
+    def loss_of(self, now: Measured) -> str | None:
+        """A warning where the run lost more than a few points, or a tenth of the perplexity; None where it did not."""
+        if now.value is None and now.divergence is not None:
+            return divergence_warning(now.divergence)
+        before, after = self.baseline.metrics or {}, now.metrics or {}
+        for name, greater in ((self.host.metric_name, self.host.greater_is_better), ("eval_loss", False)):
+            if text := loss_warning(name, before.get(name), after.get(name), greater):
+                return text
+        return None
 
     def come_back(self, value: float | None, chance: float | None = None) -> bool:
         """Is the model close enough to the uncut one to be cut again?
@@ -109,8 +158,9 @@ class Judge:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {"baseline": list(self.baseline)}
+        return {name: list(getattr(self, name)) for name in MOMENTS}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.baseline = Measured(*values["baseline"])
+        for name in MOMENTS:
+            setattr(self, name, Measured(*values[name]))

@@ -47,11 +47,12 @@ class Pace:
         given = self.host.rate
         return None if given is None or not self.phases else given * self.phases[-1].factor
 
-    def suit(self, removed: float) -> None:
-        """Choose the peak rate of the distillation.
+    def suit(self, removed: float, steps: int) -> None:
+        """Choose the peak rate of the distillation after a cut.
 
         Args:
-            removed: share of the uncut model's parameters that are gone, or will be.
+            removed: share of the uncut model's parameters that are gone.
+            steps: to the next cut, or to the end.
         """
         given, wanted = self.host.rate, self.config.distil_learning_rate
         if not self.phases or not given:
@@ -60,9 +61,9 @@ class Pace:
                     "distil_learning_rate=%.3g is not used: the schedule, or the optimizer, is your own.", wanted
                 )
             return
-        chosen, why = wanted, "distil_learning_rate"
-        if wanted is None:
-            chosen, why = dataclasses.astuple(distil_rate(given, removed, self.phases[-1].steps))
+        chosen, why = wanted or given, "distil_learning_rate" if wanted else "as given, nothing was removed"
+        if wanted is None and 0 < removed < 1:
+            chosen, why = dataclasses.astuple(distil_rate(given, removed, steps))
         self._change(factor=chosen / given * self.lowering)
         self._say("Distilling at a peak learning rate of %.3g: %s.", chosen * self.lowering, why)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from ..config import RMTKDConfig
 from ..errors import BudgetError, RMTKDError
 from ..files import write_text
+from ..hub.measures import fit_text, number, stage_measures, stage_notes
 
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "plan_cuts",
     "spread_steps",
     "stage_table",
+    "too_narrow",
     "write_json",
     "write_journal",
 ]
@@ -53,7 +55,14 @@ class Stage:
         sites: one dictionary per site: name, kind, width_before, width_after, edge, rank.
         parameters_before, parameters_after: of the model, tied ones once.
         metric_name, metric_before, metric_cut, metric_after: validation before the cut, just after it, at the end of
-            the stage; None without an eval_dataset.
+            the stage; None without an eval_dataset. It is the one that judges the stage.
+        metrics_before, metrics_cut, metrics_after: all numbers that the evaluation returned at these moments, without
+            times and speeds (`hub.measures.of_quality`), that one included.
+        predicted_loss: what the cut was predicted to add to the task loss of a sample, in nats (`BudgetPoint`).
+        divergence, divergence_after: of the model just after the cut, untrained, and at the end of the stage, from the
+            uncut one, in nats an answer.
+        learning_rate: peak rate of the distillation of this stage.
+        note: one line of what was noticed, for people.
         status: "open" (being distilled), "accepted", "rolled_back" (metric fell too far), "rejected" (never applied).
         reason: why it was rolled back or rejected, or why no further one follows.
     """
@@ -73,6 +82,7 @@ class Stage:
     metrics_after: dict[str, float] | None = None
     predicted_loss: float | None = None
     divergence: float | None = None
+    divergence_after: float | None = None
     learning_rate: float | None = None
     note: str | None = None
     status: str = "open"
@@ -177,6 +187,14 @@ def narrowest(sites: Iterable[dict[str, Any]]) -> tuple[str, float] | None:
     return (min(ratios)[1], min(ratios)[0]) if ratios else None
 
 
+def too_narrow(sites: Iterable[dict[str, Any]], least: float) -> str | None:
+    """Why a cut is not made: a site would keep less than the share `least` of its width; None where all keep it."""
+    hardest = narrowest(sites)
+    if hardest is None or hardest[1] >= least:
+        return None
+    return f"{hardest[0]} would keep {hardest[1]:.3f} of its width, min_rank_ratio is {least:g}"
+
+
 def metric_reached(value: float, baseline: float, share: float, greater_is_better: bool) -> bool:
     """Has the metric come back to `share` of its value before the first cut? (a loss: to 1 / share of it)"""
     return value >= share * baseline if greater_is_better else value * share <= baseline
@@ -187,34 +205,65 @@ def metric_dropped(value: float, baseline: float, allowed: float, greater_is_bet
     return not ((baseline - value if greater_is_better else value - baseline) <= allowed)
 
 
-def stage_table(stages: Sequence[Stage]) -> str:
-    """The stages as a table for people."""
+def stage_table(stages: Sequence[Stage], fit: Mapping[str, Any] | None = None) -> str:
+    """The stages as a table for people: sizes and the metric that judged them, then everything else that was measured.
+
+    Args:
+        fit: as in `write_journal`.
+    """
     rows = [("stage", "step", "parameters", "removed", "metric before", "cut", "after", "status")]
     for stage in stages:
         removed = 1 - stage.parameters_after / stages[0].parameters_before
-        metrics = [
-            "-" if m is None else f"{m:.4f}" for m in (stage.metric_before, stage.metric_cut, stage.metric_after)
-        ]
+        metrics = [number(m) for m in (stage.metric_before, stage.metric_cut, stage.metric_after)]
         status = stage.status + (f" ({stage.reason})" if stage.reason else "")
         size = f"{stage.parameters_before:,} -> {stage.parameters_after:,}"
         rows.append((str(stage.index), str(stage.step), size, f"{removed:.1%}", *metrics, status))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = _aligned(rows)
     if name := next((s.metric_name for s in stages if s.metric_name), None):
         lines[0] += f"   [metric: {name}]"
-    return "\n".join(lines)
+    records = [stage.to_dict() for stage in stages]
+    if measured := stage_measures(records):
+        others = [(what, str(index), *map(number, values)) for what, index, *values in measured]
+        lines += ["", *_aligned([("also measured", "stage", "before", "cut", "after"), *others])]
+    lines += stage_notes(records)
+    fitted = fit_text(fit, records)
+    return "\n".join([*([fitted] if fitted else []), *lines])
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def write_journal(
-    folder: str | Path, stages: Sequence[Stage], config: RMTKDConfig, reference: int, parameters: int
+    folder: str | Path,
+    stages: Sequence[Stage],
+    config: RMTKDConfig,
+    reference: int,
+    parameters: int,
+    *,
+    fit: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Mapping[str, float] | None] | None = None,
 ) -> None:
-    """Write `rmtkd_stages.json`: what is known so far, whole or not at all."""
+    """Write `rmtkd_stages.json`: what is known so far, whole or not at all.
+
+    Args:
+        fit: {"steps", "share", "why"} of the phase in which the model was fine-tuned before its first cut; None
+            without one.
+        metrics: {"before": ..., "after": ...}: all metrics of the model before its first cut, and now; None: those of
+            the stages' records.
+    """
+    if metrics is None and any(stage.metrics_before for stage in stages):
+        standing = [stage.metrics_after for stage in stages if stage.accepted]
+        metrics = {"before": stages[0].metrics_before, "after": standing[-1] if standing else None}
     values = {
         "version": 1,
         "parameters_before": reference,
         "parameters_after": parameters,
         "reduction": 1 - parameters / reference,
         "recipe": config.to_dict(),
+        "fit": None if fit is None else dict(fit),
+        "metrics": None if metrics is None else dict(metrics),
         "stages": [stage.to_dict() for stage in stages],
     }
     write_json(Path(folder) / JOURNAL, values)

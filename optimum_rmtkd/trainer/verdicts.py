@@ -9,10 +9,11 @@ from __future__ import annotations
 import math
 
 
-__all__ = ["come_back", "noise", "worse"]
+__all__ = ["come_back", "farther", "noise", "worse"]
 
 LOSS_NOISE = 0.1  # of a loss: it moves that much between two equally good models, and grows with their confidence
 LEAST_NOISE = 0.005  # of a metric
+LEAST_NATS = 0.05  # of a divergence
 NEAR = 0.9  # of a metric's way from nothing to the uncut model's value (the paper's threshold of a stage)
 NEAR_LOSS = 0.5  # of a loss's way from the uncut model's value to that of knowing nothing
 
@@ -35,6 +36,11 @@ def worse(after: float, cut: float, greater_is_better: bool, rows: int | None = 
     """Is the distilled model worse than it was just after its cut, by more than the noise? NaN counts as worse."""
     lost = cut - after if greater_is_better else after - cut
     return not lost <= noise(cut, greater_is_better, rows)
+
+
+def farther(after: float, cut: float) -> bool:
+    """The same of the divergence from the uncut model, nats an answer, of which a few hundredths are nothing."""
+    return not after - cut <= max(LEAST_NATS, LOSS_NOISE * cut)
 
 
 def come_back(value: float, baseline: float, greater_is_better: bool, chance: float | None = None) -> bool:

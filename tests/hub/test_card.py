@@ -71,6 +71,37 @@ def test_text_shows_sizes_stages_loading_recipe_and_limits():
     assert "## Limits" in text and "Latency was not measured" in text
 
 
+METRICS = {
+    "metrics_before": {"eval_loss": 0.31, "eval_accuracy": 0.9, "eval_f1": 0.91},
+    "metrics_cut": {"eval_loss": 0.8, "eval_accuracy": 0.7, "eval_f1": 0.5},
+    "metrics_after": {"eval_loss": 0.35, "eval_accuracy": 0.88, "eval_f1": 0.89},
+}
+
+
+def test_every_metric_of_the_evaluations_is_shown_before_and_after():
+    stage = STAGE | METRICS | {"predicted_loss": 0.25, "learning_rate": 1e-4, "note": "a note"}
+    metrics = {"before": METRICS["metrics_before"], "after": METRICS["metrics_after"]}
+    text = model_card(run(stages=(stage,), metrics=metrics), "user/small").text
+    comparison, stages = text.split("## Stages")
+    for row in ("| accuracy | 0.9000 | 0.8800 | -0.0200 |", "| f1 | 0.9100 | 0.8900 | -0.0200 |"):
+        assert comparison.count(row) == 1
+    assert "| loss | 0.3100 | 0.3500 | +0.0400 |" in comparison
+    assert "| f1 | 0 | 0.9100 | 0.5000 | 0.8900 |" in stages and "| loss | 0 | 0.3100 | 0.8000 | 0.3500 |" in stages
+    assert "| added loss, predicted | 0 | - | 0.2500 | - |" in stages and "* stage 0: learning rate 0.0001; a note" in stages
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(len(a.split("|")) in (len(b.split("|")), 6, 7, 10) for a, b in zip(tables, tables[1:], strict=False))
+
+
+def test_the_fine_tuning_before_the_first_cut_is_told():
+    fit = {"steps": 100, "share": 0.4, "why": "its head is newly initialised"}
+    text = model_card(run(fit=fit), "user/small").text
+    assert (
+        "Fine-tuned first: 100 steps, 40% of the training (its head is newly initialised); eval_accuracy 0.9000 at "
+        "its end.\n"
+    ) in text
+    assert "ine-tuned first" not in model_card(run(), "user/small").text
+
+
 def test_bench_rows_reach_the_card():
     bench = {
         "setting": "CPU, 1 thread, float32",

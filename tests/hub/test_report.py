@@ -39,11 +39,12 @@ def run_folder(spectra, tmp_path_factory):
         {"name": s.name, "kind": s.kind, "width_before": s.width, "width_after": s.planned} for s in spectra.sites
     ]
     numbers = {"metric_name": "eval_accuracy", "metric_before": 0.9, "metric_cut": 0.7, "metric_after": 0.88}
+    measured = {f"metrics_{m}": {"eval_f1": v} for m, v in (("before", 0.91), ("cut", 0.52), ("after", 0.83))}
     stages = [
-        Stage(0, 0, tuple(sites), 1000, 700, status="accepted", **numbers),
+        Stage(0, 0, tuple(sites), 1000, 700, status="accepted", **numbers, **measured, note="a <note>"),
         Stage(1, 5, tuple(sites), 700, 600, status="rolled_back", reason="<b>fell</b>", **numbers),
     ]
-    write_journal(folder, stages, RECIPE, 1000, 700)
+    write_journal(folder, stages, RECIPE, 1000, 700, fit={"steps": 12, "share": 0.4, "why": "its head is new"})
     for stage in stages:
         write_spectra(folder, stage.index, spectra)
     log = [{"step": i, "loss": 1 / i, "loss/kl": 0.5 / i} for i in range(1, 9)] + [{"step": 8, "eval_loss": 0.3}]
@@ -74,6 +75,15 @@ def test_ids_are_unique(page_file):
 def test_what_others_wrote_is_escaped(page_file):
     html = page_file.read_text(encoding="utf8")
     assert "<b>fell</b>" not in html and "&lt;b&gt;fell&lt;/b&gt;" in html
+
+
+def test_every_metric_and_the_fine_tuning_are_shown(page_file):
+    html = page_file.read_text(encoding="utf8")
+    assert "Fine-tuned first: 12 steps, 40% of the training (its head is new); eval_accuracy 0.9000" in html
+    assert "stage 0: a &lt;note&gt;" in html and "All metrics of the stages" in html
+    rows = [re.findall(r">([^<>]+)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", html)]
+    assert ["f1", "0", "0.9100", "0.5200", "0.8300"] in rows
+    assert ["f1", "0.9100", "0.8300", "-0.0800"] in rows
 
 
 def test_counts_in_the_record_are_exact(tmp_path):

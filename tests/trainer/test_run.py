@@ -82,8 +82,9 @@ def quick(monkeypatch):
         old, new = host.model, tiny(host.model.config.intermediate_size // 2)
         sizes = [sum(p.numel() for p in m.parameters()) for m in (old, new)]
         return SimpleNamespace(
-            model=new, projections={}, sites=(), parameters_before=sizes[0], parameters_after=sizes[1], report=None
-        )
+            model=new, projections={}, sites=(), parameters_before=sizes[0], parameters_after=sizes[1], report=None,
+            predicted_loss=None, loss_unit=None, divergence=None,
+        )  # fmt: skip
 
     monkeypatch.setattr(life, "reduced", reduced)
     monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(True, 0.3, 0.69, "it can"))
@@ -172,7 +173,7 @@ def test_a_second_cut_waits_for_a_model_that_has_not(caplog):
 
 def test_a_cut_that_waits_too_long_is_not_made(caplog):
     run = live(run_of(FakeHost([0.9, 0.4, 0.5]), rounds=2))
-    assert len(run.stages) == 1 and "had not come back to the 0.9 of the uncut model" in run.stopped
+    assert len(run.stages) == 1 and "had not come back to the 0.9 of the uncut model" in run.agenda.stopped
     assert "No further cut is made" in caplog.text and "target_reduction asks for" in caplog.text
 
 
@@ -189,7 +190,7 @@ def test_a_ruin_is_seen_early_and_begun_anew_at_a_lower_rate(caplog):
         run.after_step(step)
     run.end()
     assert run.stages[0].status == "accepted" and run.stages[0].metric_after == 0.85
-    assert "0.3 after 25 steps, 0.8 just after the cut" in run.stages[0].note
+    assert "eval_accuracy 0.3, 0.8 just after the cut, after 25 steps" in run.stages[0].note
     assert caplog.text.count("begins anew from its cut") == 1
 
 
@@ -197,7 +198,7 @@ def test_no_cut_follows_a_stage_that_only_gets_worse():
     values = [0.9, 0.8, 0.79, *[0.2] * 20]
     run = live(run_of(FakeHost(values), rounds=2))
     assert len(run.stages) == 1 and run.stages[0].metric_after == 0.8  # the model just after the cut
-    assert "made the model worse" in run.stopped
+    assert "made the model worse" in run.agenda.stopped
 
 
 def test_at_the_end_the_better_of_both_is_kept(caplog):
@@ -207,7 +208,7 @@ def test_at_the_end_the_better_of_both_is_kept(caplog):
     cut = [p.detach().clone() for p in host.model.parameters()]
     live(run)
     assert all(torch.equal(a, b) for a, b in zip(cut, host.model.parameters(), strict=True))
-    assert run.stages[0].metric_after == 0.8 and "the weights just after the cut are kept" in caplog.text
+    assert run.stages[0].metric_after == 0.8 and "the weights just after the cut stay" in caplog.text
 
 
 def test_within_the_noise_the_distilled_model_is_kept():
@@ -219,7 +220,7 @@ def test_a_stage_is_rolled_back():
     host = FakeHost([0.9, 0.5, 0.6])
     run = live(run_of(host, max_metric_drop=0.1))
     assert run.stages[0].status == "rolled_back" and host.done.count("install 16") == 1
-    assert run.stopped == run.stages[0].reason and not run.cuts_to_come
+    assert run.agenda.stopped == run.stages[0].reason and not run.cuts_to_come
 
 
 def test_a_stage_is_rejected(monkeypatch):

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
 from optimum_rmtkd.config import RMTKDConfig
 from optimum_rmtkd.errors import BudgetError, RMTKDError
+from optimum_rmtkd.hub.measures import of_quality
 from optimum_rmtkd.trainer.stages import (
     JOURNAL,
     Stage,
@@ -109,3 +111,86 @@ def test_table_counts_reductions_from_the_uncut_model():
         [Stage(0, 0, (), 100, 50, metric_name="eval_loss"), Stage(1, 9, (), 50, 25, reason="why")]
     ).splitlines()
     assert "eval_loss" in rows[0] and "50.0%" in rows[1] and "75.0%" in rows[2] and "open (why)" in rows[2]
+
+
+MEASURED = {
+    "metric_name": "eval_accuracy",
+    "metric_before": 0.9,
+    "metric_cut": 0.6,
+    "metric_after": 0.88,
+    "metrics_before": {"eval_loss": 0.3, "eval_accuracy": 0.9, "eval_f1": 0.91},
+    "metrics_cut": {"eval_loss": 0.8, "eval_accuracy": 0.6, "eval_f1": 0.5},
+    "metrics_after": {"eval_loss": 0.35, "eval_accuracy": 0.88, "eval_f1": 0.89},
+}
+
+
+def test_the_table_shows_all_metrics_and_what_the_cut_was_predicted_to_cost():
+    first = Stage(
+        0, 0, (), 100, 50, **MEASURED, predicted_loss=0.25, divergence=0.4, learning_rate=1e-4, note="a note"
+    )
+    table = stage_table([first, Stage(1, 9, (), 50, 25, metrics_before={"eval_f1": 0.7})])
+    head, rest = table.split("\n\n")
+    assert re.search(r"50\.0% +0\.9000 +0\.6000 +0\.8800 +open", head) and "eval_f1" not in head
+    rows = [re.split(r"  +", line) for line in rest.splitlines()]
+    assert ["eval_loss", "0", "0.3000", "0.8000", "0.3500"] in rows and ["eval_f1", "1", "0.7000", "-", "-"] in rows
+    assert ["added loss, predicted", "0", "-", "0.2500", "-"] in rows
+    assert ["divergence from uncut, nats", "0", "-", "0.4000", "-"] in rows
+    assert "eval_accuracy" not in rest and "stage 0: learning rate 0.0001; a note" in rest
+    assert max(map(len, rest.splitlines())) <= 80
+
+
+def test_the_table_tells_of_the_fine_tuning_before_the_first_cut():
+    fit = {"steps": 1200, "share": 0.4, "why": "its head is newly initialised"}
+    line = stage_table([Stage(0, 1200, (), 100, 50, **MEASURED)], fit).splitlines()[0]
+    assert line == (
+        "fine-tuned first: 1,200 steps, 40% of the training (its head is newly initialised); eval_accuracy 0.9000 "
+        "at its end"
+    )
+
+
+def test_the_journal_holds_all_metrics_and_the_fine_tuning(tmp_path):
+    stages = [Stage(0, 3, (), 10, 5, **MEASURED, status="accepted"), Stage(1, 4, (), 5, 4, status="rolled_back")]
+    fit = {"steps": 3, "share": 0.4, "why": "new"}
+    write_journal(tmp_path, stages, RMTKDConfig(), 10, 5, fit=fit)
+    journal = json.loads((tmp_path / JOURNAL).read_text())
+    assert journal["fit"] == fit and journal["stages"][0]["metrics_cut"]["eval_f1"] == 0.5
+    assert journal["metrics"] == {"before": MEASURED["metrics_before"], "after": MEASURED["metrics_after"]}
+    write_journal(
+        tmp_path, stages[1:], RMTKDConfig(), 10, 5, metrics={"before": {"eval_loss": math.nan}, "after": None}
+    )
+    journal = json.loads((tmp_path / JOURNAL).read_text())
+    assert journal["metrics"] == {"before": {"eval_loss": None}, "after": None} and journal["fit"] is None
+
+
+def test_records_of_earlier_versions_still_load():
+    old = Stage(0, 3, (site("a", 4, 2),), 10, 5, metric_after=0.5).to_dict()
+    for name in (
+        "metrics_before",
+        "metrics_cut",
+        "metrics_after",
+        "predicted_loss",
+        "divergence",
+        "learning_rate",
+        "note",
+    ):
+        del old[name]
+    stage = Stage.from_dict(old)
+    assert stage.metrics_after is None and stage.note is None and stage.metric_after == 0.5
+    assert Stage.from_dict(Stage(0, 3, (), 10, 5, **MEASURED).to_dict()) == Stage(0, 3, (), 10, 5, **MEASURED)
+
+
+def test_numbers_of_quality_are_told_from_times_and_speeds():
+    returned = {
+        "eval_loss": 0.5,
+        "eval_accuracy": 1,
+        "eval_runtime": 3.2,
+        "eval_samples_per_second": 10.0,
+        "eval_steps_per_second": 1.0,
+        "eval_model_preparation_time": 0.1,
+        "eval_mem_cpu_alloc_delta": 7,
+        "eval_num_tokens": 100.0,
+        "epoch": 1.0,
+        "eval_words": "many",
+        "eval_flag": True,
+    }
+    assert of_quality(returned) == {"eval_loss": 0.5, "eval_accuracy": 1.0}

@@ -153,8 +153,8 @@ def test_the_rate_of_an_online_teacher_is_its_own_times_the_schedules_share(make
     )
     rates, step = [], trainer.run.tutor.companions.step
 
-    def watched():
-        step()
+    def watched(main):
+        step(main)
         rates.extend(group["lr"] for group in trainer.run.tutor.companions.optimizer.param_groups)
 
     trainer.run.tutor.companions.step = watched
@@ -168,7 +168,7 @@ def test_a_roll_back_keeps_the_projection_of_a_teacher_of_the_students_own_weigh
     trainer = make_trainer(teacher_model=OnlineTeacher(tiny_bert(), rank=2), recipe=recipe | {"max_metric_drop": 9.0})
     trainer.train()
     trainer.run._roll_back("for the test")
-    assert trainer.run.projections and trainer.objectives[2]._projections
+    assert trainer.run.tutor.projections and trainer.objectives[2]._projections
 
 
 def test_teachers_of_a_users_own_are_asked(make_trainer):

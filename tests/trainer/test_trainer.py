@@ -199,12 +199,12 @@ def test_the_best_model_is_never_the_uncut_one(make_trainer):
         load_best_model_at_end=True,
         metric_for_best_model="wide",
         greater_is_better=True,
-        trainer_kwargs={"compute_metrics": lambda prediction: {"wide": float(count_parameters(trainer.model))}},
+        trainer_kwargs={"compute_metrics": lambda prediction: {"wide": 1e6 + count_parameters(trainer.model)}},
     )
     trainer.train()
     assert trainer.stages[-1].step == 3 and trainer.state.best_global_step >= 3
     assert count_parameters(trainer.model) == trainer.stages[-1].parameters_after
-    assert trainer.state.best_metric == trainer.stages[-1].parameters_after
+    assert trainer.state.best_metric == 1e6 + trainer.stages[-1].parameters_after
 
 
 def test_stage_evaluations_do_not_feed_early_stopping(make_trainer):
@@ -448,7 +448,7 @@ def test_layerwise_stops_once_the_target_is_met(make_trainer):
     }
     trainer = make_trainer(recipe=recipe)
     trainer.train()
-    assert len(trainer.stages) == 1 and trainer.run.stopped == "target met"
+    assert len(trainer.stages) == 1 and trainer.run.agenda.stopped == "target met"
 
 
 def test_a_site_that_would_keep_too_little_stops_the_run(make_trainer, caplog):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from transformers import Trainer
 
 from ...batches import batch_size
 from ...distillation import Teacher
+from ...hub.measures import of_quality
 from ..columns import Columns
 from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from ..stream import Stream, is_stream
@@ -19,8 +19,6 @@ from ..swap import enable_checkpointing, install, raw_optimizer, rewrapped
 
 
 __all__ = ["TrainerHost"]
-
-SPEED = ("_runtime", "_per_second", "_preparation_time", "_time")  # of an evaluation, no metric of the model
 
 
 class TrainerHost:
@@ -118,11 +116,7 @@ class TrainerHost:
             return None
         with self._unseen():
             metrics = self.trainer.evaluate()
-        return {
-            name: float(value)
-            for name, value in (metrics or {}).items()
-            if isinstance(value, numbers.Real) and not name.endswith(SPEED) and name != "epoch"
-        }
+        return of_quality(metrics or {})
 
     @contextmanager
     def _unseen(self) -> Iterator[None]:

@@ -1,0 +1,76 @@
+"""How stages are judged, and the learning rate over the phases of a run: numbers in, numbers out."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from optimum_rmtkd.trainer.schedule import Phase, factor_at
+from optimum_rmtkd.trainer.verdicts import come_back, farther, noise, worse
+
+
+@pytest.mark.parametrize(
+    ("after", "cut", "greater", "rows", "expected"),
+    [
+        (0.79, 0.80, True, 100, False),  # a standard error is 0.04
+        (0.75, 0.80, True, 100, True),
+        (0.79, 0.80, True, 100_000, True),  # 0.001, and half a point at least
+        (0.797, 0.80, True, 100_000, False),
+        (0.90, 0.80, True, None, False),
+        (1.05, 1.0, False, None, False),  # a tenth of a loss
+        (1.2, 1.0, False, None, True),
+        (0.2, 1.0, False, None, False),
+        (math.nan, 1.0, False, None, True),
+        (math.nan, 0.8, True, None, True),
+        (79.5, 80.0, True, 100, False),  # in percent
+        (75.0, 80.0, True, 100, True),
+    ],
+)
+def test_worse_than_just_after_the_cut(after, cut, greater, rows, expected):
+    assert worse(after, cut, greater, rows) is expected
+
+
+def test_the_noise_of_a_share_is_its_standard_error():
+    assert noise(0.8, True, 872) == pytest.approx(math.sqrt(0.8 * 0.2 / 872))
+    assert noise(1.0, True, 10) == noise(0.0, True, 10) == 0.005
+
+
+@pytest.mark.parametrize(("after", "expected"), [(0.5, False), (0.54, False), (0.56, True), (math.nan, True)])
+def test_farther_from_the_uncut_model(after, expected):
+    assert farther(after, 0.5) is expected
+    assert not farther(0.04, 1e-8)  # hundredths of a nat are nothing
+
+
+@pytest.mark.parametrize(
+    ("value", "baseline", "greater", "chance", "expected"),
+    [
+        (0.82, 0.90, True, None, True),
+        (0.80, 0.90, True, None, False),
+        (2.14, 0.17, False, 1.79, False),  # worse than chance
+        (0.9, 0.17, False, 1.79, True),
+        (1.1, 0.17, False, 1.79, False),
+        (0.35, 0.17, False, None, False),
+        (0.33, 0.17, False, None, True),
+        (0.05, 0.0, False, None, True),
+        (math.nan, 0.9, True, None, False),
+        (math.inf, 0.2, False, 0.7, False),
+    ],
+)
+def test_close_enough_to_be_cut_again(value, baseline, greater, chance, expected):
+    assert come_back(value, baseline, greater, chance) is expected
+
+
+def linear(steps):
+    return lambda step: max(0.0, 1 - step / steps)
+
+
+def test_the_schedule_runs_once_a_phase_and_warms_up_after_a_cut():
+    phases = (Phase("fit", 0, 4), Phase("distil", 4, 10, 0.5, ((4, 1), (8, 3))))
+    factors = [factor_at(step, phases, linear) for step in range(14)]
+    warm = [0.5, 1, 1, 1, 0.25, 0.5, 0.75, 1, 1, 1]
+    assert factors == pytest.approx(
+        [1, 0.75, 0.5, 0.25, *(0.5 * (1 - step / 10) * w for step, w in zip(range(10), warm, strict=True))]
+    )
+    assert Phase.from_dict(json.loads(json.dumps(phases[1].to_dict()))) == phases[1]
