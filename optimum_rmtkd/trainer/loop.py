@@ -340,7 +340,7 @@ class RMTKDLoop:
                 recipe=run.config.to_dict(),
             )
         if run.stages:
-            host.accelerator.print(stage_table(run.stages))
+            host.accelerator.print(stage_table(run.stages, run.fit.to_dict()))
 
 
 def _recipe(given: Any) -> RMTKDConfig:

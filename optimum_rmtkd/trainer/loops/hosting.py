@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,7 @@ from transformers.utils import find_labels
 from ...config import RMTKDConfig
 from ...distillation import Teacher
 from ...errors import RMTKDError
+from ...hub.measures import of_quality
 from ..columns import Columns
 from ..data import CalibrationBatches, pick_samples
 from ..stream import Stream, is_stream
@@ -120,7 +120,7 @@ class LoopHost:
                 f"evaluate() returned a {type(given).__name__}; expected the metrics by name, such as "
                 '{"accuracy": 0.91, "loss": 0.27}.'
             )
-        found = {str(name): number for name, value in given.items() if (number := _number(value)) is not None}
+        found = of_quality({str(name): _number(value) for name, value in given.items()})
         if self.accelerator.num_processes > 1:
             from accelerate.utils import broadcast_object_list
 
@@ -205,8 +205,5 @@ class LoopHost:
         self.accelerator.log(dict(logs), step=self.step)
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, numbers.Real):
-        return float(value)
-    one = torch.is_tensor(value) and value.numel() == 1
-    return float(value) if one else None
+def _number(value: Any) -> Any:
+    return value.item() if torch.is_tensor(value) and value.numel() == 1 else value
