@@ -146,12 +146,14 @@ class Judge:
         return None
 
     def come_back(self, value: float | None, chance: float | None = None) -> bool:
-        """Is the model close enough to the uncut one to be cut again?
+        """Is the model close enough to the uncut one to be cut again? Where the user has set `stage_threshold` or
+        `max_metric_drop`, that says it.
 
         Args:
             chance: task loss of knowing nothing.
         """
-        if value is None or self.baseline.value is None:
+        said = self.config.stage_threshold is not None or self.config.max_metric_drop is not None
+        if said or value is None or self.baseline.value is None:
             return True
         scale = chance if self.host.metric_name.endswith("loss") else None
         return verdicts.come_back(value, self.baseline.value, self.host.greater_is_better, scale)
