@@ -461,5 +461,26 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         other.accelerator.load_state(str(tmp_path / "step_4"))
 
 
+def test_a_second_loop_takes_over(tmp_path):
+    """Of a script that tries again with a smaller batch, or trains the narrow model on."""
+    script = prepared()
+    looped(script, ROUNDS)
+    loop = looped(script, ROUNDS)
+    train(script, loop, save_to=tmp_path, save_every=4)
+    assert [known is loop for known in script.accelerator._custom_objects] == [True]
+    other = prepared()
+    train(other, looped(other, ROUNDS), resume=tmp_path / "step_4")
+    assert same(other.model, script.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "greater"),
+    [("accuracy", None, True), ("eval_loss", None, False), ("perplexity", None, False), ("perplexity", True, True)],
+)
+def test_the_direction_of_a_metric(name, given, greater):
+    loop = looped(prepared(), metric_for_best_model=name, greater_is_better=given)
+    assert loop._host.greater_is_better is greater
+
+
 def test_it_is_public():
     assert optimum_rmtkd.RMTKDLoop is RMTKDLoop and "RMTKDLoop" in optimum_rmtkd.__all__

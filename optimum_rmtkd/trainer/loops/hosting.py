@@ -23,6 +23,7 @@ from .schedules import LoopSchedule
 
 __all__ = ["LoopHost"]
 
+SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "wer", "cer", "mse", "rmse", "mae")  # last word of a name
 FALLBACK = "loss"  # judges the stages where no metric was named
 UNKNOWN_SIZE = 8  # rows a calibration batch, where a batch_sampler of the user's own does not say
 
@@ -74,7 +75,8 @@ class LoopHost:
 
     @property
     def greater_is_better(self) -> bool:
-        return not self.metric_name.endswith("loss") if self._greater is None else self._greater
+        known = self.metric_name.split("_")[-1].lower() not in SMALLER_IS_BETTER
+        return known if self._greater is None else self._greater
 
     @property
     def metric_asked_for(self) -> bool:
