@@ -14,6 +14,7 @@ from ...config import RMTKDConfig
 from ...distillation import Teacher
 from ...errors import RMTKDError
 from ...hub.measures import of_quality
+from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, pick_samples
 from ..stream import Stream, is_stream
@@ -123,10 +124,7 @@ class LoopHost:
                 '{"accuracy": 0.91, "loss": 0.27}.'
             )
         found = of_quality({str(name): _number(value) for name, value in given.items()})
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            found = broadcast_object_list([found])[0]
+        found = from_main(found, self.accelerator)
         asked = FALLBACK if self._asked is None else self._asked
         names = (asked, f"eval_{asked}", asked.removeprefix("eval_"))
         self.metric_name = next((name for name in names if name in found), asked)
