@@ -28,6 +28,7 @@ __all__ = [
     "check_model",
     "check_own_loss",
     "check_parts",
+    "cuts_stream",
     "one_device",
     "unsharded",
 ]
@@ -73,6 +74,16 @@ def check_model(model: nn.Module, recipe: RMTKDConfig, evaluated: bool) -> None:
             "from_pretrained(..., dtype=torch.float32); bf16=True computes in bfloat16 all the same.",
             " and ".join(str(dtype).removeprefix("torch.") for dtype in half),
         )
+
+
+def cuts_stream(model: nn.Module, recipe: RMTKDConfig) -> bool:
+    """Whether the recipe narrows what the model gives: its residual stream."""
+    from .. import surgery
+    from ..surgery.sites import select_sites
+
+    if recipe.schedule == "none":
+        return False
+    return any(site.kind == "hidden" for site in select_sites(surgery.anatomy_of(model, recipe), recipe.sites))
 
 
 def check_length(args: Any, train_dataset: Any = None, **others: Any) -> None:
@@ -140,16 +151,21 @@ def check_own_loss(compute_loss: Callable, owner: str, run: Run) -> None:
         )
 
 
-def check_data(dataset: Any) -> None:
-    """Raises:
-    RMTKDError: no training data, none in it, or splits in place of rows.
+def check_data(dataset: Any, parts_allowed: bool = False) -> None:
+    """Is there training data?
+
+    Args:
+        parts_allowed: the loader is one that takes several sets.
+
+    Raises:
+        RMTKDError: no training data, none in it, or splits in place of rows.
     """
     if dataset is None:
         raise RMTKDError(
             "train() without train_dataset: it is needed to calibrate the cuts and to distil. Pass train_dataset "
             "to RMTKDTrainer, or use optimum_rmtkd.narrow for a single cut without training."
         )
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) and not parts_allowed:
         raise RMTKDError(
             f"train_dataset is a {type(dataset).__name__} with "
             f"{', '.join(map(str, list(dataset)[:6]))}: expected rows. Pass one split of it."

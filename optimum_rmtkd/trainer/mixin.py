@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..batches import evaluating
 from ..config import RMTKDConfig
 from ..distillation import BatchTransform, CachedTeacher, DistillationObjective, Teacher
 from ..distillation.cached import CLASSES, AnswerCollator
@@ -26,6 +27,7 @@ from .checks import (
     check_model,
     check_own_loss,
     check_parts,
+    cuts_stream,
     one_device,
     unsharded,
 )
@@ -36,7 +38,8 @@ from .hooks.hosting import TrainerHost
 from .hooks.losses import LossHooks
 from .hooks.results import ResultHooks
 from .hooks.schedules import ScheduleHooks
-from .parts import parts_of
+from .inside import inside_of
+from .parts import answerable, parts_of
 from .run import Run
 from .stages import Stage, stage_table
 from .stream import Stream, evaluated_again
@@ -134,6 +137,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
         companions = Companions(self.accelerator, **adam, max_grad_norm=self.args.max_grad_norm)
         self._host = TrainerHost(self)
+        if objectives is None and self.rmtkd_config.objectives is None:
+            parts = parts._replace(objectives=answerable(parts.objectives, self._host.model))
         self.run = Run(self._host, self.rmtkd_config, parts, companions, reentrant=self._reentrant)
         self.run.evaluates = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
         if teacher_model is not None:
@@ -160,6 +165,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def _accept(self, teacher: Any) -> None:
         """A teacher that was passed in."""
         run, host = self.run, self._host
+        if isinstance(teacher, nn.Module):
+            teacher = inside_of(teacher, self).model
         if not accept_teacher(run.tutor, teacher, host.model, self.args.device):
             self.rmtkd_config = run.config = self.rmtkd_config.replace(teacher="initial")
             return
@@ -218,12 +225,13 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             BudgetError: the model is already as small as the target.
         """
         run, host = self.run, self._host
-        check_data(self.train_dataset)
+        check_data(self.train_dataset, parts_allowed=host.own_loader)
         host.keep_stream()
         self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
         own = self.overrides_loss or self.compute_loss_func is not None
         needed = not own and not self.can_return_loss
         check_first_batch(run, self.args.per_device_eval_batch_size, labels_needed=needed, classes_known=not own)
+        self._check_width()
         given, self.train_dataset = self.train_dataset, self._training_data()
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             run.reset()
@@ -244,6 +252,14 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         if self.is_world_process_zero() and self.stages:
             print(stage_table(self.stages))
         return output
+
+    def _check_width(self) -> None:
+        """What lies around the narrowed model has to do with a narrower one."""
+        inside = self._host.inside
+        if inside.wraps and cuts_stream(inside.model, self.rmtkd_config):
+            batch = self._host.a_batch()
+            with evaluating(self.model):
+                inside.check_width(lambda: super(RMTKDMixin, self).compute_loss(self.model, dict(batch)))
 
     @property
     def stream(self) -> Stream | None:

@@ -155,6 +155,8 @@ class Run:
                 self.pace.begin(self.fit.steps)
         elif not resumed and not self.fit.going:  # trained on after its cuts, by the user's own schedule
             self.pace.reset()
+        if resumed:
+            self._write_journal()  # this run may have an output folder of its own
         if resumed and not self.fit.going:
             self._appoint_teacher()
         elif resumed:
