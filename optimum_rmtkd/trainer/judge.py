@@ -75,7 +75,11 @@ class Judge:
     def _divergence(self, uncut: nn.Module) -> float | None:
         host = self.host
         with isolated_rng(self.config.seed):
-            found = mean_divergence(uncut, plain.plain(host.model), list(host.calibration_batches(COMPARED)))
+            found = mean_divergence(
+                uncut,
+                plain.plain(host.model),
+                list(host.calibration_batches(min(COMPARED, self.config.calibration_samples))),
+            )
         if found is None or host.accelerator.num_processes == 1:
             return found
         tensor = torch.tensor([found], dtype=torch.float64, device=host.accelerator.device)

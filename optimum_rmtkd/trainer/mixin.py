@@ -228,10 +228,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         check_data(self.train_dataset, parts_allowed=host.own_loader)
         host.keep_stream()
         self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
-        own = self.overrides_loss or self.compute_loss_func is not None
-        needed = not own and not self.can_return_loss
-        check_first_batch(run, self.args.per_device_eval_batch_size, labels_needed=needed, classes_known=not own)
-        self._check_width()
+        self._check_first_batch()
         given, self.train_dataset = self.train_dataset, self._training_data()
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             run.reset()
@@ -253,8 +250,10 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             print(stage_table(self.stages))
         return output
 
-    def _check_width(self) -> None:
-        """What lies around the narrowed model has to do with a narrower one."""
+    def _check_first_batch(self) -> None:
+        own = self.overrides_loss or self.compute_loss_func is not None
+        needed, samples = not own and not self.can_return_loss, self.args.per_device_eval_batch_size
+        check_first_batch(self.run, samples, labels_needed=needed, classes_known=not own)
         inside = self._host.inside
         if inside.wraps and cuts_stream(inside.model, self.rmtkd_config):
             batch = self._host.a_batch()

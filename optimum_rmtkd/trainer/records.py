@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..config import RMTKDConfig
 from ..hub.run import write_spectra
+from .agenda import Agenda
 from .host import Host
 from .judge import Measured
 from .stages import PlannedCut, Stage, write_journal
@@ -25,6 +26,30 @@ class Records:
         """`rmtkd_stages.json` as things stand."""
         if self.host.folder is not None:
             write_journal(self.host.folder, stages, self.config, reference, parameters, fit=fit)
+
+    def shortcomings(self, agenda: Agenda, reached: float) -> Iterator[str]:
+        """What a run that is over has not done, in words.
+
+        Args:
+            reached: share of the uncut model's parameters that is gone.
+        """
+        target, met = self.config.target_reduction, False
+        cut = agenda.next_cut()
+        if target is not None:
+            met = reached >= target - 0.01
+        if cut is not None and agenda.stages and not met:
+            waited = "had not come back" if self.config.stage_threshold is None else "stayed below stage_threshold"
+            waited = f", and the validation metric {waited}" if agenda.waits else ""
+            yield (
+                f"{len(agenda.plan) - cut.index} of {len(agenda.plan)} planned cuts were not made (the next one was "
+                f"due at step {cut.step + agenda.delay}{waited})."
+            )
+        if target is not None and not met:
+            why = agenda.stopped or ("all planned stages are done" if cut is None else "cuts are missing")
+            yield (
+                f"The model is reduced by {100 * reached:.1f} %, target_reduction asks for {100 * target:.1f} % "
+                f"({why})."
+            )
 
     def spectra(self, index: int, report: Any) -> None:
         """The spectra that a cut was made from."""

@@ -16,10 +16,11 @@ import torch
 from torch import nn
 
 from ..config import RMTKDConfig
-from ..distillation import Teacher, compose, fingerprint
+from ..distillation import Teacher, fingerprint
 from ..distillation.teachers import clean_copy
 from ..reparameterization import is_reparameterized
 from . import checkpoint, plain
+from .agenda import Agenda
 from .companions import Companions
 from .cutting import check_edges, planned, reduced
 from .fit import Fit
@@ -28,11 +29,10 @@ from .judge import Judge, Measured
 from .pace import Pace
 from .parts import Parts, load_transforms, transforms_state
 from .records import Records, stage_of
-from .stages import PlannedCut, Stage, narrowest
+from .stages import PlannedCut, Stage, too_narrow
 from .state import load_run_state, run_state
 from .step import StepLoss
 from .swap import DropoutSwitch
-from .teaching import own_teacher
 from .tutor import Tutor
 
 
@@ -41,58 +41,40 @@ __all__ = ["Run"]
 logger = logging.getLogger(__name__)
 
 REPEATS = 2  # of one stage
-LOOKED_AT = 40  # steps of a stage that is looked at in between
 
 
 class Run:
     """State of one run.
 
     Attributes:
-        tutor, loss, judge, pace, fit: who teaches, the loss of a step, the verdicts, the learning rate, and the
-            fine-tuning before the first cut.
-        plan: all cuts, done ones included; None before training begins.
-        stages: one record per cut that was tried.
+        agenda, fit, judge, pace, tutor, loss: what is due, the fine-tuning before the first cut, the verdicts, the
+            learning rate, who teaches, and the loss of a step.
         initial: the uncut model, once it is fine-tuned: teacher "initial" and template of every architecture.
         fingerprint: of the model that the user passed in.
-        before: the model before the open stage, kept where it may be needed again (teacher "previous", roll-back).
         after_cut: tensors of the model just after the cut of the open stage, where a metric can say that it was
             better.
-        projections, projections_before: teacher's stream -> student's, now and in `before`.
-        stopped: why no further cut will follow.
-        retry_at: step at which a cut that waits is looked at again.
-        stage_from, look_at: steps at which the open stage began, and will be looked at.
-        delay, repeats: steps by which cuts come later than planned, and how often the open stage was repeated.
         reports: spectra of each cut.
         evaluates: whether there are evaluations while training.
     """
 
     def __init__(self, host: Host, config: RMTKDConfig, parts: Parts, companions: Companions, reentrant: bool = False):
         self.host, self.config, self.parts = host, config, parts
-        self.tutor = Tutor(parts.objectives, companions, host.label_names, config.seed)
+        self.tutor = Tutor(parts.objectives, companions, host.label_names, config)
         self.loss = StepLoss(self.tutor, parts.transforms, host.accelerator, reentrant)
         self.judge, self.pace, self.fit = Judge(host, config), Pace(host, config), Fit(host, config)
+        self.agenda = Agenda()
         self.dropout, self.records = DropoutSwitch(), Records(host, config)
         self.evaluates = True
         self.reset()
 
     def reset(self) -> None:
         """Forget the run (a new trial, with a new model)."""
-        for part in (self.judge, self.pace, self.fit):
+        for part in (self.agenda, self.judge, self.pace, self.fit, self.tutor):
             part.reset()
-        self.tutor.teacher = None
-        self.plan: tuple[PlannedCut, ...] | None = None
-        self.stages: list[Stage] = []
         self.reports: list[Any] = []
         self.initial: nn.Module | None = None
         self.fingerprint = ""
-        self.before: nn.Module | None = None
         self.after_cut: dict[str, torch.Tensor] | None = None
-        self.projections: dict[str, torch.Tensor] = {}
-        self.projections_before: dict[str, torch.Tensor] = {}
-        self.stopped: str | None = None
-        self.retry_at: int | None = None
-        self.look_at: int | None = None
-        self.stage_from = self.delay = self.repeats = 0
         self.restored: dict[str, torch.Tensor] | None = None  # tensors of a checkpoint not yet taken up
 
     # -- what others read ---------------------------------------------------------------------------------------------
@@ -106,6 +88,16 @@ class Run:
     def teacher(self) -> Teacher | None:
         """Who teaches now; None while the model is fine-tuned."""
         return self.tutor.teacher
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Records of the cuts that were tried."""
+        return self.agenda.stages
+
+    @property
+    def plan(self) -> tuple[PlannedCut, ...] | None:
+        """All cuts, done ones included; None before training begins."""
+        return self.agenda.plan
 
     @property
     def active(self) -> bool:
@@ -132,12 +124,7 @@ class Run:
     @property
     def cuts_to_come(self) -> bool:
         """Whether a planned cut is not made yet, and will be."""
-        return self._next_cut() is not None and not self._meets_target()
-
-    @property
-    def waits(self) -> bool:
-        """Whether a cut is due and waits for the metric."""
-        return self.retry_at is not None
+        return self.agenda.next_cut() is not None and not self._meets_target()
 
     # -- moments of the run -------------------------------------------------------------------------------------------
 
@@ -148,7 +135,7 @@ class Run:
         if self.plan is None:
             self.fit.decide()
             kept = self.parameters / self.reference_parameters
-            self.plan = planned(self.host.model, self.config, self.host.max_steps, self.fit.steps, kept)
+            self.agenda.plan = planned(self.host.model, self.config, self.host.max_steps, self.fit.steps, kept)
             if self.plan and self.fit.going:
                 check_edges(self.host, self.config)
             if self.plan or self.fit.steps:
@@ -197,18 +184,10 @@ class Run:
                 self.host.step,
                 self.fit.steps,
             )
-        if self._open is not None:
+        if self.agenda.open is not None:
             self._settle(self._measure())
-        if self.cuts_to_come and self.stages:
-            cut = self._next_cut()
-            logger.warning(
-                "%d of %d planned cuts were not made (the next one was due at step %d%s).",
-                len(self.plan) - cut.index,
-                len(self.plan),
-                cut.step + self.delay,
-                ", and the validation metric had not come back" if self.waits else "",
-            )
-        self._warn_short_of_target()
+        for words in self.records.shortcomings(self.agenda, 1 - self.parameters / self.reference_parameters):
+            logger.warning(words)
         if any(stage.accepted for stage in self.stages) and (text := self.judge.loss_of(self.judge.last)):
             logger.warning(text)
         self.dropout.restore()
@@ -221,8 +200,8 @@ class Run:
                 return
             self._end_fit()
         self._look(step)
-        cut = self._next_cut()
-        if cut is None or step < max(cut.step + self.delay, self.retry_at or 0):
+        cut = self.agenda.due(step)
+        if cut is None:
             return
         measured = self._measure()
         if self.judge.baseline.metrics is None:
@@ -250,14 +229,6 @@ class Run:
 
     # -- rules --------------------------------------------------------------------------------------------------------
 
-    @property
-    def _open(self) -> Stage | None:
-        return self.stages[-1] if self.stages and self.stages[-1].status == "open" else None
-
-    def _next_cut(self) -> PlannedCut | None:
-        done = len(self.stages)
-        return self.plan[done] if self.plan and self.stopped is None and done < len(self.plan) else None
-
     def _meets_target(self) -> bool:
         target = self.config.target_reduction
         met = target is not None and self.parameters <= (1 - target) * self.reference_parameters
@@ -266,7 +237,7 @@ class Run:
     def _target_met(self) -> bool:
         if not self._meets_target():
             return False
-        self.stopped = "target met"
+        self.agenda.stopped = "target met"
         return True
 
     def _measure(self) -> Measured:
@@ -278,8 +249,8 @@ class Run:
         if self.stages and judge.below_threshold(value):
             self._wait(step)
             return False
-        self.retry_at = None
-        if self._open is None:
+        self.agenda.retry_at = None
+        if self.agenda.open is None:
             return True
         if not judge.dropped(value):
             if judge.worse(measured):
@@ -291,13 +262,13 @@ class Run:
         return self._settle(measured)
 
     def _wait(self, step: int) -> None:
-        if not self.waits:
+        if not self.agenda.waits:
             self.host.model_changed()
-        self.retry_at = step + self.host.looks()
+        self.agenda.retry_at = step + self.host.looks()
 
     def _wait_or_stop(self, step: int, value: float) -> None:
         """A cut never follows a ruin: it waits, and no longer than leaves half of its own stage."""
-        last, name = self.host.max_steps - self._left_for(self._next_cut()), self.host.metric_name
+        last, name = self.agenda.latest(self.host.max_steps), self.host.metric_name
         came_from = self.judge.baseline.value
         if step + self.host.looks() <= last:
             self.judge.say_once(
@@ -309,38 +280,33 @@ class Run:
             )
             self._wait(step)
             return
-        self.stopped = f"{name} {value:.4g} had not come back to the {came_from:.4g} of the uncut model"
-        logger.warning("No further cut is made: %s.", self.stopped)
-
-    def _left_for(self, cut: PlannedCut | None) -> int:
-        """Steps that have to be left for a cut to come: half of those that were planned."""
-        return 0 if cut is None else (self.host.max_steps - cut.step) // 2
+        self.agenda.stopped = f"{name} {value:.4g} had not come back to the {came_from:.4g} of the uncut model"
+        logger.warning("No further cut is made: %s.", self.agenda.stopped)
 
     def _look(self, step: int) -> None:
         """Once in a stage, early enough to mend it: is the model being ruined?"""
-        if self.look_at is None or step < self.look_at or self._open is None:
+        if not self.agenda.looks(step):
             return
-        self.look_at = None
         measured = self._measure()
         if self.judge.worse(measured) and not self.judge.come_back(measured.value, self.fit.chance):
             self._repeat(step, measured)
 
     def _repeat(self, step: int, measured: Measured) -> None:
         """The weights of just after the cut come back, and the stage begins anew at a lower rate."""
-        stage, spent = self._open, step - self.stage_from
+        stage, spent = self.agenda.open, step - self.agenda.stage_from
         lost = f"{self.judge.words(measured)}, after {spent} steps"
         self._put_back()
         self.pace.slow_down()
-        self.repeats += 1
-        self.delay += spent
-        if self.repeats > REPEATS or step + spent > self.host.max_steps - self._left_for(self._next_cut()):
-            self.stopped = self.stopped or f"stage {stage.index} made the model worse ({lost})"
-        self._note(f"repeated at a third of the learning rate ({lost})")
+        self.agenda.repeats += 1
+        self.agenda.delay += spent
+        if self.agenda.repeats > REPEATS or step + spent > self.agenda.latest(self.host.max_steps):
+            self.agenda.stopped = self.agenda.stopped or f"stage {stage.index} made the model worse ({lost})"
+        self.agenda.note(f"repeated at a third of the learning rate ({lost})")
         logger.warning(
             "Stage %d begins anew from its cut, at a third of the learning rate: %s.%s",
             stage.index,
             lost,
-            " No further cut is made." if self.stopped else "",
+            " No further cut is made." if self.agenda.stopped else "",
         )
         self._begin_stage(step)
         self._write_journal()
@@ -352,56 +318,39 @@ class Run:
                 tensor.copy_(self.after_cut[name])
         self.host.forget_moments()
 
-    def _note(self, note: str) -> None:
-        stage = self.stages[-1]
-        self.stages[-1] = dataclasses.replace(stage, note=f"{stage.note}; {note}" if stage.note else note)
-
     def _settle(self, measured: Measured) -> bool:
         """Judge the open stage for good; False if it was rolled back."""
-        stage, value = self._open, measured.value
+        stage, value = self.agenda.open, measured.value
         if self.judge.dropped(value):
             uncut, allowed = self.judge.baseline.value, self.config.max_metric_drop
             reason = f"{stage.metric_name} {value:.4f}, uncut {uncut:.4f}, max_metric_drop {allowed:g}"
-            self.stages[-1] = dataclasses.replace(stage, **_after(measured), status="rolled_back", reason=reason)
+            self.agenda.change(**_after(measured), status="rolled_back", reason=reason)
             self._roll_back(reason)
             return False
         if self.judge.worse(measured):
             self._put_back()
-            self._note(f"distilling made it worse ({self.judge.words(measured)}): the weights just after the cut stay")
+            self.agenda.note(
+                f"distilling made it worse ({self.judge.words(measured)}): the weights just after the cut stay"
+            )
             logger.warning("Stage %d: %s.", stage.index, self.stages[-1].note)
             self.judge.last = measured = self.judge.just_cut
-        self.stages[-1] = dataclasses.replace(self.stages[-1], **_after(measured), status="accepted")
+        self.agenda.change(**_after(measured), status="accepted")
         self.after_cut = None
         self._write_journal()
         return True
-
-    def _warn_short_of_target(self) -> None:
-        target, reached = self.config.target_reduction, 1 - self.parameters / self.reference_parameters
-        if target is not None and reached < target - 0.01:
-            why = self.stopped or ("cuts are missing" if self.cuts_to_come else "all planned stages are done")
-            logger.warning(
-                "The model is reduced by %.1f %%, target_reduction asks for %.1f %% (%s).",
-                100 * reached,
-                100 * target,
-                why,
-            )
 
     # -- the cut ------------------------------------------------------------------------------------------------------
 
     def _cut(self, cut: PlannedCut, step: int, measured: Measured) -> None:
         self.dropout.restore()  # the reduced model must inherit the real rates
-        previous = self.config.teacher == "previous" and self.tutor.given is None
-        keep = previous or self.config.max_metric_drop is not None
+        keep = self.tutor.previous or self.config.max_metric_drop is not None
         before = plain.plain_copy(self.host.model) if keep else None
         reduction = reduced(self.host, self.config, cut, self.reference_parameters)
         stage = stage_of(cut, step, reduction, measured, self.host.metric_name)
-        hardest = narrowest(stage.sites)
-        if hardest and hardest[1] < self.config.min_rank_ratio:
-            least = self.config.min_rank_ratio
-            reason = f"{hardest[0]} would keep {hardest[1]:.3f} of its width, min_rank_ratio is {least:g}"
+        if reason := too_narrow(stage.sites, self.config.min_rank_ratio):
             logger.warning("Stage %d is not cut: %s.", cut.index, reason)
             self.stages.append(dataclasses.replace(stage, status="rejected", reason=reason))
-            self.stopped = reason
+            self.agenda.stopped = reason
             self._disable_dropout()
             self._write_journal()
             return
@@ -409,9 +358,11 @@ class Run:
         self.judge.just_cut = now = self.judge.measure(self.initial)
         self.after_cut = None if now.value is None and now.divergence is None else _copied(self.host.model)
         self.stages.append(dataclasses.replace(stage, metric_cut=now.value, metrics_cut=now.metrics))
-        self.repeats = 0
-        self.pace.suit(1 - self.parameters / self.reference_parameters, self._steps_of_stage(step))
-        self.stages[-1] = dataclasses.replace(self.stages[-1], learning_rate=self.pace.rate)
+        self.agenda.repeats = 0
+        self.pace.suit(
+            1 - self.parameters / self.reference_parameters, self.agenda.stage_steps(step, self.host.max_steps)
+        )
+        self.agenda.change(learning_rate=self.pace.rate)
         self._begin_stage(step)
         self._disable_dropout()
         self.reports.append(reduction.report)
@@ -419,38 +370,23 @@ class Run:
         self._write_journal()
         self.records.log(self.stages[-1], self.parameters)
 
-    def _steps_of_stage(self, step: int) -> int:
-        """From here to the next cut, or the end."""
-        cut = self._next_cut()
-        return max(1, (self.host.max_steps if cut is None else cut.step + self.delay) - step)
-
     def _begin_stage(self, step: int) -> None:
-        """The model just after its cut is at hand: the rate warms up, and a look is due at a quarter of the stage."""
-        steps = self._steps_of_stage(step)
-        self.stage_from, self.look_at = step, step + steps // 4 if steps >= LOOKED_AT else None
-        self.pace.warm_up(step, steps)
+        """The model just after its cut is at hand: the rate warms up."""
+        self.pace.warm_up(step, self.agenda.begin_stage(step, self.host.max_steps))
         self.host.reschedule()
 
     def _apply(self, reduction: Any, before: nn.Module | None) -> None:
         self.host.install(plain.put_on(self.parts.reparameterization, reduction.model))
-        cut = {name: matrix.detach().float() for name, matrix in reduction.projections.items()}
-        self.before, self.projections_before = before, self.projections
-        teacher = self.config.teacher
-        if teacher == "initial" or self.tutor.given is not None:
-            self.projections = compose(self.projections, cut)
-        else:
-            self.projections = cut if teacher == "previous" else {}
+        self.tutor.follow(reduction.projections, before)
         self._after_change()
 
     def _roll_back(self, reason: str) -> None:
         """The model before the stage comes back; it is the last one, so no cut follows."""
         logger.warning("Stage %d is rolled back: %s.", self.stages[-1].index, reason)
         self.dropout.restore()
-        self.host.install(plain.put_on(self.parts.reparameterization, clean_copy(self.before)))
-        # The teacher before `before` is gone: from here on "previous" teaches the model what it was itself.
-        previous = self.config.teacher == "previous" and self.tutor.given is None
-        self.projections = {} if previous else self.projections_before
-        self.stopped, self.after_cut = reason, None
+        self.host.install(plain.put_on(self.parts.reparameterization, clean_copy(self.tutor.before)))
+        self.tutor.step_back()
+        self.agenda.stopped, self.after_cut = reason, None
         self._after_change()
         self._disable_dropout()
         self.records.log(self.stages[-1], self.parameters)
@@ -466,14 +402,9 @@ class Run:
 
     def _appoint_teacher(self) -> None:
         restored, self.restored = self.restored, None
-        config, copy = self.config, lambda: plain.plain_copy(self.host.model)
-        teacher = self.tutor.given or own_teacher(config.teacher, self.initial, self.before, copy, config.ema_decay)
-        if average := checkpoint.subset("ema", restored or {}):
-            checkpoint.load_into(teacher.model, average)
         self.tutor.appoint(
-            teacher,
             self.host.model,
-            self.projections,
+            self.initial,
             lambda: self.host.calibration_batches(strip=False),
             self.host.optimizer,
             restored,

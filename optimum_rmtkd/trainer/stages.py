@@ -26,6 +26,7 @@ __all__ = [
     "plan_cuts",
     "spread_steps",
     "stage_table",
+    "too_narrow",
     "write_json",
     "write_journal",
 ]
@@ -184,6 +185,14 @@ def narrowest(sites: Iterable[dict[str, Any]]) -> tuple[str, float] | None:
     """(name, width after / width before) of the site cut hardest; None without sites."""
     ratios = [(site["width_after"] / site["width_before"], site["name"]) for site in sites if site["width_before"]]
     return (min(ratios)[1], min(ratios)[0]) if ratios else None
+
+
+def too_narrow(sites: Iterable[dict[str, Any]], least: float) -> str | None:
+    """Why a cut is not made: a site would keep less than the share `least` of its width; None where all keep it."""
+    hardest = narrowest(sites)
+    if hardest is None or hardest[1] >= least:
+        return None
+    return f"{hardest[0]} would keep {hardest[1]:.3f} of its width, min_rank_ratio is {least:g}"
 
 
 def metric_reached(value: float, baseline: float, share: float, greater_is_better: bool) -> bool:

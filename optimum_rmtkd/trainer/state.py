@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from ..distillation import EMATeacher, fingerprint
 from . import checkpoint, plain
 from .parts import described
-from .stages import PlannedCut, Stage
 from .swap import same_architecture, skeleton
 
 
 __all__ = ["load_run_state", "run_state"]
 
-PLAIN = ("stopped", "retry_at", "look_at", "stage_from", "delay", "repeats")  # of a run, as they are
-PARTS = ("judge", "pace", "fit")
+PARTS = ("agenda", "judge", "pace", "fit")  # of a run, each with a state of its own
 
 
 def run_state(run: Any) -> dict[str, Any]:
     """{"values": ..., "tensors": ...} of a `Run`."""
-    stages, before, initial = run.stages, run.before, run.initial
+    stages, before, initial = run.stages, run.tutor.before, run.initial
     open_stage = bool(stages) and stages[-1].status == "open"
     keep = before is not None and (run.config.teacher == "previous" or open_stage)
     same = keep and fingerprint(before) == fingerprint(initial)
@@ -28,14 +25,11 @@ def run_state(run: Any) -> dict[str, Any]:
         "fingerprint": run.fingerprint,
         "recipe": run.config.to_dict(),
         "parts": _described(run),
-        "plan": [dataclasses.asdict(cut) for cut in run.plan],
-        "stages": [stage.to_dict() for stage in stages],
         "architecture": run.host.model.config.to_dict(),
         "before": "initial" if same else before.config.to_dict() if keep else None,
-    } | {name: getattr(run, name) for name in PLAIN}
-    values |= {name: getattr(run, name).state_dict() for name in PARTS}
-    tensors = checkpoint.flatten("projection", run.projections)
-    tensors |= checkpoint.flatten("projection_before", run.projections_before)
+    } | {name: getattr(run, name).state_dict() for name in PARTS}
+    tensors = checkpoint.flatten("projection", run.tutor.projections)
+    tensors |= checkpoint.flatten("projection_before", run.tutor.projections_before)
     if keep and not same:
         tensors |= checkpoint.flatten("before", before.state_dict())
     if run.fit.steps and not run.fit.going:  # the teacher exists nowhere else
@@ -59,27 +53,21 @@ def load_run_state(run: Any, state: dict[str, Any], where: str) -> None:
     checkpoint.same_weights_or_raise(values["fingerprint"], run.fingerprint, where)
     checkpoint.same_recipe_or_raise(values["recipe"], run.config.to_dict(), where)
     checkpoint.same_parts_or_raise(values["parts"], _described(run), where)
-    run.plan = tuple(
-        PlannedCut(**cut | {"sites": None if cut["sites"] is None else tuple(cut["sites"])}) for cut in values["plan"]
-    )
-    run.stages = [Stage.from_dict(stage) for stage in values["stages"]]
-    for name in PLAIN:
-        setattr(run, name, values[name])
     for name in PARTS:
         getattr(run, name).load_state_dict(values[name])
     if fitted := checkpoint.subset("initial", tensors):
         checkpoint.load_into(run.initial, fitted)
     device = run.host.accelerator.device
     for name, field in (("projection", "projections"), ("projection_before", "projections_before")):
-        setattr(run, field, {k: v.to(device) for k, v in checkpoint.subset(name, tensors).items()})
+        setattr(run.tutor, field, {k: v.to(device) for k, v in checkpoint.subset(name, tensors).items()})
     after = {k: v.to(device) for k, v in checkpoint.subset("after_cut", tensors).items()}
     run.after_cut = after or None
-    run.before = None
+    run.tutor.before = None
     if values["before"] == "initial":
-        run.before = run.initial
+        run.tutor.before = run.initial
     elif values["before"] is not None:
-        run.before = skeleton(run.initial, values["before"])
-        checkpoint.load_into(run.before, checkpoint.subset("before", tensors))
+        run.tutor.before = skeleton(run.initial, values["before"])
+        checkpoint.load_into(run.tutor.before, checkpoint.subset("before", tensors))
     run.tutor.teacher, run.restored = None, tensors
     fresh = skeleton(run.initial, values["architecture"])
     if not same_architecture(fresh, run.host.model):

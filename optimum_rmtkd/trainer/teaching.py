@@ -25,7 +25,7 @@ from ..errors import RMTKDError
 from .tutor import Tutor
 
 
-__all__ = ["accept_teacher", "check_cached", "own_teacher"]
+__all__ = ["accept_teacher", "check_cached"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,21 +61,6 @@ def accept_teacher(tutor: Tutor, teacher: Any, model: nn.Module, device: torch.d
     if not itself:
         _drop_projected(tutor, type(teacher).__name__)
     return True
-
-
-def own_teacher(
-    kind: str, initial: nn.Module, before: nn.Module | None, copy: Callable[[], nn.Module], decay: float
-) -> Teacher:
-    """The model's former self.
-
-    Args:
-        kind: "initial", "previous" or "ema", see `RMTKDConfig.teacher`.
-        before: the model before its last cut; None where there was none.
-        copy: gives a copy of the model as it is.
-    """
-    if kind == "ema":
-        return EMATeacher(copy(), decay)
-    return FrozenTeacher(before if kind == "previous" and before is not None else initial)
 
 
 def _drop_projected(tutor: Tutor, teacher: str) -> None:

@@ -13,16 +13,25 @@ import torch
 from torch import nn
 
 from ..batches import evaluating, padding_mask
-from ..distillation import DistillationObjective, DistillationStep, Teacher, capture
+from ..config import RMTKDConfig
+from ..distillation import (
+    DistillationObjective,
+    DistillationStep,
+    EMATeacher,
+    FrozenTeacher,
+    Teacher,
+    capture,
+    compose,
+)
 from ..distillation.objectives.answers import Answers
 from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
-from . import checkpoint
+from . import checkpoint, plain
 from .companions import Companions
 from .data import isolated_rng
 
 
-__all__ = ["Tutor"]
+__all__ = ["Tutor", "own_teacher"]
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -36,6 +45,8 @@ class Tutor:
         described: that teacher, as a resumed run must have it.
         taught_by_itself: the given teacher started from the very model that is cut.
         teacher: who teaches now; None while the model is fine-tuned.
+        before: the model before the last cut, kept where it may be needed again (teacher "previous", roll-back).
+        projections, projections_before: teacher's stream -> student's, now and before the last cut.
         companions: what is trained beside the student.
     """
 
@@ -44,14 +55,45 @@ class Tutor:
         objectives: list[DistillationObjective],
         companions: Companions,
         label_names: Iterable[str],
-        seed: int = 0,
+        config: RMTKDConfig,
     ):
-        self.objectives, self.companions, self.seed = objectives, companions, seed
+        self.objectives, self.companions, self.config = objectives, companions, config
         self.label_names = tuple(label_names)
         self.given: Teacher | None = None
         self.described: str | None = None
         self.taught_by_itself = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run; a teacher that was given stays."""
         self.teacher: Teacher | None = None
+        self.before: nn.Module | None = None
+        self.projections: dict[str, torch.Tensor] = {}
+        self.projections_before: dict[str, torch.Tensor] = {}
+
+    @property
+    def previous(self) -> bool:
+        """Whether the model before each cut teaches."""
+        return self.given is None and self.config.teacher == "previous"
+
+    def follow(self, projections: Mapping[str, torch.Tensor], before: nn.Module | None) -> None:
+        """The student was cut.
+
+        Args:
+            projections: its stream before the cut -> after it.
+            before: the model before, where it may be needed again.
+        """
+        cut = {name: matrix.detach().float() for name, matrix in projections.items()}
+        self.before, self.projections_before = before, self.projections
+        if self.given is not None or self.config.teacher == "initial":
+            self.projections = compose(self.projections, cut)
+        else:
+            self.projections = cut if self.previous else {}
+
+    def step_back(self) -> None:
+        """The student is what it was before the last cut. The teacher before `before` is gone: "previous" teaches the
+        model what it was itself."""
+        self.projections = {} if self.previous else self.projections_before
 
     @property
     def active(self) -> list[DistillationObjective]:
@@ -60,19 +102,19 @@ class Tutor:
 
     def appoint(
         self,
-        teacher: Teacher,
         model: nn.Module,
-        projections: Mapping[str, torch.Tensor],
+        initial: nn.Module,
         batches: Batches,
         optimizer: Any,
         restored: Mapping[str, torch.Tensor] | None = None,
         strip: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda batch: batch,
     ) -> None:
-        """Set the objectives up for the student and this teacher; fit those that look at data first.
+        """Choose the teacher and set the objectives up for the student and it; fit those that look at data first.
+
+        Where another model teaches there are no projections: none leads from its stream to the student's.
 
         Args:
-            projections: teacher's stream -> student's, see `DistillationObjective.setup`. Dropped where another model
-                teaches: none leads from its stream to this one.
+            initial: the uncut model.
             batches: gives the calibration data, with what is there for the teacher alone.
             optimizer: the student's.
             restored: `state_dict` of an earlier run, which takes the place of fitting.
@@ -81,7 +123,11 @@ class Tutor:
         Raises:
             RMTKDError: models that an objective cannot work with, or nothing left to compare.
         """
-        self.teacher = teacher
+        config, copy = self.config, lambda: plain.plain_copy(model)
+        teacher = self.given or own_teacher(config.teacher, initial, self.before, copy, config.ema_decay)
+        if average := checkpoint.subset("ema", restored or {}):
+            checkpoint.load_into(teacher.model, average)
+        self.teacher, projections = teacher, self.projections
         if self.given is not None and not self.taught_by_itself:
             projections = {}
         for objective in self.objectives:
@@ -138,14 +184,14 @@ class Tutor:
         watching = [objective for objective in self.active if objective.observes]
         if not watching:
             return
-        with isolated_rng(self.seed):
+        with isolated_rng(self.config.seed):
             for batch in batches():
                 step = self.side(batch, watching, model)
                 for objective in watching:
                     objective.observe(step)
         for objective in watching:
             objective.finish(lambda tensor: accelerator.reduce(tensor, reduction="sum"))
-        with isolated_rng(self.seed):
+        with isolated_rng(self.config.seed):
             step = self._both(next(iter(batches())), watching, model, strip)
         for objective in watching:
             objective.prepare(step)
@@ -157,6 +203,21 @@ class Tutor:
         with evaluating(model), capture(model, paths) as features, self.companions.accelerator.autocast():
             model(**without_labels(model, strip(step.inputs), self.label_names))
         return dataclasses.replace(step, student_features=features)
+
+
+def own_teacher(
+    kind: str, initial: nn.Module, before: nn.Module | None, copy: Callable[[], nn.Module], decay: float
+) -> Teacher:
+    """The model's former self.
+
+    Args:
+        kind: "initial", "previous" or "ema", see `RMTKDConfig.teacher`.
+        before: the model before its last cut; None where there was none.
+        copy: gives a copy of the model as it is.
+    """
+    if kind == "ema":
+        return EMATeacher(copy(), decay)
+    return FrozenTeacher(before if kind == "previous" and before is not None else initial)
 
 
 def _on_device(tensors: Mapping[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:

@@ -75,12 +75,14 @@ def test_checkpoints_do_not_hold_the_initial_teacher(make_trainer):
     checkpoint = folder(trainer, 6)
     assert json.loads((checkpoint / "config.json").read_text())["model_type"] == "rmtkd_bert"
     values = json.loads((checkpoint / STATE).read_text())
-    assert [s["status"] for s in values["stages"]] == ["accepted", "open"] and values["before"] is None
+    assert [s["status"] for s in values["agenda"]["stages"]] == ["accepted", "open"] and values["before"] is None
     from safetensors.torch import load_file
 
     tensors = load_file(checkpoint / TENSORS)
-    assert set(tensors) <= {"projection/hidden", "projection_before/hidden", "objective/hidden/variance"}
-    assert sum(t.numel() for t in tensors.values()) < 0.2 * count_parameters(trainer.run.initial)
+    narrow = {name for name in tensors if name.startswith("after_cut/")}  # while the stage is open, it may come back
+    assert len(narrow) == len(trainer.model.state_dict())
+    assert set(tensors) - narrow <= {"projection/hidden", "projection_before/hidden", "objective/hidden/variance"}
+    assert sum(tensors[name].numel() for name in narrow) < 0.6 * count_parameters(trainer.run.initial)
 
 
 def test_another_model_than_the_run_started_from_is_refused(make_trainer):

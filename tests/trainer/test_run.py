@@ -173,7 +173,7 @@ def test_a_second_cut_waits_for_a_model_that_has_not(caplog):
 
 def test_a_cut_that_waits_too_long_is_not_made(caplog):
     run = live(run_of(FakeHost([0.9, 0.4, 0.5]), rounds=2))
-    assert len(run.stages) == 1 and "had not come back to the 0.9 of the uncut model" in run.stopped
+    assert len(run.stages) == 1 and "had not come back to the 0.9 of the uncut model" in run.agenda.stopped
     assert "No further cut is made" in caplog.text and "target_reduction asks for" in caplog.text
 
 
@@ -198,7 +198,7 @@ def test_no_cut_follows_a_stage_that_only_gets_worse():
     values = [0.9, 0.8, 0.79, *[0.2] * 20]
     run = live(run_of(FakeHost(values), rounds=2))
     assert len(run.stages) == 1 and run.stages[0].metric_after == 0.8  # the model just after the cut
-    assert "made the model worse" in run.stopped
+    assert "made the model worse" in run.agenda.stopped
 
 
 def test_at_the_end_the_better_of_both_is_kept(caplog):
@@ -220,7 +220,7 @@ def test_a_stage_is_rolled_back():
     host = FakeHost([0.9, 0.5, 0.6])
     run = live(run_of(host, max_metric_drop=0.1))
     assert run.stages[0].status == "rolled_back" and host.done.count("install 16") == 1
-    assert run.stopped == run.stages[0].reason and not run.cuts_to_come
+    assert run.agenda.stopped == run.stages[0].reason and not run.cuts_to_come
 
 
 def test_a_stage_is_rejected(monkeypatch):

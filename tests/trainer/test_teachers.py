@@ -168,7 +168,7 @@ def test_a_roll_back_keeps_the_projection_of_a_teacher_of_the_students_own_weigh
     trainer = make_trainer(teacher_model=OnlineTeacher(tiny_bert(), rank=2), recipe=recipe | {"max_metric_drop": 9.0})
     trainer.train()
     trainer.run._roll_back("for the test")
-    assert trainer.run.projections and trainer.objectives[2]._projections
+    assert trainer.run.tutor.projections and trainer.objectives[2]._projections
 
 
 def test_teachers_of_a_users_own_are_asked(make_trainer):

@@ -448,7 +448,7 @@ def test_layerwise_stops_once_the_target_is_met(make_trainer):
     }
     trainer = make_trainer(recipe=recipe)
     trainer.train()
-    assert len(trainer.stages) == 1 and trainer.run.stopped == "target met"
+    assert len(trainer.stages) == 1 and trainer.run.agenda.stopped == "target met"
 
 
 def test_a_site_that_would_keep_too_little_stops_the_run(make_trainer, caplog):

@@ -104,7 +104,7 @@ class Patience:
         run = self.run
         granted = asked_before or self._granted or _broken(metrics, run.host.metric_name)
         self._granted = False
-        if granted or not control.should_training_stop or not run.cuts_to_come or run.waits:
+        if granted or not control.should_training_stop or not run.cuts_to_come or run.agenda.waits:
             return
         control.should_training_stop = False
         if not self._warned:

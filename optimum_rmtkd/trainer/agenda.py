@@ -1,0 +1,105 @@
+"""What of a run is done and what is due: planned cuts, records of those made, delays and looks. Plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from .stages import PlannedCut, Stage
+
+
+__all__ = ["Agenda"]
+
+LOOKED_AT = 40  # steps of a stage that is looked at in between
+PLAIN = ("stopped", "retry_at", "look_at", "stage_from", "delay", "repeats")
+
+
+class Agenda:
+    """Attributes:
+    plan: all cuts, done ones included; None before training begins.
+    stages: one record per cut that was tried.
+    stopped: why no further cut will follow.
+    retry_at: step at which a cut that waits is looked at again.
+    stage_from, look_at: steps at which the open stage began, and will be looked at.
+    delay, repeats: steps by which cuts come later than planned, and how often the open stage was repeated.
+    """
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the run."""
+        self.plan: tuple[PlannedCut, ...] | None = None
+        self.stages: list[Stage] = []
+        self.stopped: str | None = None
+        self.retry_at: int | None = None
+        self.look_at: int | None = None
+        self.stage_from = self.delay = self.repeats = 0
+
+    @property
+    def open(self) -> Stage | None:
+        """The stage that is being distilled."""
+        return self.stages[-1] if self.stages and self.stages[-1].status == "open" else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether a cut is due and waits for the metric."""
+        return self.retry_at is not None
+
+    def next_cut(self) -> PlannedCut | None:
+        """The first cut that is not made yet; None where none will be."""
+        done = len(self.stages)
+        return self.plan[done] if self.plan and self.stopped is None and done < len(self.plan) else None
+
+    def due(self, step: int) -> PlannedCut | None:
+        """The cut that is to be made after so many steps."""
+        cut = self.next_cut()
+        return None if cut is None or step < max(cut.step + self.delay, self.retry_at or 0) else cut
+
+    def stage_steps(self, step: int, max_steps: int) -> int:
+        """From a step to the next cut, or to the end."""
+        cut = self.next_cut()
+        return max(1, (max_steps if cut is None else cut.step + self.delay) - step)
+
+    def latest(self, max_steps: int) -> int:
+        """The last step at which the next cut can be made: half of the steps that it was to have are left."""
+        cut = self.next_cut()
+        return max_steps if cut is None else max_steps - (max_steps - cut.step) // 2
+
+    def begin_stage(self, step: int, max_steps: int) -> int:
+        """The model just after its cut is at hand; it is looked at after a quarter of the stage. Its steps."""
+        steps = self.stage_steps(step, max_steps)
+        self.stage_from, self.look_at = step, step + steps // 4 if steps >= LOOKED_AT else None
+        return steps
+
+    def looks(self, step: int) -> bool:
+        """Whether the open stage is to be looked at now: once."""
+        due = self.look_at is not None and step >= self.look_at and self.open is not None
+        if due:
+            self.look_at = None
+        return due
+
+    def change(self, **values: Any) -> Stage:
+        """The last record with other values."""
+        self.stages[-1] = dataclasses.replace(self.stages[-1], **values)
+        return self.stages[-1]
+
+    def note(self, note: str) -> None:
+        """A line for people in the last record."""
+        known = self.stages[-1].note
+        self.change(note=f"{known}; {note}" if known else note)
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        plan = [dataclasses.asdict(cut) for cut in self.plan or ()]
+        stages = [stage.to_dict() for stage in self.stages]
+        return {"plan": plan, "stages": stages} | {name: getattr(self, name) for name in PLAIN}
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Inverse of `state_dict`."""
+        cuts = [{**cut, "sites": None if cut["sites"] is None else tuple(cut["sites"])} for cut in values["plan"]]
+        self.plan = tuple(PlannedCut(**cut) for cut in cuts)
+        self.stages = [Stage.from_dict(stage) for stage in values["stages"]]
+        for name in PLAIN:
+            setattr(self, name, values[name])
