@@ -28,6 +28,7 @@ __all__ = [
     "check_model",
     "check_own_loss",
     "check_parts",
+    "check_wrapped",
     "cuts_stream",
     "one_device",
     "unsharded",
@@ -124,6 +125,25 @@ def check_parts(run: Run, model: nn.Module) -> None:
         logger.warning(
             "schedule='none' and no teacher_model: nothing is cut, and the model is distilled from itself as it is "
             "now. Pass teacher_model=."
+        )
+
+
+def check_wrapped(run: Run, whole: str) -> None:
+    """The batches of a library's own model stay as its loss wants them.
+
+    Args:
+        whole: class of the model around the narrowed one.
+
+    Raises:
+        RMTKDError: a transform, or answers that lie in the rows.
+    """
+    changed = [type(transform).__name__ for transform in run.parts.transforms]
+    if isinstance(run.tutor.given, CachedTeacher):
+        changed.append(type(run.tutor.given).__name__)
+    if changed:
+        raise RMTKDError(
+            f"{', '.join(changed)} works on the batches of a model that is trained by itself; those of {whole} belong "
+            "to its own loss. Leave it out, or train the transformer inside with RMTKDTrainer."
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -27,6 +27,7 @@ from .checks import (
     check_model,
     check_own_loss,
     check_parts,
+    check_wrapped,
     cuts_stream,
     one_device,
     unsharded,
@@ -70,7 +71,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         reparameterization: None, an instance, a name ("mpo", "powerpropagation") or a dict: trained in place of the
             weights, put on again after each cut, folded back in everything that is saved and when training ends.
         transforms: batch transforms (EmbeddingMixup, OnPolicy, ...), one or several, or their names or dicts.
-        **kwargs: as `transformers.Trainer`.
+        *positional, **kwargs: as the trainer behind it takes them, in its order.
 
     Each training log line carries `loss/<objective>`, unweighted, averaged since the last one. `train()` adds
     `parameters_before`, `parameters_after` and `reduction` to its metrics; `stages` and `rmtkd_stages.json` tell what
@@ -96,8 +97,6 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     def __init__(
         self,
-        model=None,
-        args=None,
         *positional,
         rmtkd_config: RMTKDConfig | None = None,
         teacher_model: nn.Module | Teacher | Sequence | None = None,
@@ -114,13 +113,13 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             )
         parts = parts_of(self.rmtkd_config, objectives, reparameterization, transforms)
         self.reparameterization, self.transforms = parts.reparameterization, parts.transforms
-        if sharding := next((what for what in ("fsdp", "deepspeed") if getattr(args, what, None)), None):
-            raise unsharded(sharding)
-        taken = inspect.signature(super().__init__).bind_partial(model, args, *positional, **kwargs).arguments
-        if args is not None:
-            check_length(args, taken.get("train_dataset"))
+        given = _by_name(super().__init__, positional) | kwargs
+        if (args := given.get("args")) is not None:
+            if sharding := next((what for what in ("fsdp", "deepspeed") if getattr(args, what, None)), None):
+                raise unsharded(sharding)
+            check_length(args, given.get("train_dataset"))
         self.run: Run | None = None
-        super().__init__(model, args, *positional, **kwargs)
+        super().__init__(*positional, **kwargs)
         check_length(self.args, self.train_dataset)
         self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
         if not self.replaces_loss:
@@ -144,6 +143,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         if teacher_model is not None:
             self._accept(teacher_model)
         check_parts(self.run, self._host.model)
+        if self._host.inside.wraps:
+            check_wrapped(self.run, type(self.model).__name__)
         if self.overrides_loss:
             check_own_loss(self.compute_loss, type(self).__name__, self.run)
         self._adapt_losses()
@@ -332,3 +333,9 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         with self._kept_for_teacher(description):
             return super()._get_collator_with_removed_columns(data_collator, description)
+
+
+def _by_name(function: Callable, positional: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments by the names of the parameters that they meet; those that meet *args have none."""
+    named = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {parameter.name: value for parameter, value in zip(named, positional, strict=False)}

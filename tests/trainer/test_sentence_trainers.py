@@ -120,6 +120,7 @@ def test_the_transformer_inside_is_narrowed(make_sentences, tmp_path):
     for line in terms(trainer):
         assert {"loss/task", "loss/hidden"} <= set(line) and "loss/kl" not in line
     texts = pairs(4, 2)["first"][:]
+    trainer.accelerator.unwrap_model(whole, keep_fp32_wrapper=False)  # no autocast from here on
     expected = whole.encode(texts)
     assert expected.shape == (4, width)
     for save, folder in ((trainer.save_model, "saved"), (whole.save_pretrained, "pretrained")):
@@ -174,7 +175,8 @@ def test_the_task_term_is_its_own_loss(make_sentences, tmp_path, sentence_model)
 
 def test_the_hidden_states_of_all_columns_are_distilled(make_sentences):
     objectives = [TaskLoss(1e-3), HiddenStateLoss(1.0)]
-    trainer = make_sentences(given={"objectives": objectives}, max_steps=40, learning_rate=3e-3)
+    recipe = {"distil_learning_rate": 3e-3}
+    trainer = make_sentences(recipe=recipe, given={"objectives": objectives}, max_steps=40, learning_rate=3e-3)
     trainer.train()
     first, *_, last = (line["loss/hidden"] for line in terms(trainer))
     assert last < first / 2
@@ -300,6 +302,11 @@ def test_a_teacher_of_another_shape(make_sentences, sentence_model):
     trainer = make_sentences(recipe=NONE, given={"teacher_model": teacher, "objectives": objectives}, max_steps=2)
     trainer.train()
     assert all("loss/projected_feature" in line for line in terms(trainer))
+
+
+def test_transforms_are_refused(make_sentences):
+    with pytest.raises(RMTKDError, match="EmbeddingMixup works on the batches"):
+        make_sentences(given={"transforms": "embedding_mixup"})
 
 
 def test_models_without_one_transformer_are_refused(make_sentences, sentence_model, encoder):
