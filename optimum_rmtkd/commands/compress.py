@@ -7,6 +7,8 @@ import itertools
 import os
 import shutil
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,8 @@ from .data import DataArguments, check_files, read_by
 from .options import add_options, add_recipe_options, from_options, recipe_from_options
 from .output import OVERWRITE, comparison, format_table, weight_bytes, writing_beside
 from .training import (
+    FIT_RATE,
+    RATE,
     TrainingOptions,
     check_checkpoints,
     how_to_continue,
@@ -36,14 +40,15 @@ if TYPE_CHECKING:
 __all__ = ["CompressCommand"]
 
 RECIPE_NAME = "rmtkd_recipe.json"
+FIT_SHARE = 0.4  # of the steps, for --fit alone: trainer.fit.SHARE, without torch
 
 USAGE = "optimum-cli rmtkd compress --model MODEL (--train-file FILE | --dataset NAME) -o OUT [options]"
 
 DESCRIPTION = """\
 Narrow a fine-tuned text or image classifier (or regressor), distil it from its former self, and save it with its
-tokenizer or image processor. No width is chosen by hand: give the share of parameters to remove. Without one, only
-sites whose spectrum has a separated bulk of noise are cut; where there is none, the command asks for a share and shows
-what sizes are predicted to cost.
+tokenizer or image processor. With --fit it is fine-tuned here first, and may come straight from pretraining. No width
+is chosen by hand: give the share of parameters to remove. Without one, only sites whose spectrum has a separated bulk
+of noise are cut; where there is none, the command asks for a share and shows what sizes are predicted to cost.
 """
 
 EPILOG = """\
@@ -54,6 +59,9 @@ examples:
   only cut: no training, a few seconds
     optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
         --target-reduction 0.5 --no-train -o ./my-bert-cut
+  a model straight from pretraining: fine-tune it on 40 % of the steps, cut it, distil it on the rest
+    optimum-cli rmtkd compress --fit --model ./bert --train-file train.csv --validation-file dev.csv \\
+        --target-reduction 0.8 --epochs 3 -o ./my-bert-small
   two text columns, and a dataset of the Hub
     optimum-cli rmtkd compress --model org/bert-mrpc --dataset glue --dataset-config mrpc \\
         --text-column sentence1 sentence2 --target-reduction 0.6 -o ./small
@@ -85,7 +93,11 @@ class CompressCommand(Command):
     @staticmethod
     def parse_args(parser):
         set_help(parser, DESCRIPTION, EPILOG, USAGE)
-        parser.add_argument("--model", required=True, help="Hub name or local folder of a fine-tuned classifier.")
+        parser.add_argument(
+            "--model",
+            required=True,
+            help="Hub name or local folder of a fine-tuned classifier; with --fit, of any model.",
+        )
         parser.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder of the reduced model.")
         parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
         parser.add_argument(
@@ -106,9 +118,9 @@ class CompressCommand(Command):
         add_recipe_options(parser)
 
     def execute(self) -> None:
-        recipe = recipe_from_options(self.args)
         data = from_options(DataArguments, self.args)
         training = from_options(TrainingOptions, self.args)
+        recipe = _with_fit(recipe_from_options(self.args), training)
         _check_cut_alone(training, recipe)
         check_files(data)
         _check_single_process()
@@ -125,6 +137,18 @@ class CompressCommand(Command):
         print(f"saved to {self.args.output}")
         if self.args.push_to_hub is not None:
             _push(Path(self.args.output), self.args.push_to_hub)
+
+
+def _with_fit(recipe: RMTKDConfig, training: TrainingOptions) -> RMTKDConfig:
+    """The recipe with the share that --fit asks for; it says itself whether a share of its own fits the other
+    options."""
+    if training.fit and recipe.fit_share == 0:
+        raise RMTKDError("--fit and --fit-share 0: the one fine-tunes first, the other never does. Drop one of them.")
+    if recipe.fit_share and not training.train:
+        raise RMTKDError(
+            f"--no-train and --fit-share {recipe.fit_share:g}: a cut alone trains nothing. Drop one of them."
+        )
+    return recipe.replace(fit_share=FIT_SHARE) if training.fit and recipe.fit_share is None else recipe
 
 
 def _check_cut_alone(training: TrainingOptions, recipe: RMTKDConfig) -> None:
@@ -161,66 +185,106 @@ def _check_can_push(repo: str) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class Made:
+    """A reduced model and how it came about.
+
+    Attributes:
+        stages: records of the cuts.
+        history: lines of the training log.
+        fit: the journal's record of the fine-tuning before the first cut; None without one.
+    """
+
+    model: PreTrainedModel
+    stages: tuple[Stage, ...]
+    history: tuple[dict, ...] = ()
+    fit: dict | None = None
+
+
 def _compress(
     name: str, data: DataArguments, training: TrainingOptions, recipe: RMTKDConfig, save_dtype: str, folder: Path
 ) -> str:
     """Fill `folder` with the reduced model and return the table before / after."""
     from ..hub import write_results
+    from ..hub.measures import of_quality
     from ..hub.run import public_name
-    from ..surgery import check_data, check_edges, check_recipe, count_parameters, loss_warning, uncut_parameters
+    from ..surgery import check_data, check_edges, check_recipe, count_parameters, uncut_parameters
     from ..trainer.parts import parts_of
     from ..trainer.stages import write_journal
-    from .task import evaluate, load_task, stored_dtype, weights_folder
+    from .task import load_task, measure, stored_dtype, weights_folder
 
     parts_of(recipe)  # an unknown objective is refused before anything is loaded
-    task = load_task(name, data, recipe.seed, training.attn_implementation)
+    head = "made" if recipe.fit_share else "required"
+    task = load_task(name, data, recipe.seed, training.attn_implementation, head)
     check_recipe(task.model, recipe)  # what cannot work is refused before the first forward pass
     if recipe.schedule != "none":
         loader = task.calibration_loader(training.batch_size, recipe.seed)
         check_data(task.model, itertools.islice(loader, 1), recipe)
         check_edges(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
-    parameters = count_parameters(task.model)
-    before = evaluate(task, task.model, training.eval_batch_size)
-    distil = _distil if training.train else _cut
-    model, stages, history = distil(task, training, recipe, folder)
+    parameters, uncut = count_parameters(task.model), uncut_parameters(task.model)
+    before = {} if task.new_head else measure(task, task.model, training.eval_batch_size)
+    made = (_distil if training.train else _cut)(task, training, recipe, folder)
+    if made.fit is not None:  # the model that was cut is the fine-tuned one
+        before = of_quality(made.fit.get("metrics") or before)
 
     dtype = stored_dtype(name) if save_dtype == "auto" else save_dtype
-    model = _rounded_to(model, dtype)
-    after = evaluate(task, model, training.eval_batch_size)
-    if not training.train:
-        figures = {"metric_before": before, "metric_cut": after, "metric_after": after}
-        stages = [dataclasses.replace(stage, metric_name=f"eval_{task.metric}", **figures) for stage in stages]
+    model = _rounded_to(made.model, dtype)
+    metrics = {"before": before, "after": measure(task, model, training.eval_batch_size)}
     _save(model, dtype, task, folder)
     recipe.to_json_file(folder / RECIPE_NAME)
-    write_journal(folder, stages, recipe, parameters, count_parameters(model))
+    counts = parameters, count_parameters(model)
+    stages = made.stages if training.train else _measured(made.stages, metrics, task.judged_by)
+    write_journal(folder, stages, recipe, *counts, fit=made.fit, metrics=metrics)
     sizes = weight_bytes(weights_folder(name)), weight_bytes(folder)
+    judged = {moment: values.get(task.judged_by) for moment, values in metrics.items()}
     write_results(
         folder,
         base_model=public_name(name),
-        parameters=(parameters, count_parameters(model)),
+        parameters=counts,
         bytes=sizes,
-        metric={"name": task.metric, "before": before, "after": after},
+        metric={"name": task.metric} | judged,
         dataset=data.described() | {"rows": len(task.validation)},
-        log_history=history,
+        log_history=made.history,
         training=dataclasses.asdict(training) | {"checkpoints": None},
         recipe=recipe.to_dict(),
     )
-    rows = comparison(
-        parameters=(parameters, count_parameters(model)), size=sizes, metric=task.metric, values=(before, after)
-    )
-    uncut = uncut_parameters(task.model)
-    if uncut > parameters:
-        shares = [f"{1 - size / uncut:.1%}" for size in (parameters, count_parameters(model))]
-        rows.insert(1, ("removed of the uncut model", *shares, ""))
-    table = format_table(("", "before", "after", "change"), rows)
-    if warning := loss_warning(task.metric, before, after, greater_is_better=True):
+    return _told(task, counts, uncut, sizes, metrics, made.fit)
+
+
+def _measured(stages: Sequence[Stage], metrics: dict[str, dict[str, float]], judged_by: str) -> list[Stage]:
+    """The records of a cut without training, measured before and after."""
+    before, after = metrics["before"], metrics["after"]
+    figures = {"metrics_before": before, "metrics_cut": after, "metrics_after": after, "metric_name": judged_by}
+    figures |= {
+        f"metric_{moment}": figures[f"metrics_{moment}"].get(judged_by) for moment in ("before", "cut", "after")
+    }
+    return [dataclasses.replace(stage, **figures) for stage in stages]
+
+
+def _told(
+    task: Task,
+    counts: tuple[int, int],
+    uncut: int,
+    sizes: tuple[int, int],
+    metrics: dict[str, dict[str, float]],
+    fit: dict | None,
+) -> str:
+    """The table before / after, and what was lost."""
+    from ..hub.measures import metric_changes
+    from ..surgery import loss_warning
+
+    values = [metrics[moment].get(task.judged_by) for moment in ("before", "after")]
+    rows = comparison(parameters=counts, size=sizes, metric=task.metric, values=tuple(values))
+    if uncut > counts[0]:
+        rows.insert(1, ("removed of the uncut model", *(f"{1 - size / uncut:.1%}" for size in counts), ""))
+    rows += metric_changes(metrics["before"], metrics["after"], without=[task.metric])
+    table = format_table(("", "before" if fit is None else "fine-tuned", "after", "change"), rows)
+    if warning := loss_warning(task.metric, *values, greater_is_better=True):
         table += f"\nwarning: {warning}"
     return table
 
 
-def _cut(
-    task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
-) -> tuple[PreTrainedModel, list[Stage], list[dict]]:
+def _cut(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path) -> Made:
     """One cut without training: a single stage, not yet measured."""
     from ..hub import write_spectra
     from ..surgery import reduce
@@ -240,17 +304,17 @@ def _cut(
         reason="cut without training",
     )
     write_spectra(folder, stage.index, reduction.report)
-    return reduction.model, [stage], []
+    return Made(reduction.model, (stage,))
 
 
-def _distil(
-    task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
-) -> tuple[PreTrainedModel, list[Stage], list[dict]]:
+def _distil(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path) -> Made:
     """The whole schedule of cuts and distillation; the spectra of each cut go into `folder`."""
     from ..hub.run import SPECTRA
     from ..trainer import RMTKDTrainer
 
-    args = training_arguments(training, recipe.seed, folder, metric_for_best_model=task.metric, greater_is_better=True)
+    rate = FIT_RATE if recipe.fit_share else RATE
+    judged = {"metric_for_best_model": task.metric, "greater_is_better": True}
+    args = training_arguments(training, recipe.seed, folder, rate, **judged)
     trainer = RMTKDTrainer(
         model=task.model,
         args=args,
@@ -270,7 +334,12 @@ def _distil(
         raise
     if (spectra := Path(args.output_dir) / SPECTRA).is_file():
         shutil.copyfile(spectra, folder / SPECTRA)
-    return trainer.accelerator.unwrap_model(trainer.model), list(trainer.stages), list(trainer.state.log_history)
+    return Made(
+        trainer.accelerator.unwrap_model(trainer.model),
+        tuple(trainer.stages),
+        tuple(trainer.state.log_history),
+        trainer.run.fit.to_dict(),
+    )
 
 
 def _rounded_to(model: PreTrainedModel, dtype: str) -> PreTrainedModel:

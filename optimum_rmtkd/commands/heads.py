@@ -1,8 +1,8 @@
 """A new head for a model that has none for the data: its classes are those of the training rows, in a fixed order.
 
-A model straight from pretraining says nothing of the task, so the labels do. Whole numbers and words are classes (those
-of a `ClassLabel` in its own order, numbers by size, words by alphabet); numbers with a fraction, or a `--metric` for
-numbers, make a regressor. `--label-map NAME=CLASS` renames or joins labels.
+A model straight from pretraining says nothing of the task, so the labels do. Whole numbers and words are classes
+(those of a `ClassLabel` in its own order, numbers by size, words by alphabet); numbers with a fraction, or a
+`--metric` for numbers, make a regressor. `--label-map NAME=CLASS` renames or joins labels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..errors import RMTKDError
-from .labels import GENERIC, SHOWN, WHOLE, find, shortest
+from .labels import SHOWN, WHOLE, find, shortest
 from .metrics import REGRESSION
 
 
@@ -64,17 +64,12 @@ def _classes(rows: Dataset, column: str, metric: str | None, label_map: dict[str
         )
     if names is None and len(classes) > max(len(rows) // 2, 2):
         raise RMTKDError(
-            f"Column '{column}' holds {len(classes)} different labels in {len(rows)} rows ({', '.join(classes[:SHOWN])}, "
-            "...): expected classes. Name the right column with --label-column; for numbers, ask for a regressor with "
-            "--metric pearson."
+            f"Column '{column}' holds {len(classes)} different labels in {len(rows)} rows "
+            f"({', '.join(classes[:SHOWN])}, ...): expected classes. Name the right column with --label-column; for "
+            "numbers, ask for a regressor with --metric pearson."
         )
     if classes == [str(i) for i in range(len(classes))]:
         return [f"LABEL_{i}" for i in range(len(classes))]  # numbers are no names
-    if any(map(GENERIC.fullmatch, classes)) and classes != sorted(classes):
-        raise RMTKDError(
-            f"Column '{column}' has classes called {', '.join(classes[:SHOWN])}, and LABEL_N means number N: give "
-            "them names of their own with --label-map."
-        )
     return classes
 
 

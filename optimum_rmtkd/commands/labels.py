@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
-__all__ = ["check_label_map", "class_names", "is_regression", "label_values", "parse_label_map"]
+__all__ = [
+    "check_label_map",
+    "class_names",
+    "find",
+    "is_regression",
+    "label_values",
+    "parse_label_map",
+    "shortest",
+    "shown",
+]
 
 GENERIC = re.compile(r"LABEL_\d+")
 WHOLE = re.compile(r"-?(0|[1-9]\d*)")  # 007 is a name
@@ -93,7 +102,7 @@ def check_label_map(label_map: dict[str, str], data: Sequence[Dataset], column: 
     if unknown:
         raise RMTKDError(
             f"--label-map names {', '.join(map(repr, unknown[:SHOWN]))}, which is no label in column '{column}'; it "
-            f"holds {_shown(sorted(labels))}."
+            f"holds {shown(sorted(labels))}."
         )
 
 
@@ -121,7 +130,7 @@ def class_names(config: PreTrainedConfig) -> list[str]:
     named = [table for table in tables if not all(map(GENERIC.fullmatch, table))]
     if len(named) == 2 and named[0] != named[1]:
         raise RMTKDError(
-            f"The model's config contradicts itself: id2label says {_shown(tables[0])}, label2id {_shown(tables[1])}. "
+            f"The model's config contradicts itself: id2label says {shown(tables[0])}, label2id {shown(tables[1])}. "
             "Correct its config.json."
         )
     return named[0] if named else tables[0]
@@ -252,7 +261,7 @@ def _classes(
     double = [key for key in named if WHOLE.fullmatch(key) and int(key) != named[key]]
     if double and all(WHOLE.fullmatch(key) and 0 <= int(key) < len(names) for key in keys):
         raise RMTKDError(
-            f"Column '{column}' holds numbers, and the model's classes are called {_shown(names)}: {double[0]} is "
+            f"Column '{column}' holds numbers, and the model's classes are called {shown(names)}: {double[0]} is "
             f"class {named[double[0]]} by name and class {double[0]} by number. Say which: {_hint(keys, names)}"
         )
     return known
@@ -264,7 +273,7 @@ def _target(wanted: str, names: Sequence[str]) -> int:
         found = int(wanted)
     if found is None:
         raise RMTKDError(
-            f"--label-map names the class {wanted!r}, which the model does not have; it has {_shown(names)}, or 0 to "
+            f"--label-map names the class {wanted!r}, which the model does not have; it has {shown(names)}, or 0 to "
             f"{len(names) - 1}."
         )
     return found
@@ -280,10 +289,10 @@ def _by_number(
         if len(numbered) != len(names):
             raise RMTKDError(
                 f"Column '{column}' has {len(numbered)} classes ({', '.join(numbered[:SHOWN])}), the model has "
-                f"{len(names)} without names ({_shown(names)}): pass the data the model was fine-tuned on."
+                f"{len(names)} without names ({shown(names)}): pass the data the model was fine-tuned on."
             )
         print(
-            f"the model's classes have no names: {_shown(numbered)} are taken as 0 to {len(names) - 1}, in this order"
+            f"the model's classes have no names: {shown(numbered)} are taken as 0 to {len(names) - 1}, in this order"
         )
         return {name: i for i, name in enumerate(numbered)}
     if {_fold(key) for key in keys} <= {"true", "false"} and len(names) == 2:  # spreadsheets write TRUE
@@ -317,11 +326,11 @@ def _unknown(
             f"Column '{column}' holds {', '.join(map(repr, words[:SHOWN]))} (first in row {row}) among class indices: "
             "remove or correct such rows, or say of every label which class it is (--label-map LABEL=CLASS ...)."
         )
-    has = _shown(numbered if numbered is not None else sorted(keys))
+    has = shown(numbered if numbered is not None else sorted(keys))
     row = min(keys[key] for key in unknown)
     text = (
         f"Column '{column}' holds label(s) {', '.join(map(repr, unknown[:SHOWN]))} (first in row {row}) that the "
-        f"model does not know; it knows {_shown(names)}, the data has {has}."
+        f"model does not know; it knows {shown(names)}, the data has {has}."
     )
     moved = [
         key for key in known if numbered is not None and key in numbered and list(numbered).index(key) != known[key]
@@ -347,5 +356,5 @@ def _hint(keys: Collection[str], names: Sequence[str]) -> str:
     return f"--label-map {words}{' ...' if len(keys) > 3 else ''} (or the way round that is right)."
 
 
-def _shown(names: Sequence[str]) -> str:
+def shown(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..errors import RMTKDError
 from ..hub.loading import load_config
+from ..hub.measures import of_quality
 from .data import DataArguments, divide, find_columns, has_images, read_rows
+from .heads import with_new_head
 from .inputs import check_inputs, image_tools, text_tools
-from .labels import check_label_map, is_regression, label_values, parse_label_map
+from .labels import check_label_map, class_names, is_regression, label_values, parse_label_map, shown
 from .metrics import METRICS, REGRESSION, choose_metric
 
 
@@ -23,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 
 
-__all__ = ["Task", "evaluate", "load_task", "stored_dtype", "weights_folder"]
+__all__ = ["Task", "evaluate", "load_task", "measure", "stored_dtype", "weights_folder"]
 
 HEADS = {"text": "ForSequenceClassification", "image": "ForImageClassification"}
 
@@ -38,6 +42,7 @@ class Task:
         train, validation: rows of model inputs and `labels`.
         collator: makes a batch of such rows.
         metric: name in `commands.metrics.METRICS`; by default "accuracy", or "pearson" for a model with one output.
+        new_head: the head was made for these data, and knows nothing of them yet.
     """
 
     model: PreTrainedModel
@@ -46,6 +51,12 @@ class Task:
     validation: Dataset
     collator: Callable
     metric: str
+    new_head: bool = False
+
+    @property
+    def judged_by(self) -> str:
+        """Name of the metric among those of `measure`."""
+        return f"eval_{self.metric}"
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """`compute_metrics` of a Trainer: the one metric of the task."""
@@ -64,12 +75,19 @@ class Task:
         return DataLoader(self.train, batch_size, shuffle=True, generator=generator, collate_fn=self.collator)
 
 
-def load_task(model: str, data: DataArguments, seed: int = 0, attn_implementation: str | None = None) -> Task:
+def load_task(
+    model: str,
+    data: DataArguments,
+    seed: int = 0,
+    attn_implementation: str | None = None,
+    head: Literal["required", "made"] = "required",
+) -> Task:
     """Load the model and its data and check that they belong together.
 
     Args:
         model: Hub name or local folder of a model fine-tuned for sequence or image classification, or regression.
         attn_implementation: the attention kernel, as in `from_pretrained`; None: what transformers chooses.
+        head: "made": a model without a head that fits the labels gets a new one; a line says so.
 
     Raises:
         RMTKDError: anything missing, unreadable or not matching; nothing has been computed yet.
@@ -77,7 +95,8 @@ def load_task(model: str, data: DataArguments, seed: int = 0, attn_implementatio
     config = load_config(model)
     train, validation = read_rows(data)
     kind = "image" if has_images(train) else "text"
-    _check_head(config, kind, model)
+    if head == "required":
+        _check_head(config, kind, model)
     inputs, label = find_columns(train, data)
     if validation is not None:
         for name in (*inputs, label):
@@ -85,11 +104,19 @@ def load_task(model: str, data: DataArguments, seed: int = 0, attn_implementatio
                 raise RMTKDError(
                     f"The validation data has no column '{name}'; it has {', '.join(validation.column_names)}."
                 )
+    new = head == "made" and (why := _unfit(config, kind, train, label, data))
+    if new:
+        config = with_new_head(config, train, label, data.metric, parse_label_map(data.label_map))
     metric = choose_metric(data.metric, is_regression(config), config.num_labels)
     # before any row is drawn or held out: errors name the rows of the files
     train, validation = _labelled(train, validation, inputs, label, config, data)
     train, validation = divide(train, validation, data, seed)
-    loaded = _load_model(model, kind, attn_implementation)
+    loaded = _load_model(model, config if new else None, kind, attn_implementation, seed)
+    if new:
+        gives = (
+            "one number" if is_regression(config) else f"{config.num_labels} classes ({shown(class_names(config))})"
+        )
+        print(f"{why}: it gets a new head for {gives}, and is fine-tuned first")
     if kind == "text":
         processor, collator, encode = text_tools(model, loaded, inputs, data.max_length)
     else:
@@ -101,7 +128,22 @@ def load_task(model: str, data: DataArguments, seed: int = 0, attn_implementatio
         validation=encode(validation, "validation"),
         collator=collator,
         metric=metric,
+        new_head=bool(new),
     )
+
+
+def _unfit(config: PreTrainedConfig, kind: str, train: Dataset, column: str, data: DataArguments) -> str | None:
+    """Why a model's head does not fit the labels; None where it does."""
+    names = config.architectures or []
+    if not any(name.endswith(HEADS[kind]) for name in names):
+        return f"{', '.join(names) or 'the model'} has no head for {kind} classification"
+    try:
+        choose_metric(data.metric, is_regression(config), config.num_labels)
+        with contextlib.redirect_stdout(io.StringIO()):  # what it has to say is said when the labels are taken
+            label_values(train, column, config, parse_label_map(data.label_map))
+    except RMTKDError as error:
+        return f"the head of {names[0]} does not fit the data ({str(error).rstrip('.')})"
+    return None
 
 
 def _labelled(
@@ -130,6 +172,11 @@ def _labelled(
 
 def evaluate(task: Task, model: PreTrainedModel, batch_size: int = 64) -> float:
     """The task's metric of `model` on the validation rows."""
+    return measure(task, model, batch_size)[task.judged_by]
+
+
+def measure(task: Task, model: PreTrainedModel, batch_size: int = 64) -> dict[str, float]:
+    """All metrics of `model` on the validation rows, named as by `Trainer.evaluate`: eval_loss and the task's own."""
     import torch
     from transformers import Trainer, TrainingArguments
 
@@ -142,7 +189,7 @@ def evaluate(task: Task, model: PreTrainedModel, batch_size: int = 64) -> float:
             dataloader_pin_memory=torch.accelerator.is_available(),
         )
         trainer = Trainer(model, args, data_collator=task.collator, compute_metrics=task.compute_metrics)
-        return trainer.predict(task.validation).metrics[f"test_{task.metric}"]
+        return of_quality(trainer.predict(task.validation, metric_key_prefix="eval").metrics)
 
 
 def weights_folder(model: str) -> Path:
@@ -158,24 +205,37 @@ def stored_dtype(model: str) -> str:
     return name if name in ("float16", "bfloat16") else "float32"
 
 
-def _load_model(model: str, kind: str, attn_implementation: str | None) -> PreTrainedModel:
+def _load_model(
+    model: str, config: PreTrainedConfig | None, kind: str, attn_implementation: str | None, seed: int
+) -> PreTrainedModel:
+    """In float32, the number format in which it is calibrated and trained, whatever it is stored in.
+
+    Args:
+        config: of a model that gets a new head, drawn with `seed`; None: its own.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
     auto = AutoModelForSequenceClassification if kind == "text" else AutoModelForImageClassification
+    options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
     try:
-        # Checkpoints stored in half precision would otherwise be calibrated and trained in it.
-        loaded, found = auto.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # a run that goes on from a checkpoint needs the same head
+            loaded, found = auto.from_pretrained(model, dtype=torch.float32, output_loading_info=True, **options)
     except RMTKDError:
         raise
     # the last five: sizes, activations and shapes of a config.json that does not fit itself or the weights
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
         raise RMTKDError(f"Cannot load the weights of '{model}': {type(error).__name__}: {error}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers makes them up, with a warning
+    missing = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    if config is not None:
+        missing = {name for name in missing if _in_backbone(loaded, name)}
+    if missing := sorted(missing):  # transformers makes them up, with a warning
         raise RMTKDError(
             f"The weights of '{model}' lack {len(missing)} tensor(s) that its config.json describes, the first is "
-            f"{missing[0]}: expected a whole fine-tuned checkpoint. Save config and weights together again."
+            f"{missing[0]}: expected a whole {'fine-tuned ' if config is None else ''}checkpoint. Save config and "
+            "weights together again."
         )
     if attn_implementation is not None:
         try:
@@ -185,11 +245,16 @@ def _load_model(model: str, kind: str, attn_implementation: str | None) -> PreTr
     return loaded
 
 
+def _in_backbone(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor belongs to what pretraining made: a pooler, which masked models leave out, does not."""
+    return name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name.split(".")
+
+
 def _check_head(config: PreTrainedConfig, kind: str, model: str) -> None:
     names = config.architectures or []
     if not any(name.endswith(HEADS[kind]) for name in names):
         raise RMTKDError(
             f"'{model}' is a {', '.join(names) or 'model of unknown architecture'}, the data is for {kind} "
-            f"classification: expected a fine-tuned ...{HEADS[kind]}. Fine-tune the model on this data first, then "
-            "compress it."
+            f"classification: expected a fine-tuned ...{HEADS[kind]}. Fine-tune the model on this data first, or "
+            "let compress do so (--fit)."
         )

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TernaryCommand"]
 
+RATE = 3e-4  # peak learning rate of the straight-through training, where none is given
+
 USAGE = """optimum-cli rmtkd ternary --model MODEL --module PATH (--train-file FILE | --dataset NAME) -o OUT [options]
        optimum-cli rmtkd ternary --features FILE [--test-features FILE] -o OUT [options]"""
 
@@ -79,7 +81,7 @@ class TernaryCommand(Command):
         )
         add_options(parser, DataArguments, "data (with --model)")
         add_options(parser, TernaryConfig, "ternary network (fields of TernaryConfig)")
-        add_options(parser, TrainingOptions, "training (with --weights trained)", skip=("batch_size",))
+        add_options(parser, TrainingOptions, "training (with --weights trained)", skip=("batch_size", "fit"))
 
     def execute(self) -> None:
         args = self.args
@@ -265,7 +267,7 @@ def _train(model: PreTrainedModel, task: Task, training: TrainingOptions, seed: 
 
     trainer = RMTKDTrainer(
         model=model,
-        args=training_arguments(training, seed, folder),
+        args=training_arguments(training, seed, folder, learning_rate=RATE),
         rmtkd_config=RMTKDConfig(schedule="none", hidden_weight=0.0, seed=seed),
         teacher_model=task.model,
         train_dataset=task.train,

@@ -32,6 +32,7 @@ __all__ = [
 KEPT = 2  # checkpoints
 STATE = "rmtkd_state.json"  # trainer.checkpoint.STATE, without torch
 LAST_WRITTEN = "trainer_state.json"  # of a checkpoint, by transformers
+FIT_RATE, RATE = 5e-5, 1e-4  # peak learning rates of compress: of a fine-tuning, without one
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,23 @@ class TrainingOptions:
     """How the narrowed model is distilled."""
 
     train: bool = option(True, "Distil after the cut. --no-train: one cut, no training.")
+    fit: bool = option(
+        False,
+        "Fine-tune the model on the data before the first cut, for --fit-share of the steps (0.4 where that is not "
+        "given). It may then be one straight from pretraining: it gets a new head for the labels of the data.",
+    )
     epochs: Positive = option(1.0, "Passes over the training rows.")
     max_steps: Annotated[int, Interval(-1)] = option(
         -1, "Stop after so many optimizer steps; -1: as many as the epochs need."
     )
     batch_size: Count = option(32, "Rows in one step on one device.")
     eval_batch_size: Count = option(64, "Rows in one forward pass when evaluating.")
-    learning_rate: Positive = option(3e-4, "Peak learning rate of AdamW. For cuts up to about 65 % try 1e-4.")
+    learning_rate: Positive | None = option(
+        None,
+        "Peak learning rate of AdamW. None: compress takes 5e-5 where it fine-tunes first (--fit) and 1e-4 elsewhere, "
+        "ternary 3e-4. compress moves that of the distillation to what the size of the cut and the number of steps "
+        "stand, and says so in the log; --distil-learning-rate sets it.",
+    )
     weight_decay: AtLeastZero = option(0.01, "Weight decay of AdamW.")
     warmup_steps: Annotated[int, Interval(0)] = option(0, "Steps of linear warm-up.")
     gradient_accumulation_steps: Count = option(1, "Batches summed up into one step.")
@@ -66,10 +77,18 @@ class TrainingOptions:
         check_fields(self, as_options=True)
         if self.checkpoints is not None and not self.train:
             raise RMTKDError("--checkpoints and --no-train: a cut alone has no checkpoints. Drop one of them.")
+        if self.fit and not self.train:
+            raise RMTKDError("--fit and --no-train: a cut alone trains nothing. Drop one of them.")
 
 
-def training_arguments(training: TrainingOptions, seed: int, folder: Path, **others: Any) -> RMTKDTrainingArguments:
-    """Arguments of the trainer; without checkpoints it writes into `folder`/trainer, which the command removes."""
+def training_arguments(
+    training: TrainingOptions, seed: int, folder: Path, learning_rate: float, **others: Any
+) -> RMTKDTrainingArguments:
+    """Arguments of the trainer; without checkpoints it writes into `folder`/trainer, which the command removes.
+
+    Args:
+        learning_rate: where the options say none.
+    """
     import torch
 
     from ..trainer import RMTKDTrainingArguments
@@ -81,7 +100,7 @@ def training_arguments(training: TrainingOptions, seed: int, folder: Path, **oth
         per_device_train_batch_size=training.batch_size,
         per_device_eval_batch_size=training.eval_batch_size,
         gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=training.learning_rate,
+        learning_rate=learning_rate if training.learning_rate is None else training.learning_rate,
         weight_decay=training.weight_decay,
         warmup_steps=training.warmup_steps,
         bf16=training.bf16,

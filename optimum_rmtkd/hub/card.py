@@ -240,7 +240,10 @@ def _counted(name: str, before: int, after: int) -> tuple[str, str, str, str]:
 
 def _training_options(run: Run) -> str:
     training = run.results.get("training", {})
-    given = [f"--{name.replace('_', '-')} {training[name]:g}" for name in TRAINING_OPTIONS if name in training]
+    given = [
+        f"--{name.replace('_', '-')} {training[name]:g}" for name in TRAINING_OPTIONS if training.get(name) is not None
+    ]
+    given += ["--fit"] if training.get("fit") else []
     given += ["--bf16"] if training.get("bf16") else []
     if not run.history:
         return " --no-train" if run.results and run.stages else ""

@@ -50,12 +50,12 @@ class Tally:
 
 
 def frequency_loss(counts: torch.Tensor) -> float:
-    """Mean loss, in nats, of answering each label with the frequencies of the others; at most that of the uniform
-    distribution.
+    """Entropy, in nats, of the distribution that labels were drawn from: the mean loss of knowing no more than it.
 
-    A label is not told its own answer (leave one out): the entropy of the counts themselves would be too small by
-    about (classes - 1) / (2 n) nats (Miller 1955), much for a vocabulary. Probability is kept for what was not seen
-    yet, the share of labels that were seen once (Good 1953), and spread evenly.
+    That of the counts' own frequencies is too small by about (classes - 1) / (2 n) (Miller 1955), much for a
+    vocabulary; the mean loss of answering each label with the frequencies of the others (leave one out) is too large
+    by as much. It is half-way between them. In the latter, the share of labels that were seen once is kept for what
+    was not seen yet (Good 1953) and spread evenly; it is at most the logarithm of the number of classes.
 
     Args:
         counts: (classes,), how often each was seen.
@@ -65,8 +65,9 @@ def frequency_loss(counts: torch.Tensor) -> float:
         return math.nan
     seen = counts[counts > 0]
     unseen = float((seen == 1).sum()) / total
-    expected = (1 - unseen) * (seen - 1).clamp_min(0.0) / (total - 1) + unseen / classes
-    return min(float(-(seen * expected.log()).sum()) / total, math.log(classes))
+    from_others = (1 - unseen) * (seen - 1).clamp_min(0.0) / (total - 1) + unseen / classes
+    from_all, left_out = (float(-(seen * p.log()).sum()) / total for p in (seen / total, from_others))
+    return 0.5 * (from_all + min(left_out, math.log(classes)))
 
 
 def _of_each_label(positives: torch.Tensor, count: int) -> float:
@@ -77,13 +78,12 @@ def _of_each_label(positives: torch.Tensor, count: int) -> float:
 
 
 def _of_the_mean(moments: torch.Tensor, count: int) -> float:
-    """`moments` (2, outputs), sums of the labels and of their squares: the squared error of answering with the mean of
-    the others."""
+    """`moments` (2, outputs), sums of the labels and of their squares: the variance, the squared error of the mean."""
     samples = count / moments.shape[1]
     if samples < 2:
         return math.nan
     within = moments[1] - moments[0].square() / samples
-    return float(within.clamp_min(0.0).sum()) * (samples / (samples - 1)) ** 2 / count
+    return float(within.clamp_min(0.0).mean()) / (samples - 1)
 
 
 KINDS: dict[str, Callable[[torch.Tensor, int], float]] = {

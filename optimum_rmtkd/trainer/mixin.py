@@ -233,6 +233,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         given, self.train_dataset = self.train_dataset, self._training_data()
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             run.reset()
+        run.train_on()
         run.loss.forget()
         run.tutor.companions.base_rate = None
         try:

@@ -140,8 +140,6 @@ class Run:
                 check_edges(self.host, self.config)
             if self.plan or self.fit.steps:
                 self.pace.begin(self.fit.steps)
-        elif not resumed and not self.fit.going:  # trained on after its cuts, by the user's own schedule
-            self.pace.reset()
         if resumed:
             self._write_journal()  # this run may have an output folder of its own
         if resumed and not self.fit.going:
@@ -154,6 +152,11 @@ class Run:
             self.host.reschedule()
         self._advance(self.host.step)
         self._begin_distilling()
+
+    def train_on(self) -> None:
+        """A training that is over is followed by another one, by the user's own schedule."""
+        if self.plan is not None and not self.fit.going:
+            self.pace.reset()
 
     def remember_initial(self) -> None:
         """Keep a copy of the model as the user passed it in."""
@@ -253,7 +256,7 @@ class Run:
         if self.agenda.open is None:
             return True
         if not judge.dropped(value):
-            if judge.worse(measured):
+            if judge.spoiled(measured):
                 self._repeat(step, measured)
                 return False
             if not judge.come_back(value, self.fit.chance):
@@ -288,7 +291,7 @@ class Run:
         if not self.agenda.looks(step):
             return
         measured = self._measure()
-        if self.judge.worse(measured) and not self.judge.come_back(measured.value, self.fit.chance):
+        if self.judge.spoiled(measured) and not self.judge.come_back(measured.value, self.fit.chance):
             self._repeat(step, measured)
 
     def _repeat(self, step: int, measured: Measured) -> None:
@@ -324,7 +327,7 @@ class Run:
         if self.judge.dropped(value):
             uncut, allowed = self.judge.baseline.value, self.config.max_metric_drop
             reason = f"{stage.metric_name} {value:.4f}, uncut {uncut:.4f}, max_metric_drop {allowed:g}"
-            self.agenda.change(**_after(measured), status="rolled_back", reason=reason)
+            self.agenda.change(**measured.at_the_end(), status="rolled_back", reason=reason)
             self._roll_back(reason)
             return False
         if self.judge.worse(measured):
@@ -334,7 +337,7 @@ class Run:
             )
             logger.warning("Stage %d: %s.", stage.index, self.stages[-1].note)
             self.judge.last = measured = self.judge.just_cut
-        self.agenda.change(**_after(measured), status="accepted")
+        self.agenda.change(**measured.at_the_end(), status="accepted")
         self.after_cut = None
         self._write_journal()
         return True
@@ -442,14 +445,6 @@ class Run:
 
     def _write_journal(self) -> None:
         self.records.journal(self.stages, self.reference_parameters, self.parameters, self.fit.to_dict())
-
-
-def _after(measured: Measured) -> dict[str, Any]:
-    return {
-        "metric_after": measured.value,
-        "metrics_after": measured.metrics,
-        "divergence_after": measured.divergence,
-    }
 
 
 def _copied(model: nn.Module) -> dict[str, torch.Tensor]:

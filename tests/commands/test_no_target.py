@@ -15,10 +15,10 @@ def files(bert, table, validation_table):
 
 @pytest.mark.parametrize("options", [(), ("--no-train",), ("--form", "factored")])
 def test_compress_asks_for_a_size_before_it_evaluates(cli, files, options, tmp_path, monkeypatch):
-    def evaluate(*_):
+    def measure(*_):
         raise AssertionError("the model was evaluated first")
 
-    monkeypatch.setattr("optimum_rmtkd.commands.task.evaluate", evaluate)
+    monkeypatch.setattr("optimum_rmtkd.commands.task.measure", measure)
     code, out, err = cli("compress", *files[0], *files[1], *SMALL, *options, "-o", tmp_path / "out")
     assert code == 2 and not (tmp_path / "out").exists()
     lines = [line for line in err.splitlines() if line.strip()]

@@ -87,7 +87,10 @@ def test_every_metric_of_the_evaluations_is_shown_before_and_after():
         assert comparison.count(row) == 1
     assert "| loss | 0.3100 | 0.3500 | +0.0400 |" in comparison
     assert "| f1 | 0 | 0.9100 | 0.5000 | 0.8900 |" in stages and "| loss | 0 | 0.3100 | 0.8000 | 0.3500 |" in stages
-    assert "| added loss, predicted | 0 | - | 0.2500 | - |" in stages and "* stage 0: learning rate 0.0001; a note" in stages
+    assert (
+        "| added loss, predicted | 0 | - | 0.2500 | - |" in stages
+        and "* stage 0: learning rate 0.0001; a note" in stages
+    )
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(len(a.split("|")) in (len(b.split("|")), 6, 7, 10) for a, b in zip(tables, tables[1:], strict=False))
 

@@ -180,7 +180,7 @@ def plain_rate(monkeypatch):
 
 
 def test_one_schedule_a_phase(make_trainer, plain_rate, caplog):
-    trainer = make_trainer(max_steps=10, recipe={"fit_share": 0.4}, learning_rate=1e-3)
+    trainer = make_trainer(max_steps=10, recipe={"fit_share": 0.4, "distil_learning_rate": None}, learning_rate=1e-3)
     trainer.train()
     fit = [1e-3 * (1 - step / 4) for step in range(4)]
     half, warm = 5e-4, [1 / 3, 2 / 3, 1, 1, 1, 1]
@@ -202,7 +202,9 @@ def test_a_schedule_of_the_users_own_stays_whole(make_trainer, plain_rate):
 
 @pytest.mark.parametrize("kind", ["constant", "cosine", "polynomial", "inverse_sqrt"])
 def test_every_schedule_of_transformers_has_phases(make_trainer, plain_rate, kind):
-    trainer = make_trainer(max_steps=8, recipe={"fit_share": 0.5}, lr_scheduler_type=kind, warmup_steps=1)
+    trainer = make_trainer(
+        max_steps=8, recipe={"fit_share": 0.5, "distil_learning_rate": None}, lr_scheduler_type=kind, warmup_steps=1
+    )
     trainer.train()
     found = rates(trainer)
     assert len(found) == 8 and max(found[4:]) == pytest.approx(5e-4, rel=0.7) and max(found) <= 1e-3

@@ -13,6 +13,7 @@ from transformers import Trainer
 from ...batches import batch_size
 from ...distillation import Teacher
 from ...hub.measures import of_quality
+from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from ..inside import Inside, inside_of
@@ -126,7 +127,8 @@ class TrainerHost:
             return None
         with self._unseen():
             metrics = self.trainer.evaluate()
-        return of_quality(metrics or {})
+        # an evaluate of the user's own may leave its metrics to the main process
+        return from_main(of_quality(metrics or {}), self.accelerator)
 
     @contextmanager
     def _unseen(self) -> Iterator[None]:
