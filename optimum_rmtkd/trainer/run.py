@@ -140,6 +140,8 @@ class Run:
                 check_edges(self.host, self.config)
             if self.plan or self.fit.steps:
                 self.pace.begin(self.fit.steps)
+        if resumed:
+            self._write_journal()  # this run may have an output folder of its own
         if resumed and not self.fit.going:
             self._appoint_teacher()
         elif resumed:
