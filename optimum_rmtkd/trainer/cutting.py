@@ -20,11 +20,17 @@ OVERSHOOT = 0.01  # of the parameters, that a cut may go beyond the target
 
 
 def planned(
-    model: nn.Module, config: RMTKDConfig, max_steps: int, fit_steps: int, kept: float
+    model: nn.Module,
+    config: RMTKDConfig,
+    max_steps: int,
+    fit_steps: int,
+    kept: float,
+    sites: tuple[str, ...] | None = None,
 ) -> tuple[PlannedCut, ...]:
     """All cuts of a run of `max_steps`, of which the first `fit_steps` fine-tune the model.
 
     Args:
+        sites: those that may be cut layer by layer, see `check_edges`; None: all.
         kept: share of the uncut model's parameters that there are now.
 
     Raises:
@@ -36,13 +42,18 @@ def planned(
     parameters = plain.parameters(model)
     check_target(config, parameters, round(parameters / kept))
     groups = surgery.stage_sites(model, config) if config.schedule == "layerwise" else ()
+    if sites is not None:
+        groups = [left for group in groups if (left := [name for name in group if name in sites])]
     cuts = plan_cuts(config, max_steps - fit_steps, groups, kept)
     return tuple(dataclasses.replace(cut, step=cut.step + fit_steps) for cut in cuts)
 
 
-def check_edges(host: Host, config: RMTKDConfig) -> None:
+def check_edges(host: Host, config: RMTKDConfig) -> tuple[str, ...] | None:
     """Without a target the spectra have to say how far to cut. Asked of a model that is fine-tuned first: hours of
-    training should not end at that question.
+    training should not end at that question; and where each layer is cut by its own edge.
+
+    Returns:
+        Names of the sites whose edge means something; None where there is no question.
 
     Raises:
         NoTargetError: they do not; the message shows what sizes are predicted to cost.
@@ -50,7 +61,7 @@ def check_edges(host: Host, config: RMTKDConfig) -> None:
     from .. import surgery
 
     with isolated_rng(config.seed):
-        surgery.check_edges(
+        return surgery.check_edges(
             plain.plain(host.model),
             host.calibration_batches(),
             config,

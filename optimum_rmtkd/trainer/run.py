@@ -18,6 +18,7 @@ from torch import nn
 from ..config import RMTKDConfig
 from ..distillation import Teacher, fingerprint
 from ..distillation.teachers import clean_copy
+from ..errors import NoTargetError
 from ..reparameterization import is_reparameterized
 from . import checkpoint, plain
 from .agenda import Agenda
@@ -135,9 +136,10 @@ class Run:
         if self.plan is None:
             self.fit.decide()
             kept = self.parameters / self.reference_parameters
-            self.agenda.plan = planned(self.host.model, self.config, self.host.max_steps, self.fit.steps, kept)
-            if self.plan and self.fit.going:
-                check_edges(self.host, self.config)
+            asked = self.fit.going or self.config.schedule == "layerwise"
+            edges = check_edges(self.host, self.config) if asked else None
+            steps = self.host.max_steps, self.fit.steps
+            self.agenda.plan = planned(self.host.model, self.config, *steps, kept, edges)
             if self.plan or self.fit.steps:
                 self.pace.begin(self.fit.steps)
         if resumed:
@@ -348,7 +350,14 @@ class Run:
         self.dropout.restore()  # the reduced model must inherit the real rates
         keep = self.tutor.previous or self.config.max_metric_drop is not None
         before = plain.plain_copy(self.host.model) if keep else None
-        reduction = reduced(self.host, self.config, cut, self.reference_parameters)
+        try:
+            reduction = reduced(self.host, self.config, cut, self.reference_parameters)
+        except NoTargetError as error:
+            if not self.stages:
+                raise
+            self.agenda.stopped = f"the spectra say nothing of a further cut ({error.message})"
+            self._disable_dropout()
+            return
         stage = stage_of(cut, step, reduction, measured, self.host.metric_name)
         if reason := too_narrow(stage.sites, self.config.min_rank_ratio):
             logger.warning("Stage %d is not cut: %s.", cut.index, reason)
