@@ -62,7 +62,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     Args:
         model: a `PreTrainedModel` of a supported family. It keeps its identity; class and widths change at each cut.
         args: `RMTKDTrainingArguments`, or any `TrainingArguments`.
-        rmtkd_config: the recipe. None: `RMTKDConfig()`, which asks for a target where the spectra do not say how far to cut.
+        rmtkd_config: the recipe. None: `RMTKDConfig()`, which asks for a target where the spectra do not say how far
+            to cut.
         teacher_model: None for self-distillation (`rmtkd_config.teacher`); a model of the same vocabulary and labels;
             a list of models, or of (model, weight); or a `Teacher` (OnlineTeacher, CachedTeacher). `HiddenStateLoss`
             is used only if it is the very model that is cut: no projection is known for another one.

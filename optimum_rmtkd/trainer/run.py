@@ -23,7 +23,7 @@ from ..reparameterization import is_reparameterized
 from . import checkpoint, plain
 from .agenda import Agenda
 from .companions import Companions
-from .cutting import check_edges, planned, reduced
+from .cutting import planned, reduced
 from .fit import Fit
 from .host import Host
 from .judge import Judge, Measured
@@ -136,10 +136,7 @@ class Run:
         if self.plan is None:
             self.fit.decide()
             kept = self.parameters / self.reference_parameters
-            asked = self.fit.going or self.config.schedule == "layerwise"
-            edges = check_edges(self.host, self.config) if asked else None
-            steps = self.host.max_steps, self.fit.steps
-            self.agenda.plan = planned(self.host.model, self.config, *steps, kept, edges)
+            self.agenda.plan = planned(self.host, self.config, self.fit.steps, kept)
             if self.plan or self.fit.steps:
                 self.pace.begin(self.fit.steps)
         if resumed:
