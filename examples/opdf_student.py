@@ -16,18 +16,26 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from datasets import DatasetDict, load_dataset
 from torch import nn
-from transformers import AutoModelForSequenceClassification, HfArgumentParser
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    set_seed,
+)
 
-from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments  # (~) Trainer, TrainingArguments
-from optimum_rmtkd.commands.data import DataArguments, read_by
-from optimum_rmtkd.commands.output import check_place
-from optimum_rmtkd.commands.task import load_task
-from optimum_rmtkd.distillation.layers import uniform_map
+from optimum_rmtkd import (
+    MatrixProductOperator,  # (+)
+    RMTKDConfig,  # (+)
+    RMTKDTrainer,  # (~) Trainer
+    RMTKDTrainingArguments,  # (~) TrainingArguments
+)
 from optimum_rmtkd.objectives import KLDivergence, TaskLoss, TensorAlignment  # (+)
-from optimum_rmtkd.reparameterization import MatrixProductOperator, block_list  # (+)
 
 
 @dataclass
@@ -46,11 +54,46 @@ class Arguments:
     temperature: float = field(default=2.0, metadata={"help": "Temperature of the KL divergence."})
 
 
+@dataclass
+class DataArguments:
+    train_file: str = field(metadata={"help": "csv, json, jsonl or parquet of texts and labels."})
+    validation_file: str = field(metadata={"help": "The same, to measure on."})
+    text_column: list[str] | None = field(default=None, metadata={"help": "One or two; else those that hold text."})
+    label_column: str = field(default="label", metadata={"help": "Classes, as the teacher numbers or names them."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+
+
+def load_rows(data: DataArguments, teacher, tokenizer) -> DatasetDict:
+    """The splits train and validation, tokenized, with the labels of the teacher."""
+    files = {"train": data.train_file, "validation": data.validation_file}
+    rows = load_dataset(Path(data.train_file).suffix.lstrip(".").replace("jsonl", "json"), data_files=files)
+    kinds = rows["train"].features
+    found = [name for name in kinds if getattr(kinds[name], "dtype", "") in ("string", "large_string")]
+    texts = data.text_column or [name for name in found if name != data.label_column][:2]
+
+    def encode(batch):
+        encoded = tokenizer(*(batch[name] for name in texts), truncation=True, max_length=data.max_length)
+        encoded["labels"] = [teacher.config.label2id.get(label, label) for label in batch[data.label_column]]
+        return encoded
+
+    return rows.map(encode, batched=True, remove_columns=rows["train"].column_names)
+
+
+def compute_metrics(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The repeated blocks of an encoder."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return next(blocks for blocks in lists if len(blocks) == model.config.num_hidden_layers)
+
+
 def truncated(teacher: nn.Module, layers: int) -> nn.Module:
-    """A copy of the teacher that keeps evenly spaced blocks, the last one among them: those it is compared with."""
+    """A copy of the teacher that keeps evenly spaced blocks, the last one among them."""
     student = copy.deepcopy(teacher)
-    blocks = student.get_submodule(block_list(student)[0].rpartition(".")[0])
-    kept = uniform_map(layers, len(blocks))
+    blocks = blocks_of(student)
+    kept = [(number + 1) * len(blocks) // layers - 1 for number in range(layers)]
     for number in reversed(range(len(blocks))):
         if number not in kept:
             del blocks[number]
@@ -63,18 +106,19 @@ def main() -> None:
     arguments, data, training = parser.parse_args_into_dataclasses()
     if (arguments.student is None) == (arguments.keep_layers == 0):
         parser.error("give either --student or --keep_layers")
-    models = [("the model", arguments.teacher), ("the model", arguments.student)]
-    check_place(training.output_dir, [*models, *read_by(arguments, data)])  # never over a model or the data
+    set_seed(training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
+    teacher = AutoModelForSequenceClassification.from_pretrained(arguments.teacher, dtype=torch.float32)
     with training.main_process_first(desc="reading and tokenizing"):
-        task = load_task(arguments.teacher, data, training.seed)
+        rows = load_rows(data, teacher, tokenizer)
     if arguments.keep_layers:
-        depth = len(block_list(task.model))
+        depth = len(blocks_of(teacher))
         if not 0 < arguments.keep_layers <= depth:
             parser.error(f"--keep_layers {arguments.keep_layers}: the teacher has {depth} blocks")
-        student = truncated(task.model, arguments.keep_layers)
+        student = truncated(teacher, arguments.keep_layers)
     else:
         names = ("num_labels", "id2label", "label2id", "problem_type")
-        labels = {name: getattr(task.model.config, name) for name in names}
+        labels = {name: getattr(teacher.config, name) for name in names}
         student = AutoModelForSequenceClassification.from_pretrained(
             arguments.student, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
         )
@@ -85,14 +129,14 @@ def main() -> None:
         model=student,
         args=training,
         rmtkd_config=RMTKDConfig(schedule="none", seed=training.seed),  # (+) no cut
-        teacher_model=task.model,  # (+)
+        teacher_model=teacher,  # (+)
         objectives=objectives,  # (+)
         reparameterization=MatrixProductOperator(arguments.num_tensors) if arguments.num_tensors else None,  # (+)
-        train_dataset=task.train,
-        eval_dataset=task.validation,
-        processing_class=task.processor,
-        data_collator=task.collator,
-        compute_metrics=task.compute_metrics,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
     )
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -14,14 +14,19 @@ that a plain Trainer script does not have are marked with (+), lines that it has
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
-from transformers import AutoModelForSequenceClassification, HfArgumentParser
+from datasets import DatasetDict, load_dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    set_seed,
+)
 
 from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments  # (~) Trainer, TrainingArguments
-from optimum_rmtkd.commands.data import DataArguments, read_by
-from optimum_rmtkd.commands.output import check_place
-from optimum_rmtkd.commands.task import load_task
 from optimum_rmtkd.objectives import KLDivergence, ProjectedFeatureLoss, TaskLoss  # (+)
 
 
@@ -40,15 +45,45 @@ class Arguments:
     temperature: float = field(default=2.0, metadata={"help": "Temperature of the KL divergence."})
 
 
+@dataclass
+class DataArguments:
+    train_file: str = field(metadata={"help": "csv, json, jsonl or parquet of texts and labels."})
+    validation_file: str = field(metadata={"help": "The same, to measure on."})
+    text_column: list[str] | None = field(default=None, metadata={"help": "One or two; else those that hold text."})
+    label_column: str = field(default="label", metadata={"help": "Classes, as the teacher numbers or names them."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+
+
+def load_rows(data: DataArguments, teacher, tokenizer) -> DatasetDict:
+    """The splits train and validation, tokenized, with the labels of the teacher."""
+    files = {"train": data.train_file, "validation": data.validation_file}
+    rows = load_dataset(Path(data.train_file).suffix.lstrip(".").replace("jsonl", "json"), data_files=files)
+    kinds = rows["train"].features
+    found = [name for name in kinds if getattr(kinds[name], "dtype", "") in ("string", "large_string")]
+    texts = data.text_column or [name for name in found if name != data.label_column][:2]
+
+    def encode(batch):
+        encoded = tokenizer(*(batch[name] for name in texts), truncation=True, max_length=data.max_length)
+        encoded["labels"] = [teacher.config.label2id.get(label, label) for label in batch[data.label_column]]
+        return encoded
+
+    return rows.map(encode, batched=True, remove_columns=rows["train"].column_names)
+
+
+def compute_metrics(prediction):
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
 def main() -> None:
     parser = HfArgumentParser((Arguments, DataArguments, RMTKDTrainingArguments))  # (~)
     arguments, data, training = parser.parse_args_into_dataclasses()
-    models = [("the model", arguments.teacher), ("the model", arguments.student)]
-    check_place(training.output_dir, [*models, *read_by(arguments, data)])  # never over a model or the data
+    set_seed(training.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.teacher)
+    teacher = AutoModelForSequenceClassification.from_pretrained(arguments.teacher, dtype=torch.float32)
     with training.main_process_first(desc="reading and tokenizing"):
-        task = load_task(arguments.teacher, data, training.seed)
+        rows = load_rows(data, teacher, tokenizer)
     labels = {
-        name: getattr(task.model.config, name) for name in ("num_labels", "id2label", "label2id", "problem_type")
+        name: getattr(teacher.config, name) for name in ("num_labels", "id2label", "label2id", "problem_type")
     }
     student = AutoModelForSequenceClassification.from_pretrained(
         arguments.student, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
@@ -58,17 +93,17 @@ def main() -> None:
         model=student,
         args=training,
         rmtkd_config=RMTKDConfig(schedule="none", seed=training.seed),  # (+) no cut
-        teacher_model=task.model,  # (+)
+        teacher_model=teacher,  # (+)
         objectives=[  # (+)
             TaskLoss(weight=0.5),
             KLDivergence(weight=0.5, temperature=arguments.temperature),
             ProjectedFeatureLoss(projection, layers=arguments.layers, weight=arguments.feature_weight),
         ],
-        train_dataset=task.train,
-        eval_dataset=task.validation,
-        processing_class=task.processor,
-        data_collator=task.collator,
-        compute_metrics=task.compute_metrics,
+        train_dataset=rows["train"],
+        eval_dataset=rows["validation"],
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
     )
     before = trainer.evaluate(metric_key_prefix="before")
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -9,25 +9,22 @@ holds two text columns and a score; it is used for Spearman's correlation before
 nothing else. The embedding is the mean over tokens, as sentence-transformers takes it. It gets narrower with the
 model: the cosines are what is kept. `--sites intermediate attention_qk attention_vo embedding` keeps its width.
 
-Every option of `transformers.TrainingArguments` is an option here, and so is every field of `RMTKDConfig` (with
-hyphens). With sentence-transformers installed, `OUT/sentence-transformers` is a folder that `SentenceTransformer(...)`
-loads.
+Every option of `transformers.TrainingArguments` is an option here; `--recipe FILE` reads any field of `RMTKDConfig`
+from JSON. With sentence-transformers installed, `OUT/sentence-transformers` is a folder that
+`SentenceTransformer(...)` loads.
 """
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModel, AutoTokenizer, DataCollatorWithPadding, HfArgumentParser
 
-from optimum_rmtkd import RMTKDError, RMTKDTrainer, RMTKDTrainingArguments, count_parameters, register_objective
-from optimum_rmtkd.commands.options import add_recipe_options, recipe_from_options
-from optimum_rmtkd.commands.output import check_place
-from optimum_rmtkd.distillation import DistillationObjective, HiddenStateLoss
+from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments, count_parameters, register_objective
+from optimum_rmtkd.objectives import DistillationObjective, HiddenStateLoss
 
 
 @dataclass
@@ -36,6 +33,18 @@ class EmbeddingArguments:
     train_files: list[str] = field(metadata={"help": "Tables whose string columns are the training texts."})
     pairs_file: str = field(metadata={"help": "Table of two text columns and a similarity score, for the evaluation."})
     max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+
+
+@dataclass
+class ReductionArguments:
+    target_reduction: float | None = field(default=None, metadata={"help": "Share of the parameters to remove."})
+    sites: list[str] | None = field(default=None, metadata={"help": "What is narrowed; without it all there is."})
+    recipe: str | None = field(default=None, metadata={"help": "JSON file of fields of RMTKDConfig."})
+
+    def config(self, seed: int) -> RMTKDConfig:
+        config = RMTKDConfig.from_json_file(self.recipe) if self.recipe else RMTKDConfig()
+        given = {"target_reduction": self.target_reduction, "sites": self.sites and tuple(self.sites)}
+        return config.replace(seed=seed, **{name: value for name, value in given.items() if value is not None})
 
 
 @register_objective
@@ -62,7 +71,7 @@ def embed(states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 def read(path: str) -> Dataset:
     kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(path.rsplit(".", 1)[-1])
     if kind is None:
-        raise RMTKDError(f"{path}: expected a csv, json, jsonl or parquet file.")
+        raise ValueError(f"{path}: expected a csv, json, jsonl or parquet file.")
     return load_dataset(kind, data_files=path, split="train")
 
 
@@ -88,7 +97,7 @@ def pair_columns(pairs: Dataset) -> tuple[str, str, str]:
     texts = string_columns(pairs)
     scores = [name for name in ("label", "score", "similarity") if name in pairs.column_names]
     if len(texts) < 2 or not scores:
-        raise RMTKDError(
+        raise ValueError(
             f"--pairs_file has the columns {', '.join(pairs.column_names)}: expected two of strings, and a number "
             "called label, score or similarity."
         )
@@ -132,12 +141,10 @@ def save_sentence_transformer(folder: Path, max_length: int) -> None:
 
 
 def main() -> None:
-    parser = HfArgumentParser((EmbeddingArguments, RMTKDTrainingArguments))
-    add_recipe_options(parser, skip={item.name for item in fields(RMTKDTrainingArguments)})
-    arguments, training, *rest = parser.parse_args_into_dataclasses()
-    recipe = recipe_from_options(rest[0] if rest else argparse.Namespace()).replace(seed=training.seed)
-    tables = [("the data", path) for path in (*arguments.train_files, arguments.pairs_file)]
-    check_place(training.output_dir, [("the model", arguments.model), *tables])  # never over the model or the data
+    parser = HfArgumentParser((EmbeddingArguments, ReductionArguments, RMTKDTrainingArguments))
+    arguments, reduction, training = parser.parse_args_into_dataclasses()
+    if Path(arguments.model).resolve() == Path(training.output_dir).resolve():
+        parser.error(f"--output_dir {training.output_dir} is the model itself")
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModel.from_pretrained(arguments.model, dtype=torch.float32)
@@ -147,7 +154,7 @@ def main() -> None:
     trainer = RMTKDTrainer(
         model=model,
         args=training,
-        rmtkd_config=recipe,
+        rmtkd_config=reduction.config(training.seed),
         objectives=[HiddenStateLoss(1.0), CosineSimilarity(1.0)],  # no task loss: the data needs no labels
         train_dataset=training_texts(arguments.train_files, tokenizer, arguments.max_length),
         processing_class=tokenizer,

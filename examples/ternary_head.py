@@ -3,8 +3,8 @@
     python examples/ternary_head.py --model ./all-MiniLM-L6-v2 --train_file ag_news_train.parquet \\
         --test_file ag_news_test.parquet --output_dir out --hidden 1000 1000 1000
 
-Every field of `TernaryConfig` is an option (with hyphens). The encoder runs once over the data; the ternary network is
-fitted to its mean token in seconds: hidden layers are drawn from a seed, only the readout is solved for, by ridge
+`--recipe FILE` reads any field of `TernaryConfig` from JSON. The encoder runs once over the data; the ternary network
+is fitted to its mean token in seconds: hidden layers are drawn from a seed, only the readout is solved for, by ridge
 regression. Two other readouts are printed beside it: the same network with dense Gaussian weights, and ridge
 regression on the features themselves. If the last one is as good, take it: it is smaller still.
 
@@ -14,18 +14,15 @@ trust_remote_code=True.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from datasets import load_dataset
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser
 
-from optimum_rmtkd import RMTKDError, TernaryConfig, compress_features
-from optimum_rmtkd.commands.options import add_options, from_options
-from optimum_rmtkd.commands.output import format_table, weight_bytes, writing_beside
-from optimum_rmtkd.ternary.readout import fit_readout, one_hot
+from optimum_rmtkd import TernaryConfig, compress_features
 
 
 @dataclass
@@ -43,15 +40,27 @@ class EncoderArguments:
     batch_size: int = field(default=64, metadata={"help": "Texts in one forward pass of the encoder."})
 
 
+@dataclass
+class NetworkArguments:
+    hidden: list[int] | None = field(default=None, metadata={"help": "Widths of the hidden layers."})
+    sparsity: float | None = field(default=None, metadata={"help": "Share of the hidden weights that are 0."})
+    recipe: str | None = field(default=None, metadata={"help": "JSON file of fields of TernaryConfig."})
+
+    def config(self) -> TernaryConfig:
+        config = TernaryConfig.from_json_file(self.recipe) if self.recipe else TernaryConfig()
+        given = {"hidden": self.hidden and tuple(self.hidden), "sparsity": self.sparsity}
+        return config.replace(**{name: value for name, value in given.items() if value is not None})
+
+
 def read(path: str, arguments: EncoderArguments) -> tuple[list[str], torch.Tensor]:
     """Texts, and classes (n,) int64."""
     kind = {"csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}.get(path.rpartition(".")[2])
     if kind is None:
-        raise RMTKDError(f"{path}: expected a .csv, .json, .jsonl or .parquet file.")
+        raise ValueError(f"{path}: expected a .csv, .json, .jsonl or .parquet file.")
     table = load_dataset(kind, data_files={"part": path})["part"]
     for column in (arguments.text_column, arguments.label_column):
         if column not in table.column_names:
-            raise RMTKDError(f"{path} has no column {column!r}; it has {', '.join(table.column_names)}.")
+            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(table.column_names)}.")
     table = table.shuffle(seed=0).select(range(min(arguments.rows, len(table))))
     return table[arguments.text_column][:], torch.tensor(table[arguments.label_column][:])
 
@@ -69,10 +78,14 @@ def encode(texts: list[str], model, tokenizer, arguments: EncoderArguments) -> t
     return torch.cat(pooled)
 
 
-def linear_readout(x: torch.Tensor, y: torch.Tensor):
-    """Features -> scores, by ridge regression."""
-    fit = fit_readout(x, one_hot(y, int(y.max()) + 1))
-    return lambda features: features.double() @ fit.weight.T + fit.bias
+def linear_readout(x: torch.Tensor, y: torch.Tensor, ridge: float = 1e-3):
+    """Features -> scores, by ridge regression, the ridge relative to the mean variance of a feature."""
+    mean, classes = x.double().mean(0), torch.nn.functional.one_hot(y).double()
+    centred = x.double() - mean
+    moments = centred.T @ centred
+    moments += ridge * moments.diagonal().mean() * torch.eye(len(moments))
+    weight = torch.linalg.solve(moments, centred.T @ (classes - classes.mean(0)))
+    return lambda features: (features.double() - mean) @ weight + classes.mean(0)
 
 
 @torch.no_grad()
@@ -82,10 +95,9 @@ def accuracy(head, x: torch.Tensor, y: torch.Tensor) -> str:
 
 
 def main() -> None:
-    parser = HfArgumentParser((EncoderArguments,))
-    add_options(parser, TernaryConfig, "ternary network (fields of TernaryConfig)")
-    arguments, *rest = parser.parse_args_into_dataclasses()
-    config = from_options(TernaryConfig, rest[0] if rest else argparse.Namespace())
+    parser = HfArgumentParser((EncoderArguments, NetworkArguments))
+    arguments, network = parser.parse_args_into_dataclasses()
+    config = network.config()
 
     model, tokenizer = (
         AutoModel.from_pretrained(arguments.model, dtype=torch.float32).eval(),
@@ -95,20 +107,18 @@ def main() -> None:
     x, test_x = (encode(part, model, tokenizer, arguments) for part in (texts, test_texts))
 
     head, report = compress_features(x, y, config)
-    read_from = [
-        ("the model", arguments.model),
-        *(("the data", p) for p in (arguments.train_file, arguments.test_file)),
-    ]
-    with writing_beside(arguments.output_dir, overwrite=True, inputs=read_from) as folder:
-        head.save_pretrained(folder)
+    head.save_pretrained(arguments.output_dir)
     twin, dense = compress_features(x, y, config.replace(storage="dense", mode="weights_only"))
     print(report.table())
-    rows = [
-        ("ternary", accuracy(head, test_x, test_y), f"{weight_bytes(arguments.output_dir):,}"),
-        ("dense Gaussian", accuracy(twin, test_x, test_y), f"{dense.bytes:,}"),
-        ("linear", accuracy(linear_readout(x, y), test_x, test_y), f"{4 * (x.shape[1] + 1) * (int(y.max()) + 1):,}"),
-    ]
-    print(format_table(("readout", "accuracy", "bytes"), rows))
+    size = sum(path.stat().st_size for path in Path(arguments.output_dir).glob("*.safetensors"))
+    linear = 4 * (x.shape[1] + 1) * (int(y.max()) + 1)
+    print(f"{'readout':16}{'accuracy':>10}{'bytes':>14}")
+    for name, fitted, weighs in (
+        ("ternary", head, size),
+        ("dense Gaussian", twin, dense.bytes),
+        ("linear", linear_readout(x, y), linear),
+    ):
+        print(f"{name:16}{accuracy(fitted, test_x, test_y):>10}{weighs:>14,}")
 
 
 if __name__ == "__main__":

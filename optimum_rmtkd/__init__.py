@@ -48,7 +48,7 @@ _EXPORTS = {
         "pack_model",
         "ternarize",
     ),
-    "trainer": ("RMTKDMixin", "RMTKDSeq2SeqTrainer", "RMTKDTrainer", "RMTKDTrainingArguments"),
+    "trainer": ("RMTKDLoop", "RMTKDMixin", "RMTKDSeq2SeqTrainer", "RMTKDTrainer", "RMTKDTrainingArguments"),
 }
 _HOMES = {name: room for room, names in _EXPORTS.items() for name in names}
 

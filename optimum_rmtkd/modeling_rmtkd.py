@@ -51,9 +51,13 @@ class LowRankLinear(nn.Module):
         self.down = nn.Linear(in_features, rank, bias=False)
         self.up = nn.Linear(rank, out_features, bias=bias)
 
+    whole = False  # is `weight` the matrix that the factors stand for?
+
     @property
-    def weight(self):  # code of transformers peeks at `.weight.dtype` and `.weight.device`
-        return self.up.weight
+    def weight(self):
+        # Code of transformers peeks at `.weight.dtype` and `.weight.device`; losses that are fused with the head
+        # multiply by it, and ask for the whole.
+        return self.up.weight @ self.down.weight if self.whole else self.up.weight
 
     @property
     def bias(self):

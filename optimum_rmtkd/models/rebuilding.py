@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import operator
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -304,8 +305,10 @@ def _carry_buffers(module: nn.Module, stock: nn.Module, new: nn.Module) -> None:
 
 def _carry_attributes(module: nn.Module, stock: nn.Module, new: nn.Module, known: Mapping[int, Any]) -> None:
     theirs = vars(stock)
+    if (forward := own_forward(module)) is not None:
+        new.forward = moved(forward, known)
     for name, value in vars(module).items():
-        if name in RUNTIME and not (name == "forward" and _own_method(module, value)):
+        if name in RUNTIME:
             continue
         if name in PINNED and name in theirs:
             continue  # the spec states it
@@ -325,7 +328,7 @@ def moved(value: Any, known: Mapping[int, Any]) -> Any:
     if isinstance(value, RemovableHandle):
         return known.get(value.id, value)
     if isinstance(value, types.MethodType):
-        return types.MethodType(value.__func__, moved(value.__self__, known))
+        return types.MethodType(_rebound(value.__func__, known), moved(value.__self__, known))
     if type(value) is functools.partial:
         arguments = [moved(item, known) for item in value.args]
         return functools.partial(moved(value.func, known), *arguments, **moved(value.keywords, known))
@@ -339,9 +342,40 @@ def moved(value: Any, known: Mapping[int, Any]) -> Any:
     return value
 
 
-def _own_method(module: nn.Module, value: Any) -> bool:
-    """A forward that a user bound to this instance; what accelerate wraps it in comes and goes with `prepare`."""
-    return isinstance(value, types.MethodType) and value.__self__ is module and not is_wrapped(module)
+def _rebound(function: Any, known: Mapping[int, Any]) -> Any:
+    """A function whose closure refers to modules and methods of the new model where it referred to those of the old:
+    `original = model.forward; model.forward = MethodType(lambda self, **inputs: original(**inputs), model)` is how
+    libraries patch a forward. Itself where there is nothing of the kind."""
+    if not isinstance(function, types.FunctionType) or not function.__closure__:
+        return function
+    cells = [_rebound_cell(cell, known) for cell in function.__closure__]
+    if all(map(operator.is_, cells, function.__closure__)):
+        return function
+    made = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    for name in ("__kwdefaults__", "__qualname__", "__module__", "__doc__", "__annotations__"):
+        setattr(made, name, getattr(function, name))
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _rebound_cell(cell: types.CellType, known: Mapping[int, Any]) -> types.CellType:
+    try:
+        value = cell.cell_contents
+    except ValueError:  # not filled yet
+        return cell
+    owner = value.__self__ if isinstance(value, types.MethodType) else value
+    return types.CellType(moved(value, known)) if isinstance(owner, nn.Module) and id(owner) in known else cell
+
+
+def own_forward(module: nn.Module) -> types.MethodType | None:
+    """The forward that was bound to this instance, without what accelerate wraps it in, which comes and goes with
+    `prepare`; None where it is that of its class."""
+    bound = vars(module).get("_original_forward" if is_wrapped(module) else "forward")
+    if not isinstance(bound, types.MethodType) or bound.__self__ is not module:
+        return None
+    return None if bound.__func__ is type(module).forward else bound
 
 
 def is_wrapped(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from .subspace import SignalSubspace
 __all__ = ["AGREEMENT", "FIT", "doubt"]
 
 AGREEMENT = 0.2  # by which share the ranks of all estimators may differ, or by one direction
-FIT = 0.1  # Kolmogorov-Smirnov distance up to which the rest counts as noise
+FIT = 0.1  # Kolmogorov-Smirnov distance up to which the rest counts as noise, and one step: few values move in jumps
 
 
 def doubt(found: SignalSubspace) -> str | None:
@@ -28,11 +28,13 @@ def doubt(found: SignalSubspace) -> str | None:
         return f"{found.estimator} has no model of noise" if found.dim > 1 else "a single direction"
     ranks = {found.estimator: found.spectral_rank} | {k: v for k, v in found.ranks.items() if not is_control(k)}
     least, most = min(ranks, key=ranks.__getitem__), max(ranks, key=ranks.__getitem__)
-    if ranks[most] - ranks[least] > max(1, AGREEMENT * ranks[least]):
-        return f"the rank is {ranks[least]} by {least} and {ranks[most]} by {most}, of {found.dim}"
     if ranks[least] < 1:
         return f"nothing lies above the edge by {least}"
-    if not found.ks_distance <= FIT:
-        distance = "no bulk" if math.isnan(found.ks_distance) else f"distance {found.ks_distance:.2f}, at most {FIT:g}"
-        return f"what lies below the edge is not noise (Kolmogorov-Smirnov: {distance})"
+    if ranks[most] - ranks[least] > max(1, AGREEMENT * ranks[least]):
+        return f"the rank is {ranks[least]} by {least} and {ranks[most]} by {most}, of {found.dim}"
+    bulk = found.dim - found.null_directions - found.spectral_rank
+    if math.isnan(found.ks_distance):
+        return "fewer than two directions lie below the edge"
+    if found.ks_distance > (allowed := FIT + 1 / bulk):
+        return f"what lies below the edge is no noise: Kolmogorov-Smirnov {found.ks_distance:.2f} (> {allowed:.2f})"
     return found.details.get("warning")

@@ -60,9 +60,15 @@ def _divergences(true: Answers, found: Answers) -> torch.Tensor:
         p, log = true.logits.sigmoid(), nn.functional.logsigmoid
         yes, no = log(true.logits) - log(found.logits), log(-true.logits) - log(-found.logits)
         return (p * yes + (1 - p) * no).sum(-1)
-    log_p, log_q = true.logits.log_softmax(-1), found.logits.log_softmax(-1)
-    nats = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+    # sample by sample: the logits of a language model are the largest tensors there are
+    nats = torch.stack([_between(p, q) for p, q in zip(true.logits, found.logits, strict=True)])
     return nats if true.mask is None else nats.masked_fill(~true.mask, 0.0)
+
+
+def _between(true: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+    """(..., classes) logits each -> (...) KL divergence."""
+    log_p, log_q = true.log_softmax(-1), found.log_softmax(-1)
+    return nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def _gaussian(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> float:

@@ -149,7 +149,7 @@ def check_edges(
     """
     if has_target(config) or asks_for_edges(config) or config.schedule == "none":
         return None
-    surgeon = Surgeon(model, dataloader, config, None, accelerator, progress, thorough=True, trust_edges=False)
+    surgeon = Surgeon(model, dataloader, config, None, accelerator, progress, trust_edges=False, null_moments=True)
     with one_for_all(accelerator):
         surgeon.plan()
     return from_main(tuple(name for name, why in surgeon.doubts().items() if why is None), accelerator)
@@ -224,7 +224,7 @@ def reduce(
     asked = config.target_reduction if target_reduction is None else target_reduction
     targets = {"target_reduction": asked, "target_flops": config.target_flops if asked is None else None}
     by_edge = targets == {"target_reduction": None, "target_flops": None}
-    options = targets | {"thorough": by_edge and not trust_edges, "trust_edges": trust_edges}
+    options = targets | {"null_moments": by_edge and not trust_edges, "trust_edges": trust_edges}
     surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, **options)
     with one_for_all(accelerator):
         plan = surgeon.plan(target_reduction)

@@ -43,7 +43,8 @@ from .budget import (
 )
 from .calibration import Calibration, calibrate, points_of
 from .cautions import MUCH
-from .checks import anatomy_of, check_finite, check_flops, check_parameters, positions_of
+from .checks import anatomy_of, check_data, check_finite, check_flops, check_parameters, check_recipe
+from .checks import positions_of as _positions
 from .directions import Directions, site_directions
 from .divergence import answers_per_sample, mean_divergence
 from .grouping import by_length
@@ -58,7 +59,7 @@ from .tryout import checked_batches
 from .untargeted import SHARES, asks_for_edges, curve_table, no_target
 
 
-__all__ = ["Surgeon"]
+__all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
 
 TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
 
@@ -67,9 +68,10 @@ class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
 
     `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
-    that the estimator "signflip" needs. A `target_reduction` that is out of reach is refused (BudgetError) before any
-    data is read, a `target_flops` before the calibration; `plan` is asked for them again. With `trust_edges` a plan
-    without a target takes every spectral edge as it is; default: where the recipe names an estimator.
+    that the estimator "signflip" needs (`null_moments`: those alone). A `target_reduction` that is out of reach is
+    refused (BudgetError) before any data is read, a `target_flops` before the calibration; `plan` is asked for them
+    again. With `trust_edges` a plan without a target takes every spectral edge as it is; default: where the recipe
+    names an estimator.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Surgeon:
         target_reduction: float | None = None,
         target_flops: float | None = None,
         trust_edges: bool | None = None,
+        null_moments: bool = False,
     ):
         check_structure(model)
         find_estimator(config.edge_estimator)
@@ -106,7 +109,9 @@ class Surgeon:
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
             check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
-            self.calibration = Calibration(points, self._gradient_points(), config, null_moments=thorough)
+            self.calibration = Calibration(
+                points, self._gradient_points(), config, null_moments=thorough or null_moments
+            )
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
@@ -200,7 +205,7 @@ class Surgeon:
         target = self.config.target_reduction if target_reduction is None else target_reduction
         if target is None and self.config.target_flops is None:
             return self._plan_by_edges(couples, parameters)
-        positions = positions_of(self.teacher, self.batches)
+        positions = _positions(self.teacher, self.batches)
         flops = flops_of(self.teacher, self.anatomy, positions)
         if target is not None:
             whole = float(uncut_parameters(self.source))
@@ -233,11 +238,14 @@ class Surgeon:
 
     def _curve(self, couples: list[Couple]) -> str:
         """What sizes are predicted to cost, as a table."""
-        parameters, positions = parameters_of(self.teacher, self.anatomy), positions_of(self.teacher, self.batches)
+        parameters, positions = parameters_of(self.teacher, self.anatomy), _positions(self.teacher, self.batches)
         now, whole = parameters({}), float(uncut_parameters(self.source))
         worth = self._worth(now, flops_of(self.teacher, self.anatomy, positions)({}), positions)
         moves = descent(couples, parameters, worth, (1 - SHARES[-1]) * whole, whole, self.config)
-        units = {"nats": ("nats an answer", self.answers), "energy": ("sum of shares of the energy", 1.0)}
+        units = {
+            "nats": ("nats an answer, to second order", self.answers),
+            "energy": ("sum of shares of the energy", 1.0),
+        }
         unit, per = units.get(self.loss_unit, ("mean share of a layer's energy", float(len(couples))))
         return curve_table(moves, now, whole, unit, per)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from .arguments import RMTKDTrainingArguments
+from .loop import RMTKDLoop
 from .mixin import RMTKDMixin
 from .stages import Stage, stage_table
 from .trainer import RMTKDSeq2SeqTrainer, RMTKDTrainer
 
 
 __all__ = [
+    "RMTKDLoop",
     "RMTKDMixin",
     "RMTKDSeq2SeqTrainer",
     "RMTKDTrainer",

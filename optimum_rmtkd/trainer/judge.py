@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 MOMENTS = ("baseline", "just_cut", "last")
+LOSS = "eval_loss"
 COMPARED = 256  # calibration samples that show how far the model is from the uncut one
 
 
@@ -35,6 +36,10 @@ class Measured(NamedTuple):
     metrics: dict[str, float] | None = None
     value: float | None = None
     divergence: float | None = None
+
+    def at_the_end(self) -> dict[str, Any]:
+        """Fields of the record of a stage that ends here."""
+        return {"metric_after": self.value, "metrics_after": self.metrics, "divergence_after": self.divergence}
 
 
 class Judge:
@@ -75,7 +80,11 @@ class Judge:
     def _divergence(self, uncut: nn.Module) -> float | None:
         host = self.host
         with isolated_rng(self.config.seed):
-            found = mean_divergence(uncut, plain.plain(host.model), list(host.calibration_batches(COMPARED)))
+            found = mean_divergence(
+                uncut,
+                plain.plain(host.model),
+                list(host.calibration_batches(min(COMPARED, self.config.calibration_samples))),
+            )
         if found is None or host.accelerator.num_processes == 1:
             return found
         tensor = torch.tensor([found], dtype=torch.float64, device=host.accelerator.device)
@@ -124,11 +133,20 @@ class Judge:
             return verdicts.farther(now.divergence, cut.divergence)
         return False
 
+    def spoiled(self, now: Measured) -> bool:
+        """The same in the midst of training, of its loss where the evaluation has one: a share of right answers moves
+        by points on the way to a better one."""
+        loss, cut = ((moment.metrics or {}).get(LOSS) for moment in (now, self.just_cut))
+        if loss is None or cut is None:
+            return self.worse(now)
+        return verdicts.worse(loss, cut, greater_is_better=False)
+
     def words(self, now: Measured) -> str:
         """A moment beside the one just after the cut, for people."""
         cut = self.just_cut
         if now.value is not None:
-            return f"{self.host.metric_name} {now.value:.4g}, {cut.value:.4g} just after the cut"
+            names = dict.fromkeys(name for name in (self.host.metric_name, LOSS) if name in (now.metrics or {}))
+            return ", ".join(f"{n} {now.metrics[n]:.4g}, {cut.metrics[n]:.4g} just after the cut" for n in names)
         return f"{now.divergence:.3g} nats an answer from the uncut model, {cut.divergence:.3g} just after the cut"
 
     def loss_of(self, now: Measured) -> str | None:
@@ -136,18 +154,20 @@ class Judge:
         if now.value is None and now.divergence is not None:
             return divergence_warning(now.divergence)
         before, after = self.baseline.metrics or {}, now.metrics or {}
-        for name, greater in ((self.host.metric_name, self.host.greater_is_better), ("eval_loss", False)):
+        for name, greater in ((self.host.metric_name, self.host.greater_is_better), (LOSS, False)):
             if text := loss_warning(name, before.get(name), after.get(name), greater):
                 return text
         return None
 
     def come_back(self, value: float | None, chance: float | None = None) -> bool:
-        """Is the model close enough to the uncut one to be cut again?
+        """Is the model close enough to the uncut one to be cut again? Where the user has set `stage_threshold` or
+        `max_metric_drop`, that says it.
 
         Args:
             chance: task loss of knowing nothing.
         """
-        if value is None or self.baseline.value is None:
+        said = self.config.stage_threshold is not None or self.config.max_metric_drop is not None
+        if said or value is None or self.baseline.value is None:
             return True
         scale = chance if self.host.metric_name.endswith("loss") else None
         return verdicts.come_back(value, self.baseline.value, self.host.greater_is_better, scale)

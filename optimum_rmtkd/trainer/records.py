@@ -38,7 +38,8 @@ class Records:
         if target is not None:
             met = reached >= target - 0.01
         if cut is not None and agenda.stages and not met:
-            waited = ", and the validation metric had not come back" if agenda.waits else ""
+            waited = "had not come back" if self.config.stage_threshold is None else "stayed below stage_threshold"
+            waited = f", and the validation metric {waited}" if agenda.waits else ""
             yield (
                 f"{len(agenda.plan) - cut.index} of {len(agenda.plan)} planned cuts were not made (the next one was "
                 f"due at step {cut.step + agenda.delay}{waited})."

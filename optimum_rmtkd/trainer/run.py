@@ -18,11 +18,12 @@ from torch import nn
 from ..config import RMTKDConfig
 from ..distillation import Teacher, fingerprint
 from ..distillation.teachers import clean_copy
+from ..errors import NoTargetError
 from ..reparameterization import is_reparameterized
 from . import checkpoint, plain
 from .agenda import Agenda
 from .companions import Companions
-from .cutting import check_edges, planned, reduced
+from .cutting import planned, reduced
 from .fit import Fit
 from .host import Host
 from .judge import Judge, Measured
@@ -135,13 +136,11 @@ class Run:
         if self.plan is None:
             self.fit.decide()
             kept = self.parameters / self.reference_parameters
-            self.agenda.plan = planned(self.host.model, self.config, self.host.max_steps, self.fit.steps, kept)
-            if self.plan and self.fit.going:
-                check_edges(self.host, self.config)
+            self.agenda.plan = planned(self.host, self.config, self.fit.steps, kept)
             if self.plan or self.fit.steps:
                 self.pace.begin(self.fit.steps)
-        elif not resumed and not self.fit.going:  # trained on after its cuts, by the user's own schedule
-            self.pace.reset()
+        if resumed:
+            self._write_journal()  # this run may have an output folder of its own
         if resumed and not self.fit.going:
             self._appoint_teacher()
         elif resumed:
@@ -152,6 +151,11 @@ class Run:
             self.host.reschedule()
         self._advance(self.host.step)
         self._begin_distilling()
+
+    def train_on(self) -> None:
+        """A training that is over is followed by another one, by the user's own schedule."""
+        if self.plan is not None and not self.fit.going:
+            self.pace.reset()
 
     def remember_initial(self) -> None:
         """Keep a copy of the model as the user passed it in."""
@@ -251,7 +255,7 @@ class Run:
         if self.agenda.open is None:
             return True
         if not judge.dropped(value):
-            if judge.worse(measured):
+            if judge.spoiled(measured):
                 self._repeat(step, measured)
                 return False
             if not judge.come_back(value, self.fit.chance):
@@ -286,7 +290,7 @@ class Run:
         if not self.agenda.looks(step):
             return
         measured = self._measure()
-        if self.judge.worse(measured) and not self.judge.come_back(measured.value, self.fit.chance):
+        if self.judge.spoiled(measured) and not self.judge.come_back(measured.value, self.fit.chance):
             self._repeat(step, measured)
 
     def _repeat(self, step: int, measured: Measured) -> None:
@@ -322,7 +326,7 @@ class Run:
         if self.judge.dropped(value):
             uncut, allowed = self.judge.baseline.value, self.config.max_metric_drop
             reason = f"{stage.metric_name} {value:.4f}, uncut {uncut:.4f}, max_metric_drop {allowed:g}"
-            self.agenda.change(**_after(measured), status="rolled_back", reason=reason)
+            self.agenda.change(**measured.at_the_end(), status="rolled_back", reason=reason)
             self._roll_back(reason)
             return False
         if self.judge.worse(measured):
@@ -332,7 +336,7 @@ class Run:
             )
             logger.warning("Stage %d: %s.", stage.index, self.stages[-1].note)
             self.judge.last = measured = self.judge.just_cut
-        self.agenda.change(**_after(measured), status="accepted")
+        self.agenda.change(**measured.at_the_end(), status="accepted")
         self.after_cut = None
         self._write_journal()
         return True
@@ -343,7 +347,14 @@ class Run:
         self.dropout.restore()  # the reduced model must inherit the real rates
         keep = self.tutor.previous or self.config.max_metric_drop is not None
         before = plain.plain_copy(self.host.model) if keep else None
-        reduction = reduced(self.host, self.config, cut, self.reference_parameters)
+        try:
+            reduction = reduced(self.host, self.config, cut, self.reference_parameters)
+        except NoTargetError as error:
+            if not self.stages:
+                raise
+            self.agenda.stopped = f"the spectra say nothing of a further cut ({error.message})"
+            self._disable_dropout()
+            return
         stage = stage_of(cut, step, reduction, measured, self.host.metric_name)
         if reason := too_narrow(stage.sites, self.config.min_rank_ratio):
             logger.warning("Stage %d is not cut: %s.", cut.index, reason)
@@ -440,14 +451,6 @@ class Run:
 
     def _write_journal(self) -> None:
         self.records.journal(self.stages, self.reference_parameters, self.parameters, self.fit.to_dict())
-
-
-def _after(measured: Measured) -> dict[str, Any]:
-    return {
-        "metric_after": measured.value,
-        "metrics_after": measured.metrics,
-        "divergence_after": measured.divergence,
-    }
 
 
 def _copied(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from optimum_rmtkd import RMTKDConfig
+
 from ..conftest import ROOT
 
 
@@ -38,7 +40,8 @@ def test_a_few_steps(tmp_path):
     pairs = [{"a": a, "b": b, "score": i % 5 + 0.5} for i, (a, b) in enumerate(zip(texts, reversed(texts)))]
     write_csv(tmp_path / "pairs.csv", pairs)
     data = ("--train_files", tmp_path / "texts.csv", "--pairs_file", tmp_path / "pairs.csv")
-    size = ("--target-reduction", 0.5, "--round-to", 4, "--min-width", 4, "--max_steps", 3)
+    RMTKDConfig(round_to=4, min_width=4).to_json_file(tmp_path / "recipe.json")
+    size = ("--target-reduction", 0.5, "--recipe", tmp_path / "recipe.json", "--max_steps", 3)
     said = run("--model", tmp_path / "dense", *data, *size, "--output_dir", tmp_path / "out")
     removed, width = re.search(r"removed ([\d.]+)%, embedding width (\d+)", said).groups()
     assert abs(float(removed) - 50) < 2 and int(width) <= 32

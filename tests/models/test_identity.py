@@ -410,8 +410,8 @@ def test_one_layer_twice(bert):
 @pytest.mark.parametrize("part", ["", "bert.pooler", "bert.encoder.layer.0.output.dense"])
 def test_a_bound_forward_that_runs_the_layers_of_the_original(bert, part):
     module = bert.get_submodule(part)
-    original = module.forward
-    module.forward = types.MethodType(lambda self, *args, **kwargs: original(*args, **kwargs), module)
+    held = [module.forward]
+    module.forward = types.MethodType(lambda self, *args, **kwargs: held[0](*args, **kwargs), module)
     message = refused_on_data(bert)
     assert (part or "The model") in message and "type(self).forward(self" in message
 

@@ -21,6 +21,7 @@ from optimum_rmtkd import (
     narrow,
 )
 from optimum_rmtkd.models import copied, match_precision, twin_of, widest_dtype
+from optimum_rmtkd.models.rebuilding import own_forward
 from optimum_rmtkd.trainer.swap import skeleton
 
 from ..surgery import zoo
@@ -221,6 +222,46 @@ def test_a_bound_method_is_bound_anew(bert):
     assert found.forward.__self__ is found and found.width() == found.config.hidden_size
     with torch.no_grad():
         found(**zoo.batches("bert", 1)[0])
+
+
+@pytest.mark.parametrize("part", ["", "bert.encoder.layer.0.output.dense"])
+def test_a_forward_that_closes_over_the_one_it_replaces_is_bound_anew(bert, part):
+    module = bert.get_submodule(part)
+
+    def patch(original, calls):
+        @functools.wraps(type(module).forward)
+        def patched(self, *args, loud=False, **kwargs):
+            calls.append(self)
+            return original(*args, **kwargs)
+
+        return types.MethodType(patched, module)
+
+    calls = []
+    module.forward = patch(module.forward, calls)
+    found = small(bert)
+    seen = []
+    handle = bert.register_forward_hook(lambda *_: seen.append("the old model ran"))
+    layers = [m.register_forward_hook(lambda *_: seen.append("an old layer ran")) for m in bert.modules()]
+    calls.clear()
+    batch = zoo.batches("bert", 1)[0]
+    with torch.no_grad():
+        patched = found(**batch).logits
+        assert calls == [found.get_submodule(part)] and not seen
+        del found.get_submodule(part).forward
+        assert torch.equal(patched, found(**batch).logits)
+    for hook in (handle, *layers):
+        hook.remove()
+
+
+def test_a_bound_forward_stays_where_accelerate_wraps_it(bert, tmp_path):
+    @functools.wraps(type(bert).forward)
+    def own(self, *args, **kwargs):
+        return type(self).forward(self, *args, **kwargs)
+
+    bert.forward, size = types.MethodType(own, bert), bert.num_parameters()
+    trained(bert, tmp_path, bf16=True)  # each step under autocast, which is a forward around the forward
+    assert bert.num_parameters() < size and bert.forward.__func__ is not own
+    assert own_forward(bert).__func__ is own
 
 
 def test_things_that_cannot_be_copied_are_no_hindrance(bert):

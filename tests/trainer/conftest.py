@@ -99,11 +99,13 @@ def make_trainer(tmp_path):
             "disable_tqdm": True,
             "seed": 0,
         } | arguments
+        recipe = {"distil_learning_rate": arguments["learning_rate"]} | (recipe or {})  # what is known of rates was
+        # measured on real models; a toy of a few steps learns at its own
         given = {"train_dataset": toy_data(), "eval_dataset": toy_data(16, seed=2)} | (trainer_kwargs or {})
         trainer = trainer_class(
             model=tiny_bert() if model is None else model,
             args=RMTKDTrainingArguments(str(tmp_path / out), **arguments),
-            rmtkd_config=RMTKDConfig(**(RECIPE | (recipe or {}))),
+            rmtkd_config=RMTKDConfig(**(RECIPE | recipe)),
             teacher_model=teacher_model,
             objectives=objectives,
             **given,

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from optimum_rmtkd import CalibrationError, RMTKDError, surgery
-from optimum_rmtkd.trainer.checks import check_first_batch
 from optimum_rmtkd.trainer.data import CalibrationBatches, calibration_indices, isolated_rng
 
 from .conftest import tiny_bert, toy_data
@@ -96,7 +95,7 @@ def test_data_is_not_tried_out_where_nothing_is_cut(make_trainer, monkeypatch):
 
 def test_a_process_without_a_sample_is_told_so(make_trainer, monkeypatch):
     trainer = make_trainer()
-    monkeypatch.setattr(trainer, "calibration_batches", lambda **_: [])
+    monkeypatch.setattr(trainer.run.host, "calibration_batches", lambda *_, **__: [])
     with pytest.raises(RMTKDError, match="fewer rows than the 1 processes of this run; expected at least one"):
         trainer.train()
 
@@ -105,7 +104,7 @@ def test_trying_out_changes_neither_the_model_nor_the_random_numbers(make_traine
     trainer = make_trainer()
     trainer.model.train()
     before, state = weights(trainer.model), torch.get_rng_state()
-    check_first_batch(trainer)
+    trainer._check_first_batch()
     assert torch.equal(state, torch.get_rng_state())
     assert all(module.training for module in trainer.model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())

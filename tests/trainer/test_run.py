@@ -49,7 +49,8 @@ class FakeHost:
     def measure(self):
         if not self.metrics:
             return None
-        return {"eval_accuracy": self.metrics.pop(0) if len(self.metrics) > 1 else self.metrics[0], "eval_loss": 1.0}
+        value = self.metrics.pop(0) if len(self.metrics) > 1 else self.metrics[0]
+        return {"eval_accuracy": value, "eval_loss": round(1.3 - value, 3)}
 
     def looks(self):
         return 5
@@ -124,7 +125,7 @@ def test_a_model_that_can_teach_is_cut_at_once():
     assert (stage.step, stage.status, stage.metric_before, stage.metric_cut, stage.metric_after) == (
         0, "accepted", 0.9, 0.8, 0.85,
     )  # fmt: skip
-    assert stage.metrics_before == {"eval_accuracy": 0.9, "eval_loss": 1.0} and run.fit.to_dict() is None
+    assert stage.metrics_before == {"eval_accuracy": 0.9, "eval_loss": 0.4} and run.fit.to_dict() is None
     assert [phase.name for phase in run.pace.phases] == ["distil"]
 
 
@@ -190,7 +191,8 @@ def test_a_ruin_is_seen_early_and_begun_anew_at_a_lower_rate(caplog):
         run.after_step(step)
     run.end()
     assert run.stages[0].status == "accepted" and run.stages[0].metric_after == 0.85
-    assert "eval_accuracy 0.3, 0.8 just after the cut, after 25 steps" in run.stages[0].note
+    words = "eval_accuracy 0.3, 0.8 just after the cut, eval_loss 1, 0.5 just after the cut, after 25 steps"
+    assert words in run.stages[0].note
     assert caplog.text.count("begins anew from its cut") == 1
 
 
@@ -252,7 +254,7 @@ def test_an_evaluation_without_the_metric_judges_nothing_and_says_so_once(caplog
     host = FakeHost([0.9, 0.1])
     host.metric_name = "eval_nothing"
     run = live(run_of(host, rounds=2))
-    assert [s.metric_name for s in run.stages] == [None, None] and run.stages[0].metrics_before["eval_loss"] == 1.0
+    assert [s.metric_name for s in run.stages] == [None, None] and run.stages[0].metrics_before["eval_loss"] == 0.4
     assert caplog.text.count("the stages are judged without a metric") == 1
     host = FakeHost([0.9])
     host.metric_name, host.metric_asked_for = "eval_nothing", True

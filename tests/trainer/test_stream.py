@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from optimum_rmtkd.errors import RMTKDError
-from optimum_rmtkd.trainer.checks import check_first_batch
 from optimum_rmtkd.trainer.stream import Stream, _same, is_stream
 
 from .conftest import toy_data
@@ -171,7 +170,7 @@ def stream_trainer(make_trainer, data, out="out", **options):
 
 def test_the_first_look_takes_one_batch(make_trainer):
     data = Rows(500, once=True)
-    check_first_batch(stream_trainer(make_trainer, data))
+    stream_trainer(make_trainer, data)._check_first_batch()
     assert data.read == 8
 
 

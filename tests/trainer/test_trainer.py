@@ -55,7 +55,8 @@ def test_later_cuts_come_inside_training_and_swallow_no_log_line(make_trainer):
     steps = [e["step"] for e in trainer.state.log_history if "loss" in e]
     assert steps == list(range(1, 9))
     rates = history(trainer, "learning_rate")
-    assert rates == pytest.approx([1e-3 * (1 - i / 8) for i in range(8)])
+    warm = [1 / 2, 1, 1 / 2, 1, 1 / 3, 2 / 3, 1, 1]  # after each cut
+    assert rates == pytest.approx([1e-3 * (1 - i / 8) * w for i, w in enumerate(warm)])
     assert [s.parameters_after for s in trainer.stages][-1] == count_parameters(trainer.model)
     assert trainer.callback_handler.model is trainer.model and trainer.model_wrapped is trainer.model
 

@@ -11,7 +11,15 @@ import torch
 from ...distillation.objectives.answers import Answers
 from ...distillation.teachers import without_labels
 from ...errors import RMTKDError
-from .own_loss import carries_gradient, counting, in_place_of, items_of, told_what_it_takes, whole_result
+from .own_loss import (
+    carries_gradient,
+    counting,
+    in_place_of,
+    items_of,
+    told_what_it_takes,
+    whole_head,
+    whole_result,
+)
 
 
 __all__ = ["LossHooks"]
@@ -53,7 +61,9 @@ class LossHooks:
         `num_items_in_batch` is withheld from the task loss: all terms alike are weighed by `DistillationStep.share`.
         """
         if not model.training or not self.run.active or self._term:
-            return super().compute_loss(model, self._host.columns.for_student(inputs), return_outputs=return_outputs)
+            with whole_head(self._host.model):
+                inputs = self._host.columns.for_student(inputs)
+                return super().compute_loss(model, inputs, return_outputs=return_outputs)
         loss, outputs = self._distil(model, inputs, super().compute_loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -63,10 +73,14 @@ class LossHooks:
         Args:
             task_loss_of: `compute_loss` of the trainer below, or an override of it.
         """
-        columns, student = self._host.columns, self._host.model
+        columns, student, inside = self._host.columns, self._host.model, self._host.inside
 
         def plain_outputs(inputs):
-            return model(**without_labels(student, columns.for_calibration(inputs), self.label_names))
+            return inside.run(model, without_labels(student, columns.for_calibration(inputs), self.label_names))
+
+        def around(read, tasked: bool, compared: bool):
+            loss = self._task_loss(model, dict(inputs), task_loss_of, return_outputs=False) if tasked else None
+            return loss, plain_outputs(read) if compared else {}
 
         def forward(inputs, tasked: bool, compared: bool):
             if not tasked:  # the data may be unlabelled
@@ -79,13 +93,15 @@ class LossHooks:
                 self._blind, outputs = True, plain_outputs(offered)
             return loss, outputs
 
-        return self.run.loss(student, inputs, forward, columns.for_student, self.run.progress)
+        forward = around if inside.wraps else forward
+        return self.run.loss(student, inside.read(inputs), forward, columns.for_student, self.run.progress)
 
     def _task_loss(self, model, inputs, task_loss_of, return_outputs: bool) -> Any:
         labelled = any(name in inputs for name in self.label_names)  # smoothing takes them out
         self._term = True
         try:
-            return task_loss_of(model, inputs, return_outputs=return_outputs)
+            with whole_head(self._host.model):
+                return task_loss_of(model, inputs, return_outputs=return_outputs)
         except ValueError as error:
             if labelled:
                 raise
@@ -129,7 +145,14 @@ class LossHooks:
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the trainer's own, with the batch transforms applied and the units of the whole batch counted."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return _LateBatches(batches, self.run.begin_batch), num_items_in_batch
+        return _LateBatches(batches, self._begin_batch), num_items_in_batch
+
+    def _begin_batch(self, batches: list) -> list:
+        inside = self._host.inside
+        if not inside.wraps:
+            return self.run.begin_batch(batches)
+        self.run.begin_batch([inside.read(batch) for batch in batches])
+        return batches
 
     def _get_num_items_in_batch(self, batch_samples, device):
         # of which the model is not told, but a compute_loss of the user's own is

@@ -6,6 +6,7 @@ from .architecture import enable_checkpointing, load_skeleton, load_weights, sam
 from .dropout import DropoutSwitch
 from .in_place import become, install, rewrapped
 from .optimizer import raw_optimizer, regroup, separate_cores
+from .wrapper import renew_wrapper
 
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "load_weights",
     "raw_optimizer",
     "regroup",
+    "renew_wrapper",
     "rewrapped",
     "same_architecture",
     "separate_cores",

@@ -45,12 +45,13 @@ def regroup(
             f"needs {len(groups)}: the groups depend on the architecture. Pass an optimizer whose groups do not, or "
             "`optim`."
         )
-    state = {name: raw.state[old[name]] for name in same if old[name] in raw.state}
+    gone = set(map(id, old.values()))
+    state = {parameter: values for parameter, values in raw.state.items() if id(parameter) not in gone}
+    state |= {new[name]: raw.state[old[name]] for name in same if old[name] in raw.state}
     for group, parameters in zip(raw.param_groups, groups, strict=True):
         group["params"] = parameters
     raw.state.clear()
-    for name, values in state.items():
-        raw.state[new[name]] = values
+    raw.state.update(state)
 
 
 def separate_cores(optimizer: Any, model: nn.Module, lr_scale: float) -> None:
@@ -82,7 +83,8 @@ def groups_by_name(raw, old: dict[str, nn.Parameter], new: dict[str, nn.Paramete
         for p in group["params"]
         if id(p) in names
     }
-    groups: list[list[nn.Parameter]] = [[] for _ in raw.param_groups]
+    # Parameters outside the model (layers of a loss) stay where they are.
+    groups = [[p for p in group["params"] if id(p) not in names] for group in raw.param_groups]
     for name, parameter in new.items():
         if name in group_of:
             groups[group_of[name]].append(parameter)

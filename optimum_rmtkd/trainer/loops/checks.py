@@ -1,0 +1,113 @@
+"""What a loop cannot work with is refused when it is made. Knows Accelerate, no run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import RMTKDError
+from ..checks import one_device, unsharded
+
+
+__all__ = ["check_accelerator", "check_batch", "check_loader", "check_model_is_whole", "check_prepared", "one_loss"]
+
+SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+PREPARE = "model, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(...)"
+
+
+def check_accelerator(accelerator: Any) -> None:
+    """Raises:
+    RMTKDError: no Accelerator, or one that shards the parameters.
+    """
+    from accelerate import Accelerator
+
+    if not isinstance(accelerator, Accelerator):
+        raise RMTKDError(
+            f"RMTKDLoop got a {type(accelerator).__name__} first; expected the script's Accelerator: "
+            "RMTKDLoop(accelerator, model, optimizer, train_dataloader, lr_scheduler, ...)."
+        )
+    if (kind := accelerator.distributed_type.name) in SHARDED:
+        raise unsharded(kind.replace("_", "-"))
+
+
+def check_prepared(accelerator: Any, model: Any, optimizer: Any) -> None:
+    """Raises:
+    RMTKDError: a model or an optimizer that this accelerator has not prepared, or that do not belong together.
+    """
+    if not any(known is model for known in accelerator._models):
+        inner = any(accelerator.unwrap_model(known) is model for known in accelerator._models)
+        how = "it is the inside of one that was: pass what prepare returned" if inner else f"expected {PREPARE} first"
+        raise RMTKDError(f"{type(model).__name__} was not prepared by this accelerator; {how}.")
+    if not any(known is optimizer for known in accelerator._optimizers):
+        raise RMTKDError(
+            f"The optimizer ({type(optimizer).__name__}) was not prepared by this accelerator; expected {PREPARE} "
+            "first, and the optimizer that it returned."
+        )
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise RMTKDError(
+            f"The optimizer ({type(optimizer.optimizer).__name__}) holds no parameter of {type(model).__name__}; "
+            "expected the one that trains it."
+        )
+
+
+def check_model_is_whole(model: nn.Module) -> None:
+    """Raises:
+    RMTKDError: a model whose tensors lie on several devices or processes.
+    """
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1:
+        raise one_device(len(devices))
+    if any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()):
+        raise unsharded("Tensor parallelism")
+
+
+def check_loader(loader: Any) -> None:
+    """Raises:
+    RMTKDError: no DataLoader: the cuts are calibrated on its rows.
+    """
+    if not isinstance(loader, torch.utils.data.DataLoader):
+        raise RMTKDError(
+            f"train_dataloader is a {type(loader).__name__}; expected the DataLoader that accelerator.prepare "
+            "returned: the cuts are calibrated on its rows, through its collate_fn."
+        )
+
+
+def check_batch(batch: Any) -> None:
+    """Raises:
+    RMTKDError: a batch that is no dictionary, or a step without gradients.
+    """
+    if not isinstance(batch, Mapping):
+        raise RMTKDError(
+            f"loop.loss got a {type(batch).__name__}; expected a batch as the model takes it, a dictionary: "
+            "loop.loss(batch) stands for model(**batch).loss."
+        )
+    if not torch.is_grad_enabled():
+        raise RMTKDError(
+            "loop.loss was called without gradients: it is the loss of a training step, and makes the cuts that are "
+            "due. Evaluate with model(**batch)."
+        )
+
+
+def one_loss(loss: Any, label_names: Iterable[str], batch: Mapping[str, Any], own: bool) -> torch.Tensor:
+    """The task's loss, if it is one.
+
+    Args:
+        own: it comes from the user's `task_loss`.
+
+    Raises:
+        RMTKDError: none, or no scalar tensor.
+    """
+    if torch.is_tensor(loss) and not loss.dim():
+        return loss
+    got = f"a tensor {tuple(loss.shape)}" if torch.is_tensor(loss) else type(loss).__name__
+    if own:
+        raise RMTKDError(f"task_loss(outputs, batch) returned {got}; expected a scalar tensor, the batch's mean.")
+    raise RMTKDError(
+        f"The model's outputs hold no loss ({got}) for a batch with {', '.join(batch)}: expected "
+        f"{' or '.join(label_names)} among them. Give labels, pass task_loss=, or leave TaskLoss out of the "
+        "objectives to distil on unlabelled data."
+    )
