@@ -23,7 +23,7 @@ from .conftest import RECIPE, tiny_bert, toy_data
 from .looping import evaluate, looped, prepared, train
 
 
-ROUNDS = {"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5}  # cuts at steps 0 and 4 of 8
+ROUNDS = {"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5, "distil_learning_rate": 1e-3}  # at 0 and 4 of 8
 FITTED = ROUNDS | {"fit_share": 0.25}  # and at 2 and 5, after two steps with dropout
 
 
