@@ -29,7 +29,7 @@ from .host import Host
 from .judge import Judge, Measured
 from .keepsake import Keepsake
 from .pace import Pace
-from .parts import Parts, load_transforms, transforms_state
+from .parts import Parts, load_transforms
 from .records import Records, stage_of
 from .stages import PlannedCut, Stage, too_narrow
 from .state import load_run_state, run_state
@@ -282,13 +282,10 @@ class Run:
         last, name = self.agenda.latest(self.host.max_steps), self.judge.name
         came_from = self.judge.baseline.value
         if step + self.host.looks() <= last:
-            self.judge.say_once(
-                "%s is %.4g at step %d, and was %.4g before the first cut: the next cut waits until it has come back.",
-                name,
-                value,
-                step,
-                came_from,
+            words = (
+                "%s is %.4g at step %d, and was %.4g before the first cut: the next cut waits until it has come back."
             )
+            self.judge.say_once(words, name, value, step, came_from)
             self._wait(step)
             return
         self.agenda.stopped = f"{name} {value:.4g} had not come back to the {came_from:.4g} of the uncut model"
@@ -432,10 +429,6 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """{"values": JSON-able, "tensors": by name}: all that a resumed run needs beside the model's own weights."""
         return run_state(self)
-
-    def process_state(self) -> dict[str, torch.Tensor]:
-        """What this process's transforms need in a resumed run: each process transforms its own batches."""
-        return transforms_state(self.parts.transforms)
 
     def load_state_dict(self, state: dict[str, Any], where: str = "the checkpoint") -> None:
         """Take up the run of that state; the model gets its architecture, not yet its weights.

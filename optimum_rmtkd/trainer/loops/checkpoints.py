@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import RMTKDError
 from ..checkpoint import STATE, read_process_state, read_state, write_process_state, write_state
+from ..parts import transforms_state
 from ..run import Run
 
 
@@ -44,7 +45,7 @@ class LoopCheckpoints:
             if self.accelerator.unwrap_model(model) is self.run.host.model:
                 weights[number] = self.accelerator.get_state_dict(model, unwrap=False)
         accelerator, on_each_node = self.accelerator, self.accelerator.project_configuration.save_on_each_node
-        own = self.run.process_state()
+        own = transforms_state(self.run.parts.transforms)
         write_process_state(folder, accelerator.process_index, accelerator.num_processes, own)
         if accelerator.is_main_process or on_each_node and accelerator.is_local_main_process:
             state = self.run.state_dict()
