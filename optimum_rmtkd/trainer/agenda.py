@@ -73,9 +73,9 @@ class Agenda:
         return max_steps if cut is None else max_steps - (max_steps - cut.step) // 2
 
     def begin_stage(self, step: int, max_steps: int) -> int:
-        """The model just after its cut is at hand; it is looked at after a quarter of the stage. Its steps."""
+        """The model just after its cut is at hand; it is looked at after half of the stage. Its steps."""
         steps = self.stage_steps(step, max_steps)
-        self.stage_from, self.look_at = step, step + steps // 4 if steps >= LOOKED_AT else None
+        self.stage_from, self.look_at = step, step + steps // 2 if steps >= LOOKED_AT else None
         if self.repeats >= REPEATS:
             self.look_at = None
         return steps

@@ -168,12 +168,17 @@ class Judge:
         return not any(verdicts.worse(cut.metrics[name], now.metrics[name], True, rows) for name in others)
 
     def spoiled(self, now: Measured) -> bool:
-        """The same in the midst of training, of its loss where the evaluation has one: a share of right answers moves
-        by points on the way to a better one."""
-        loss, cut = ((moment.metrics or {}).get(self.host.loss_name) for moment in (now, self.just_cut))
-        if loss is None or cut is None:
+        """Is a stage in its midst being ruined, by its loss or by the metric that judges?"""
+        cut, loss = self.just_cut, self.host.loss_name
+        if now.value is None or cut.value is None:
             return self.worse(now)
-        return verdicts.worse(loss, cut, greater_is_better=False)
+        if (
+            loss in now.metrics
+            and loss in cut.metrics
+            and verdicts.spoiled(now.metrics[loss], cut.metrics[loss], False)
+        ):
+            return True
+        return verdicts.spoiled(now.value, cut.value, self.greater_is_better, self.host.validation_rows)
 
     def words(self, now: Measured) -> str:
         """A moment beside the one just after the cut, for people."""

@@ -10,13 +10,14 @@ import math
 from collections.abc import Iterable
 
 
-__all__ = ["come_back", "farther", "greater_is_better", "noise", "telling", "worse"]
+__all__ = ["come_back", "farther", "greater_is_better", "noise", "spoiled", "telling", "worse"]
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "mse", "rmse", "mae", "wer", "cer")
 TELLING = ("loss", "f1", "exact_match", "exact", "accuracy", "matthews_correlation", "pearson", "spearmanr", "rougel")
 TELLING += ("rouge1", "bleu", "sacrebleu", "score", "perplexity")
 LOSS_NOISE = 0.1  # of a loss: it moves that much between two equally good models, and grows with their confidence
 LEAST_NOISE = 0.005  # of a metric
+SPOILED, SPOILED_LOSS = 0.03, 0.25  # of a metric, of a loss
 LEAST_NATS = 0.05  # of a divergence
 NEAR = 0.9  # of a metric's way from nothing to the uncut model's value (the paper's threshold of a stage)
 NEAR_LOSS = 0.5  # of a loss's way from the uncut model's value to that of knowing nothing
@@ -58,6 +59,17 @@ def worse(after: float, cut: float, greater_is_better: bool, rows: int | None = 
         return False
     lost = cut - after if greater_is_better else after - cut
     return not lost <= noise(cut, greater_is_better, rows)
+
+
+def spoiled(after: float, cut: float, greater_is_better: bool, rows: int | None = None) -> bool:
+    """The same in the midst of a run, where a stage that will end well may pass through worse moments: more than a
+    quarter of a loss, or 3 points of a metric and twice its noise (docs/guides/rates.md has what was seen)."""
+    if not math.isfinite(cut):
+        return False
+    if not greater_is_better:
+        return not after - cut <= SPOILED_LOSS * abs(cut)
+    points = SPOILED * (1.0 if abs(cut) <= 1.0 else max(100.0, abs(cut)))
+    return not cut - after <= max(points, 2 * noise(cut, greater_is_better, rows))
 
 
 def farther(after: float, cut: float) -> bool:

@@ -239,15 +239,15 @@ def test_a_ruin_is_seen_early_and_begun_anew_at_a_lower_rate(caplog):
     run = run_of(host)
     run.begin()
     cut = [p.detach().clone() for p in host.model.parameters()]
-    live(run, steps=25)
+    live(run, steps=50)
     assert all(torch.equal(a, b) for a, b in zip(cut, host.model.parameters(), strict=True))  # just after the cut
     assert "forget" in host.done and run.pace.phases[-1].factor == pytest.approx(1 / 3)
-    for step in range(26, 101):
+    for step in range(51, 101):
         host.step = step
         run.after_step(step)
     run.end()
     assert run.stages[0].status == "accepted" and run.stages[0].metric_after == 0.85
-    words = "eval_accuracy 0.3, 0.8 just after the cut, eval_loss 1, 0.5 just after the cut, after 25 steps"
+    words = "eval_accuracy 0.3, 0.8 just after the cut, eval_loss 1, 0.5 just after the cut, after 50 steps"
     assert words in run.stages[0].note
     assert caplog.text.count("begins anew from its cut") == 1
 
