@@ -172,11 +172,8 @@ class Judge:
         cut, loss = self.just_cut, self.host.loss_name
         if now.value is None or cut.value is None:
             return self.worse(now)
-        if (
-            loss in now.metrics
-            and loss in cut.metrics
-            and verdicts.spoiled(now.metrics[loss], cut.metrics[loss], False)
-        ):
+        losses = [moment.metrics.get(loss) for moment in (now, cut)]
+        if None not in losses and verdicts.spoiled(*losses, greater_is_better=False):
             return True
         return verdicts.spoiled(now.value, cut.value, self.greater_is_better, self.host.validation_rows)
 
