@@ -433,6 +433,7 @@ def rows_of(shared, file, column, labels, tokenizer, count, size=32):
         yield batch | {"labels": given}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, classes, column", [("sst2", 2, "sentence"), ("ag_news_sub", 4, "text")])
 def test_a_real_encoder_with_a_random_head_cannot_teach_even_without_its_marks(shared, file, classes, column):
     folder = shared / "models" / "all_minilm_l6_v2"
