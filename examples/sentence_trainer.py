@@ -60,7 +60,7 @@ def main() -> None:
     validation = read(script.validation_file, script.columns)
     evaluator = EmbeddingSimilarityEvaluator(*(validation[name][:] for name in script.columns), name="dev")
     before = evaluator(model)
-    training.metric_for_best_model = training.metric_for_best_model or "eval_dev_spearman_cosine"
+    training.metric_for_best_model, training.greater_is_better = "eval_dev_spearman_cosine", True
     trainer = NarrowingSentenceTrainer(
         model=model,
         args=training,

@@ -271,7 +271,8 @@ def guard(output: Path) -> None:
             worst = max(stage[1:] or stage, key=lambda look: look["loss"])
             chosen = (before, stage[0], worst, stage[-1])
             cells = [f"{look['loss']:.3f} / {100 * look['accuracy']:.1f}" for look in chosen]
-            line = [row["task"], f"{row['target']:.0%}", row["steps"], f"{row['rate']:.0e}", row["seed"], number]
+            rate = f"{row['rate']:.0e}" + (", rule" if row["rule"] else "")
+            line = [row["task"], f"{row['target']:.0%}", row["steps"], rate, row["seed"], number]
             print("| " + " | ".join(map(str, line + cells)) + " |")
 
 

@@ -28,6 +28,8 @@ __all__ = [
     "check_model",
     "check_own_loss",
     "check_parts",
+    "check_wrapped",
+    "cuts_stream",
     "one_device",
     "unsharded",
 ]
@@ -75,6 +77,16 @@ def check_model(model: nn.Module, recipe: RMTKDConfig, evaluated: bool) -> None:
         )
 
 
+def cuts_stream(model: nn.Module, recipe: RMTKDConfig) -> bool:
+    """Whether the recipe narrows what the model gives: its residual stream."""
+    from .. import surgery
+    from ..surgery.sites import select_sites
+
+    if recipe.schedule == "none":
+        return False
+    return any(site.kind == "hidden" for site in select_sites(surgery.anatomy_of(model, recipe), recipe.sites))
+
+
 def check_length(args: Any, train_dataset: Any = None, **others: Any) -> None:
     """The number of steps has to be known: the cuts are spread over them.
 
@@ -116,6 +128,25 @@ def check_parts(run: Run, model: nn.Module) -> None:
         )
 
 
+def check_wrapped(run: Run, whole: str) -> None:
+    """The batches of a library's own model stay as its loss wants them.
+
+    Args:
+        whole: class of the model around the narrowed one.
+
+    Raises:
+        RMTKDError: a transform, or answers that lie in the rows.
+    """
+    changed = [type(transform).__name__ for transform in run.parts.transforms]
+    if isinstance(run.tutor.given, CachedTeacher):
+        changed.append(type(run.tutor.given).__name__)
+    if changed:
+        raise RMTKDError(
+            f"{', '.join(changed)} works on the batches of a model that is trained by itself; those of {whole} belong "
+            "to its own loss. Leave it out, or train the transformer inside with RMTKDTrainer."
+        )
+
+
 def check_own_loss(compute_loss: Callable, owner: str, run: Run) -> None:
     """Distillation compares the outputs that the task's loss was computed from.
 
@@ -140,16 +171,21 @@ def check_own_loss(compute_loss: Callable, owner: str, run: Run) -> None:
         )
 
 
-def check_data(dataset: Any) -> None:
-    """Raises:
-    RMTKDError: no training data, none in it, or splits in place of rows.
+def check_data(dataset: Any, parts_allowed: bool = False) -> None:
+    """Is there training data?
+
+    Args:
+        parts_allowed: the loader is one that takes several sets.
+
+    Raises:
+        RMTKDError: no training data, none in it, or splits in place of rows.
     """
     if dataset is None:
         raise RMTKDError(
             "train() without train_dataset: it is needed to calibrate the cuts and to distil. Pass train_dataset "
             "to RMTKDTrainer, or use optimum_rmtkd.narrow for a single cut without training."
         )
-    if isinstance(dataset, Mapping):
+    if isinstance(dataset, Mapping) and not parts_allowed:
         raise RMTKDError(
             f"train_dataset is a {type(dataset).__name__} with "
             f"{', '.join(map(str, list(dataset)[:6]))}: expected rows. Pass one split of it."

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import nn
-
 from ..config import RMTKDConfig
 from . import plain
 from .data import isolated_rng
@@ -14,35 +12,42 @@ from .host import Host
 from .stages import PlannedCut, check_target, plan_cuts
 
 
-__all__ = ["check_edges", "planned", "reduced"]
+__all__ = ["planned", "reduced"]
 
 OVERSHOOT = 0.01  # of the parameters, that a cut may go beyond the target
 
 
-def planned(
-    model: nn.Module, config: RMTKDConfig, max_steps: int, fit_steps: int, kept: float
-) -> tuple[PlannedCut, ...]:
-    """All cuts of a run of `max_steps`, of which the first `fit_steps` fine-tune the model.
+def planned(host: Host, config: RMTKDConfig, fit_steps: int, kept: float) -> tuple[PlannedCut, ...]:
+    """All cuts of a run, of which the first `fit_steps` fine-tune the model.
 
     Args:
         kept: share of the uncut model's parameters that there are now.
 
     Raises:
         BudgetError: the model meets the target already.
+        NoTargetError: there is none, the model is fine-tuned first or cut layer by layer, and its spectra do not say
+            how far.
         RMTKDError: fewer steps than cuts.
     """
     from .. import surgery
 
+    model, layerwise = host.model, config.schedule == "layerwise"
     parameters = plain.parameters(model)
     check_target(config, parameters, round(parameters / kept))
-    groups = surgery.stage_sites(model, config) if config.schedule == "layerwise" else ()
-    cuts = plan_cuts(config, max_steps - fit_steps, groups, kept)
+    sites = _edges(host, config) if fit_steps or layerwise else None
+    groups = surgery.stage_sites(model, config) if layerwise else ()
+    if sites is not None:
+        groups = [left for group in groups if (left := [name for name in group if name in sites])]
+    cuts = plan_cuts(config, host.max_steps - fit_steps, groups, kept)
     return tuple(dataclasses.replace(cut, step=cut.step + fit_steps) for cut in cuts)
 
 
-def check_edges(host: Host, config: RMTKDConfig) -> None:
+def _edges(host: Host, config: RMTKDConfig) -> tuple[str, ...] | None:
     """Without a target the spectra have to say how far to cut. Asked of a model that is fine-tuned first: hours of
-    training should not end at that question.
+    training should not end at that question; and where each layer is cut by its own edge.
+
+    Returns:
+        Names of the sites whose edge means something; None where there is no question.
 
     Raises:
         NoTargetError: they do not; the message shows what sizes are predicted to cost.
@@ -50,7 +55,7 @@ def check_edges(host: Host, config: RMTKDConfig) -> None:
     from .. import surgery
 
     with isolated_rng(config.seed):
-        surgery.check_edges(
+        return surgery.check_edges(
             plain.plain(host.model),
             host.calibration_batches(),
             config,

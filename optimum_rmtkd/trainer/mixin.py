@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from ..batches import evaluating
 from ..config import RMTKDConfig
 from ..distillation import BatchTransform, CachedTeacher, DistillationObjective, Teacher
 from ..distillation.cached import CLASSES, AnswerCollator
@@ -26,6 +27,8 @@ from .checks import (
     check_model,
     check_own_loss,
     check_parts,
+    check_wrapped,
+    cuts_stream,
     one_device,
     unsharded,
 )
@@ -36,11 +39,13 @@ from .hooks.hosting import TrainerHost
 from .hooks.losses import LossHooks
 from .hooks.results import ResultHooks
 from .hooks.schedules import ScheduleHooks
-from .parts import parts_of
+from .inside import inside_of
+from .parts import answerable, parts_of
 from .run import Run
 from .stages import Stage, stage_table
 from .stream import Stream, evaluated_again
 from .teaching import accept_teacher, check_cached
+from .verdicts import greater_is_better
 
 
 __all__ = ["RMTKDMixin"]
@@ -58,7 +63,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     Args:
         model: a `PreTrainedModel` of a supported family. It keeps its identity; class and widths change at each cut.
         args: `RMTKDTrainingArguments`, or any `TrainingArguments`.
-        rmtkd_config: the recipe. None: `RMTKDConfig()`, where the spectral edges decide the widths if they can.
+        rmtkd_config: the recipe. None: `RMTKDConfig()`, which asks for a target where the spectra do not say how far
+            to cut.
         teacher_model: None for self-distillation (`rmtkd_config.teacher`); a model of the same vocabulary and labels;
             a list of models, or of (model, weight); or a `Teacher` (OnlineTeacher, CachedTeacher). `HiddenStateLoss`
             is used only if it is the very model that is cut: no projection is known for another one.
@@ -67,7 +73,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         reparameterization: None, an instance, a name ("mpo", "powerpropagation") or a dict: trained in place of the
             weights, put on again after each cut, folded back in everything that is saved and when training ends.
         transforms: batch transforms (EmbeddingMixup, OnPolicy, ...), one or several, or their names or dicts.
-        **kwargs: as `transformers.Trainer`.
+        *positional, **kwargs: as the trainer behind it takes them, in its order.
 
     Each training log line carries `loss/<objective>`, unweighted, averaged since the last one. `train()` adds
     `parameters_before`, `parameters_after` and `reduction` to its metrics; `stages` and `rmtkd_stages.json` tell what
@@ -93,8 +99,6 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     def __init__(
         self,
-        model=None,
-        args=None,
         *positional,
         rmtkd_config: RMTKDConfig | None = None,
         teacher_model: nn.Module | Teacher | Sequence | None = None,
@@ -111,13 +115,13 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             )
         parts = parts_of(self.rmtkd_config, objectives, reparameterization, transforms)
         self.reparameterization, self.transforms = parts.reparameterization, parts.transforms
-        if sharding := next((what for what in ("fsdp", "deepspeed") if getattr(args, what, None)), None):
-            raise unsharded(sharding)
-        taken = inspect.signature(super().__init__).bind_partial(model, args, *positional, **kwargs).arguments
-        if args is not None:
-            check_length(args, taken.get("train_dataset"))
+        given = _by_name(super().__init__, positional) | kwargs
+        if (args := given.get("args")) is not None:
+            if sharding := next((what for what in ("fsdp", "deepspeed") if getattr(args, what, None)), None):
+                raise unsharded(sharding)
+            check_length(args, given.get("train_dataset"))
         self.run: Run | None = None
-        super().__init__(model, args, *positional, **kwargs)
+        super().__init__(*positional, **kwargs)
         check_length(self.args, self.train_dataset)
         self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
         if not self.replaces_loss:
@@ -134,13 +138,17 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
         companions = Companions(self.accelerator, **adam, max_grad_norm=self.args.max_grad_norm)
         self._host = TrainerHost(self)
+        if objectives is None and self.rmtkd_config.objectives is None:
+            parts = parts._replace(objectives=answerable(parts.objectives, self._host.model))
         self.run = Run(self._host, self.rmtkd_config, parts, companions, reentrant=self._reentrant)
         self.run.evaluates = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
         if teacher_model is not None:
             self._accept(teacher_model)
         check_parts(self.run, self._host.model)
-        if self.overrides_loss:
-            check_own_loss(self.compute_loss, type(self).__name__, self.run)
+        if self._host.inside.wraps:
+            check_wrapped(self.run, type(self.model).__name__)
+        if self.own_loss and self.compute_loss_func is None:
+            check_own_loss(self._their_loss(), type(self).__name__, self.run)
         self._adapt_losses()
         self.patience = Patience(self.run, self.callback_handler)
         self.add_callback(StageCallback(self.run, self.patience, self._end_step))
@@ -150,7 +158,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             raise unsharded("fsdp" if self.is_fsdp_enabled else "deepspeed")
         if self.args.n_gpu > 1 or self.is_model_parallel:
             raise one_device(self.args.n_gpu)
-        check_model(TrainerHost(self).model, self.rmtkd_config, evaluated=self.eval_dataset is not None)
+        host = TrainerHost(self)
+        check_model(host.model, self.rmtkd_config, evaluated=host.evaluates)
 
     @property
     def _reentrant(self) -> bool:
@@ -160,6 +169,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def _accept(self, teacher: Any) -> None:
         """A teacher that was passed in."""
         run, host = self.run, self._host
+        if isinstance(teacher, nn.Module):
+            teacher = inside_of(teacher, self).model
         if not accept_teacher(run.tutor, teacher, host.model, self.args.device):
             self.rmtkd_config = run.config = self.rmtkd_config.replace(teacher="initial")
             return
@@ -198,7 +209,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def greater_is_better(self) -> bool:
         """Direction of that metric."""
         given = self.args.greater_is_better
-        return not self.metric_name.endswith("loss") if given is None else given
+        return greater_is_better(self.metric_name) if given is None else given
 
     def calibration_batches(self, strip: bool = True, samples: int | None = None) -> Iterable[dict[str, Any]]:
         """This process's share of the calibration data, the same in every pass.
@@ -218,7 +229,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             BudgetError: the model is already as small as the target.
         """
         run, host = self.run, self._host
-        check_data(self.train_dataset)
+        check_data(self.train_dataset, parts_allowed=host.own_loader)
         host.keep_stream()
         self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
         self._check_first_batch()
@@ -241,13 +252,18 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         if self.args.should_save:
             self._write_results(before, after)
         if self.is_world_process_zero() and self.stages:
-            print(stage_table(self.stages))
+            print(stage_table(self.stages, run.fit.to_dict()))
         return output
 
     def _check_first_batch(self) -> None:
-        own = self.overrides_loss or self.compute_loss_func is not None
+        own = self.own_loss
         needed, samples = not own and not self.can_return_loss, self.args.per_device_eval_batch_size
         check_first_batch(self.run, samples, labels_needed=needed, classes_known=not own)
+        inside = self._host.inside
+        if inside.wraps and cuts_stream(inside.model, self.rmtkd_config):
+            batch = self._host.a_batch()
+            with evaluating(self.model):
+                inside.check_width(lambda: super(RMTKDMixin, self).compute_loss(self.model, dict(batch)))
 
     @property
     def stream(self) -> Stream | None:
@@ -321,3 +337,9 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def _get_collator_with_removed_columns(self, data_collator, description=None):
         with self._kept_for_teacher(description):
             return super()._get_collator_with_removed_columns(data_collator, description)
+
+
+def _by_name(function: Callable, positional: Sequence[Any]) -> dict[str, Any]:
+    """Positional arguments by the names of the parameters that they meet; those that meet *args have none."""
+    named = [p for p in inspect.signature(function).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return {parameter.name: value for parameter, value in zip(named, positional, strict=False)}

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from ..config import RMTKDConfig
 from ..distillation import (
     BatchTransform,
     DistillationObjective,
+    KLDivergence,
     TensorAlignment,
     build_objectives,
     build_transforms,
@@ -23,7 +25,7 @@ from ..reparameterization import MatrixProductOperator, Reparameterization, buil
 from .checkpoint import flatten, subset
 
 
-__all__ = ["Parts", "described", "load_transforms", "parts_of", "transforms_state"]
+__all__ = ["Parts", "answerable", "described", "load_transforms", "parts_of", "transforms_state"]
 
 
 class Parts(NamedTuple):
@@ -38,6 +40,12 @@ def described(**kinds: Iterable[Part]) -> dict[str, list[str]]:
         kind: [json.dumps(part.to_dict(), default=lambda value: type(value).__name__) for part in parts]
         for kind, parts in kinds.items()
     }
+
+
+def answerable(objectives: list[DistillationObjective], model: nn.Module) -> list[DistillationObjective]:
+    """Those of the recipe's terms that find something to compare in a model without a head, which has no logits."""
+    backbone = getattr(model, "base_model", None) is model
+    return [objective for objective in objectives if not (backbone and isinstance(objective, KLDivergence))]
 
 
 def parts_of(

@@ -4,9 +4,9 @@ Pure functions of three numbers; they know no trainer and no model.
 
 Measured (docs/guides/rates.md), not derived. A student that was cut is a disturbed copy of its teacher. A small rate
 repairs it; a large one first destroys what the cut had left, and then needs many steps to learn it again. So the rate
-at which a stage ends best grows with the number of its steps, about as their square root, and with the share that was
-removed: less is left that a large rate could destroy. In epochs there is no rule: an epoch of one data set has forty
-times the steps of another.
+at which a stage ends best grows with the number of its steps, about as their square root, and up to four fifths with
+the share that was removed: less is left that a large rate could destroy. In epochs there is no rule: an epoch of one
+data set has forty times the steps of another.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import RMTKDError
 
 __all__ = ["Rate", "distil_rate", "rate_band", "warmup_steps"]
 
-CENTRE, CENTRE_STEPS = 1e-4, 512  # the middle of the band at four fifths removed
+CENTRE, CENTRE_STEPS = 1e-4, 512  # the middle of the band from four fifths removed on
 WIDTH = math.sqrt(3.0)  # from the middle to either border, as a factor
 FLOOR, CEILING = 2e-5, 3e-4  # of every band: no rate outside was ever the best
 WARMUP_SHARE, WARMUP_LIMITS = 0.06, (5, 200)  # of a stage; its least and greatest
@@ -53,8 +53,8 @@ def rate_band(removed: float, steps: int) -> tuple[float, float]:
         raise RMTKDError(f"removed = {removed}: expected the share of the parameters that the cuts remove, in (0, 1).")
     if steps < 1:
         raise RMTKDError(f"steps = {steps}: expected the number of optimizer steps of the distillation, at least 1.")
-    harder = math.sqrt(removed / (1 - removed) / 4)  # 1 at four fifths
-    centre = CENTRE * harder * math.sqrt(steps / CENTRE_STEPS)
+    gone = min(1.0, math.sqrt(removed / (1 - removed)) / 2)  # 1 from four fifths on
+    centre = CENTRE * gone * math.sqrt(steps / CENTRE_STEPS)
     low, high = (min(max(border, FLOOR), CEILING) for border in (centre / WIDTH, centre * WIDTH))
     return low, high
 

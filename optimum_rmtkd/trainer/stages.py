@@ -58,7 +58,7 @@ class Stage:
             the stage; None without an eval_dataset. It is the one that judges the stage.
         metrics_before, metrics_cut, metrics_after: all numbers that the evaluation returned at these moments, without
             times and speeds (`hub.measures.of_quality`), that one included.
-        predicted_loss: what the cut was predicted to add to the task loss of a sample, in nats (`BudgetPoint`).
+        predicted_loss: what the cut was predicted to add to the task loss of an answer, in nats (`BudgetPoint`).
         divergence, divergence_after: of the model just after the cut, untrained, and at the end of the stage, from the
             uncut one, in nats an answer.
         learning_rate: peak rate of the distillation of this stage.

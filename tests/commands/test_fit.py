@@ -72,6 +72,17 @@ def test_a_fine_tuned_model_keeps_its_head_and_is_fine_tuned_all_the_same(
     assert journal["fit"]["steps"] == 1
 
 
+def test_the_same_command_continues_a_run_that_was_fine_tuned(cli, raw, table, validation_table, tmp_path):
+    files = ("--model", raw, "--train-file", table, "--validation-file", validation_table)
+    steps = ("--max-steps", 5, "--save-steps", 2, "--checkpoints", tmp_path / "runs")
+    outputs = [tmp_path / "first", tmp_path / "again"]
+    for folder in outputs:
+        code, _, err = cli("compress", "--fit", *files, *SMALL, *steps, "-o", folder)
+        assert code == 0, err
+    for name in ("model.safetensors", "rmtkd_stages.json"):
+        assert (outputs[0] / name).read_bytes() == (outputs[1] / name).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -58,7 +58,7 @@ SCRIPTS = (
         "exact_match",
         40.0,
         8.0,
-        {"max_seq_length": 40, "num_train_epochs": 6},
+        {"max_seq_length": 40, "num_train_epochs": 8},
     ),
     Script("swag", "run_swag", toys.csv_files(toys.endings), toys.save_bert, "accuracy", 0.25, 0.05),
     Script(
@@ -69,7 +69,7 @@ SCRIPTS = (
         "accuracy",
         0.3,
         0.06,
-        {"line_by_line": True, "mlm_probability": 0.25},
+        {"line_by_line": True, "mlm_probability": 0.25, "num_train_epochs": 5},
         exact=False,
     ),
     Script(
@@ -91,7 +91,7 @@ SCRIPTS = (
         "rouge1",
         50.0,
         6.0,
-        {"predict_with_generate": True, "learning_rate": 5e-3, "num_train_epochs": 6},
+        {"predict_with_generate": True, "learning_rate": 5e-3},
         {"form": "factored"},
     ),
     Script(
@@ -102,7 +102,7 @@ SCRIPTS = (
         "rouge1",
         50.0,
         6.0,
-        {"predict_with_generate": True, "num_train_epochs": 6},
+        {"predict_with_generate": True},
         {"form": "factored"},
     ),
     Script(
@@ -113,6 +113,6 @@ SCRIPTS = (
         "accuracy",
         0.33,
         0.06,
-        {"remove_unused_columns": False, "num_train_epochs": 8},
+        {"remove_unused_columns": False, "num_train_epochs": 12},
     ),
 )

@@ -225,7 +225,7 @@ def test_in_two_processes(workshops, name):
 def test_two_cuts_from_a_raw_checkpoint(workshops):
     """The second one comes when the first has been distilled."""
     shop = workshops("glue")
-    out = shop.run("deep-run", shop.raw, {"target_reduction": 0.8}, num_train_epochs=8)
+    out = shop.run("deep-run", shop.raw, {"target_reduction": 0.8})
     check_all(shop, out, 0.8)
     check_as_good_as_plain(shop, out)
     first, second = journal(out)["stages"]

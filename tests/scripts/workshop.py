@@ -23,7 +23,7 @@ STEPS = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 64,
     "learning_rate": 2e-3,
-    "num_train_epochs": 4,
+    "num_train_epochs": 8,
 }
 
 
@@ -50,12 +50,12 @@ TRAINER = Kind(
     STEPS
     | {"do_train": True, "do_eval": True, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     | {"save_strategy": "no", "logging_steps": 16},
-    {"eval_strategy": "epoch", "save_strategy": "epoch"},
+    {"eval_strategy": "steps", "eval_steps": 0.25, "save_strategy": "steps", "save_steps": 0.25},
     {"do_train": False},
     "eval_",
     "checkpoint-*",
 )
-LOOP = Kind(STEPS | {"cpu": True}, {"checkpointing_steps": 32}, {"num_train_epochs": 0}, "", "step_*")
+LOOP = Kind(STEPS | {"cpu": True}, {"checkpointing_steps": 64}, {"num_train_epochs": 0}, "", "step_*")
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import torch
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from optimum_rmtkd import RMTKDConfig, RMTKDError
 from optimum_rmtkd.trainer import RMTKDMixin, RMTKDTrainer, pace
 
 from .conftest import tiny_bert, toy_data
@@ -181,9 +182,9 @@ def plain_rate(monkeypatch):
 def test_one_schedule_a_phase(make_trainer, plain_rate, caplog):
     trainer = make_trainer(max_steps=10, recipe={"fit_share": 0.4, "distil_learning_rate": None}, learning_rate=1e-3)
     trainer.train()
-    fit = [1e-3 * (1 - step / 4) for step in range(4)]
+    fit = [1e-3 * (1 - round(step * 10 / 4) / 10) for step in range(4)]  # the whole schedule, in its own steps
     half, warm = 5e-4, [1 / 3, 2 / 3, 1, 1, 1, 1]
-    distil = [half * (1 - step / 6) * w for step, w in zip(range(6), warm, strict=True)]
+    distil = [half * (1 - round(step * 10 / 6) / 10) * w for step, w in zip(range(6), warm, strict=True)]
     assert rates(trainer) == pytest.approx([*fit, *distil])
     assert trainer.stages[0].step == 4 and "peak learning rate of 0.0005: for the test" in caplog.text
     assert trainer.stages[0].learning_rate == pytest.approx(half)
@@ -253,3 +254,27 @@ def test_what_a_run_lost_is_said_at_its_end(make_trainer, caplog):
 
 def test_a_trainer_of_transformers_behind_the_mixin_is_the_shipped_one():
     assert issubclass(RMTKDTrainer, RMTKDMixin) and issubclass(RMTKDTrainer, Trainer)
+
+
+class Ordered(Trainer):
+    """As DPOTrainer has it: the arguments are not the second of the parameters."""
+
+    def __init__(self, model, reference=None, args=None, train_dataset=None, eval_dataset=None):
+        self.reference = reference
+        super().__init__(model, args, train_dataset=train_dataset, eval_dataset=eval_dataset)
+
+
+class RMTKDOrdered(RMTKDMixin, Ordered):
+    pass
+
+
+def test_arguments_keep_the_order_of_the_trainer_behind(tmp_path):
+    args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to=[], save_strategy="no")
+    for given in (("reference", args, toy_data()), ()):
+        named = {} if given else {"reference": "reference", "args": args, "train_dataset": toy_data()}
+        trainer = RMTKDOrdered(tiny_bert(), *given, rmtkd_config=RMTKDConfig(target_reduction=0.3), **named)
+        assert trainer.args is args and trainer.reference == "reference" and len(trainer.train_dataset) == 64
+    endless = (row for row in toy_data())
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    with pytest.raises(RMTKDError, match="max_steps"):
+        RMTKDOrdered(tiny_bert(), None, args, endless)

@@ -34,6 +34,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, SequenceClassifierOutput
 
+from optimum_rmtkd import RMTKDConfig, narrow
 from optimum_rmtkd.trainer.chance import frequency_loss
 from optimum_rmtkd.trainer.readiness import GAIN, new_head, readiness
 
@@ -132,6 +133,7 @@ def test_classes_are_judged_by_the_cross_entropy_of_those_that_count():
     assert found.loss == pytest.approx(-math.log(0.9)) and found.can_teach
     assert found.chance == pytest.approx(frequency_loss(torch.tensor([3.0, 4.0])))
     assert "7 calibration labels" in found.why and "label frequencies" in found.why
+    assert readiness(model, [batch_of(answer, labels[:, None])]).loss == pytest.approx(found.loss)
 
 
 @pytest.mark.parametrize("certainty", [1.0, 1 / 3])
@@ -390,6 +392,15 @@ def test_a_copy_has_no_marks_and_may_be_new_while_its_biases_are_zero(tmp_path):
     assert new_head(model) is None
     model.classifier.bias.data += 0.1
     assert new_head(model) is False
+
+
+def test_the_head_of_a_narrowed_model_is_not_new(tmp_path):
+    model = MODELS[0].__class__(MODELS[0].config)
+    model.classifier.bias.data.fill_(0.1)
+    batches = [{"input_ids": torch.randint(0, 50, (16, 8))}]
+    recipe = RMTKDConfig(target_reduction=0.2, round_to=4, min_width=4, calibration_samples=16)
+    narrow(model, batches, recipe).save_pretrained(tmp_path)
+    assert new_head(AutoModelForSequenceClassification.from_pretrained(tmp_path)) is False
 
 
 def test_a_backbone_alone_has_no_head():

@@ -67,6 +67,12 @@ def pairs(samples=48, seed=0):
     return datasets.Dataset.from_dict(rows)
 
 
+def classes():
+    rows = pairs()
+    labels = [int(2 * score) for score in rows["score"]]
+    return rows.remove_columns("score").add_column("label", labels)
+
+
 def judge(name="dev"):
     rows = pairs(24, 1)
     return evaluation.EmbeddingSimilarityEvaluator(
@@ -87,7 +93,8 @@ def make_sentences(tmp_path, sentence_model):
             "report_to": [],
             "disable_tqdm": True,
         } | arguments
-        usual = {"target_reduction": 0.4, "calibration_samples": 32, "round_to": 4, "min_width": 4}
+        usual = {"target_reduction": 0.3, "calibration_samples": 32, "round_to": 4, "min_width": 4}
+        usual["sites"] = ("hidden",)
         model = sentence_model() if model is None else model
         rest = {"train_dataset": pairs(), "eval_dataset": pairs(16, 1)} | (given or {})
         trainer = cls(
@@ -109,10 +116,11 @@ def test_the_transformer_inside_is_narrowed(make_sentences, tmp_path):
     metrics = trainer.train().metrics
     assert trainer.model is whole and whole[0].auto_model is inner and type(inner).__name__ == "RMTKDBertModel"
     width = inner.config.hidden_size
-    assert width < 32 and metrics["reduction"] > 0.35 and trainer.stages[-1].status == "accepted"
+    assert width < 32 and metrics["reduction"] > 0.25 and trainer.stages[-1].status == "accepted"
     for line in terms(trainer):
         assert {"loss/task", "loss/hidden"} <= set(line) and "loss/kl" not in line
     texts = pairs(4, 2)["first"][:]
+    trainer.accelerator.unwrap_model(whole, keep_fp32_wrapper=False)  # no autocast from here on
     expected = whole.encode(texts)
     assert expected.shape == (4, width)
     for save, folder in ((trainer.save_model, "saved"), (whole.save_pretrained, "pretrained")):
@@ -127,14 +135,13 @@ def test_columns_are_read_as_one_batch_of_texts(make_sentences):
     rows = [trainer.train_dataset[i] for i in range(8)]
     batch = trainer.data_collator(rows)
     read = trainer._host.inside.read(batch)
-    assert set(read) == {"input_ids", "token_type_ids", "attention_mask"} and len(read["input_ids"]) == 16
+    assert set(read) == {"input_ids", "attention_mask"} and len(read["input_ids"]) == 16
     inner = trainer.model[0].auto_model.eval()
     columns, labels = trainer.collect_features(dict(batch))
     with torch.no_grad():
         together = inner(**read).last_hidden_state
         for number, column in enumerate(columns):
-            names = ("input_ids", "attention_mask", "token_type_ids")
-            alone = inner(**{n: column[n] for n in names}).last_hidden_state
+            alone = inner(**{name: column[name] for name in read}).last_hidden_state
             kept = column["attention_mask"].bool()
             ours = together[8 * number : 8 * number + 8, : kept.shape[1]]
             torch.testing.assert_close(ours[kept], alone[kept])
@@ -167,11 +174,10 @@ def test_the_task_term_is_its_own_loss(make_sentences, tmp_path, sentence_model)
 
 
 def test_the_hidden_states_of_all_columns_are_distilled(make_sentences):
-    objectives = [TaskLoss(1e-3), HiddenStateLoss(1.0)]
-    trainer = make_sentences(given={"objectives": objectives}, max_steps=40, learning_rate=3e-3)
+    trainer = make_sentences(given={"objectives": [HiddenStateLoss(1.0)]}, max_steps=40, learning_rate=1e-3)
     trainer.train()
-    first, *_, last = (line["loss/hidden"] for line in terms(trainer))
-    assert last < first / 2
+    found = [line["loss/hidden"] for line in terms(trainer)]
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
 
 
 def test_terms_do_not_depend_on_accumulation(make_sentences):
@@ -213,10 +219,9 @@ def test_what_needs_the_width_keeps_the_stream(make_sentences, sentence_model, w
     layers = (modules.Dense(32, 16), modules.Normalize()) if what == "layer" else ()
     model = sentence_model(*layers)
     width = model.get_embedding_dimension()
-    labelled = pairs().map(lambda row: {"score": int(2 * row["score"])})
     softmax = lambda model: losses.SoftmaxLoss(model, width, num_labels=3)  # noqa: E731
     options = {"loss": softmax if what == "loss" else losses.CoSENTLoss}
-    options["given"] = {"train_dataset": labelled, "eval_dataset": None}
+    options["given"] = {"train_dataset": classes(), "eval_dataset": None}
     with pytest.raises(RMTKDError, match="sites="):
         make_sentences(model, **options).train()
     model = sentence_model(*layers)
@@ -227,11 +232,10 @@ def test_what_needs_the_width_keeps_the_stream(make_sentences, sentence_model, w
 
 def test_layers_of_a_loss_keep_their_moments_over_a_cut(make_sentences, sentence_model):
     softmax = lambda model: losses.SoftmaxLoss(model, 32, num_labels=3)  # noqa: E731
-    labelled = pairs().map(lambda row: {"score": int(2 * row["score"])})
     trainer = make_sentences(
         loss=softmax,
         recipe={"sites": KEPT, "target_reduction": 0.2, "rounds": 2},
-        given={"train_dataset": labelled, "eval_dataset": None},
+        given={"train_dataset": classes(), "eval_dataset": None},
         max_steps=8,
     )
     trainer.train()
@@ -296,6 +300,11 @@ def test_a_teacher_of_another_shape(make_sentences, sentence_model):
     trainer = make_sentences(recipe=NONE, given={"teacher_model": teacher, "objectives": objectives}, max_steps=2)
     trainer.train()
     assert all("loss/projected_feature" in line for line in terms(trainer))
+
+
+def test_transforms_are_refused(make_sentences):
+    with pytest.raises(RMTKDError, match="EmbeddingMixup works on the batches"):
+        make_sentences(given={"transforms": "embedding_mixup"})
 
 
 def test_models_without_one_transformer_are_refused(make_sentences, sentence_model, encoder):

@@ -186,19 +186,18 @@ def test_on_policy_training(make_trainer, source):
 
 def test_adaptive_policy_follows_the_validation_loss():
     policy = AdaptiveOffPolicy(max_new_tokens=3, capacity=2, increase=0.5)
-    state = SimpleNamespace(global_step=0, max_steps=10)
-    trainer = SimpleNamespace(model=tiny_gpt2(), state=state, _prepare_inputs=lambda batch: batch)
+    run = SimpleNamespace(model=tiny_gpt2(), progress=0.0, evaluates=True)
     inputs = batch_of(ragged(4, kind="causal"))
-    assert policy(trainer, inputs) is inputs  # threshold 0: the data
+    assert policy(run, inputs) is inputs  # threshold 0: the data
     for loss, threshold in ((1.0, 0.0), (1.05, 0.0), (1.2, 0.5), (1.25, 0.5), (1.4, 1.0), (9.0, 1.0)):
         policy.on_evaluate({"eval_loss": loss}, 0.0)
         assert policy.threshold == threshold
     for _ in range(3):
-        assert policy(trainer, inputs) is not inputs
+        assert policy(run, inputs) is not inputs
     assert len(policy.buffer) == 2
-    state.global_step = 10  # nothing fresh any more: only the buffer is used
+    run.progress = 1.0  # nothing fresh any more: only the buffer is used
     held = [b["input_ids"] for b in policy.buffer]
-    batch = policy(trainer, inputs)
+    batch = policy(run, inputs)
     assert any(torch.equal(batch["input_ids"], ids) for ids in held) and len(policy.buffer) == 2
     again = AdaptiveOffPolicy()
     again.load_state_dict(policy.state_dict())
@@ -211,10 +210,7 @@ def test_a_policy_that_sees_no_validation_loss_says_so(caplog):
     policy.on_evaluate({"eval_first_loss": 1.0}, 0.0)
     policy.on_evaluate({"eval_first_loss": 1.0}, 0.0)
     assert caplog.text.count("no eval_loss, so its threshold stays at 0") == 1
-    trainer = SimpleNamespace(
-        args=SimpleNamespace(eval_strategy="no"), state=SimpleNamespace(global_step=0, max_steps=1)
-    )
-    AdaptiveOffPolicy()(trainer, {})
+    AdaptiveOffPolicy()(SimpleNamespace(progress=0.0, evaluates=False), {})
     assert "eval_strategy='no'" in caplog.text
 
 

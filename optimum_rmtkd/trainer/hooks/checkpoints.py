@@ -23,7 +23,7 @@ class CheckpointHooks:
         values, tensors = read_state(resume_from_checkpoint)
         own = read_process_state(resume_from_checkpoint, self.args.process_index, self.args.world_size)
         self.run.load_state_dict({"values": values, "tensors": tensors | own}, str(resume_from_checkpoint))
-        load_weights(self._host.model, resume_from_checkpoint)
+        self._load_weights(resume_from_checkpoint)
         self.run.restore_cores()
 
     def _save_optimizer_and_scheduler(self, output_dir):
@@ -52,7 +52,13 @@ class CheckpointHooks:
         if fresh is not None:
             host.install(fresh)
         logger.info("Loading the best model from %s (%s).", best, self.state.best_metric)
-        load_weights(host.model, best)
+        self._load_weights(best)
+
+    def _load_weights(self, folder) -> None:
+        if self._host.inside.wraps:  # what lies around the narrowed model is known to its own loader
+            super()._load_from_checkpoint(folder)
+        else:
+            load_weights(self._host.model, folder)
 
     def _fold(self) -> None:
         """Training is over: plain weights in the model itself. Its wrapper is dropped, it knows parameters that are

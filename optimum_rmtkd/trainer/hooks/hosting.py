@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from torch.utils.data import ConcatDataset
 from transformers import Trainer
 
 from ...batches import batch_size
@@ -15,8 +16,9 @@ from ...hub.measures import of_quality
 from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
+from ..inside import Inside, inside_of
 from ..stream import Stream, is_stream
-from ..swap import enable_checkpointing, install, raw_optimizer, rewrapped
+from ..swap import adam_rate, enable_checkpointing, install, raw_optimizer, rewrapped
 
 
 __all__ = ["TrainerHost"]
@@ -31,12 +33,20 @@ class TrainerHost:
         self.teacher: Teacher | None = None  # that was passed in
         self._stream: Stream | None = None
         self._loaded: tuple[Any, list] | None = None
+        self._inside: Inside | None = None
 
     # -- what a run reads ---------------------------------------------------------------------------------------------
 
     @property
+    def inside(self) -> Inside:
+        """Where the narrowed model lies in the trainer's."""
+        if self._inside is None or self._inside.whole is not self.trainer.model:
+            self._inside = inside_of(self.trainer.model, self.trainer)
+        return self._inside
+
+    @property
     def model(self) -> nn.Module:
-        return self.trainer.model
+        return self.inside.model
 
     @property
     def accelerator(self) -> Any:
@@ -80,7 +90,7 @@ class TrainerHost:
     def columns(self) -> Columns:
         trainer = self.trainer
         named_only = trainer.args.remove_unused_columns
-        return Columns(self.model, self.teacher, trainer.label_names, named_only, trainer.overrides_loss)
+        return Columns(self.model, self.teacher, trainer.label_names, named_only, trainer.own_loss)
 
     @property
     def rate(self) -> float | None:
@@ -89,8 +99,14 @@ class TrainerHost:
         trainer = self.trainer
         if trainer.optimizer is None or not trainer.schedule_is_known:
             return None
-        group = raw_optimizer(trainer.optimizer).param_groups[0]
-        return group.get("initial_lr", group["lr"]) if {"betas", "eps"} <= set(group) else None
+        ours = trainer.reparameterization is not None and not trainer.optimizer_was_given
+        return adam_rate(trainer.optimizer, but_last=ours)
+
+    @property
+    def follows_phases(self) -> bool:
+        return self.trainer.schedule_is_known
+
+    loss_name = "eval_loss"
 
     @property
     def shows_progress(self) -> bool:
@@ -105,6 +121,11 @@ class TrainerHost:
         by_steps = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps"
         return state.eval_steps if by_steps and state.eval_steps else max(1, state.max_steps // 20)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on: an eval_dataset, or an evaluator (sentence-transformers)."""
+        return self.trainer.eval_dataset is not None or getattr(self.trainer, "evaluator", None) is not None
+
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def measure(self) -> dict[str, float] | None:
@@ -113,7 +134,7 @@ class TrainerHost:
 
         As in training, also after it: outside, `bf16_full_eval` would cast the model that is about to be saved.
         """
-        if self.trainer.eval_dataset is None and getattr(self.trainer, "evaluator", None) is None:
+        if not self.evaluates:
             return None
         with self._unseen():
             metrics = self.trainer.evaluate()
@@ -170,15 +191,29 @@ class TrainerHost:
             seed=config.seed,
             process_index=trainer.args.process_index,
             num_processes=trainer.args.world_size,
-            prepare=lambda batch: trainer._prepare_inputs(self.columns.for_calibration(batch) if strip else batch),
+            prepare=lambda batch: self._read(batch, strip),
         )
+
+    def _read(self, batch: Mapping[str, Any], strip: bool) -> Mapping[str, Any]:
+        batch = self.inside.read(batch)
+        return self.trainer._prepare_inputs(self.columns.for_calibration(batch) if strip else batch)
+
+    def a_batch(self) -> dict[str, Any]:
+        """One batch as the trainer's loss takes it."""
+        rows, collate, size = self._rows(self.trainer.args.per_device_eval_batch_size)
+        return self.trainer._prepare_inputs(next(iter(CalibrationBatches(rows, collate, size))))
+
+    @property
+    def own_loader(self) -> bool:
+        """Whether a subclass makes the loader of the training data."""
+        loader = self.trainer.get_train_dataloader
+        return getattr(loader, "__func__", loader) is not Trainer.get_train_dataloader
 
     def _rows(self, wanted: int) -> tuple[Any, Any, int]:
         """(rows, their collator, rows a batch)."""
         trainer, seed = self.trainer, self.trainer.rmtkd_config.seed
         size = trainer.args.per_device_eval_batch_size
-        own = trainer.get_train_dataloader
-        if getattr(own, "__func__", own) is not Trainer.get_train_dataloader:
+        if self.own_loader:
             return self._rows_of_loader(wanted, size)
         dataset, collate = trainer.train_dataset, trainer.data_collator
         if self.stream is not None:
@@ -197,7 +232,9 @@ class TrainerHost:
                 self._loaded = (self.trainer.get_train_dataloader(), [])
             loader, held = self._loaded
             rows = getattr(loader, "dataset", None)
-            if hasattr(rows, "__getitem__") and hasattr(rows, "__len__") and hasattr(loader, "collate_fn"):
+            indexed = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
+            mixed = not isinstance(rows, ConcatDataset)  # else its batches may be of one part each
+            if indexed and mixed and hasattr(loader, "collate_fn"):
                 return pick_samples(rows, wanted, self.trainer.rmtkd_config.seed), loader.collate_fn, size
             if sum(map(batch_size, held)) < wanted:
                 held.clear()
@@ -215,6 +252,7 @@ class TrainerHost:
         trainer, wrapped = self.trainer, self.trainer.model_wrapped
         fresh = None if trainer.optimizer_was_given else self._fresh_groups
         install(self.model, replacement, trainer.optimizer, fresh)
+        self.inside.follow()
         enable_checkpointing(self.model, trainer.args)
         self._add_noise()
         if prepare:

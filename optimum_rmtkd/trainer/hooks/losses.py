@@ -7,11 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import Trainer
 
 from ...distillation.objectives.answers import Answers
 from ...distillation.teachers import without_labels
 from ...errors import RMTKDError
-from .own_loss import carries_gradient, counting, in_place_of, items_of, told_what_it_takes, whole_result
+from .own_loss import (
+    carries_gradient,
+    counting,
+    in_place_of,
+    items_of,
+    told_what_it_takes,
+    whole_head,
+    whole_result,
+)
 
 
 __all__ = ["LossHooks"]
@@ -35,6 +44,17 @@ class LossHooks:
         own = self.compute_loss
         return not self.replaces_loss and getattr(own, "__func__", own) is not LossHooks.compute_loss
 
+    @property
+    def own_loss(self) -> bool:
+        """The same, also below the mixin (`class X(RMTKDMixin, MyTrainer)`), or by a `compute_loss_func`."""
+        known = (LossHooks.compute_loss, Trainer.compute_loss)
+        theirs = [vars(cls)["compute_loss"] for cls in type(self).__mro__ if "compute_loss" in vars(cls)]
+        return self.overrides_loss or self.compute_loss_func is not None or any(own not in known for own in theirs)
+
+    def _their_loss(self):
+        """The `compute_loss` that gives the task's term."""
+        return self.compute_loss if self.overrides_loss else super().compute_loss
+
     def _adapt_losses(self) -> None:
         if (smooth := self.label_smoother) is not None:
             # transformers knows the causal models, whose labels are shifted, by the names of its own classes
@@ -53,7 +73,9 @@ class LossHooks:
         `num_items_in_batch` is withheld from the task loss: all terms alike are weighed by `DistillationStep.share`.
         """
         if not model.training or not self.run.active or self._term:
-            return super().compute_loss(model, self._host.columns.for_student(inputs), return_outputs=return_outputs)
+            with whole_head(self._host.model):
+                inputs = self._host.columns.for_student(inputs)
+                return super().compute_loss(model, inputs, return_outputs=return_outputs)
         loss, outputs = self._distil(model, inputs, super().compute_loss)
         return (loss, outputs) if return_outputs else loss
 
@@ -63,10 +85,14 @@ class LossHooks:
         Args:
             task_loss_of: `compute_loss` of the trainer below, or an override of it.
         """
-        columns, student = self._host.columns, self._host.model
+        columns, student, inside = self._host.columns, self._host.model, self._host.inside
 
         def plain_outputs(inputs):
-            return model(**without_labels(student, columns.for_calibration(inputs), self.label_names))
+            return inside.run(model, without_labels(student, columns.for_calibration(inputs), self.label_names))
+
+        def around(read, tasked: bool, compared: bool):
+            loss = self._task_loss(model, dict(inputs), task_loss_of, return_outputs=False) if tasked else None
+            return loss, plain_outputs(read) if compared else {}
 
         def forward(inputs, tasked: bool, compared: bool):
             if not tasked:  # the data may be unlabelled
@@ -79,13 +105,15 @@ class LossHooks:
                 self._blind, outputs = True, plain_outputs(offered)
             return loss, outputs
 
-        return self.run.loss(student, inputs, forward, columns.for_student, self.run.progress)
+        forward = around if inside.wraps else forward
+        return self.run.loss(student, inside.read(inputs), forward, columns.for_student, self.run.progress)
 
     def _task_loss(self, model, inputs, task_loss_of, return_outputs: bool) -> Any:
         labelled = any(name in inputs for name in self.label_names)  # smoothing takes them out
         self._term = True
         try:
-            return task_loss_of(model, inputs, return_outputs=return_outputs)
+            with whole_head(self._host.model):
+                return task_loss_of(model, inputs, return_outputs=return_outputs)
         except ValueError as error:
             if labelled:
                 raise
@@ -117,19 +145,26 @@ class LossHooks:
         with in_place_of(self, whole):
             yield
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation):
         """As the trainer's own, without columns that are there for the teacher alone."""
         told = contextlib.nullcontext()
         if self.overrides_loss:  # it may not take the number of items
             told = in_place_of(self, told_what_it_takes(self.compute_loss))
         with told:
             inputs = self._host.columns.for_student(inputs)
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generation)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the trainer's own, with the batch transforms applied and the units of the whole batch counted."""
         batches, num_items_in_batch = super().get_batch_samples(epoch_iterator, num_batches, device)
-        return _LateBatches(batches, self.run.begin_batch), num_items_in_batch
+        return _LateBatches(batches, self._begin_batch), num_items_in_batch
+
+    def _begin_batch(self, batches: list) -> list:
+        inside = self._host.inside
+        if not inside.wraps:
+            return self.run.begin_batch(batches)
+        self.run.begin_batch([inside.read(batch) for batch in batches])
+        return batches
 
     def _get_num_items_in_batch(self, batch_samples, device):
         # of which the model is not told, but a compute_loss of the user's own is

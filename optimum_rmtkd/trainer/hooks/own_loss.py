@@ -11,12 +11,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from ...distillation.counts import IGNORED
 from ...errors import RMTKDError
+from ...modeling_rmtkd import LowRankLinear
 
 
-__all__ = ["carries_gradient", "counting", "in_place_of", "items_of", "told_what_it_takes", "whole_result"]
+__all__ = [
+    "carries_gradient",
+    "counting",
+    "in_place_of",
+    "items_of",
+    "told_what_it_takes",
+    "whole_head",
+    "whole_result",
+]
 
 
 def told_what_it_takes(function: Callable) -> Callable:
@@ -74,6 +84,22 @@ def carries_gradient(outputs: Any) -> bool:
     if not isinstance(outputs, Mapping):
         return True
     return any(torch.is_tensor(value) and value.requires_grad for name, value in outputs.items() if name != "loss")
+
+
+@contextmanager
+def whole_head(model: nn.Module) -> Iterator[None]:
+    """While open, the weight of a factored output layer is the whole matrix: losses that are fused with the head (TRL)
+    do not call the layer but multiply by its weight."""
+    get = getattr(model, "get_output_embeddings", None)
+    head = None if get is None else get()
+    if not isinstance(head, LowRankLinear):
+        yield
+        return
+    head.whole = True
+    try:
+        yield
+    finally:
+        del head.whole
 
 
 @contextmanager

@@ -26,7 +26,7 @@ class ResultHooks:
         """As the trainer's own, with the card of a reduced model: sizes, stages, figures, recipe."""
         if not self.is_world_process_zero():
             return
-        if not self.stages:  # nothing was cut: an ordinary model
+        if not self.stages or self._host.inside.wraps:  # an ordinary model, or one whose library writes its card
             super().create_model_card(*positional, **kwargs)
             return
         asked = inspect.signature(super().create_model_card).bind(*positional, **kwargs).arguments

@@ -12,7 +12,7 @@ from ...errors import RMTKDError
 from ...reparameterization import core_parameters
 
 
-__all__ = ["groups_by_name", "raw_optimizer", "regroup", "separate_cores"]
+__all__ = ["adam_rate", "groups_by_name", "raw_optimizer", "regroup", "separate_cores"]
 
 
 def regroup(
@@ -45,12 +45,13 @@ def regroup(
             f"needs {len(groups)}: the groups depend on the architecture. Pass an optimizer whose groups do not, or "
             "`optim`."
         )
-    state = {name: raw.state[old[name]] for name in same if old[name] in raw.state}
+    gone = set(map(id, old.values()))
+    state = {parameter: values for parameter, values in raw.state.items() if id(parameter) not in gone}
+    state |= {new[name]: raw.state[old[name]] for name in same if old[name] in raw.state}
     for group, parameters in zip(raw.param_groups, groups, strict=True):
         group["params"] = parameters
     raw.state.clear()
-    for name, values in state.items():
-        raw.state[new[name]] = values
+    raw.state.update(state)
 
 
 def separate_cores(optimizer: Any, model: nn.Module, lr_scale: float) -> None:
@@ -65,6 +66,19 @@ def separate_cores(optimizer: Any, model: nn.Module, lr_scale: float) -> None:
         group["params"] = [p for p in group["params"] if id(p) not in cores]
     rate = raw.param_groups[0]["lr"]
     raw.add_param_group({"params": moved, "weight_decay": 0.0} | ({} if rate is None else {"lr": rate * lr_scale}))
+
+
+def adam_rate(optimizer: Any, but_last: bool = False) -> float | None:
+    """Peak learning rate of an optimizer of the Adam family whose groups share it; None for any other one: rates that
+    differ by group were chosen with care, and those of other optimizers mean something else.
+
+    Args:
+        but_last: the last group is that of `separate_cores`.
+    """
+    raw = raw_optimizer(optimizer)
+    groups = raw.param_groups[:-1] if but_last else raw.param_groups
+    rates = {float(group.get("initial_lr", group["lr"])) for group in groups if group["params"]}
+    return rates.pop() if len(rates) == 1 and "adam" in type(raw).__name__.lower() else None
 
 
 def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -82,7 +96,8 @@ def groups_by_name(raw, old: dict[str, nn.Parameter], new: dict[str, nn.Paramete
         for p in group["params"]
         if id(p) in names
     }
-    groups: list[list[nn.Parameter]] = [[] for _ in raw.param_groups]
+    # Parameters outside the model (layers of a loss) stay where they are.
+    groups = [[p for p in group["params"] if id(p) not in names] for group in raw.param_groups]
     for name, parameter in new.items():
         if name in group_of:
             groups[group_of[name]].append(parameter)
