@@ -84,7 +84,7 @@ class RMTKDLoop:
         max_steps: optimizer steps in the whole run, over which the cuts are spread.
         evaluate: () -> metrics of the validation data by name, a number each; called on all processes, before the
             first cut, after each, and at the end. None: the stages are judged by no metric.
-        metric_for_best_model: which of them judges the stages. None: "loss" (or "eval_loss"), if it is there.
+        metric_for_best_model: which of them judges the stages. None: the loss, if it is there, else a known one.
         greater_is_better: its direction. None: unless its last word is loss, perplexity, error, wer, mse or the like.
         validation_rows: rows behind the metrics, for the noise that a verdict allows; None: unknown.
         task_loss: (outputs, batch) -> the task's loss of a batch, a scalar mean; for a script that computes its own.

@@ -431,12 +431,16 @@ def test_an_evaluation_that_gives_no_metrics_by_name_is_refused():
         loop.loss(next(iter(script.train)))
 
 
-def test_without_a_name_and_a_loss_nothing_judges_and_a_line_says_so(caplog):
+@pytest.mark.parametrize(
+    ("metric", "judges", "said"),
+    [("f1", "f1", "the stages are judged by f1"), ("wonder", None, "judged without a metric")],
+)
+def test_without_a_name_and_a_loss_a_line_says_what_judges(caplog, metric, judges, said):
     script = prepared()
-    loop = looped(script, evaluate=lambda: {"f1": torch.tensor(0.9)})
+    loop = looped(script, evaluate=lambda: {metric: torch.tensor(0.9)})
     train(script, loop)
-    assert loop.stages[0].metric_name is None and loop.stages[0].metrics_before == {"f1": pytest.approx(0.9)}
-    assert "judged without a metric" in caplog.text
+    assert loop.stages[0].metric_name == judges and loop.stages[0].metrics_before == {metric: pytest.approx(0.9)}
+    assert said in caplog.text
 
 
 def test_the_loss_is_that_of_a_training_step():
