@@ -82,9 +82,7 @@ def main() -> None:
     teacher = AutoModelForSequenceClassification.from_pretrained(arguments.teacher, dtype=torch.float32)
     with training.main_process_first(desc="reading and tokenizing"):
         rows = load_rows(data, teacher, tokenizer)
-    labels = {
-        name: getattr(teacher.config, name) for name in ("num_labels", "id2label", "label2id", "problem_type")
-    }
+    labels = {name: getattr(teacher.config, name) for name in ("num_labels", "id2label", "label2id", "problem_type")}
     student = AutoModelForSequenceClassification.from_pretrained(
         arguments.student, dtype=torch.float32, ignore_mismatched_sizes=True, **labels
     )

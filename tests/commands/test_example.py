@@ -59,4 +59,4 @@ def test_from_a_raw_checkpoint(bert, tmp_path, named):
     assert results["before_accuracy"] < 0.8 and results["after_accuracy"] > 0.95
     assert abs(results["reduction"] - 0.4) < 0.02
     config = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config
-    assert config.label2id == ({"bad": 0, "good": 1} if named else {"LABEL_0": 0, "LABEL_1": 1})
+    assert config.label2id == ({"bad": 0, "good": 1} if named else {"negative": 0, "positive": 1})

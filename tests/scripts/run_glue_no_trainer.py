@@ -45,7 +45,6 @@ def parse_args():
     parser.add_argument("--lr_scheduler_type", type=SchedulerType, default="linear")
     parser.add_argument("--num_warmup_steps", type=int, default=0)
     parser.add_argument("--mixed_precision", default=None)
-    parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing_steps", type=int, default=None)
     parser.add_argument("--resume_from_checkpoint", default=None)
@@ -56,7 +55,6 @@ def parse_args():
 def main():
     args = parse_args()
     accelerator = Accelerator(
-        cpu=args.cpu,
         mixed_precision=args.mixed_precision,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         project_config=ProjectConfiguration(project_dir=args.output_dir),

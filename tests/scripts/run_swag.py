@@ -33,9 +33,7 @@ def main():
     def preprocess_function(examples):
         firsts = list(chain(*([context] * CHOICES for context in examples["sent1"])))
         endings = zip(*(examples[f"ending{i}"] for i in range(CHOICES)), strict=True)
-        seconds = [
-            f"{head} {ending}" for head, row in zip(examples["sent2"], endings, strict=True) for ending in row
-        ]
+        seconds = [f"{head} {ending}" for head, row in zip(examples["sent2"], endings, strict=True) for ending in row]
         tokenized = tokenizer(
             firsts, seconds, truncation=True, max_length=data_args.max_seq_length, padding=data_args.padding
         )

@@ -16,9 +16,7 @@ from .workshop import RECIPE, TRAINER, Workshop, journal, results, steps_of, ten
 def scripts(*names: str, but: tuple[str, ...] = (), quick: tuple[str, ...] = ()):
     """Parameters: the named scripts (none: all but some); slow unless they are quick."""
     chosen = [s for s in SCRIPTS if (not names or s.name in names) and s.name not in but]
-    return [
-        pytest.param(s.name, id=s.name, marks=() if s.name in quick else pytest.mark.slow) for s in chosen
-    ]
+    return [pytest.param(s.name, id=s.name, marks=() if s.name in quick else pytest.mark.slow) for s in chosen]
 
 
 @pytest.fixture(scope="session")

@@ -59,7 +59,7 @@ Row = dict[str, object]
 
 
 def praise(draw: random.Random, i: int) -> tuple[str, int]:
-    """"the film is great and warm", 1 for praise."""
+    """ "the film is great and warm", 1 for praise."""
     words = GOOD if i % 2 else BAD
     return f"the {draw.choice(NOUNS)} is {' and '.join(draw.choices(words, k=draw.randint(1, 3)))}", i % 2
 
@@ -225,9 +225,7 @@ def train_tokenizer(folder: Path, texts: Sequence[str], pairs: bool = True) -> i
     inputs = ["input_ids", "token_type_ids", "attention_mask"] if pairs else ["input_ids", "attention_mask"]
     tokens = {"pad_token": "[PAD]", "unk_token": "[UNK]", "mask_token": "[MASK]"}
     tokens |= {"cls_token": "[CLS]", "sep_token": "[SEP]"} if pairs else {"eos_token": "[SEP]", "bos_token": "[CLS]"}
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=64, model_input_names=inputs, **tokens
-    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, model_input_names=inputs, **tokens)
     fast.save_pretrained(folder)
     return len(fast)
 

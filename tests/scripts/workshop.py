@@ -55,7 +55,7 @@ TRAINER = Kind(
     "eval_",
     "checkpoint-*",
 )
-LOOP = Kind(STEPS | {"cpu": True}, {"checkpointing_steps": 64}, {"num_train_epochs": 0}, "", "step_*")
+LOOP = Kind(STEPS, {"checkpointing_steps": 64}, {"num_train_epochs": 0}, "", "step_*")
 
 
 @dataclass(frozen=True)
@@ -100,15 +100,19 @@ class Script:
 
 
 def as_options(values: Mapping[str, Any]) -> list[str]:
-    """{"do_train": True, "seed": 1} as --do_train --seed 1."""
-    given = {name: value for name, value in values.items() if value is not None}
-    return [part for name, value in given.items() for part in (f"--{name}", *([] if value is True else [str(value)]))]
+    """{"do_train": True, "seed": 1} as --do_train True --seed 1."""
+    return [part for name, value in values.items() if value is not None for part in (f"--{name}", str(value))]
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """One thread, this package, no network, and a cache of its own."""
+    """One thread of the CPU, this package, no network, and a cache of its own."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    own |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONWARNINGS": "ignore"}
+    own |= {
+        "ACCELERATE_USE_CPU": "true",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "PYTHONWARNINGS": "ignore",
+    }
     return os.environ | own
 
 
@@ -152,8 +156,9 @@ class Workshop:
             **options: what differs from its own options; None: leave it away.
         """
         place = self.folder / out
-        values: dict[str, Any] = {"model_name_or_path": model, "output_dir": place, **self.files}
-        values |= dict(self.script.kind.options)
+        values: dict[str, Any] = (
+            {"model_name_or_path": model, "output_dir": place} | self.files | dict(self.script.kind.options)
+        )
         values |= dict(self.script.options) | options
         if recipe is not None:
             recipe = RECIPE | dict(self.script.recipe) | dict(recipe)
