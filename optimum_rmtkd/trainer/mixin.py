@@ -254,7 +254,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         return output
 
     def _check_first_batch(self) -> None:
-        own = self.overrides_loss or self.compute_loss_func is not None
+        own = self.own_loss or self.compute_loss_func is not None
         needed, samples = not own and not self.can_return_loss, self.args.per_device_eval_batch_size
         check_first_batch(self.run, samples, labels_needed=needed, classes_known=not own)
         inside = self._host.inside

@@ -90,7 +90,7 @@ class TrainerHost:
     def columns(self) -> Columns:
         trainer = self.trainer
         named_only = trainer.args.remove_unused_columns
-        return Columns(self.model, self.teacher, trainer.label_names, named_only, trainer.overrides_loss)
+        return Columns(self.model, self.teacher, trainer.label_names, named_only, trainer.own_loss)
 
     @property
     def rate(self) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from transformers import Trainer
 
 from ...distillation.objectives.answers import Answers
 from ...distillation.teachers import without_labels
@@ -42,6 +43,13 @@ class LossHooks:
         """Does a subclass, or a function set on this object, compute the task's loss?"""
         own = self.compute_loss
         return not self.replaces_loss and getattr(own, "__func__", own) is not LossHooks.compute_loss
+
+    @property
+    def own_loss(self) -> bool:
+        """Is the task's loss computed by other code than Trainer's, a library's for example? It may read columns that
+        no model takes, and need no labels."""
+        behind = super().compute_loss
+        return self.overrides_loss or getattr(behind, "__func__", behind) is not Trainer.compute_loss
 
     def _adapt_losses(self) -> None:
         if (smooth := self.label_smoother) is not None:
