@@ -133,8 +133,8 @@ def same_weights_or_raise(expected: str, found: str, folder: str | Path) -> None
     """
     if expected != found:
         raise RMTKDError(
-            f"The run in {folder} started from a model with fingerprint {expected[:12]}, the model passed to "
-            f"RMTKDTrainer has {found[:12]}. It is the teacher of the run and must be the same: pass the uncut model "
+            f"The run in {folder} started from a model with fingerprint {expected[:12]}, the model passed in "
+            f"has {found[:12]}. It is the teacher of the run and must be the same: pass the uncut model "
             "the run started from (the same weights and dtype), or start a new run."
         )
 

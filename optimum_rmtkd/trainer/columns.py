@@ -10,6 +10,7 @@ from torch import nn
 
 from ..distillation import Teacher
 from ..distillation.signatures import TOKEN_TYPES, named_inputs, taken
+from ..errors import RMTKDError
 
 
 __all__ = ["Columns"]
@@ -25,7 +26,8 @@ class Columns:
         label_names: entries that are labels.
         named_only: columns that the student's forward does not name would have been dropped without the teacher
             (`remove_unused_columns`).
-        own_loss: the task's loss is computed by code of the user's own, which may read columns that no model takes.
+        own_loss: the task's loss is computed by code of the user's or a library's, which may read columns that no
+            model takes.
     """
 
     model: nn.Module
@@ -46,11 +48,22 @@ class Columns:
         return _without(inputs, {*self.teacher.columns, TOKEN_TYPES} - own - set(self.label_names))
 
     def for_calibration(self, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """As `for_student`, also without columns that are there for a loss of the user's own alone."""
+        """As `for_student`, also without columns that are there for a loss of the user's own alone.
+
+        Raises:
+            RMTKDError: nothing is left.
+        """
         inputs, own = self.for_student(inputs), taken(self.model) or set(named_inputs(self.model))
         if not own or not self.own_loss:
             return inputs
-        return _without(inputs, set(inputs) - own - set(self.label_names))
+        kept = _without(inputs, set(inputs) - own - set(self.label_names))
+        if inputs and not set(kept) - set(self.label_names):
+            raise RMTKDError(
+                f"A batch holds {', '.join(inputs)}: nothing that {type(self.model).__name__} takes, so that no cut "
+                "can be calibrated on it. Where the trainer makes the model's inputs by itself, narrow the model with "
+                "optimum_rmtkd.narrow first, and train the result."
+            )
+        return kept
 
 
 def _without(inputs: Mapping[str, Any], names: set[str]) -> Mapping[str, Any]:

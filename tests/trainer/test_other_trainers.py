@@ -286,3 +286,27 @@ def test_adapters_are_trained_and_not_cut(make_sft):
     trainer.train()
     changed = {n for n, p in trainer.model.named_parameters() if not torch.equal(p, before[n])}
     assert changed and all("lora_" in name for name in changed)
+
+
+@pytest.mark.parametrize("kind", ["DPO", "Reward"])
+def test_trainers_of_preferences(tmp_path, tokenizer, kind):
+    """Their losses read columns of their own, and no labels."""
+    trainer_behind, config = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
+    trainer_class = type("Preferring", (RMTKDMixin, trainer_behind), {})
+    classify = {"num_labels": 1} if kind == "Reward" else {}
+    tiny_llama().save_pretrained(tmp_path / "model")
+    auto = transformers.AutoModelForSequenceClassification if classify else transformers.AutoModelForCausalLM
+    halves = [(" ".join(text.split()[:2]) + " ", " ".join(text.split()[2:])) for text in sentences()]
+    rows = {"prompt": [h[0] for h in halves], "chosen": [h[1] for h in halves], "rejected": ["w1 w1"] * len(halves)}
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "bf16": False, "use_cpu": True, "report_to": []}
+    trainer = trainer_class(
+        model=auto.from_pretrained(tmp_path / "model", **classify),
+        args=config(str(tmp_path / "out"), save_strategy="no", logging_steps=1, **options),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer,
+        rmtkd_config=RMTKDConfig(
+            form="factored", target_reduction=0.2, calibration_samples=16, round_to=4, min_width=4, fit_share=0.0
+        ),
+    )
+    trainer.train()
+    assert trainer.stages[-1].status == "accepted" and all("loss/kl" in line for line in terms(trainer))

@@ -46,10 +46,11 @@ class LossHooks:
 
     @property
     def own_loss(self) -> bool:
-        """The same, also below the mixin (`class X(RMTKDMixin, MyTrainer)`), or by a `compute_loss_func`."""
-        known = (LossHooks.compute_loss, Trainer.compute_loss)
-        theirs = [vars(cls)["compute_loss"] for cls in type(self).__mro__ if "compute_loss" in vars(cls)]
-        return self.overrides_loss or self.compute_loss_func is not None or any(own not in known for own in theirs)
+        """Is the task's loss computed by other code than Trainer's: the user's, behind the mixin as well, or a
+        library's? It may read columns that no model takes, and need no labels."""
+        behind = super().compute_loss
+        theirs = getattr(behind, "__func__", behind) is not Trainer.compute_loss
+        return self.overrides_loss or self.compute_loss_func is not None or theirs
 
     def _their_loss(self):
         """The `compute_loss` that gives the task's term."""
