@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 STATE = "rmtkd_state.json"
 TENSORS = "rmtkd_state.safetensors"
 PROCESS = "rmtkd_process_{rank}_of_{count}.safetensors"
-VERSION = 1
+VERSION = 2
 
 
 def write_state(folder: str | Path, values: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
