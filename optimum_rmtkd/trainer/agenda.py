@@ -11,13 +11,16 @@ from .stages import PlannedCut, Stage
 
 __all__ = ["Agenda"]
 
+REPEATS = 2  # of one stage
 LOOKED_AT = 40  # steps of a stage that is looked at in between
-PLAIN = ("stopped", "retry_at", "look_at", "stage_from", "delay", "repeats")
+PLAIN = ("max_steps", "stopped", "retry_at", "look_at", "stage_from", "delay", "repeats")
 
 
 class Agenda:
     """Attributes:
     plan: all cuts, done ones included; None before training begins.
+    max_steps: of the run that was planned.
+    ended: whether the training it was planned for is over.
     stages: one record per cut that was tried.
     stopped: why no further cut will follow.
     retry_at: step at which a cut that waits is looked at again.
@@ -31,6 +34,8 @@ class Agenda:
     def reset(self) -> None:
         """Forget the run."""
         self.plan: tuple[PlannedCut, ...] | None = None
+        self.max_steps = 0
+        self.ended = False
         self.stages: list[Stage] = []
         self.stopped: str | None = None
         self.retry_at: int | None = None
@@ -68,10 +73,17 @@ class Agenda:
         return max_steps if cut is None else max_steps - (max_steps - cut.step) // 2
 
     def begin_stage(self, step: int, max_steps: int) -> int:
-        """The model just after its cut is at hand; it is looked at after a quarter of the stage. Its steps."""
+        """The model just after its cut is at hand; it is looked at after half of the stage. Its steps."""
         steps = self.stage_steps(step, max_steps)
-        self.stage_from, self.look_at = step, step + steps // 4 if steps >= LOOKED_AT else None
+        self.stage_from, self.look_at = step, step + steps // 2 if steps >= LOOKED_AT else None
+        if self.repeats >= REPEATS:
+            self.look_at = None
         return steps
+
+    def rescale(self, ratio: float) -> None:
+        """The run has `ratio` times as many steps as was thought."""
+        self.plan = tuple(dataclasses.replace(cut, step=round(cut.step * ratio)) for cut in self.plan)
+        self.look_at = None if self.look_at is None else round(self.look_at * ratio)
 
     def looks(self, step: int) -> bool:
         """Whether the open stage is to be looked at now: once."""
@@ -79,6 +91,12 @@ class Agenda:
         if due:
             self.look_at = None
         return due
+
+    def again(self, spent: int, step: int, max_steps: int) -> bool:
+        """The open stage begins anew after `spent` steps; False where no cut may follow it any more."""
+        self.repeats += 1
+        self.delay += spent
+        return self.repeats <= REPEATS and step + spent <= self.latest(max_steps)
 
     def change(self, **values: Any) -> Stage:
         """The last record with other values."""

@@ -113,8 +113,8 @@ def tally(answers: Answers, outputs: Mapping[str, Any], batch: Mapping[str, Any]
         return _numbers(logits, labels)
     if problem == "multi_label_classification":
         return _each_label(logits, labels)
-    if logits.dim() == 2 and labels.dim() == 1 and not labels.is_floating_point():
-        return _classes(logits, labels)
+    if logits.dim() == 2 and labels.numel() == len(logits) and not labels.is_floating_point():
+        return _classes(logits, labels.reshape(-1))
     return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import RMTKDConfig
+from ..errors import RMTKDError
 from . import plain
 from .data import isolated_rng
 from .host import Host
@@ -18,6 +19,7 @@ __all__ = ["Fit"]
 logger = logging.getLogger(__name__)
 
 SHARE = 0.4  # of the steps, for a model that cannot teach yet
+CUTS = 2  # that a recipe makes at most where it does not say how many
 STATE = ("steps", "why", "going", "metrics", "chance")
 
 
@@ -40,9 +42,21 @@ class Fit:
         self.metrics: dict[str, float] | None = None
         self.chance: float | None = None
 
-    def decide(self) -> None:
-        """How many steps, from the recipe and from what the model can do on the calibration data."""
+    def decide(self, tasked: bool = True) -> None:
+        """How many steps, from the recipe and from what the model can do on the calibration data.
+
+        Args:
+            tasked: the task's loss is among the objectives. Without it there is nothing to fine-tune with.
+
+        Raises:
+            RMTKDError: a share of the steps for it all the same.
+        """
         host, share = self.host, self.config.fit_share
+        if not tasked and share:
+            raise RMTKDError(
+                f"fit_share={share:g} and objectives without TaskLoss: fine-tuning needs the task's loss. Add "
+                "TaskLoss, or leave fit_share out."
+            )
         if share is not None:
             self.why = f"fit_share={share:g}"
         if self.config.schedule != "none":
@@ -56,9 +70,12 @@ class Fit:
                 )
             self.chance = found.chance
             if share is None:
-                share, self.why = 0.0 if found.can_teach else SHARE, found.why
-        self.steps = min(max(1, round(share * host.max_steps)), host.max_steps - 1) if share else 0
+                share, self.why = SHARE if tasked and not found.can_teach else 0.0, found.why
+        most = host.max_steps - (self.config.rounds or CUTS)  # a step for each cut at least
+        self.steps = max(0, min(max(1, round(share * host.max_steps)), most)) if share else 0
         self.going = self.steps > 0
+        if share and not self.going:
+            logger.warning("%d steps are too few to fine-tune the model first (%s).", host.max_steps, self.why)
         if self.going:
             logger.warning(
                 "The model is fine-tuned for %d of %d steps before its first cut: %s. RMTKDConfig(fit_share=0) cuts "
@@ -67,6 +84,10 @@ class Fit:
                 host.max_steps,
                 self.why,
             )
+
+    def rescale(self, ratio: float) -> None:
+        """The run has `ratio` times as many steps as was thought."""
+        self.steps = round(self.steps * ratio)
 
     def end(self, metrics: dict[str, float] | None) -> None:
         """The model is fine-tuned."""

@@ -31,6 +31,8 @@ class Host(Protocol):
         optimizer: of the model; None before training.
         columns: what of a batch reaches the student.
         rate: peak learning rate of the run, as the user gave it; None where it is not the host's to change.
+        follows_phases: the learning rate follows the `phases` of a run.
+        loss_name: key of the loss among the values of `measure`.
         shows_progress: bars are wanted.
         folder: where journal and spectra go; None on a process that writes nothing.
     """
@@ -47,6 +49,8 @@ class Host(Protocol):
     optimizer: Any
     columns: Columns
     rate: float | None
+    follows_phases: bool
+    loss_name: str
     shows_progress: bool
     folder: str | None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 
 MOMENTS = ("baseline", "just_cut", "last")
-LOSS = "eval_loss"
 COMPARED = 256  # calibration samples that show how far the model is from the uncut one
 
 
@@ -47,6 +47,7 @@ class Judge:
     baseline: of the uncut model, once it is fine-tuned.
     just_cut: just after the cut of the open stage.
     last: the moment measured last.
+    chosen: the metric that judges where the host names none that the evaluation returns.
     """
 
     def __init__(self, host: Host, config: RMTKDConfig):
@@ -57,6 +58,7 @@ class Judge:
     def reset(self) -> None:
         """Forget the run."""
         self.baseline = self.just_cut = self.last = Measured()
+        self.chosen: str | None = None
 
     def measure(self, uncut: nn.Module | None = None) -> Measured:
         """The model under training now.
@@ -70,9 +72,9 @@ class Judge:
         host = self.host
         with isolated_rng(self.config.seed):
             metrics = host.measure()
-        value = None if metrics is None else metrics.get(host.metric_name)
+        value = None if metrics is None else metrics.get(self.name)
         if value is None and metrics is not None:
-            self._complain(metrics)
+            value = self._choose(metrics)
         away = self._divergence(uncut) if value is None and uncut is not None else None
         self.last = Measured(metrics, None if value is None else float(value), away)
         return self.last
@@ -90,8 +92,28 @@ class Judge:
         tensor = torch.tensor([found], dtype=torch.float64, device=host.accelerator.device)
         return host.accelerator.reduce(tensor, reduction="mean").item()
 
-    def _complain(self, metrics: Mapping[str, float]) -> None:
+    @property
+    def name(self) -> str:
+        """Of the metric that judges the stages."""
+        return self.chosen or self.host.metric_name
+
+    @property
+    def greater_is_better(self) -> bool:
+        """Its direction."""
+        return self.host.greater_is_better if self.chosen is None else verdicts.greater_is_better(self.chosen)
+
+    def _choose(self, metrics: Mapping[str, float]) -> float | None:
+        """The metric to judge by where the host's is not there, or the complaint that there is none."""
         host = self.host
+        found = verdicts.telling(metrics)
+        if found is not None and not host.metric_asked_for and self.chosen is None:
+            self.chosen = found
+            self.say_once(
+                "The evaluation gives no %s: the stages are judged by %s. metric_for_best_model names another one.",
+                host.metric_name,
+                found,
+            )
+            return metrics[found]
         needed = [n for n in ("stage_threshold", "max_metric_drop") if getattr(self.config, n) is not None]
         found = ", ".join(sorted(metrics)) or "nothing (eval_dataset is empty, or holds no labels)"
         hint = "Set metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
@@ -103,6 +125,7 @@ class Judge:
             host.metric_name,
             hint if metrics else "Give the validation data labels.",
         )
+        return None
 
     def say_once(self, message: str, *values: Any) -> None:
         """A warning, the first time that it is due."""
@@ -115,37 +138,50 @@ class Judge:
         share = self.config.stage_threshold
         if share is None or value is None or self.baseline.value is None:
             return False
-        return not metric_reached(value, self.baseline.value, share, self.host.greater_is_better)
+        return not metric_reached(value, self.baseline.value, share, self.greater_is_better)
 
     def dropped(self, value: float | None) -> bool:
         """Whether the metric lies further below the uncut model's than `max_metric_drop`, which the user has set."""
         allowed = self.config.max_metric_drop
         if allowed is None or value is None or self.baseline.value is None:
             return False
-        return metric_dropped(value, self.baseline.value, allowed, self.host.greater_is_better)
+        return metric_dropped(value, self.baseline.value, allowed, self.greater_is_better)
 
     def worse(self, now: Measured) -> bool:
         """Is the model worse than just after the cut of the open stage, beyond the noise?"""
         cut = self.just_cut
         if now.value is not None and cut.value is not None:
-            return verdicts.worse(now.value, cut.value, self.host.greater_is_better, self.host.validation_rows)
+            return self._lost(now, cut)
         if now.divergence is not None and cut.divergence is not None:
             return verdicts.farther(now.divergence, cut.divergence)
         return False
 
+    def _lost(self, now: Measured, cut: Measured) -> bool:
+        """Of the metric that judges. A loss that nobody asked for grows with confidence, also where the model gets
+        better: another metric that did says so."""
+        if not verdicts.worse(now.value, cut.value, self.greater_is_better, self.host.validation_rows):
+            return False
+        if self.host.metric_asked_for or not self.name.endswith("loss"):
+            return True
+        others = [name for name in now.metrics if name in cut.metrics and verdicts.greater_is_better(name)]
+        rows = self.host.validation_rows
+        return not any(verdicts.worse(cut.metrics[name], now.metrics[name], True, rows) for name in others)
+
     def spoiled(self, now: Measured) -> bool:
-        """The same in the midst of training, of its loss where the evaluation has one: a share of right answers moves
-        by points on the way to a better one."""
-        loss, cut = ((moment.metrics or {}).get(LOSS) for moment in (now, self.just_cut))
-        if loss is None or cut is None:
+        """Is a stage in its midst being ruined, by its loss or by the metric that judges?"""
+        cut, loss = self.just_cut, self.host.loss_name
+        if now.value is None or cut.value is None:
             return self.worse(now)
-        return verdicts.worse(loss, cut, greater_is_better=False)
+        losses = [moment.metrics.get(loss) for moment in (now, cut)]
+        if None not in losses and verdicts.spoiled(*losses, greater_is_better=False):
+            return True
+        return verdicts.spoiled(now.value, cut.value, self.greater_is_better, self.host.validation_rows)
 
     def words(self, now: Measured) -> str:
         """A moment beside the one just after the cut, for people."""
         cut = self.just_cut
         if now.value is not None:
-            names = dict.fromkeys(name for name in (self.host.metric_name, LOSS) if name in (now.metrics or {}))
+            names = dict.fromkeys(name for name in (self.name, self.host.loss_name) if name in (now.metrics or {}))
             return ", ".join(f"{n} {now.metrics[n]:.4g}, {cut.metrics[n]:.4g} just after the cut" for n in names)
         return f"{now.divergence:.3g} nats an answer from the uncut model, {cut.divergence:.3g} just after the cut"
 
@@ -154,7 +190,7 @@ class Judge:
         if now.value is None and now.divergence is not None:
             return divergence_warning(now.divergence)
         before, after = self.baseline.metrics or {}, now.metrics or {}
-        for name, greater in ((self.host.metric_name, self.host.greater_is_better), (LOSS, False)):
+        for name, greater in ((self.name, self.greater_is_better), (self.host.loss_name, False)):
             if text := loss_warning(name, before.get(name), after.get(name), greater):
                 return text
         return None
@@ -169,14 +205,30 @@ class Judge:
         said = self.config.stage_threshold is not None or self.config.max_metric_drop is not None
         if said or value is None or self.baseline.value is None:
             return True
-        scale = chance if self.host.metric_name.endswith("loss") else None
-        return verdicts.come_back(value, self.baseline.value, self.host.greater_is_better, scale)
+        scale = chance if self.name.endswith("loss") else None
+        return verdicts.come_back(value, self.baseline.value, self.greater_is_better, scale)
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
-        return {name: list(getattr(self, name)) for name in MOMENTS}
+        moments = {name: [_told(part) for part in getattr(self, name)] for name in MOMENTS}
+        return moments | {"chosen": self.chosen}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
+        self.chosen = values["chosen"]
         for name in MOMENTS:
-            setattr(self, name, Measured(*values[name]))
+            setattr(self, name, Measured(*map(_heard, values[name])))
+
+
+def _told(part: Any) -> Any:
+    """Numbers as JSON has them; those that are not finite by name, or a resumed run would judge otherwise."""
+    if isinstance(part, dict):
+        return {name: _told(value) for name, value in part.items()}
+    return str(part) if isinstance(part, float) and not math.isfinite(part) else part
+
+
+def _heard(part: Any) -> Any:
+    """Inverse of `_told`."""
+    if isinstance(part, dict):
+        return {name: _heard(value) for name, value in part.items()}
+    return float(part) if isinstance(part, str) else part

@@ -188,7 +188,7 @@ class RMTKDLoop:
         self._handles = [
             raw.register_step_pre_hook(lambda *_: self.run.tutor.companions.step(raw)),
             raw.register_step_post_hook(lambda *_: self._stepped()),
-            *register_checkpoints(LoopCheckpoints(self.run, self._host.wrapped, self.step, self._taken_up)),
+            *register_checkpoints(LoopCheckpoints(self.run, self.step, self._taken_up)),
         ]
         accelerator.register_for_checkpointing(self)
 

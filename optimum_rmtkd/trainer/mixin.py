@@ -45,6 +45,7 @@ from .run import Run
 from .stages import Stage, stage_table
 from .stream import Stream, evaluated_again
 from .teaching import accept_teacher, check_cached
+from .verdicts import greater_is_better
 
 
 __all__ = ["RMTKDMixin"]
@@ -146,8 +147,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         check_parts(self.run, self._host.model)
         if self._host.inside.wraps:
             check_wrapped(self.run, type(self.model).__name__)
-        if self.overrides_loss:
-            check_own_loss(self.compute_loss, type(self).__name__, self.run)
+        if self.own_loss and self.compute_loss_func is None:
+            check_own_loss(self._their_loss(), type(self).__name__, self.run)
         self._adapt_losses()
         self.patience = Patience(self.run, self.callback_handler)
         self.add_callback(StageCallback(self.run, self.patience, self._end_step))
@@ -157,7 +158,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             raise unsharded("fsdp" if self.is_fsdp_enabled else "deepspeed")
         if self.args.n_gpu > 1 or self.is_model_parallel:
             raise one_device(self.args.n_gpu)
-        check_model(TrainerHost(self).model, self.rmtkd_config, evaluated=self.eval_dataset is not None)
+        host = TrainerHost(self)
+        check_model(host.model, self.rmtkd_config, evaluated=host.evaluates)
 
     @property
     def _reentrant(self) -> bool:
@@ -207,7 +209,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def greater_is_better(self) -> bool:
         """Direction of that metric."""
         given = self.args.greater_is_better
-        return not self.metric_name.endswith("loss") if given is None else given
+        return greater_is_better(self.metric_name) if given is None else given
 
     def calibration_batches(self, strip: bool = True, samples: int | None = None) -> Iterable[dict[str, Any]]:
         """This process's share of the calibration data, the same in every pass.
@@ -250,11 +252,11 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         if self.args.should_save:
             self._write_results(before, after)
         if self.is_world_process_zero() and self.stages:
-            print(stage_table(self.stages))
+            print(stage_table(self.stages, run.fit.to_dict()))
         return output
 
     def _check_first_batch(self) -> None:
-        own = self.own_loss or self.compute_loss_func is not None
+        own = self.own_loss
         needed, samples = not own and not self.can_return_loss, self.args.per_device_eval_batch_size
         check_first_batch(self.run, samples, labels_needed=needed, classes_known=not own)
         inside = self._host.inside

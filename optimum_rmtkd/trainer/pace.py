@@ -38,6 +38,9 @@ class Pace:
 
     def begin(self, fit_steps: int) -> None:
         """One schedule for the fit, if there is one, and one for the distillation."""
+        if not self.host.follows_phases:
+            self.phases = ()
+            return
         fit = (Phase("fit", 0, fit_steps),) if fit_steps else ()
         self.phases = (*fit, Phase("distil", fit_steps, self.host.max_steps - fit_steps))
 
@@ -67,11 +70,22 @@ class Pace:
         self._change(factor=chosen / given * self.lowering)
         self._say("Distilling at a peak learning rate of %.3g: %s.", chosen * self.lowering, why)
 
-    def slow_down(self) -> None:
-        """A stage is repeated: the rate is lowered."""
+    def rescale(self, ratio: float) -> None:
+        """The run has `ratio` times as many steps as was thought."""
+        scaled = []
+        for phase in self.phases:
+            warmups = tuple((round(step * ratio), steps) for step, steps in phase.warmups)
+            start, steps = round(phase.start * ratio), round(phase.steps * ratio)
+            scaled.append(dataclasses.replace(phase, start=start, steps=steps, warmups=warmups))
+        self.phases = tuple(scaled)
+
+    def slow_down(self) -> str:
+        """A stage is repeated: the rate is lowered. The one that it goes on at, in words."""
+        if not self.phases:
+            return "the rate of a schedule of your own, which stays as it is"
         self.lowering *= LOWER
-        if self.phases:
-            self._change(factor=self.phases[-1].factor * LOWER)
+        self._change(factor=self.phases[-1].factor * LOWER)
+        return "a third of the learning rate"
 
     def warm_up(self, step: int, steps: int) -> None:
         """A stage of so many steps begins: its rate rises first."""

@@ -32,8 +32,6 @@ KNOWN_AS = {
     "numbers": "of the mean of the labels",
     "spans": "of uniform spans",
 }
-
-
 LOADED = "_is_hf_initialized"  # transformers sets it on every parameter that it reads from a checkpoint
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..config import RMTKDConfig
-from ..distillation import Teacher, fingerprint
+from ..distillation import TaskLoss, Teacher, fingerprint
 from ..distillation.teachers import clean_copy
 from ..errors import NoTargetError
 from ..reparameterization import is_reparameterized
@@ -27,8 +27,9 @@ from .cutting import planned, reduced
 from .fit import Fit
 from .host import Host
 from .judge import Judge, Measured
+from .keepsake import Keepsake
 from .pace import Pace
-from .parts import Parts, load_transforms, transforms_state
+from .parts import Parts, load_transforms
 from .records import Records, stage_of
 from .stages import PlannedCut, Stage, too_narrow
 from .state import load_run_state, run_state
@@ -41,19 +42,15 @@ __all__ = ["Run"]
 
 logger = logging.getLogger(__name__)
 
-REPEATS = 2  # of one stage
-
 
 class Run:
     """State of one run.
 
     Attributes:
-        agenda, fit, judge, pace, tutor, loss: what is due, the fine-tuning before the first cut, the verdicts, the
-            learning rate, who teaches, and the loss of a step.
+        agenda, fit, judge, pace, keepsake, tutor, loss: what is due, the fine-tuning before the first cut, the
+            verdicts, the learning rate, the model just after its cut, who teaches, and the loss of a step.
         initial: the uncut model, once it is fine-tuned: teacher "initial" and template of every architecture.
         fingerprint: of the model that the user passed in.
-        after_cut: tensors of the model just after the cut of the open stage, where a metric can say that it was
-            better.
         reports: spectra of each cut.
         evaluates: whether there are evaluations while training.
     """
@@ -63,19 +60,18 @@ class Run:
         self.tutor = Tutor(parts.objectives, companions, host.label_names, config)
         self.loss = StepLoss(self.tutor, parts.transforms, host.accelerator, reentrant)
         self.judge, self.pace, self.fit = Judge(host, config), Pace(host, config), Fit(host, config)
-        self.agenda = Agenda()
+        self.agenda, self.keepsake = Agenda(), Keepsake(host, parts.reparameterization)
         self.dropout, self.records = DropoutSwitch(), Records(host, config)
         self.evaluates = True
         self.reset()
 
     def reset(self) -> None:
         """Forget the run (a new trial, with a new model)."""
-        for part in (self.agenda, self.judge, self.pace, self.fit, self.tutor):
+        for part in (self.agenda, self.judge, self.pace, self.fit, self.tutor, self.keepsake):
             part.reset()
         self.reports: list[Any] = []
         self.initial: nn.Module | None = None
         self.fingerprint = ""
-        self.after_cut: dict[str, torch.Tensor] | None = None
         self.restored: dict[str, torch.Tensor] | None = None  # tensors of a checkpoint not yet taken up
 
     # -- what others read ---------------------------------------------------------------------------------------------
@@ -107,8 +103,9 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Share of the training steps that are done."""
-        return self.host.step / max(1, self.host.max_steps)
+        """Share of the steps of distillation that is done."""
+        begun = self.fit.steps
+        return max(0, self.host.step - begun) / max(1, self.host.max_steps - begun)
 
     @property
     def parameters(self) -> int:
@@ -133,14 +130,7 @@ class Run:
         """Training begins or goes on: plan, the cuts that are due, teacher and objectives."""
         self.remember_initial()
         resumed = self.restored is not None
-        if self.plan is None:
-            self.fit.decide()
-            kept = self.parameters / self.reference_parameters
-            self.agenda.plan = planned(self.host, self.config, self.fit.steps, kept)
-            if self.plan or self.fit.steps:
-                self.pace.begin(self.fit.steps)
-        if resumed:
-            self._write_journal()  # this run may have an output folder of its own
+        self._plan()
         if resumed and not self.fit.going:
             self._appoint_teacher()
         elif resumed:
@@ -149,8 +139,26 @@ class Run:
         self._disable_dropout()
         if not resumed:
             self.host.reschedule()
-        self._advance(self.host.step)
+        if self.host.step < self.host.max_steps:
+            self._advance(self.host.step)
         self._begin_distilling()
+
+    def _plan(self) -> None:
+        """What this training is to do; anew where it turns out longer (a smaller batch after running out of
+        memory)."""
+        steps = self.host.max_steps
+        if self.plan is None:
+            self.fit.decide(any(isinstance(objective, TaskLoss) for objective in self.tutor.objectives))
+            kept = self.parameters / self.reference_parameters
+            self.agenda.plan, self.agenda.max_steps = planned(self.host, self.config, self.fit.steps, kept), steps
+            if self.plan or self.fit.steps:
+                self.pace.begin(self.fit.steps)
+            if self.fit.going:
+                self.judge.measure()  # a metric that is not there is said before the training, not after it
+        elif steps != self.agenda.max_steps and self.pace.phases:
+            for part in (self.agenda, self.pace, self.fit):
+                part.rescale(steps / self.agenda.max_steps)
+            self.agenda.max_steps = steps
 
     def train_on(self) -> None:
         """A training that is over is followed by another one, by the user's own schedule."""
@@ -181,13 +189,14 @@ class Run:
     def end(self) -> None:
         """Training is over: the last stage is judged, dropout comes back."""
         if self.fit.going:
-            logger.warning(
-                "Training ended at step %d, in the %d steps of fine-tuning: nothing was cut.",
-                self.host.step,
-                self.fit.steps,
-            )
+            logger.warning("Training ended in the %d steps of fine-tuning: nothing was cut.", self.fit.steps)
         if self.agenda.open is not None:
             self._settle(self._measure())
+        elif self.stages and not self.agenda.ended:
+            self._measure()  # what was trained on after the last stage
+            if self.stages[-1].accepted:
+                self.agenda.change(**self.judge.last.at_the_end())
+        self.agenda.ended = True
         for words in self.records.shortcomings(self.agenda, 1 - self.parameters / self.reference_parameters):
             logger.warning(words)
         if any(stage.accepted for stage in self.stages) and (text := self.judge.loss_of(self.judge.last)):
@@ -205,7 +214,7 @@ class Run:
         cut = self.agenda.due(step)
         if cut is None:
             return
-        measured = self._measure()
+        measured = self._measure() if self.stages or self.judge.baseline.metrics is None else self.judge.baseline
         if self.judge.baseline.metrics is None:
             self.judge.baseline = measured
         if self._may_cut(measured, step) and not self._target_met():
@@ -270,16 +279,13 @@ class Run:
 
     def _wait_or_stop(self, step: int, value: float) -> None:
         """A cut never follows a ruin: it waits, and no longer than leaves half of its own stage."""
-        last, name = self.agenda.latest(self.host.max_steps), self.host.metric_name
+        last, name = self.agenda.latest(self.host.max_steps), self.judge.name
         came_from = self.judge.baseline.value
         if step + self.host.looks() <= last:
-            self.judge.say_once(
-                "%s is %.4g at step %d, and was %.4g before the first cut: the next cut waits until it has come back.",
-                name,
-                value,
-                step,
-                came_from,
+            words = (
+                "%s is %.4g at step %d, and was %.4g before the first cut: the next cut waits until it has come back."
             )
+            self.judge.say_once(words, name, value, step, came_from)
             self._wait(step)
             return
         self.agenda.stopped = f"{name} {value:.4g} had not come back to the {came_from:.4g} of the uncut model"
@@ -298,27 +304,20 @@ class Run:
         stage, spent = self.agenda.open, step - self.agenda.stage_from
         lost = f"{self.judge.words(measured)}, after {spent} steps"
         self._put_back()
-        self.pace.slow_down()
-        self.agenda.repeats += 1
-        self.agenda.delay += spent
-        if self.agenda.repeats > REPEATS or step + spent > self.agenda.latest(self.host.max_steps):
+        rate = self.pace.slow_down()
+        if not self.agenda.again(spent, step, self.host.max_steps) or not self.pace.phases:
             self.agenda.stopped = self.agenda.stopped or f"stage {stage.index} made the model worse ({lost})"
-        self.agenda.note(f"repeated at a third of the learning rate ({lost})")
-        logger.warning(
-            "Stage %d begins anew from its cut, at a third of the learning rate: %s.%s",
-            stage.index,
-            lost,
-            " No further cut is made." if self.agenda.stopped else "",
-        )
+        self.agenda.note(f"repeated at {rate} ({lost})")
+        end = " No further cut is made." if self.agenda.stopped else ""
+        logger.warning("Stage %d begins anew from its cut, at %s: %s.%s", stage.index, rate, lost, end)
         self._begin_stage(step)
         self._write_journal()
 
     def _put_back(self) -> None:
-        """The weights of just after the cut."""
-        with torch.no_grad():
-            for name, tensor in self.host.model.state_dict().items():
-                tensor.copy_(self.after_cut[name])
-        self.host.forget_moments()
+        """The model just after the cut, and a moving average that begins with it."""
+        self.keepsake.put_back()
+        if self.tutor.given is None and self.config.teacher == "ema":
+            self._appoint_teacher()
 
     def _settle(self, measured: Measured) -> bool:
         """Judge the open stage for good; False if it was rolled back."""
@@ -337,7 +336,7 @@ class Run:
             logger.warning("Stage %d: %s.", stage.index, self.stages[-1].note)
             self.judge.last = measured = self.judge.just_cut
         self.agenda.change(**measured.at_the_end(), status="accepted")
-        self.after_cut = None
+        self.keepsake.reset()
         self._write_journal()
         return True
 
@@ -353,9 +352,11 @@ class Run:
             if not self.stages:
                 raise
             self.agenda.stopped = f"the spectra say nothing of a further cut ({error.message})"
+            self.agenda.change(reason=self.agenda.stopped)
+            logger.warning("No further cut is made: %s.", self.agenda.stopped)
             self._disable_dropout()
             return
-        stage = stage_of(cut, step, reduction, measured, self.host.metric_name)
+        stage = stage_of(cut, step, reduction, measured, self.judge.name)
         if reason := too_narrow(stage.sites, self.config.min_rank_ratio):
             logger.warning("Stage %d is not cut: %s.", cut.index, reason)
             self.stages.append(dataclasses.replace(stage, status="rejected", reason=reason))
@@ -365,7 +366,8 @@ class Run:
             return
         self._apply(reduction, before)
         self.judge.just_cut = now = self.judge.measure(self.initial)
-        self.after_cut = None if now.value is None and now.divergence is None else _copied(self.host.model)
+        if now.value is not None or now.divergence is not None:
+            self.keepsake.keep()
         self.stages.append(dataclasses.replace(stage, metric_cut=now.value, metrics_cut=now.metrics))
         self.agenda.repeats = 0
         self.pace.suit(
@@ -395,7 +397,8 @@ class Run:
         self.dropout.restore()
         self.host.install(plain.put_on(self.parts.reparameterization, clean_copy(self.tutor.before)))
         self.tutor.step_back()
-        self.agenda.stopped, self.after_cut = reason, None
+        self.agenda.stopped = reason
+        self.keepsake.reset()
         self._after_change()
         self._disable_dropout()
         self.records.log(self.stages[-1], self.parameters)
@@ -427,10 +430,6 @@ class Run:
         """{"values": JSON-able, "tensors": by name}: all that a resumed run needs beside the model's own weights."""
         return run_state(self)
 
-    def process_state(self) -> dict[str, torch.Tensor]:
-        """What this process's transforms need in a resumed run: each process transforms its own batches."""
-        return transforms_state(self.parts.transforms)
-
     def load_state_dict(self, state: dict[str, Any], where: str = "the checkpoint") -> None:
         """Take up the run of that state; the model gets its architecture, not yet its weights.
 
@@ -451,7 +450,3 @@ class Run:
 
     def _write_journal(self) -> None:
         self.records.journal(self.stages, self.reference_parameters, self.parameters, self.fit.to_dict())
-
-
-def _copied(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-__all__ = ["Phase", "factor_at"]
+__all__ = ["Phase", "factor_at", "stretched"]
 
 Shape = Callable[[int], Callable[[int], float]]
 
@@ -56,3 +56,8 @@ def factor_at(step: int, phases: Sequence[Phase], shape: Shape) -> float:
         if cut <= step < cut + steps:
             factor *= (step - cut + 1) / (steps + 1)
     return factor
+
+
+def stretched(shape: Callable[[int], float], whole: int) -> Shape:
+    """A schedule over `whole` steps as one over any number: each phase runs through all of it, warm-up and all."""
+    return lambda steps: lambda step: shape(round(step * whole / steps))

@@ -34,8 +34,8 @@ def run_state(run: Any) -> dict[str, Any]:
         tensors |= checkpoint.flatten("before", before.state_dict())
     if run.fit.steps and not run.fit.going:  # the teacher exists nowhere else
         tensors |= checkpoint.flatten("initial", initial.state_dict())
-    if open_stage and run.after_cut is not None:
-        tensors |= checkpoint.flatten("after_cut", run.after_cut)
+    if open_stage and run.keepsake.tensors is not None:
+        tensors |= checkpoint.flatten("after_cut", run.keepsake.tensors)
     if isinstance(run.teacher, EMATeacher):
         tensors |= checkpoint.flatten("ema", run.teacher.model.state_dict())
     how = run.parts.reparameterization
@@ -61,7 +61,7 @@ def load_run_state(run: Any, state: dict[str, Any], where: str) -> None:
     for name, field in (("projection", "projections"), ("projection_before", "projections_before")):
         setattr(run.tutor, field, {k: v.to(device) for k, v in checkpoint.subset(name, tensors).items()})
     after = {k: v.to(device) for k, v in checkpoint.subset("after_cut", tensors).items()}
-    run.after_cut = after or None
+    run.keepsake.tensors = after or None
     run.tutor.before = None
     if values["before"] == "initial":
         run.tutor.before = run.initial

@@ -47,7 +47,7 @@ def main():
         "processes": script.accelerator.num_processes,
         "wrapped": type(wrapped).__name__,
         "modules": len(list(wrapped.module.parameters())) if hasattr(wrapped, "module") else None,
-        "known": [known is wrapped for known in script.accelerator._models],
+        "known": [known is inner for known in script.accelerator._models],
         "stages": [stage.to_dict() for stage in loop.stages],
         "losses": losses,
         "rates": rates,

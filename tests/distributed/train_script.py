@@ -64,6 +64,7 @@ def main():
             sites=options.sites,
             rounds=2,
             stage_share=0.4,
+            fit_share=0,
             calibration_samples=48,
             min_width=4,
             round_to=4,

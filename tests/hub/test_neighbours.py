@@ -17,7 +17,9 @@ from ..surgery import zoo
 from ..trainer.conftest import tiny_bert, toy_data
 
 
-RECIPE = RMTKDConfig(round_to=4, min_width=4, calibration_samples=16, importance="variance", target_reduction=0.4)
+RECIPE = RMTKDConfig(
+    round_to=4, min_width=4, calibration_samples=16, importance="variance", target_reduction=0.4, fit_share=0
+)
 PLAIN = RECIPE.replace(refit=False)  # 16 samples determine no least squares: its weights would not bear any rounding
 WIDTHS = {"hidden": 20, "layer.0.heads": 6, "layer.0.intermediate": 24, "layer.1.intermediate": 40, "embedding": 8}
 QUIET = {"use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1, "seed": 0}

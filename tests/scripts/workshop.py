@@ -152,7 +152,8 @@ class Workshop:
             **options: what differs from its own options; None: leave it away.
         """
         place = self.folder / out
-        values: dict[str, Any] = {"model_name_or_path": model, "output_dir": place} | self.files | dict(self.script.kind.options)
+        values: dict[str, Any] = {"model_name_or_path": model, "output_dir": place, **self.files}
+        values |= dict(self.script.kind.options)
         values |= dict(self.script.options) | options
         if recipe is not None:
             recipe = RECIPE | dict(self.script.recipe) | dict(recipe)

@@ -182,9 +182,9 @@ def plain_rate(monkeypatch):
 def test_one_schedule_a_phase(make_trainer, plain_rate, caplog):
     trainer = make_trainer(max_steps=10, recipe={"fit_share": 0.4, "distil_learning_rate": None}, learning_rate=1e-3)
     trainer.train()
-    fit = [1e-3 * (1 - step / 4) for step in range(4)]
+    fit = [1e-3 * (1 - round(step * 10 / 4) / 10) for step in range(4)]  # the whole schedule, in its own steps
     half, warm = 5e-4, [1 / 3, 2 / 3, 1, 1, 1, 1]
-    distil = [half * (1 - step / 6) * w for step, w in zip(range(6), warm, strict=True)]
+    distil = [half * (1 - round(step * 10 / 6) / 10) * w for step, w in zip(range(6), warm, strict=True)]
     assert rates(trainer) == pytest.approx([*fit, *distil])
     assert trainer.stages[0].step == 4 and "peak learning rate of 0.0005: for the test" in caplog.text
     assert trainer.stages[0].learning_rate == pytest.approx(half)

@@ -23,7 +23,7 @@ from .conftest import RECIPE, tiny_bert, toy_data
 from .looping import evaluate, looped, prepared, train
 
 
-ROUNDS = {"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5}  # cuts at steps 0 and 4 of 8
+ROUNDS = {"target_reduction": 0.6, "rounds": 2, "stage_share": 0.5, "distil_learning_rate": 1e-3}  # at 0 and 4 of 8
 FITTED = ROUNDS | {"fit_share": 0.25}  # and at 2 and 5, after two steps with dropout
 
 
@@ -173,7 +173,7 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, recipe, step):
         {"recipe": {"teacher": "previous"}},
         {"transforms": "embedding_mixup"},
     ],
-    ids=["mpo", "adapters", "ema", "previous", "mixup"],
+    ids=["mpo", "pca", "ema", "previous", "mixup"],
 )
 def test_what_is_trained_beside_the_student_is_resumed(tmp_path, parts):
     parts = dict(parts)
@@ -185,6 +185,27 @@ def test_what_is_trained_beside_the_student_is_resumed(tmp_path, parts):
     assert same(other.model, script.model)
     script.model.save_pretrained(tmp_path / "model")
     assert not any("parametrizations" in name for name in script.model.state_dict())
+
+
+def test_a_given_teacher_and_an_adapter_to_it_are_resumed(tmp_path):
+    """The adapter is stepped with the optimizer, and lies in the checkpoint."""
+    recipe = {"schedule": "none", "target_reduction": None, "fit_share": None}
+
+    def make():
+        teacher = tiny_bert(seed=5, hidden_size=48)
+        script = prepared(accumulation=2, max_steps=4, rows=toy_data(128))
+        parts = {"teacher_model": teacher, "objectives": {"kl": {}, "projected_feature": {"projection": "random"}}}
+        return script, looped(script, recipe, **parts)
+
+    script, loop = make()
+    start = prepared().model
+    train(script, loop, save_to=tmp_path, save_every=2)
+    (adapter,) = loop.run.tutor.companions.parameters
+    assert adapter.grad is None and not same(script.model, start)
+    other, again = make()
+    train(other, again, resume=tmp_path / "step_2")
+    assert same(other.model, script.model)
+    assert torch.equal(again.run.tutor.companions.parameters[0], adapter)
 
 
 def test_the_same_script_can_go_back_to_its_own_checkpoint(tmp_path):

@@ -133,6 +133,7 @@ def test_classes_are_judged_by_the_cross_entropy_of_those_that_count():
     assert found.loss == pytest.approx(-math.log(0.9)) and found.can_teach
     assert found.chance == pytest.approx(frequency_loss(torch.tensor([3.0, 4.0])))
     assert "7 calibration labels" in found.why and "label frequencies" in found.why
+    assert readiness(model, [batch_of(answer, labels[:, None])]).loss == pytest.approx(found.loss)
 
 
 @pytest.mark.parametrize("certainty", [1.0, 1 / 3])
@@ -432,6 +433,7 @@ def rows_of(shared, file, column, labels, tokenizer, count, size=32):
         yield batch | {"labels": given}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file, classes, column", [("sst2", 2, "sentence"), ("ag_news_sub", 4, "text")])
 def test_a_real_encoder_with_a_random_head_cannot_teach_even_without_its_marks(shared, file, classes, column):
     folder = shared / "models" / "all_minilm_l6_v2"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -40,6 +41,7 @@ class FakeHost:
 
     metric_name, greater_is_better, metric_asked_for, validation_rows = "eval_accuracy", True, False, 1000
     label_names, folder, shows_progress, rate = ("labels",), None, False, 1e-3
+    follows_phases, loss_name = True, "eval_loss"
 
     def __init__(self, metrics=(), max_steps=100):
         self.model, self.accelerator, self.max_steps, self.step = tiny(), Accelerator(cpu=True), max_steps, 0
@@ -131,7 +133,7 @@ def test_a_model_that_can_teach_is_cut_at_once():
 
 def test_a_model_that_cannot_teach_is_fine_tuned_first(monkeypatch):
     monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, 0.69, 0.69, "a new head"))
-    host = FakeHost([0.9, 0.8, 0.85])
+    host = FakeHost([0.5, 0.9, 0.8, 0.85])
     run = run_of(host)
     live(run, steps=39)
     assert run.fit.going and run.active and run.teacher is None and not run.stages
@@ -178,20 +180,74 @@ def test_a_cut_that_waits_too_long_is_not_made(caplog):
     assert "No further cut is made" in caplog.text and "target_reduction asks for" in caplog.text
 
 
+def test_where_the_metric_is_not_there_a_known_one_judges(caplog):
+    host = FakeHost([0.9, 0.8, 0.85])
+    host.metric_name = "eval_nothing"
+    run = live(run_of(host))
+    assert run.stages[0].metric_name == "eval_loss" and run.stages[0].metric_after == 0.45
+    assert caplog.text.count("the stages are judged by eval_loss") == 1
+    host = FakeHost([70.0, 60.0, 65.0])
+    host.metric_name, measure = "eval_loss", host.measure
+    host.measure = lambda: {"eval_exact_match": 1.0, "eval_f1": measure()["eval_accuracy"]}
+    run = live(run_of(host))
+    assert (run.stages[0].metric_name, run.stages[0].metric_after) == ("eval_f1", 65.0)
+
+
+def test_a_loss_that_nobody_asked_for_does_not_undo_what_another_metric_gained():
+    host = FakeHost([0.9, 0.8, 0.88])
+    host.metric_name, host.greater_is_better, measure = "eval_loss", False, host.measure
+    confident = iter([0.3, 0.5, 0.5, 0.6])
+    host.measure = lambda: measure() | {"eval_loss": next(confident)}
+    run = live(run_of(host))
+    assert run.stages[0].note is None and run.stages[0].metric_after == 0.6
+
+
+def test_a_run_that_turns_out_longer_is_stretched(monkeypatch):
+    monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, 0.69, 0.69, "a new head"))
+    run = run_of(FakeHost([0.9, 0.8, 0.85, 0.9]), rounds=2)
+    run.begin()
+    run.host.max_steps = 200  # half the batch, after running out of memory
+    run.begin()
+    live(run)
+    assert [s.step for s in run.stages] == [80, 116]
+    assert [(p.start, p.steps) for p in run.pace.phases] == [(0, 80), (80, 120)]
+
+
+def test_nothing_is_fine_tuned_without_the_tasks_loss(monkeypatch):
+    monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, None, None, "a new head"))
+    terms = {"task_weight": 0.0, "kl_weight": 1.0}
+    assert live(run_of(FakeHost([0.9]), **terms)).stages[0].step == 0
+    with pytest.raises(RMTKDError, match="fine-tuning needs the task's loss"):
+        live(run_of(FakeHost([0.9]), fit_share=0.5, **terms))
+
+
+def test_a_correlation_that_was_none_just_after_the_cut_undoes_nothing():
+    run = live(run_of(FakeHost([0.9, float("nan"), 0.85])))
+    assert run.stages[0].metric_after == 0.85 and run.stages[0].note is None
+
+
+def test_what_is_not_finite_goes_through_a_checkpoint():
+    run = run_of(FakeHost([0.9, float("nan"), 0.85]))
+    live(run, steps=10)
+    values = json.loads(json.dumps(run.judge.state_dict(), allow_nan=False))
+    run.judge.load_state_dict(values)
+    assert math.isnan(run.judge.just_cut.value) and run.judge.baseline.value == 0.9
+
+
 def test_a_ruin_is_seen_early_and_begun_anew_at_a_lower_rate(caplog):
     host = FakeHost([0.9, 0.8, 0.3, 0.85])
     run = run_of(host)
     run.begin()
     cut = [p.detach().clone() for p in host.model.parameters()]
-    live(run, steps=25)
+    live(run, steps=50)
     assert all(torch.equal(a, b) for a, b in zip(cut, host.model.parameters(), strict=True))  # just after the cut
     assert "forget" in host.done and run.pace.phases[-1].factor == pytest.approx(1 / 3)
-    for step in range(26, 101):
+    for step in range(51, 101):
         host.step = step
         run.after_step(step)
     run.end()
     assert run.stages[0].status == "accepted" and run.stages[0].metric_after == 0.85
-    words = "eval_accuracy 0.3, 0.8 just after the cut, eval_loss 1, 0.5 just after the cut, after 25 steps"
+    words = "eval_accuracy 0.3, 0.8 just after the cut, eval_loss 1, 0.5 just after the cut, after 50 steps"
     assert words in run.stages[0].note
     assert caplog.text.count("begins anew from its cut") == 1
 
@@ -253,8 +309,9 @@ def test_without_validation_data_the_cuts_are_made_as_planned():
 def test_an_evaluation_without_the_metric_judges_nothing_and_says_so_once(caplog):
     host = FakeHost([0.9, 0.1])
     host.metric_name = "eval_nothing"
+    host.measure = lambda: {"eval_mystery": 1.0}
     run = live(run_of(host, rounds=2))
-    assert [s.metric_name for s in run.stages] == [None, None] and run.stages[0].metrics_before["eval_loss"] == 0.4
+    assert [s.metric_name for s in run.stages] == [None, None] and run.stages[0].metrics_before["eval_mystery"] == 1.0
     assert caplog.text.count("the stages are judged without a metric") == 1
     host = FakeHost([0.9])
     host.metric_name, host.metric_asked_for = "eval_nothing", True

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from optimum_rmtkd.trainer.schedule import Phase, factor_at
-from optimum_rmtkd.trainer.verdicts import come_back, farther, noise, worse
+from optimum_rmtkd.trainer.verdicts import come_back, farther, noise, spoiled, worse
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,7 @@ from optimum_rmtkd.trainer.verdicts import come_back, farther, noise, worse
         (math.nan, 0.8, True, None, True),
         (79.5, 80.0, True, 100, False),  # in percent
         (75.0, 80.0, True, 100, True),
+        (0.85, math.nan, True, 100, False),  # a correlation of equal answers is none
     ],
 )
 def test_worse_than_just_after_the_cut(after, cut, greater, rows, expected):
@@ -34,7 +35,24 @@ def test_worse_than_just_after_the_cut(after, cut, greater, rows, expected):
 
 def test_the_noise_of_a_share_is_its_standard_error():
     assert noise(0.8, True, 872) == pytest.approx(math.sqrt(0.8 * 0.2 / 872))
-    assert noise(1.0, True, 10) == noise(0.0, True, 10) == 0.005
+    assert noise(1.0, True, 10) == 0.005 and noise(-0.1, True, 100) == noise(0.5, True, 100) == 0.05
+    assert noise(80.0, True, 872) == pytest.approx(100 * noise(0.8, True, 872))
+
+
+@pytest.mark.parametrize(
+    ("after", "cut", "greater", "expected"),
+    [
+        (0.5312, 0.4519, False, False),  # at a good rate
+        (0.62, 0.45, False, True),
+        (0.851, 0.870, True, False),
+        (0.817, 0.870, True, True),
+        (81.7, 87.0, True, True),
+        (math.nan, 0.9, True, True),
+        (0.5, math.nan, True, False),
+    ],
+)
+def test_spoiled_in_the_midst(after, cut, greater, expected):
+    assert spoiled(after, cut, greater, 872) is expected
 
 
 @pytest.mark.parametrize(("after", "expected"), [(0.5, False), (0.54, False), (0.56, True), (math.nan, True)])

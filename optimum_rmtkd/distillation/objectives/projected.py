@@ -142,7 +142,8 @@ class ProjectedFeatureLoss(DistillationObjective):
         self._moments, self._samples, self._ready = {}, {}, True
 
     def _keep(self, index: int, basis: torch.Tensor, variance: torch.Tensor) -> None:
-        self.register_buffer(f"basis_{index}", basis.to(self._device, torch.float32))
+        # contiguous, as a checkpoint gives it back: another layout is summed in another order
+        self.register_buffer(f"basis_{index}", basis.to(self._device, torch.float32).contiguous())
         self.register_buffer(f"variance_{index}", variance.clamp_min(1e-12).to(self._device, torch.float32))
 
     def prepare(self, step: DistillationStep) -> None:

@@ -104,7 +104,9 @@ class Patience:
         run = self.run
         granted = asked_before or self._granted or _broken(metrics, run.host.metric_name)
         self._granted = False
-        if granted or not control.should_training_stop or not run.cuts_to_come or run.agenda.waits:
+        # a cut that waits for a threshold of the user's may never come
+        may_never_come = run.agenda.waits and run.config.stage_threshold is not None
+        if granted or not control.should_training_stop or not run.cuts_to_come or may_never_come:
             return
         control.should_training_stop = False
         if not self._warned:

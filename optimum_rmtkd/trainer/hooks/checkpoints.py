@@ -8,6 +8,7 @@ import logging
 from ...distillation.teachers import clean_copy
 from ...reparameterization import fold, is_reparameterized
 from ..checkpoint import read_process_state, read_state, write_process_state, write_state
+from ..parts import transforms_state
 from ..swap import load_skeleton, load_weights
 
 
@@ -28,7 +29,7 @@ class CheckpointHooks:
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)
-        own = self.run.process_state()
+        own = transforms_state(self.run.parts.transforms)
         write_process_state(output_dir, self.args.process_index, self.args.world_size, own)
         if self.args.should_save:
             state = self.run.state_dict()

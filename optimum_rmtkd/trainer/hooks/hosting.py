@@ -18,7 +18,7 @@ from ..columns import Columns
 from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from ..inside import Inside, inside_of
 from ..stream import Stream, is_stream
-from ..swap import enable_checkpointing, install, raw_optimizer, rewrapped
+from ..swap import adam_rate, enable_checkpointing, install, raw_optimizer, rewrapped
 
 
 __all__ = ["TrainerHost"]
@@ -99,8 +99,14 @@ class TrainerHost:
         trainer = self.trainer
         if trainer.optimizer is None or not trainer.schedule_is_known:
             return None
-        group = raw_optimizer(trainer.optimizer).param_groups[0]
-        return group.get("initial_lr", group["lr"]) if {"betas", "eps"} <= set(group) else None
+        ours = trainer.reparameterization is not None and not trainer.optimizer_was_given
+        return adam_rate(trainer.optimizer, but_last=ours)
+
+    @property
+    def follows_phases(self) -> bool:
+        return self.trainer.schedule_is_known
+
+    loss_name = "eval_loss"
 
     @property
     def shows_progress(self) -> bool:
@@ -115,6 +121,11 @@ class TrainerHost:
         by_steps = str(getattr(args.eval_strategy, "value", args.eval_strategy)) == "steps"
         return state.eval_steps if by_steps and state.eval_steps else max(1, state.max_steps // 20)
 
+    @property
+    def evaluates(self) -> bool:
+        """Whether there is something to evaluate on: an eval_dataset, or an evaluator (sentence-transformers)."""
+        return self.trainer.eval_dataset is not None or getattr(self.trainer, "evaluator", None) is not None
+
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def measure(self) -> dict[str, float] | None:
@@ -123,7 +134,7 @@ class TrainerHost:
 
         As in training, also after it: outside, `bf16_full_eval` would cast the model that is about to be saved.
         """
-        if self.trainer.eval_dataset is None and getattr(self.trainer, "evaluator", None) is None:
+        if not self.evaluates:
             return None
         with self._unseen():
             metrics = self.trainer.evaluate()

@@ -46,10 +46,14 @@ class LossHooks:
 
     @property
     def own_loss(self) -> bool:
-        """Is the task's loss computed by other code than Trainer's, a library's for example? It may read columns that
-        no model takes, and need no labels."""
-        behind = super().compute_loss
-        return self.overrides_loss or getattr(behind, "__func__", behind) is not Trainer.compute_loss
+        """The same, also below the mixin (`class X(RMTKDMixin, MyTrainer)`), or by a `compute_loss_func`."""
+        known = (LossHooks.compute_loss, Trainer.compute_loss)
+        theirs = [vars(cls)["compute_loss"] for cls in type(self).__mro__ if "compute_loss" in vars(cls)]
+        return self.overrides_loss or self.compute_loss_func is not None or any(own not in known for own in theirs)
+
+    def _their_loss(self):
+        """The `compute_loss` that gives the task's term."""
+        return self.compute_loss if self.overrides_loss else super().compute_loss
 
     def _adapt_losses(self) -> None:
         if (smooth := self.label_smoother) is not None:
@@ -141,14 +145,14 @@ class LossHooks:
         with in_place_of(self, whole):
             yield
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation):
         """As the trainer's own, without columns that are there for the teacher alone."""
         told = contextlib.nullcontext()
         if self.overrides_loss:  # it may not take the number of items
             told = in_place_of(self, told_what_it_takes(self.compute_loss))
         with told:
             inputs = self._host.columns.for_student(inputs)
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generation)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the trainer's own, with the batch transforms applied and the units of the whole batch counted."""

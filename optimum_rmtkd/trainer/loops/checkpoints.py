@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import RMTKDError
 from ..checkpoint import STATE, read_process_state, read_state, write_process_state, write_state
+from ..parts import transforms_state
 from ..run import Run
 
 
@@ -28,8 +29,8 @@ class LoopCheckpoints:
         loaded: told of a run that was taken up.
     """
 
-    def __init__(self, run: Run, wrapped: Any, before_save: Callable[[], None], loaded: Callable[[], None]):
-        self.run, self.wrapped, self.before_save, self.loaded = run, wrapped, before_save, loaded
+    def __init__(self, run: Run, before_save: Callable[[], None], loaded: Callable[[], None]):
+        self.run, self.before_save, self.loaded = run, before_save, loaded
         self.accelerator = run.host.accelerator
 
     def save(self, models: list, weights: list, folder: str) -> None:
@@ -41,10 +42,10 @@ class LoopCheckpoints:
             )
         self.before_save()
         for number, model in enumerate(models):
-            if model is self.wrapped:
+            if self.accelerator.unwrap_model(model) is self.run.host.model:
                 weights[number] = self.accelerator.get_state_dict(model, unwrap=False)
         accelerator, on_each_node = self.accelerator, self.accelerator.project_configuration.save_on_each_node
-        own = self.run.process_state()
+        own = transforms_state(self.run.parts.transforms)
         write_process_state(folder, accelerator.process_index, accelerator.num_processes, own)
         if accelerator.is_main_process or on_each_node and accelerator.is_local_main_process:
             state = self.run.state_dict()

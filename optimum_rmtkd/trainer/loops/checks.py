@@ -37,9 +37,10 @@ def check_prepared(accelerator: Any, model: Any, optimizer: Any) -> None:
     """Raises:
     RMTKDError: a model or an optimizer that this accelerator has not prepared, or that do not belong together.
     """
-    if not any(known is model for known in accelerator._models):
-        inner = any(accelerator.unwrap_model(known) is model for known in accelerator._models)
-        how = "it is the inside of one that was: pass what prepare returned" if inner else f"expected {PREPARE} first"
+    inner = accelerator.unwrap_model(model)
+    known = any(accelerator.unwrap_model(other) is inner for other in accelerator._models)
+    if not known or not getattr(model, "_is_accelerate_prepared", False):
+        how = "it is the inside of one that was: pass what prepare returned" if known else f"expected {PREPARE} first"
         raise RMTKDError(f"{type(model).__name__} was not prepared by this accelerator; {how}.")
     if not any(known is optimizer for known in accelerator._optimizers):
         raise RMTKDError(

@@ -18,13 +18,13 @@ from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, pick_samples
 from ..stream import Stream, is_stream
-from ..swap import install, raw_optimizer, renew_wrapper
+from ..swap import adam_rate, install, raw_optimizer, renew_wrapper
+from ..verdicts import greater_is_better
 from .schedules import LoopSchedule
 
 
 __all__ = ["LoopHost"]
 
-SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "wer", "cer", "mse", "rmse", "mae")  # last word of a name
 FALLBACK = "loss"  # judges the stages where no metric was named
 UNKNOWN_SIZE = 8  # rows a calibration batch, where a batch_sampler of the user's own does not say
 
@@ -76,7 +76,7 @@ class LoopHost:
 
     @property
     def greater_is_better(self) -> bool:
-        known = self.metric_name.split("_")[-1].lower() not in SMALLER_IS_BETTER
+        known = greater_is_better(self.metric_name)
         return known if self._greater is None else self._greater
 
     @property
@@ -93,8 +93,15 @@ class LoopHost:
         was measured with it."""
         if self.schedule is None or not self.schedule.known:
             return None
-        group = raw_optimizer(self.optimizer).param_groups[0]
-        return group.get("initial_lr", group["lr"]) if {"betas", "eps"} <= set(group) else None
+        return adam_rate(self.optimizer)
+
+    @property
+    def follows_phases(self) -> bool:
+        return self.schedule is not None and self.schedule.known
+
+    @property
+    def loss_name(self) -> str:
+        return "eval_loss" if self.metric_name.startswith("eval_") else "loss"
 
     @property
     def within_epoch(self) -> bool:

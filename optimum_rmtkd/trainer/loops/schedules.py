@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...errors import RMTKDError
-from ..schedule import Phase, factor_at
+from ..schedule import Phase, factor_at, stretched
 
 
 __all__ = ["LoopSchedule"]
@@ -42,8 +42,7 @@ class LoopSchedule:
             phases = self._phases()
             if not phases:
                 return shape(tick)
-            over = lambda steps: lambda step: shape(round(step * whole / steps))  # noqa: E731
-            return factor_at(tick // self.ticks, phases, over)
+            return factor_at(tick // self.ticks, phases, stretched(shape, whole))
 
         return factor
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from .architecture import enable_checkpointing, load_skeleton, load_weights, same_architecture, skeleton
 from .dropout import DropoutSwitch
 from .in_place import become, install, rewrapped
-from .optimizer import raw_optimizer, regroup, separate_cores
+from .optimizer import adam_rate, raw_optimizer, regroup, separate_cores
 from .wrapper import renew_wrapper
 
 
 __all__ = [
+    "adam_rate",
     "DropoutSwitch",
     "become",
     "enable_checkpointing",

@@ -12,7 +12,7 @@ from ...errors import RMTKDError
 from ...reparameterization import core_parameters
 
 
-__all__ = ["groups_by_name", "raw_optimizer", "regroup", "separate_cores"]
+__all__ = ["adam_rate", "groups_by_name", "raw_optimizer", "regroup", "separate_cores"]
 
 
 def regroup(
@@ -66,6 +66,19 @@ def separate_cores(optimizer: Any, model: nn.Module, lr_scale: float) -> None:
         group["params"] = [p for p in group["params"] if id(p) not in cores]
     rate = raw.param_groups[0]["lr"]
     raw.add_param_group({"params": moved, "weight_decay": 0.0} | ({} if rate is None else {"lr": rate * lr_scale}))
+
+
+def adam_rate(optimizer: Any, but_last: bool = False) -> float | None:
+    """Peak learning rate of an optimizer of the Adam family whose groups share it; None for any other one: rates that
+    differ by group were chosen with care, and those of other optimizers mean something else.
+
+    Args:
+        but_last: the last group is that of `separate_cores`.
+    """
+    raw = raw_optimizer(optimizer)
+    groups = raw.param_groups[:-1] if but_last else raw.param_groups
+    rates = {float(group.get("initial_lr", group["lr"])) for group in groups if group["params"]}
+    return rates.pop() if len(rates) == 1 and "adam" in type(raw).__name__.lower() else None
 
 
 def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:

@@ -1,0 +1,43 @@
+"""The model just after its cut, kept while its stage is open: distilling may make it worse. Knows a host, no run."""
+
+from __future__ import annotations
+
+import torch
+
+from ..reparameterization import Reparameterization
+from . import plain
+from .host import Host
+
+
+__all__ = ["Keepsake"]
+
+
+class Keepsake:
+    """Attributes:
+    tensors: plain weights by name; None where nothing is kept.
+    """
+
+    def __init__(self, host: Host, how: Reparameterization | None):
+        self.host, self.how = host, how
+        self.tensors: dict[str, torch.Tensor] | None = None
+
+    def reset(self) -> None:
+        """Keep nothing."""
+        self.tensors = None
+
+    def keep(self) -> None:
+        """The model as it is now."""
+        model = plain.plain(self.host.model)
+        self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+    @torch.no_grad()
+    def put_back(self) -> None:
+        """The model becomes what it was; the optimizer's state, which came after, is dropped."""
+        if self.how is None:
+            for name, tensor in self.host.model.state_dict().items():
+                tensor.copy_(self.tensors[name])
+        else:
+            twin = plain.plain_copy(self.host.model)
+            twin.load_state_dict(self.tensors)
+            self.host.install(plain.put_on(self.how, twin))
+        self.host.forget_moments()
