@@ -107,12 +107,8 @@ def as_options(values: Mapping[str, Any]) -> list[str]:
 def environment(folder: Path) -> dict[str, str]:
     """One thread of the CPU, this package, no network, and a cache of its own."""
     own = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    own |= {
-        "ACCELERATE_USE_CPU": "true",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_CACHE": str(folder / "cache"),
-        "PYTHONWARNINGS": "ignore",
-    }
+    own |= {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    own |= {"HF_DATASETS_CACHE": str(folder / "cache")}
     return os.environ | own
 
 
