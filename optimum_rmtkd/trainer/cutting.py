@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from ..config import RMTKDConfig
+from ..errors import NoTargetError
 from . import plain
 from .data import isolated_rng
 from .host import Host
@@ -34,7 +35,7 @@ def planned(host: Host, config: RMTKDConfig, fit_steps: int, kept: float) -> tup
     model, layerwise = host.model, config.schedule == "layerwise"
     parameters = plain.parameters(model)
     check_target(config, parameters, round(parameters / kept))
-    sites = _edges(host, config) if fit_steps or layerwise else None
+    sites = _edges(host, config, raw=bool(fit_steps)) if fit_steps or layerwise else None
     groups = surgery.stage_sites(model, config) if layerwise else ()
     if sites is not None:
         groups = [left for group in groups if (left := [name for name in group if name in sites])]
@@ -42,9 +43,12 @@ def planned(host: Host, config: RMTKDConfig, fit_steps: int, kept: float) -> tup
     return tuple(dataclasses.replace(cut, step=cut.step + fit_steps) for cut in cuts)
 
 
-def _edges(host: Host, config: RMTKDConfig) -> tuple[str, ...] | None:
+def _edges(host: Host, config: RMTKDConfig, raw: bool) -> tuple[str, ...] | None:
     """Without a target the spectra have to say how far to cut. Asked of a model that is fine-tuned first: hours of
     training should not end at that question; and where each layer is cut by its own edge.
+
+    Args:
+        raw: the model is not fine-tuned yet.
 
     Returns:
         Names of the sites whose edge means something; None where there is no question.
@@ -55,13 +59,19 @@ def _edges(host: Host, config: RMTKDConfig) -> tuple[str, ...] | None:
     from .. import surgery
 
     with isolated_rng(config.seed):
-        return surgery.check_edges(
-            plain.plain(host.model),
-            host.calibration_batches(),
-            config,
-            accelerator=host.accelerator,
-            progress=host.shows_progress,
-        )
+        try:
+            return surgery.check_edges(
+                plain.plain(host.model),
+                host.calibration_batches(),
+                config,
+                accelerator=host.accelerator,
+                progress=host.shows_progress,
+            )
+        except NoTargetError as error:
+            if not raw:
+                raise
+            told = "The model is not fine-tuned yet: the losses below say nothing of what a cut will cost it then."
+            raise NoTargetError(f"{error.message} {told}", error.curve) from None
 
 
 def reduced(host: Host, config: RMTKDConfig, cut: PlannedCut, reference: int) -> Any:

@@ -11,7 +11,7 @@ from ..errors import RMTKDError
 from . import plain
 from .data import isolated_rng
 from .host import Host
-from .readiness import readiness
+from .readiness import Readiness, readiness
 
 
 __all__ = ["Fit"]
@@ -60,14 +60,7 @@ class Fit:
         if share is not None:
             self.why = f"fit_share={share:g}"
         if self.config.schedule != "none":
-            with isolated_rng(self.config.seed):
-                found = readiness(
-                    plain.plain(host.model),
-                    host.calibration_batches(),
-                    label_names=tuple(host.label_names),
-                    own_loss=host.columns.own_loss,
-                    accelerator=host.accelerator,
-                )
+            found = self._readiness()
             self.chance = found.chance
             if share is None:
                 share, self.why = SHARE if tasked and not found.can_teach else 0.0, found.why
@@ -85,6 +78,17 @@ class Fit:
                 self.why,
             )
 
+    def _readiness(self) -> Readiness:
+        host = self.host
+        with isolated_rng(self.config.seed):
+            return readiness(
+                plain.plain(host.model),
+                host.calibration_batches(),
+                label_names=tuple(host.label_names),
+                own_loss=host.columns.own_loss,
+                accelerator=host.accelerator,
+            )
+
     def rescale(self, ratio: float) -> None:
         """The run has `ratio` times as many steps as was thought."""
         self.steps = round(self.steps * ratio)
@@ -94,6 +98,13 @@ class Fit:
         self.going, self.metrics = False, metrics
         shown = ", ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
         logger.warning("Fine-tuned for %d steps%s: the teacher from here on.", self.steps, shown and f" ({shown})")
+        found = self._readiness()
+        if not found.can_teach:
+            logger.warning(
+                "The teacher still knows nothing of the task: %s. What is distilled from it will not, either, "
+                "whatever the table says. Give it more steps (num_train_epochs, fit_share) or another learning rate.",
+                found.why,
+            )
 
     def to_dict(self) -> dict[str, Any] | None:
         """For the journal; None where nothing was fine-tuned."""

@@ -120,7 +120,8 @@ class Judge:
         if host.metric_asked_for or needed:
             raise RMTKDError(f"The evaluation gave {found}; the stages are judged by {host.metric_name!r}. {hint}")
         self.say_once(
-            "The evaluation gave %s, and no %s: the stages are judged without a metric. %s",
+            "The evaluation gave %s, and no %s: the stages are judged without a metric, by how far the model's "
+            "answers are from the uncut model's. %s",
             found,
             host.metric_name,
             hint if metrics else "Give the validation data labels.",

@@ -64,11 +64,16 @@ class Pace:
                     "distil_learning_rate=%.3g is not used: the schedule, or the optimizer, is your own.", wanted
                 )
             return
-        chosen, why = wanted or given, "distil_learning_rate" if wanted else "as given, nothing was removed"
+        chosen = wanted or given
+        why = f"learning rate of {chosen:.3g}, " + (
+            "distil_learning_rate" if wanted else "as given: nothing was removed"
+        )
         if wanted is None and 0 < removed < 1:
             chosen, why = dataclasses.astuple(distil_rate(given, removed, steps))
         self._change(factor=chosen / given * self.lowering)
-        self._say("Distilling at a peak learning rate of %.3g: %s.", chosen * self.lowering, why)
+        if self.lowering != 1.0:
+            why = f"{why}, times {self.lowering:.2g} after repeated stages"
+        self._say("Distilling at a peak %s.", why)
 
     def rescale(self, ratio: float) -> None:
         """The run has `ratio` times as many steps as was thought."""

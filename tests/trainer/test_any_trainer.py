@@ -186,7 +186,7 @@ def test_one_schedule_a_phase(make_trainer, plain_rate, caplog):
     half, warm = 5e-4, [1 / 3, 2 / 3, 1, 1, 1, 1]
     distil = [half * (1 - round(step * 10 / 6) / 10) * w for step, w in zip(range(6), warm, strict=True)]
     assert rates(trainer) == pytest.approx([*fit, *distil])
-    assert trainer.stages[0].step == 4 and "peak learning rate of 0.0005: for the test" in caplog.text
+    assert trainer.stages[0].step == 4 and "Distilling at a peak for the test" in caplog.text
     assert trainer.stages[0].learning_rate == pytest.approx(half)
 
 

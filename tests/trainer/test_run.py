@@ -147,6 +147,12 @@ def test_a_model_that_cannot_teach_is_fine_tuned_first(monkeypatch):
     assert [(p.name, p.start, p.steps) for p in run.pace.phases] == [("fit", 0, 40), ("distil", 40, 60)]
 
 
+def test_a_fit_that_taught_nothing_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, 0.69, 0.69, "no better than chance"))
+    live(run_of(FakeHost([0.5, 0.5, 0.5])))
+    assert caplog.text.count("The teacher still knows nothing of the task: no better than chance") == 1
+
+
 @pytest.mark.parametrize(("share", "first"), [(0, 0), (0.25, 25), (0.001, 1)])
 def test_a_share_that_is_given_is_taken(monkeypatch, share, first):
     monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, 0.69, 0.69, "a new head"))
