@@ -65,9 +65,7 @@ class Pace:
                 )
             return
         chosen = wanted or given
-        why = f"learning rate of {chosen:.3g}, " + (
-            "distil_learning_rate" if wanted else "as given: nothing was removed"
-        )
+        why = f"learning rate of {chosen:.3g}: {'distil_learning_rate' if wanted else 'nothing was removed'}"
         if wanted is None and 0 < removed < 1:
             chosen, why = dataclasses.astuple(distil_rate(given, removed, steps))
         self._change(factor=chosen / given * self.lowering)
