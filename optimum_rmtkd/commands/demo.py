@@ -135,7 +135,7 @@ def _demonstrate(options: DemoOptions, folder: Path, name: str) -> float:
 
     from ..surgery import count_parameters
 
-    recipe = RMTKDConfig(target_reduction=options.target_reduction, seed=options.seed)
+    recipe = RMTKDConfig(target_reduction=options.target_reduction, fit_share=0, seed=options.seed)  # trained below
     digits = read_digits(options.train_samples)
     set_seed(options.seed)
 

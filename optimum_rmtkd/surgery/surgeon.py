@@ -274,8 +274,8 @@ class Surgeon:
         return lost / (self.answers if self.loss_unit == "nats" else 1.0)
 
     def divergence(self, student: PreTrainedModel) -> float | None:
-        """Measured: see `mean_divergence`."""
-        return mean_divergence(self.teacher, student, self.batches)
+        """Measured: see `mean_divergence`. Of a twin: what the user hung on the model does not run here."""
+        return mean_divergence(self.teacher, twin_of(student), self.batches)
 
     def _worth(
         self, parameters: float, flops: float, positions: Mapping[str, float]

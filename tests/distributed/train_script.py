@@ -74,7 +74,7 @@ def main():
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if trainer.args.process_index == options.broken_rank:
-        trainer.calibration_batches = lambda **options: Broken()
+        trainer.run.host.calibration_batches = lambda *_, **options: Broken()
     rank = trainer.args.process_index
     if options.broken_rank is not None:
         with pytest.raises((RMTKDError, ValueError)) as caught:
