@@ -39,6 +39,7 @@ def test_two_processes_resume_to_the_same_bits(two, tmp_path):
             assert all(torch.equal(tensor, weights[rank][name]) for name, tensor in tensors[rank].items())
 
 
+@pytest.mark.slow
 def test_training_is_that_of_one_process_under_accumulation_too(tmp_path):
     """Neurons only: the coordinates inside a narrowed stream or head are free, and rounding may choose other ones."""
     cut = ("--sites", "intermediate", "--target", "0.15")
@@ -53,6 +54,7 @@ def test_training_is_that_of_one_process_under_accumulation_too(tmp_path):
             assert torch.allclose(tensor, weights[name], atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_bf16_under_ddp(tmp_path):
     results, ranks = launch(tmp_path / "two", 2, "--mixed-precision", "bf16", module=SCRIPT)
     assert len(results[0]["stages"]) == 2
