@@ -139,6 +139,8 @@ class Run:
         self._disable_dropout()
         if not resumed:
             self.host.reschedule()
+        elif self.stages:
+            self._write_journal()  # it may go on in another folder
         if self.host.step < self.host.max_steps:
             self._advance(self.host.step)
         self._begin_distilling()
