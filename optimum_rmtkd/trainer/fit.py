@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
+from ..surgery.processes import one_for_all
 from . import plain
 from .data import isolated_rng
 from .host import Host
@@ -19,6 +20,7 @@ __all__ = ["Fit"]
 logger = logging.getLogger(__name__)
 
 SHARE = 0.4  # of the steps, for a model that cannot teach yet
+SEEN = 256  # samples of each process that say whether a model can teach
 CUTS = 2  # that a recipe makes at most where it does not say how many
 STATE = ("steps", "why", "going", "metrics", "chance")
 
@@ -80,10 +82,14 @@ class Fit:
 
     def _readiness(self) -> Readiness:
         host = self.host
+        wanted = min(SEEN * host.accelerator.num_processes, self.config.calibration_samples)
         with isolated_rng(self.config.seed):
+            with one_for_all(host.accelerator):  # or the others wait for the sums of a process that is gone
+                batches = list(host.calibration_batches(wanted))
             return readiness(
                 plain.plain(host.model),
-                host.calibration_batches(),
+                batches,
+                samples=SEEN,
                 label_names=tuple(host.label_names),
                 own_loss=host.columns.own_loss,
                 accelerator=host.accelerator,
