@@ -75,9 +75,8 @@ class Agenda:
     def begin_stage(self, step: int, max_steps: int) -> int:
         """The model just after its cut is at hand; it is looked at after half of the stage. Its steps."""
         steps = self.stage_steps(step, max_steps)
-        self.stage_from, self.look_at = step, step + steps // 2 if steps >= LOOKED_AT else None
-        if self.repeats >= REPEATS:
-            self.look_at = None
+        looked_at = steps >= LOOKED_AT and self.repeats < REPEATS
+        self.stage_from, self.look_at = step, step + steps // 2 if looked_at else None
         return steps
 
     def rescale(self, ratio: float) -> None:

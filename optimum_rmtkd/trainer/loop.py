@@ -171,7 +171,8 @@ class RMTKDLoop:
         if accept_teacher(run.tutor, teacher, host.model, host.accelerator.device):
             host.teacher = run.tutor.given
         else:
-            host.config = run.config = run.config.replace(teacher="initial")
+            host.config = run.config.replace(teacher="initial")
+            run.follow(host.config)
 
     def _register(self, raw: torch.optim.Optimizer) -> None:
         """From here on the optimizer tells of its steps, and the accelerator of its checkpoints."""

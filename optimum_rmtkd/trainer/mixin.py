@@ -172,7 +172,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         if isinstance(teacher, nn.Module):
             teacher = inside_of(teacher, self).model
         if not accept_teacher(run.tutor, teacher, host.model, self.args.device):
-            self.rmtkd_config = run.config = self.rmtkd_config.replace(teacher="initial")
+            self.rmtkd_config = self.rmtkd_config.replace(teacher="initial")
+            run.follow(self.rmtkd_config)
             return
         host.teacher = given = run.tutor.given
         columns = getattr(self.train_dataset, "column_names", None) or ()

@@ -65,6 +65,11 @@ class Run:
         self.evaluates = True
         self.reset()
 
+    def follow(self, config: RMTKDConfig) -> None:
+        """Another recipe, before the run begins: for all that read it."""
+        for part in (self, self.judge, self.pace, self.fit, self.tutor, self.records):
+            part.config = config
+
     def reset(self) -> None:
         """Forget the run (a new trial, with a new model)."""
         for part in (self.agenda, self.judge, self.pace, self.fit, self.tutor, self.keepsake):
@@ -285,7 +290,7 @@ class Run:
         came_from = self.judge.baseline.value
         if step + self.host.looks() <= last:
             words = (
-                "%s is %.4g at step %d, and was %.4g before the first cut: the next cut waits until it has come back."
+                "%s is %.4g at step %d, and was %.4g before the first cut: the next cut waits until it has come back"
             )
             self.judge.say_once(words, name, value, step, came_from)
             self._wait(step)
@@ -332,9 +337,8 @@ class Run:
             return False
         if self.judge.worse(measured):
             self._put_back()
-            self.agenda.note(
-                f"distilling made it worse ({self.judge.words(measured)}): the weights just after the cut stay"
-            )
+            why = self.judge.words(measured)
+            self.agenda.note(f"distilling made it worse ({why}): the weights just after the cut stay")
             logger.warning("Stage %d: %s.", stage.index, self.stages[-1].note)
             self.judge.last = measured = self.judge.just_cut
         self.agenda.change(**measured.at_the_end(), status="accepted")
@@ -372,9 +376,8 @@ class Run:
             self.keepsake.keep()
         self.stages.append(dataclasses.replace(stage, metric_cut=now.value, metrics_cut=now.metrics))
         self.agenda.repeats = 0
-        self.pace.suit(
-            1 - self.parameters / self.reference_parameters, self.agenda.stage_steps(step, self.host.max_steps)
-        )
+        removed, steps = 1 - self.parameters / self.reference_parameters, self.host.max_steps
+        self.pace.suit(removed, self.agenda.stage_steps(step, steps))
         self.agenda.change(learning_rate=self.pace.rate)
         self._begin_stage(step)
         self._disable_dropout()

@@ -76,6 +76,7 @@ def test_frozen_teachers_may_be_given_as_such(make_trainer):
     for given in (FrozenTeacher(student), SnapshotTeacher(student)):
         itself = make_trainer(student, teacher_model=given)
         assert itself.run.tutor.given is None and itself.rmtkd_config.teacher == "initial"
+        assert itself.run.tutor.config.teacher == "initial"
 
 
 def test_teachers_that_would_move_with_the_student_are_refused(make_trainer):
