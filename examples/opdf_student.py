@@ -68,6 +68,9 @@ def load_rows(data: DataArguments, teacher, tokenizer) -> DatasetDict:
     files = {"train": data.train_file, "validation": data.validation_file}
     rows = load_dataset(Path(data.train_file).suffix.lstrip(".").replace("jsonl", "json"), data_files=files)
     kinds = rows["train"].features
+    for column in (data.label_column, *(data.text_column or ())):
+        if column not in kinds:
+            raise SystemExit(f"{data.train_file} has no column {column!r}; it has {', '.join(kinds)}.")
     found = [name for name in kinds if getattr(kinds[name], "dtype", "") in ("string", "large_string")]
     texts = data.text_column or [name for name in found if name != data.label_column][:2]
 

@@ -111,6 +111,9 @@ def main() -> None:
     set_seed(training.seed)
 
     rows = load_rows(data, training.seed)
+    for column in (data.label_column, *(data.text_column or ())):
+        if column not in rows["train"].column_names:
+            parser.error(f"no column {column!r} in the data; there are {', '.join(rows['train'].column_names)}")
     config = AutoConfig.from_pretrained(arguments.model)
     classes, texts = class_numbers(rows, data.label_column, config), text_columns(rows, data)
     outputs = 1 if classes is None else len(classes)

@@ -68,6 +68,9 @@ def tokenized(args: Arguments, tokenizer, accelerator: Accelerator):
     kind = Path(args.train_file).suffix.lstrip(".").replace("jsonl", "json")
     rows = load_dataset(kind, data_files={"train": args.train_file, "validation": args.validation_file})
     kinds = rows["train"].features
+    for column in (args.label_column, *(args.text_column or ())):
+        if column not in kinds:
+            raise SystemExit(f"{args.train_file} has no column {column!r}; it has {', '.join(kinds)}.")
     found = [name for name in kinds if getattr(kinds[name], "dtype", "") in ("string", "large_string")]
     texts = args.text_column or [name for name in found if name != args.label_column][:2]
     classes = sorted(rows["train"].unique(args.label_column))

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import load_dataset
 from transformers import (
     AutoModelForSequenceClassification,
@@ -56,6 +57,8 @@ class Arguments:
     rate: float = field(default=5e-5, metadata={"help": "Learning rate of the script."})
     epochs: float = field(default=3.0, metadata={"help": "In all."})
     bf16: bool = field(default=False, metadata={"help": "Mixed precision."})
+    fit_share: float | None = field(default=None, metadata={"help": "Share of the steps to fit; None: as decided."})
+    rounds: int | None = field(default=None, metadata={"help": "Number of cuts; None: the library's default."})
 
 
 def run(arguments: Arguments) -> None:
@@ -88,19 +91,25 @@ def run(arguments: Arguments) -> None:
             "seed": seed,
             "rate": arguments.rate,
             "epochs": arguments.epochs,
+            "fit_share": arguments.fit_share,
+            "rounds": arguments.rounds,
         }
         if key_of(line) in done:
             continue
         set_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(start, dtype="float32", num_labels=2)
+        # On a CPU the backward of the fused attention takes twice as long in bf16.
+        kernel = "eager" if arguments.bf16 and not torch.cuda.is_available() else None
+        how = {"dtype": "float32", "num_labels": 2, "attn_implementation": kernel}
+        model = AutoModelForSequenceClassification.from_pretrained(start, **how)
         args = RMTKDTrainingArguments(
-            str(folder / "trainer"),
+            str(folder / f"trainer_{arguments.task}_{target}_{seed}"),
             num_train_epochs=arguments.epochs,
             per_device_train_batch_size=32,
             per_device_eval_batch_size=64,
             learning_rate=arguments.rate,
             train_sampling_strategy="group_by_length",
             bf16=arguments.bf16,
+            use_cpu=not torch.cuda.is_available(),
             save_strategy="no",
             logging_steps=200,
             report_to=[],
@@ -116,7 +125,8 @@ def run(arguments: Arguments) -> None:
             "data_collator": DataCollatorWithPadding(tokenizer),
             "compute_metrics": metrics,
         }
-        recipe = RMTKDConfig(target_reduction=target, seed=seed) if target else None
+        choices = {"fit_share": arguments.fit_share, "rounds": arguments.rounds}
+        recipe = RMTKDConfig(target_reduction=target, seed=seed, **choices) if target else None
         trainer = RMTKDTrainer(rmtkd_config=recipe, **given) if target else Trainer(**given)
         began, before = time.time(), count_parameters(model)
         trainer.train()
@@ -130,7 +140,7 @@ def run(arguments: Arguments) -> None:
 
 def key_of(line: dict) -> tuple:
     """What makes two runs the same one."""
-    return tuple(line[name] for name in ("task", "target", "seed", "rate", "epochs"))
+    return tuple(line.get(name) for name in ("task", "target", "seed", "rate", "epochs", "fit_share", "rounds"))
 
 
 def read(file: Path) -> list[dict]:

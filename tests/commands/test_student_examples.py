@@ -76,3 +76,10 @@ def test_a_plain_student_comes_out(call, small, tmp_path, script, options):
 def test_which_student_has_to_be_said(call, options, reason):
     code, _, err = call("opdf_student.py", *options)
     assert code == 2 and reason in err
+
+
+@pytest.mark.parametrize("script", ["rdimkd_student.py", "opdf_student.py"])
+@pytest.mark.parametrize("option", ["--text_column", "--label_column"])
+def test_a_column_that_is_not_there_is_named(call, small, script, option):
+    code, _, _ = call(script, "--student", small, option, "sentense")
+    assert "no column 'sentense'; it has sentence, label" in code
