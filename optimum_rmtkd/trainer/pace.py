@@ -51,7 +51,8 @@ class Pace:
         return None if given is None or not self.phases else given * self.phases[-1].factor
 
     def suit(self, removed: float, steps: int) -> None:
-        """Choose the peak rate of the distillation after a cut.
+        """Choose the rate of the distillation after a cut: the highest of the stage by the rule; that of the whole
+        phase where the recipe names it, for then the user has one schedule in mind.
 
         Args:
             removed: share of the uncut model's parameters that are gone.
@@ -68,7 +69,8 @@ class Pace:
         why = f"learning rate of {chosen:.3g}: {'distil_learning_rate' if wanted else 'nothing was removed'}"
         if wanted is None and 0 < removed < 1:
             chosen, why = dataclasses.astuple(distil_rate(given, removed, steps))
-        self._change(factor=chosen / given * self.lowering)
+        since = self.host.step if wanted is None else None
+        self._change(factor=chosen / given * self.lowering, since=since)
         if self.lowering != 1.0:
             why = f"{why}, times {self.lowering:.2g} after repeated stages"
         self._say("Distilling at a peak %s.", why)
@@ -79,7 +81,8 @@ class Pace:
         for phase in self.phases:
             warmups = tuple((round(step * ratio), steps) for step, steps in phase.warmups)
             start, steps = round(phase.start * ratio), round(phase.steps * ratio)
-            scaled.append(dataclasses.replace(phase, start=start, steps=steps, warmups=warmups))
+            since = None if phase.since is None else round(phase.since * ratio)
+            scaled.append(dataclasses.replace(phase, start=start, steps=steps, warmups=warmups, since=since))
         self.phases = tuple(scaled)
 
     def slow_down(self) -> str:

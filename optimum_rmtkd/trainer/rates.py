@@ -20,7 +20,7 @@ from ..errors import RMTKDError
 __all__ = ["Rate", "distil_rate", "rate_band", "warmup_steps"]
 
 CENTRE, CENTRE_STEPS = 1e-4, 512  # the middle of the band from four fifths removed on
-WIDTH = math.sqrt(3.0)  # from the middle to either border, as a factor
+WIDTH = 1.25  # from the middle to either border, as a factor
 FLOOR, CEILING = 2e-5, 3e-4  # of every band: no rate outside was ever the best
 WARMUP_SHARE, WARMUP_LIMITS = 0.06, (5, 200)  # of a stage; its least and greatest
 
@@ -39,7 +39,8 @@ class Rate:
 
 
 def rate_band(removed: float, steps: int) -> tuple[float, float]:
-    """(lowest, highest) peak learning rate at which a stage, the distillation after one cut, ends well.
+    """(lowest, highest) learning rate to begin a stage with, the distillation after one cut, if it is to end well; from
+    there it decays.
 
     Args:
         removed: share of all parameters of the uncut model that is gone after this cut, earlier cuts included; in
@@ -60,7 +61,7 @@ def rate_band(removed: float, steps: int) -> tuple[float, float]:
 
 
 def distil_rate(given: float, removed: float, steps: int) -> Rate:
-    """The peak learning rate of a stage: the one that was given, moved into `rate_band`.
+    """The learning rate a stage begins with: the one that was given, moved into `rate_band`.
 
     Args:
         given: learning rate of the training arguments, the peak of its schedule; for an optimizer of the Adam family,

@@ -13,6 +13,7 @@ from typing import Any
 
 __all__ = ["Phase", "factor_at", "stretched"]
 
+LOOKS = 64
 Shape = Callable[[int], Callable[[int], float]]
 
 
@@ -23,8 +24,9 @@ class Phase:
     Attributes:
         name: "fit" or "distil".
         start, steps: first optimizer step, and their number.
-        factor: peak learning rate, as a multiple of the one that the user gave.
+        factor: the highest learning rate from `since` on, as a multiple of the peak that the user gave.
         warmups: (step, steps) of each linear warm-up after a cut.
+        since: step from which on `factor` is meant; None: the start.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Phase:
     steps: int
     factor: float = 1.0
     warmups: tuple[tuple[int, int], ...] = ()
+    since: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
@@ -51,11 +54,21 @@ def factor_at(step: int, phases: Sequence[Phase], shape: Shape) -> float:
         shape: number of steps -> the user's schedule over so many, which gives a multiple of the peak rate at each.
     """
     phase = next((phase for phase in reversed(phases) if step >= phase.start), phases[0])
-    factor = phase.factor * shape(phase.steps)(step - phase.start)
+    run = shape(phase.steps)
+    factor = phase.factor * run(step - phase.start)
+    if phase.since is not None and (highest := _highest(run, phase.since - phase.start, phase.steps)) > 0:
+        factor /= highest
     for cut, steps in phase.warmups:
         if cut <= step < cut + steps:
             factor *= (step - cut + 1) / (steps + 1)
     return factor
+
+
+def _highest(run: Callable[[int], float], first: int, steps: int) -> float:
+    """The highest value of a schedule from a step on. It is looked at where `LOOKS` steps lie evenly spaced: schedules
+    rise or fall for longer than that."""
+    stride = max(1, (steps - first) // LOOKS)
+    return max(run(step) for step in range(first, max(steps, first + 1), stride))
 
 
 def stretched(shape: Callable[[int], float], whole: int) -> Shape:

@@ -16,20 +16,21 @@ STEPS = (1, 5, 64, 171, 512, 2105, 6315, 10**6)
 CASES = list(itertools.product(REMOVED, STEPS))
 
 
-# One cut, its steps, rates that ended well, rates that did harm: the tables of docs/guides/rates.md
+# Removed, steps of the stage, the rate that it began with and ended best, rates that did harm: docs/guides/rates.md
 MEASURED = [
-    (0.68, 58, (3e-5,), (1e-4, 3e-4)),  # 1.1 points below the accuracy just after the cut; 5.3; 8.6
-    (0.8, 64, (3e-5,), (3e-4,)),  # 0.2; 6.0
-    (0.8, 2210, (3e-4,), ()),  # second stage of a run that lost 0.6
-    (0.8, 512, (1e-4,), (3e-4,)),  # 1.4 points below the teacher; 3.7
-    (0.63, 2105, (1e-4,), (3e-4,)),  # 0.0; 1.0
+    (0.68, 58, 3e-5, (1e-4, 3e-4)),  # 1.1 points below the accuracy just after the cut; 5.3; 8.6
+    (0.8, 64, 3e-5, (1e-4, 3e-4)),  # 0.2; 1.2; 6.0
+    (0.8, 2210, 2.1e-4, ()),  # second stage of a run that lost 0.6 points
+    (0.8, 4421, 2.94e-4, (1.2e-4,)),  # the same run, given three times the steps at a lower rate: 1.5
+    (0.8, 512, 1e-4, (3e-5, 3e-4)),  # 1.4 points below the teacher; 1.8; 3.7
+    (0.63, 2105, 1e-4, (3e-4,)),  # 0.0; 1.0
 ]
 
 
 @pytest.mark.parametrize(("removed", "steps", "good", "bad"), MEASURED)
-def test_the_band_holds_what_was_measured_to_end_well_and_not_what_ruined(removed, steps, good, bad):
+def test_the_band_holds_what_was_measured_to_end_well_and_not_what_did_harm(removed, steps, good, bad):
     low, high = rate_band(removed, steps)
-    assert all(low <= rate <= high for rate in good)
+    assert low <= good * 1.1 and good / 1.1 <= high
     assert not any(low <= rate <= high for rate in bad)
 
 

@@ -92,3 +92,21 @@ def test_the_schedule_runs_once_a_phase_and_warms_up_after_a_cut():
         [1, 0.75, 0.5, 0.25, *(0.5 * (1 - step / 10) * w for step, w in zip(range(10), warm, strict=True))]
     )
     assert Phase.from_dict(json.loads(json.dumps(phases[1].to_dict()))) == phases[1]
+
+
+@pytest.mark.parametrize("kind", [linear, lambda steps: lambda step: 1.0])
+@pytest.mark.parametrize("since", [4, 9, 13])
+def test_a_stage_begins_with_its_own_rate_wherever_the_schedule_stands(kind, since):
+    phases = (Phase("fit", 0, 4), Phase("distil", 4, 10, 0.5, (), since))
+    run = kind(10)
+    assert factor_at(since, phases, kind) == pytest.approx(0.5)
+    for step in range(since, 14):
+        assert factor_at(step, phases, kind) == pytest.approx(0.5 * run(step - 4) / run(since - 4))
+
+
+def test_a_warm_up_of_the_users_own_at_the_start_of_a_phase_reaches_the_stages_rate():
+    def warming(steps):
+        return lambda step: step / 2 if step < 2 else (steps - step) / (steps - 2)
+
+    phases = (Phase("distil", 0, 10, 0.5, (), 0),)
+    assert [factor_at(step, phases, warming) for step in (0, 1, 2)] == pytest.approx([0, 0.25, 0.5])
