@@ -39,8 +39,8 @@ class Rate:
 
 
 def rate_band(removed: float, steps: int) -> tuple[float, float]:
-    """(lowest, highest) learning rate to begin a stage with, the distillation after one cut, if it is to end well; from
-    there it decays.
+    """(lowest, highest) learning rate with which a stage, the distillation after one cut, begins if it is to end well;
+    from there it decays.
 
     Args:
         removed: share of all parameters of the uncut model that is gone after this cut, earlier cuts included; in
