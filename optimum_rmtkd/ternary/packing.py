@@ -23,7 +23,6 @@ from torch import nn
 from ..errors import RMTKDError
 from ..modeling_rmtkd import (
     PACKINGS,
-    STORAGES,
     TernaryLinear,
     TernaryMLP,
     pack_trits,
@@ -33,6 +32,7 @@ from ..modeling_rmtkd import (
     unpack_trits,
 )
 from ..registration import lend_errors
+from ..spec_rmtkd import STORAGES
 
 
 __all__ = [
