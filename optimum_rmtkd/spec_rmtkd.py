@@ -48,6 +48,7 @@ MOST_LAYERS = 10_000
 MOST_HIDDEN = 1_000  # layers of a ternary network
 MOST_STEPS = 1_000  # thresholds of an activation
 LARGEST = 2**31 - 1
+DTYPES = ("float32", "float16", "bfloat16", "float64", "auto")
 MOST_DRAWN = 2**25  # weights that follow from a seed: no file bounds them, and drawing takes 40 bytes each
 
 ACTIVATIONS = {"erf": torch.erf, "cos": torch.cos, "sign": torch.sign}  # beside those of transformers
@@ -261,8 +262,8 @@ def _numbers(values, where, lengths):
 
 
 def check_fields(fields):
-    """Whether the fields that config classes of transformers make lists from are of a size that can be, and none
-    names other files.
+    """Whether the fields that config classes of transformers make lists from are of a size that can be, and no other
+    file or thing of torch is named.
 
     Raises:
         SpecMismatchError: names the field.
@@ -273,6 +274,10 @@ def check_fields(fields):
     for name, value in fields.items():
         if "layer" in str(name) and isinstance(value, int) and value > MOST_LAYERS:
             raise mismatch(name, value, f"at most {MOST_LAYERS}")
+    for name in ("dtype", "torch_dtype"):
+        value = fields.get(name)
+        if not isinstance(value, (torch.dtype, type(None))) and value not in DTYPES:
+            raise mismatch(name, value, f"one of {', '.join(DTYPES)}")
     if fields.get("transformers_weights") is not None:
         raise mismatch("transformers_weights", fields["transformers_weights"], "no such field: weights have one name")
 
