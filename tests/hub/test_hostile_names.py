@@ -63,12 +63,12 @@ def blocks(text: str, language: str) -> list[str]:
 
 def skeleton(text: str) -> list[str]:
     """What gives a card its shape: fences, headings, and the number of cells of each row."""
-    shape = []
+    shape, border = [], re.compile(r"(?<!\\)[|]")
     for line in text.splitlines():
         if line.startswith(("```", "#")):
             shape.append(line if line != "# small" else "#")
         elif line.startswith("|"):
-            shape.append(f"row of {len(re.findall(r'(?<!\\)[|]', line))}")
+            shape.append(f"row of {len(border.findall(line))}")
     return shape
 
 
