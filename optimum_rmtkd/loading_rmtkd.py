@@ -99,7 +99,7 @@ def _count_tensors(name, options):
         return None
     kept = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
     kwargs = {key: options[key] for key in kept if options.get(key) is not None}
-    kwargs["_raise_exceptions_for_missing_entries"] = False
+    kwargs |= {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
 
     def locate(file):
         stem, _, ending = file.partition(".")

@@ -54,6 +54,7 @@ from .spec_rmtkd import (
     check_attributes,
     check_base,
     check_fields,
+    check_heads,
     check_module,
     check_rmtkd,
     mismatch,
@@ -217,7 +218,7 @@ def check_spec(model, spec):
                 raise mismatch(where, raw, f"one name for each module; {twin!r} is the same one")
             found, fits = _at(model, raw), _FITS[section]
             if found is None or not fits(found, entry):
-                if not _is_elsewhere(model, raw, section, entry):
+                if not _is_elsewhere(model, raw, section, entry, spec.get("base", {})):
                     raise mismatch(where, raw, f"a path of a {type(model).__name__}, or of another head, that fits")
             elif section == "modules":
                 check_module(found, entry, where)
@@ -227,6 +228,18 @@ def check_spec(model, spec):
                 check_attributes(found, entry, where)
             elif isinstance(found, nn.Linear) and entry["in_features"] > found.in_features:
                 raise mismatch(f"{where}.in_features", entry["in_features"], f"at most {found.in_features}")
+    _check_all_heads(model, spec)
+
+
+def _check_all_heads(model, spec):
+    deltas, attrs = (
+        {resolve_path(model, raw): entry for raw, entry in spec.get(section, {}).items()}
+        for section in ("modules", "attrs")
+    )
+    for path, module in model.named_modules():
+        inside = {name: deltas[f"{path}.{name}"] for name in module._modules if f"{path}.{name}" in deltas}
+        if inside or path in attrs:
+            check_heads(module, attrs.get(path, {}), inside, f"rmtkd.spec.attrs[{path!r}]")
 
 
 _FITS = {
@@ -238,23 +251,23 @@ _FITS = {
 _ELSEWHERE = set()  # (dense class, section, path) that were found in another class
 
 
-def _is_elsewhere(model, raw, section, entry):
-    """Whether another class of the same architecture has at `raw` what the entry is about. A missing parameter is
-    declared as a module: what the spec's writer did not see has no kind."""
+def _is_elsewhere(model, raw, section, entry, base):
+    """Whether another class of the same architecture has at `raw` what the entry is about. A parameter may be declared
+    as a module: whoever wrote the spec had a head that lacks it, too."""
     dense = type(model).__mro__[1] if type(model).__name__.startswith(PREFIX) else type(model)
     known = dense, section, raw
     if known not in _ELSEWHERE:
-        for other in _relatives(dense, model.config):
+        for other in _relatives(dense, model.config, base):
             found = _at(other, raw)
-            if found is not None and (_FITS[section](found, entry) or section == "modules"):
+            if found is not None and (_FITS[section](found, entry) or isinstance(found, nn.Parameter)):
                 _ELSEWHERE.add(known)
                 break
     return known in _ELSEWHERE
 
 
-def _relatives(dense, config):
-    """Skeletons of the classes beside `dense`, on the meta device: heads first, of one layer where the config counts
-    them, for the paths of all layers are the model's own; of two labels, because spans need as many."""
+def _relatives(dense, config, base):
+    """Skeletons of the classes beside `dense`, on the meta device: heads first, as wide as `base` says, of one layer
+    where the config counts them (the paths of all layers are the model's own), of two labels, as spans need."""
     home = vars(sys.modules[dense.__module__]).values()
     classes = [
         cls
@@ -270,8 +283,9 @@ def _relatives(dense, config):
         for fields in ({"num_labels": 2, "num_hidden_layers": 1}, {"num_labels": 2}):
             small = copy.deepcopy(config)
             try:
-                for name in (name for name in fields if isinstance(getattr(small, name, None), int)):
-                    setattr(small, name, fields[name])
+                for name, value in {**base, **fields}.items():
+                    if isinstance(getattr(small, name, None), int):
+                        setattr(small, name, value)
                 with torch.device("meta"):
                     skeleton = cls(small)
             except BUILDING:  # a head that wants other fields than this checkpoint has

@@ -13,6 +13,7 @@ from 1 to the dense layer's. Attributes are those of `WIDTHS` and `NUMBERS` that
 numbers.
 """
 
+import fractions
 import math
 import re
 
@@ -25,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 VERSION = 1
 SECTIONS = ("base", "modules", "parameters", "attrs", "ternary")
 DELTAS = ("in", "out", "rank", "dim", "eps")
-PATH = re.compile(r"(@\.)?[A-Za-z_]\w*(\.\w+)*", re.ASCII)
+PATH = re.compile(r"(@\.)?[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 # What modules of transformers call the widths of their heads, and numbers that no config states, with their range.
@@ -33,6 +34,7 @@ WIDTHS = frozenset(
     """all_head_size attention_head_size d_head d_kv dim dim_head dim_per_head embed_dim head_dim head_size hidden_size
     inner_dim key_value_proj_dim kv_dim qk_head_dim v_head_dim""".split()
 )
+HEADS = WIDTHS - {"all_head_size", "dim", "embed_dim", "hidden_size", "inner_dim", "kv_dim"}  # of one head
 NUMBERS = {
     "eps": (0.0, 1.0),
     "variance_epsilon": (0.0, 1.0),
@@ -67,7 +69,8 @@ def shown(value):
     if isinstance(value, int):
         return repr(value) if value.bit_length() < 100 else f"a number of {value.bit_length()} bits"
     if isinstance(value, str):
-        return ascii(value if len(value) <= 60 else value[:57] + "...")
+        text = ascii(value[:60])
+        return text if len(value) <= 60 and len(text) <= 62 else f"{text[:57]}...'"
     if isinstance(value, (dict, list, tuple)):
         kind = "an object" if isinstance(value, dict) else "a list"
         return f"{kind} of {len(value)}" if value else f"an empty {kind.split()[1]}"
@@ -272,7 +275,8 @@ def check_fields(fields):
     if isinstance(labels, int) and labels > max(MOST_LABELS, len(named) if isinstance(named, dict) else 0):
         raise mismatch("num_labels", labels, f"at most {MOST_LABELS}, or the names of all in id2label")
     for name, value in fields.items():
-        if "layer" in str(name) and isinstance(value, int) and value > MOST_LAYERS:
+        counts = value if isinstance(value, (list, tuple)) else (value,)
+        if re.search("layer|depth", str(name)) and any(isinstance(n, int) and n > MOST_LAYERS for n in counts):
             raise mismatch(name, value, f"at most {MOST_LAYERS}")
     for name in ("dtype", "torch_dtype"):
         value = fields.get(name)
@@ -353,3 +357,30 @@ def check_attributes(module, attributes, where):
             raise mismatch(where, name, f"a number that a {type(module).__name__} has")
         if name in WIDTHS:
             _whole(value, f"{where}.{name}", most=own)
+
+
+def check_heads(module, attributes, deltas, where):
+    """Whether the layers of an attention are as wide as its heads, which reshape what these give: with other heads
+    the same tensors would load, and compute something else.
+
+    Args:
+        module: of the dense skeleton, with the layers as its children.
+        attributes: what the spec sets of it.
+        deltas: {name of a child: what the spec makes of it}.
+
+    Raises:
+        SpecMismatchError: widths of heads and layers that do not shrink alike.
+    """
+    given = {name: value for name, value in attributes.items() if name in WIDTHS}
+    if not given and not any(isinstance(vars(module).get(name), int) for name in HEADS):
+        return
+    shares = {fractions.Fraction(value, vars(module)[name]) for name, value in given.items()} or {1}
+    if len(shares) > 1:
+        raise mismatch(where, attributes, "widths that shrink alike")
+    (share,) = shares
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            delta, own = deltas.get(name, {}), {"in": child.in_features, "out": child.out_features}
+            # queries, keys and values give the heads, the layer behind takes them
+            if not any(delta.get(side, own[side]) == own[side] * share for side in own):
+                raise mismatch(where, attributes, f"heads that the layer {name!r} fits: {delta or own}")

@@ -88,6 +88,20 @@ def test_an_auto_class_refuses_it_as_well_or_loads_the_same_model(good, case, tm
     assert torch.equal(answers(model), answers(auto.from_pretrained(good[kind])))
 
 
+def test_code_in_the_folder_is_not_run(good, tmp_path):
+    shutil.copytree(good["narrow"], tmp_path / "model")
+    evil, touched = tmp_path / "model", tmp_path / "was here"
+    for file in [*evil.glob("*.py"), evil / "evil.py"]:
+        file.write_text(f"open({str(touched)!r}, 'w')")
+    hostile.with_fields(
+        auto_map={"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "a/b--evil.Model"}
+    )(evil)
+    wanted = answers(load_model(good["narrow"]))
+    assert torch.equal(answers(load_model(evil)), wanted)
+    assert torch.equal(answers(AutoModelForSequenceClassification.from_pretrained(evil)), wanted)
+    assert not touched.exists()
+
+
 MEASURE = """
 import resource, sys, time
 import optimum_rmtkd

@@ -4,6 +4,7 @@ from transformers import PreTrainedConfig
 
 
 CONFIG_HOOKS = []  # called when a config is first made: modelling code is slow to import
+CHECKS = []  # of the fields, by the modelling code: before transformers makes lists of them and logs them
 
 
 class TernaryMLPConfig(PreTrainedConfig):
@@ -21,4 +22,6 @@ class TernaryMLPConfig(PreTrainedConfig):
     def __new__(cls, *args, **kwargs):
         while CONFIG_HOOKS:
             CONFIG_HOOKS.pop()()
+        for check in CHECKS:
+            check(kwargs)
         return object.__new__(cls)

@@ -14,12 +14,21 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from optimum_rmtkd.layers_rmtkd import TernaryMLP
 from optimum_rmtkd.loading_rmtkd import finalizing, load_checked, named_errors
-from optimum_rmtkd.spec_rmtkd import check_network
+from optimum_rmtkd.spec_rmtkd import check_fields, check_network
 
-from .configuration_ternary import TernaryMLPConfig
+from .configuration_ternary import CHECKS, TernaryMLPConfig
 
 
 UPLOAD_OPTIONS = ("repo_id", "commit_message", "private", "create_pr")  # of `push_to_hub`
+
+
+def _check_config(fields):
+    check_fields(fields)
+    if fields.get("network") is not None:
+        check_network(fields["network"])
+
+
+CHECKS.append(_check_config)
 
 
 def _lay_beside(folder):

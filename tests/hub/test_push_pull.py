@@ -16,7 +16,19 @@ from .server import card_data, card_errors
 
 REMOTE = ["layers_rmtkd.py", "loading_rmtkd.py", "modeling_rmtkd.py", "spec_rmtkd.py"]
 CLIENT = "client.py"
-HARMLESS = {"collections", "contextlib", "contextvars", "copy", "functools", "json", "math", "pathlib", "re", "sys"}
+HARMLESS = {
+    "collections",
+    "contextlib",
+    "contextvars",
+    "copy",
+    "fractions",
+    "functools",
+    "json",
+    "math",
+    "pathlib",
+    "re",
+    "sys",
+}
 HARMLESS |= {"threading", "warnings", "zlib"}
 
 
