@@ -31,24 +31,15 @@ from transformers import conversion_mapping
 from transformers.pytorch_utils import Conv1D
 
 from .layers_rmtkd import (
-    PACKINGS,
-    CentredActivation,
     LowRankConv2d,
     LowRankEmbedding,
     LowRankLinear,
-    StepActivation,
     TernaryLinear,
     TernaryMLP,
     check_adapters,
-    counter_bits,
-    pack_trits,
-    packed_length,
-    random_trits,
-    unpack_trits,
 )
 from .loading_rmtkd import BUILDING, as_many_as_tensors, finalizing, load_checked, named_errors
 from .spec_rmtkd import (
-    ACTIVATIONS,
     VERSION,
     SpecMismatchError,
     check_attributes,
@@ -63,30 +54,21 @@ from .spec_rmtkd import (
 
 
 __all__ = [  # generated classes, RMTKD<name in transformers>, are attributes as well
-    "ACTIVATIONS",
-    "PACKINGS",
     "PREFIX",
     "TYPE_PREFIX",
     "VERSION",
-    "CentredActivation",
     "LowRankConv2d",
     "LowRankEmbedding",
     "LowRankLinear",
     "SpecMismatchError",
-    "StepActivation",
     "TernaryLinear",
     "TernaryMLP",
     "apply_spec",
     "check_spec",
-    "counter_bits",
     "load_checked",
-    "pack_trits",
-    "packed_length",
-    "random_trits",
     "rebuild_module",
     "reduced_class",
     "resolve_path",
-    "unpack_trits",
 ]
 
 PREFIX, TYPE_PREFIX = "RMTKD", "rmtkd_"  # of class names and of model types

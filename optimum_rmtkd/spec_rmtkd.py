@@ -220,12 +220,10 @@ def check_network(options, where="network"):
         raise mismatch(f"{where}.activations", activations, f"a list of {len(hidden)}, one a hidden layer")
     if options.get("storage") not in STORAGES:
         raise mismatch(f"{where}.storage", options.get("storage"), f"one of {', '.join(STORAGES)}")
-    drawn = 0
     for number, features in enumerate(hidden):
-        drawn += width * _whole(features, f"{where}.hidden[{number}]")
-        width = features
+        _whole(features, f"{where}.hidden[{number}]")
         _check_activation(activations[number], f"{where}.activations[{number}]")
-    if options["storage"] == "seed" and drawn > MOST_DRAWN:
+    if options["storage"] == "seed" and (drawn := hidden_weights(width, hidden)) > MOST_DRAWN:
         raise mismatch(f"{where}.hidden", hidden, f"at most {MOST_DRAWN} weights that follow from a seed, not {drawn}")
     sparsity = _number(options.get("sparsity", 0.5), f"{where}.sparsity", 0, 1)
     if sparsity == 1:
@@ -233,6 +231,11 @@ def check_network(options, where="network"):
     _whole(options.get("seed", 0), f"{where}.seed", most=2**64 - 1, least=0)
     if not isinstance(options.get("bias", False), bool):
         raise mismatch(f"{where}.bias", options["bias"], "true or false")
+
+
+def hidden_weights(in_features, hidden):
+    """Number of weights of all hidden layers of a ternary network."""
+    return sum(a * b for a, b in zip((in_features, *hidden), hidden))
 
 
 def _check_activation(options, where):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel, initialization
 
 from optimum_rmtkd import RMTKDConfig, SpecMismatchError, TernaryConfig, compress_head, modeling_rmtkd, narrow
 from optimum_rmtkd import loading_rmtkd as loading
@@ -50,10 +50,10 @@ def plain(model) -> dict:
 
 @contextlib.contextmanager
 def as_when_loading(tensors: int = 60):
-    """On the meta device, and no larger than a file of so many tensors."""
+    """On the meta device, without initial values, and no larger than a file of so many tensors."""
     token = loading._LOADING.set(loading._Load(None, False, tensors))
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), initialization.no_init_weights():
             yield
     finally:
         loading._LOADING.reset(token)
@@ -273,10 +273,10 @@ def run_fuzz(values: dict, cls, count: int, below: str | None = None) -> int:
     return sum(accepted)
 
 
-SUBJECTS = {
-    "spec": ("part", "rmtkd"),  # and ternary options inside it
-    "config": ("small", None),
-    "network": ("network", "network"),
+SUBJECTS = {  # the model, what is changed of its config, and cases of a quick run: 15 seconds on a busy core
+    "spec": ("part", "rmtkd", 400),  # and ternary options inside it
+    "config": ("small", None, 300),
+    "network": ("network", "network", 800),
 }
 
 
@@ -290,7 +290,7 @@ def network():
 
 
 def fuzz(request, subject: str, count: int) -> None:
-    name, below = SUBJECTS[subject]
+    name, below, _ = SUBJECTS[subject]
     model = request.getfixturevalue(name)
     assert check_config(plain(model), type(model))
     accepted = run_fuzz(plain(model), type(model), count, below)
@@ -299,10 +299,43 @@ def fuzz(request, subject: str, count: int) -> None:
 
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_any_config_builds_a_model_or_names_what_is_wrong(request, subject):
-    fuzz(request, subject, 400)
+    fuzz(request, subject, SUBJECTS[subject][2])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("subject", SUBJECTS)
 def test_any_of_many_configs_builds_a_model_or_names_what_is_wrong(request, subject):
     fuzz(request, subject, 10_000)
+
+
+def without_numbers(value):
+    """A spec less the numbers that a model may have otherwise: epsilons and scales."""
+    if isinstance(value, dict):
+        return {key: without_numbers(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) else value
+
+
+@pytest.mark.slow
+def test_a_changed_spec_loads_the_same_model_or_is_refused(part, tmp_path):
+    """From a folder, with its weights: what is left of a spec that passes describes the very same layers."""
+    part.save_pretrained(tmp_path)
+    batch, values = zoo.batches("bert", count=1)[0], json.loads((tmp_path / "config.json").read_text())
+    wanted, spec, same = zoo.outputs(copy.deepcopy(part), batch), values["rmtkd"]["spec"], []
+
+    @given(changes=CHANGES)
+    @many(400)
+    def case(changes):
+        new = changed(values, changes, "rmtkd")
+        (tmp_path / "config.json").write_text(json.dumps(new))
+        try:
+            model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        except SpecMismatchError:
+            return
+        found = ((new.get("rmtkd") or {}).get("spec")) or {}
+        if without_numbers(found) == without_numbers(spec):
+            same.append(torch.equal(zoo.outputs(copy.deepcopy(model), batch), wanted))
+        else:
+            assert torch.allclose(zoo.outputs(model, batch), wanted, atol=1e-3), found
+
+    case()
+    assert same

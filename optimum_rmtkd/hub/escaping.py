@@ -31,11 +31,9 @@ def markdown(text: object) -> str:
 
 
 def code_span(text: object) -> str:
-    """As code inside a sentence: marked by one backtick more than stand together in it ("Code spans", same source)."""
-    line = one_line(text)
-    marks = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
-    space = " " if "`" in line else ""
-    return f"{marks}{space}{line}{space}{marks}"
+    """As code inside a sentence. Backticks, which would end it (or begin a block, at the start of a line), become
+    apostrophes."""
+    return "`" + one_line(text).replace("`", "'") + "`"
 
 
 def python_string(text: object) -> str:
@@ -51,7 +49,8 @@ def shell_word(text: object) -> str:
 def identifier(text: object, default: str) -> str:
     """A name of Python as it is, anything else as `default`."""
     name = str(text)
-    return name if name.isascii() and name.isidentifier() and not keyword.iskeyword(name) else default
+    plain = name.isascii() and name.isidentifier() and not keyword.iskeyword(name) and len(name) < LONGEST
+    return name if plain else default
 
 
 def figure_text(text: object) -> str:

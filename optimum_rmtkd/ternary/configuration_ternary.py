@@ -10,7 +10,7 @@ CHECKS = []  # of the fields, by the modelling code: before transformers makes l
 class TernaryMLPConfig(PreTrainedConfig):
     """Config of a ternary network.
 
-    `network` holds the arguments of `modeling_rmtkd.TernaryMLP` except `out_features`, which is `num_labels`; `recipe`
+    `network` holds the arguments of `layers_rmtkd.TernaryMLP` except `out_features`, which is `num_labels`; `recipe`
     and `report` say how it was made.
     """
 

@@ -34,7 +34,7 @@ from optimum_rmtkd import (
     pack_model,
     ternarize,
 )
-from optimum_rmtkd.modeling_rmtkd import TernaryLinear, TernaryMLP, random_trits
+from optimum_rmtkd.layers_rmtkd import TernaryLinear, TernaryMLP, random_trits
 from optimum_rmtkd.surgery import narrow_to
 from optimum_rmtkd.ternary.functionals import Activation, get_activation, register_activation
 from optimum_rmtkd.ternary.matching import match_network

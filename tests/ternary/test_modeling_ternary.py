@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from optimum_rmtkd import SpecMismatchError, TernaryConfig, compress_features, pack_model
-from optimum_rmtkd.modeling_rmtkd import CentredActivation, StepActivation
+from optimum_rmtkd.layers_rmtkd import CentredActivation, StepActivation
 from optimum_rmtkd.ternary.configuration_ternary import TernaryMLPConfig
 from optimum_rmtkd.ternary.modeling_ternary import TernaryMLPForClassification, TernaryMLPForRegression
 from optimum_rmtkd.ternary.packing import convert
