@@ -57,8 +57,8 @@ def build_network(
         raise CalibrationError(f"The targets are the same for all {len(targets)} samples: there is nothing to fit.")
     if config.storage == "seed" and (drawn := hidden_weights(x.shape[1], config.hidden)) > MOST_DRAWN:
         raise CalibrationError(
-            f"storage='seed' with {drawn:,} hidden weights: they are drawn again whenever the model is loaded, at most "
-            f"{MOST_DRAWN:,} of them. Use storage='base3', or smaller hidden widths."
+            f"storage='seed' with {drawn:,} hidden weights: they are drawn again whenever the model is loaded, and "
+            f"{MOST_DRAWN:,} are the most. Use storage='base3', or smaller hidden widths."
         )
     mean, factor = standardizer(x, config.standardize)
     factor = factor * math.sqrt(x.shape[1])  # the layers carry 1 / sqrt(fan-in): inputs have variance 1, not norm 1
