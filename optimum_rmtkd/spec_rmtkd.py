@@ -36,8 +36,8 @@ WIDTHS = frozenset(
 )
 HEADS = WIDTHS - {"all_head_size", "dim", "embed_dim", "hidden_size", "inner_dim", "kv_dim"}  # of one head
 NUMBERS = {
-    "eps": (0.0, 1.0),
-    "variance_epsilon": (0.0, 1.0),
+    "eps": (0.0, 1e3),  # of a norm over few features: it grows as they get fewer
+    "variance_epsilon": (0.0, 1e3),
     "momentum": (0.0, 1.0),
     "negative_slope": (-1e6, 1e6),
     "scale": (1e-6, 1e6),
