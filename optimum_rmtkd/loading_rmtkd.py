@@ -30,7 +30,7 @@ from .spec_rmtkd import SpecMismatchError, shown
 
 # What constructors of transformers raise at values that they never expected: a zero that divides, an unknown name, a
 # width that is no multiple. The class of strict configs is not told to the public; transformers has loaded it.
-BUILDING = (ArithmeticError, AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError)
+BUILDING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 _strict_error = getattr(sys.modules.get("huggingface_hub.errors"), "StrictDataclassError", ValueError)
 
 

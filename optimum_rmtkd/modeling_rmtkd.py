@@ -371,7 +371,7 @@ def _make_config(name):
     @functools.wraps(fill)
     def __init__(self, *args, **kwargs):
         check_rmtkd(kwargs.get("rmtkd"))
-        check_fields(kwargs)
+        check_fields(kwargs, made)
         with named_errors(base.__name__):
             fill(self, *args, **kwargs)
 

@@ -267,9 +267,9 @@ def _numbers(values, where, lengths):
     return values
 
 
-def check_fields(fields):
-    """Whether the fields that config classes of transformers make lists from are of a size that can be, and no other
-    file or thing of torch is named.
+def check_fields(fields, config_class):
+    """Whether the fields that config classes of transformers make lists from are of a size that can be, and neither a
+    method of the class nor another file nor a thing of torch that is no dtype is named.
 
     Raises:
         SpecMismatchError: names the field.
@@ -278,8 +278,10 @@ def check_fields(fields):
     if isinstance(labels, int) and labels > max(MOST_LABELS, len(named) if isinstance(named, dict) else 0):
         raise mismatch("num_labels", labels, f"at most {MOST_LABELS}, or the names of all in id2label")
     for name, value in fields.items():
+        if callable(getattr(config_class, name, None)) or name.startswith("__"):
+            raise mismatch(name, value, f"no such field: a {config_class.__name__} has a method of this name")
         counts = value if isinstance(value, (list, tuple)) else (value,)
-        if re.search("layer|depth", str(name)) and any(isinstance(n, int) and n > MOST_LAYERS for n in counts):
+        if re.search("layer|depth", name) and any(isinstance(n, int) and n > MOST_LAYERS for n in counts):
             raise mismatch(name, value, f"at most {MOST_LAYERS}")
     for name in ("dtype", "torch_dtype"):
         value = fields.get(name)

@@ -101,7 +101,7 @@ def load_processor(name: str | Path) -> Any | None:
             continue
         try:
             return auto.from_pretrained(name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RMTKDError(f"Cannot load what {file} of '{name}' describes: {error}") from error
     return None
 

@@ -23,7 +23,7 @@ UPLOAD_OPTIONS = ("repo_id", "commit_message", "private", "create_pr")  # of `pu
 
 
 def _check_config(fields):
-    check_fields(fields)
+    check_fields(fields, TernaryMLPConfig)
     if fields.get("network") is not None:
         check_network(fields["network"])
 
