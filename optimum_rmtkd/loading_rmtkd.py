@@ -95,14 +95,20 @@ def _count_tensors(name, options):
     """
     if name is None or options.get("state_dict") is not None or options.get("gguf_file"):
         return None
-    if pathlib.Path(str(name)).is_file():
+    folder = pathlib.Path(str(name)) / (options.get("subfolder") or "")
+    if folder.is_file():
         return None
+    if folder.is_dir() and (distributed := sorted(folder.glob("shard-*-model-*.safetensors"))):
+        raise SpecMismatchError(
+            f"{distributed[0]} is a part of a distributed checkpoint, which transformers would read in the place of "
+            "model.safetensors, and allocate before it is compared: save the model whole."
+        )
     kept = ("cache_dir", "proxies", "token", "revision", "local_files_only", "subfolder")
     kwargs = {key: options[key] for key in kept if options.get(key) is not None}
     kwargs |= {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_gated_repo": False}
 
     def locate(file):
-        stem, _, ending = file.partition(".")
+        stem, ending = file.rsplit(".", 1)
         variant = options.get("variant")
         return cached_file(name, f"{stem}.{variant}.{ending}" if variant else file, **kwargs)
 
@@ -211,9 +217,11 @@ def read_header(file):
     """
     path = pathlib.Path(file)
     size = path.stat().st_size
+    if size < 8:
+        raise _damaged(path, f"it has {size} bytes")
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size - 8, MOST_HEADER):
+        if length > min(size - 8, MOST_HEADER):
             raise _damaged(path, f"it has {size} bytes and announces a header of {length}")
         text = stream.read(length)
     try:

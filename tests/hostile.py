@@ -343,6 +343,7 @@ DAMAGED: dict[str, tuple[str, Change]] = {
     "index of numbers": ("narrow", in_shards({"a": 1})),
     "index out of the folder": ("narrow", in_shards({"a": "../model.safetensors"})),
     "index to a pickle": ("narrow", in_shards({"a": "pytorch_model.bin"})),
+    "a distributed shard": ("narrow", with_file("shard-00000-model-00001-of-00001.safetensors", bytes(99))),
     "trits that are none": ("network", with_tensors(lambda t: t["mlp.layers.0.packed"].fill_(250))),
     "trits too few": (
         "network",
