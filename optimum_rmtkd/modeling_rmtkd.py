@@ -1,7 +1,12 @@
 """Rebuilds a narrowed model from its config.
 
-This one file is what a reduced checkpoint needs: the plugin imports it, and the same file is copied into every saved
-repository, where `trust_remote_code=True` runs it. It therefore imports torch and transformers alone.
+This file is what a reduced checkpoint needs, with those it imports from beside it: `layers_rmtkd.py`, `spec_rmtkd.py`
+(the schema of the config) and `loading_rmtkd.py`. The plugin imports them, and the same files are copied into every
+saved repository, where `trust_remote_code=True` runs them. They therefore import torch and transformers alone.
+
+Config and weights may be a stranger's. Before a tensor is allocated, the config is held against the schema, the number
+of layers against the tensors in the files' headers, the spec against the dense skeleton (which transformers builds on
+the meta device), and all shapes against those in the files.
 
 `config.rmtkd` of a reduced model holds `version`, `spec`, `recipe` and `provenance`. `spec` describes the architecture
 as deltas against the dense one, in paths that start with "@." where they are relative to the backbone, so that one
@@ -15,433 +20,60 @@ checkpoint serves `AutoModel`, other task heads and another `num_labels` alike:
 """
 
 import contextlib
-import math
+import copy
+import functools
 import sys
-import warnings
-import zlib
 
 import torch
 import transformers
 from torch import nn
 from transformers import conversion_mapping
-from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
+from .layers_rmtkd import (
+    LowRankConv2d,
+    LowRankEmbedding,
+    LowRankLinear,
+    TernaryLinear,
+    TernaryMLP,
+    check_adapters,
+)
+from .loading_rmtkd import BUILDING, as_many_as_tensors, finalizing, load_checked, named_errors
+from .spec_rmtkd import (
+    VERSION,
+    SpecMismatchError,
+    check_attributes,
+    check_base,
+    check_fields,
+    check_heads,
+    check_module,
+    check_rmtkd,
+    mismatch,
+    widest,
+)
+
+
+__all__ = [  # generated classes, RMTKD<name in transformers>, are attributes as well
+    "PREFIX",
+    "TYPE_PREFIX",
+    "VERSION",
+    "LowRankConv2d",
+    "LowRankEmbedding",
+    "LowRankLinear",
+    "SpecMismatchError",
+    "TernaryLinear",
+    "TernaryMLP",
+    "apply_spec",
+    "check_spec",
+    "load_checked",
+    "rebuild_module",
+    "reduced_class",
+    "resolve_path",
+]
 
 PREFIX, TYPE_PREFIX = "RMTKD", "rmtkd_"  # of class names and of model types
-VERSION = 1
 CONFIG_HOOKS = []  # called with a generated config class when it is first instantiated
 METHODS = {}  # of generated model classes; the package lends a push_to_hub that brings a card
-
-
-class SpecMismatchError(ValueError):
-    """A checkpoint holds tensors that do not fit the widths its own config declares."""
-
-
-class LowRankLinear(nn.Module):
-    """A linear layer of rank `rank` as two real `nn.Linear` children, which PEFT, torchao and FSDP see as what they
-    are.
-
-    Shapes: (..., in_features) -> (..., out_features).
-    """
-
-    def __init__(self, in_features, out_features, rank, bias=True):
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.down = nn.Linear(in_features, rank, bias=False)
-        self.up = nn.Linear(rank, out_features, bias=bias)
-
-    whole = False  # is `weight` the matrix that the factors stand for?
-
-    @property
-    def weight(self):
-        # Code of transformers peeks at `.weight.dtype` and `.weight.device`; losses that are fused with the head
-        # multiply by it, and ask for the whole.
-        return self.up.weight @ self.down.weight if self.whole else self.up.weight
-
-    @property
-    def bias(self):
-        return self.up.bias
-
-    def forward(self, x):
-        return self.up(self.down(x))
-
-
-class LowRankConv2d(nn.Module):
-    """A 1x1 convolution of rank `rank`: (batch, in, h, w) -> (batch, out, h', w'). The stride stays with the first
-    factor."""
-
-    def __init__(self, in_channels, out_channels, rank, stride=1, bias=True):
-        super().__init__()
-        self.in_channels, self.out_channels, self.rank, self.stride = in_channels, out_channels, rank, stride
-        self.kernel_size, self.groups = (1, 1), 1
-        self.down = nn.Conv2d(in_channels, rank, 1, stride=stride, bias=False)
-        self.up = nn.Conv2d(rank, out_channels, 1, bias=bias)
-
-    @property
-    def weight(self):
-        return self.up.weight
-
-    @property
-    def bias(self):
-        return self.up.bias
-
-    def forward(self, x):
-        return self.up(self.down(x))
-
-
-class LowRankEmbedding(nn.Embedding):
-    """A table (num_embeddings, rank) followed by a projection (rank -> output_dim); ids (...) -> (..., output_dim).
-
-    It stays an `nn.Embedding` of its short rows, `embedding_dim` is their width: `resize_token_embeddings` adds and
-    drops rows, PEFT adapts and trains them (LoRA, `trainable_token_indices`) and merges what it learnt into them.
-    """
-
-    def __init__(self, num_embeddings, rank, output_dim, padding_idx=None):
-        super().__init__(num_embeddings, rank, padding_idx=padding_idx)
-        self.rank, self.output_dim = rank, output_dim
-        self.up = nn.Linear(rank, output_dim, bias=False)
-
-    def forward(self, input_ids):
-        return self.up(super().forward(input_ids))
-
-    @property
-    def embed_scale(self):
-        """What rows have to be multiplied by that did not come through `forward`: see `_Projection`."""
-        return _Projection.of(self.up)
-
-    def extra_repr(self):
-        return f"{super().extra_repr()}, output_dim={self.output_dim}"
-
-
-class _Projection(torch.Tensor):
-    """A factor of one element, as PEFT knows them, that projects what it is multiplied with: rows * factor = up(rows).
-
-    PEFT adds rows of its own to the output of a table, or looks them up in its place. It multiplies them by the
-    table's `embed_scale`, because there are tables whose `forward` scales (Gemma's); ours projects. So LoRA and
-    trainable tokens live in the short rows, where they can be merged without a residual.
-    """
-
-    @staticmethod
-    def of(up):
-        factor = torch.ones((), device=up.weight.device).as_subclass(_Projection)
-        factor.up = up
-        return factor
-
-    def to(self, *args, **kwargs):
-        return self
-
-    def __rmul__(self, rows):
-        return self.up(rows.to(self.up.weight.dtype)).to(rows.dtype)
-
-
-def check_adapters(model):
-    """Refuse PEFT's adapters of a factored table that add to its output without its `embed_scale` (DoRA, HiRA, ...).
-
-    Where rows of the table are trained, its projection is not adapted besides (`target_modules="all-linear"` means it,
-    too): PEFT does not unload an adapter inside another.
-
-    Raises:
-        ValueError: names the table and what can be adapted in its place.
-    """
-    for path, module in model.named_modules():
-        if not isinstance(getattr(module, "base_layer", None), LowRankEmbedding):
-            continue
-        short = hasattr(module, "lora_embedding_A") or hasattr(module, "trainable_tokens_delta")
-        if not short or getattr(module, "lora_magnitude_vector", None):
-            raise ValueError(
-                f"{path!r} is a table of short rows and a projection; PEFT's {type(module).__module__} with these "
-                "options adapts tables whose output is as wide as their rows. LoRA without DoRA and "
-                "trainable_token_indices work; or name the projection: "
-                f"optimum_rmtkd.lora_targets(model, [{path.removesuffix('.token_adapter').rpartition('.')[2]!r}])."
-            )
-        table = module.base_layer
-        if hasattr(table.up, "base_layer"):
-            warnings.warn(f"{path}: its rows are trained, and its projection is left as it is.", stacklevel=2)
-            table.up = table.up.base_layer
-
-
-# -- ternary layers ---------------------------------------------------------------------------------------------------
-
-PACKINGS = {"base3": (5, 3), "2bit": (4, 4)}  # storage -> (trits a byte, base); a digit is the trit + 1
-STORAGES = (*PACKINGS, "seed", "latent", "dense")
-
-
-def _wrapped(value):
-    """A Python integer as the int64 with the same lowest 64 bits."""
-    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _mix(x):
-    """The finaliser of splitmix64 (Steele, Lea & Flood 2014) on int64 tensors, whose products wrap around."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _wrapped(factor)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def counter_bits(seed, stream, count):
-    """(count,) int64: 64 pseudo-random bits for each counter. A function of its arguments alone, on every version of
-    torch."""
-    start = _mix(torch.tensor([_wrapped(seed)]) + _wrapped(stream * 0xD1342543DE82EF95))
-    return _mix(start + torch.arange(1, count + 1) * _wrapped(0x9E3779B97F4A7C15))
-
-
-def random_trits(shape, sparsity, seed, stream):
-    """int8 tensor of `shape`: round((1 - sparsity) N / 2) entries 1, as many -1, the rest 0, in uniformly random
-    places."""
-    count = math.prod(shape)
-    each = round((1 - sparsity) * count / 2)
-    order = counter_bits(seed, stream, count).argsort(stable=True)
-    trits = torch.zeros(count, dtype=torch.int8)
-    trits[order[:each]] = 1
-    trits[order[each : 2 * each]] = -1
-    return trits.reshape(shape)
-
-
-def packed_length(count, storage):
-    """Bytes that `count` trits take."""
-    return -(-count // PACKINGS[storage][0])
-
-
-def pack_trits(trits, storage):
-    """Trits, int8 of any shape -> bytes, uint8 (packed_length,): digits in little-endian order, padded with zero
-    weights."""
-    per_byte, base = PACKINGS[storage]
-    digits = trits.reshape(-1) + 1
-    padding = digits.new_ones(-len(digits) % per_byte)
-    digits = torch.cat((digits, padding)).to(torch.uint8).reshape(-1, per_byte)
-    powers = torch.tensor([base**k for k in range(per_byte)], dtype=torch.uint8, device=trits.device)
-    return (digits * powers).sum(1, dtype=torch.uint8)
-
-
-def unpack_trits(packed, shape, storage):
-    """Inverse of `pack_trits`: int8 tensor of `shape`.
-
-    Raises:
-        SpecMismatchError: too few or too many bytes, or one that encodes no trits.
-    """
-    per_byte, base = PACKINGS[storage]
-    count = math.prod(shape)
-    if packed.dtype != torch.uint8 or packed.shape != (packed_length(count, storage),):
-        raise SpecMismatchError(
-            f"Packed weights of shape {tuple(packed.shape)}, {packed.dtype}: {count} trits stored as {storage} take "
-            f"{packed_length(count, storage)} bytes (uint8). The file is truncated or belongs to other widths."
-        )
-    codes = torch.arange(256, device=packed.device)
-    digits = torch.stack([codes // base**k % base for k in range(per_byte)], 1)
-    valid = (digits < 3).all(1) & (codes < base**per_byte)
-    index = packed.long()
-    if not bool(valid[index].all()):
-        at = int((~valid[index]).nonzero()[0])
-        raise SpecMismatchError(
-            f"Byte {at} of the packed weights is {int(packed[at])}, which encodes no {storage} trits: the file is "
-            "damaged, or was packed otherwise than its config says."
-        )
-    return (digits - 1).to(torch.int8)[index].reshape(-1)[:count].reshape(shape)
-
-
-class TernaryLinear(nn.Module):
-    """A linear layer whose weights are -1, 0 or 1 times one scale. (..., in_features) -> (..., out_features).
-
-    `storage` says what is kept, in memory and on disk: "base3" (5 trits a byte) and "2bit" (4) the packed trits;
-    "seed" nothing but a checksum, the trits are drawn again; "latent" the real weights that training rounds,
-    straight-through; "dense" real weights that nothing rounds, for comparison and as teacher. The first three compute
-    with a dense matrix that is made at the first call and never saved.
-    """
-
-    def __init__(self, in_features, out_features, storage, sparsity, seed, stream, bias=False):
-        super().__init__()
-        self.in_features, self.out_features, self.storage = in_features, out_features, storage
-        self.sparsity, self.seed, self.stream, self._dense = sparsity, seed, stream, None
-        scale = torch.full((1,), 1 / math.sqrt((1 - sparsity) * in_features))
-        if storage in ("latent", "dense"):
-            self.latent = nn.Parameter(torch.randn(out_features, in_features) / math.sqrt(in_features))
-        if storage == "latent":
-            self.log_scale = nn.Parameter(scale.log())
-            quantile = torch.special.erfinv(torch.full((1,), sparsity))  # of |N(0, 1 / in_features)| at `sparsity`
-            self.register_buffer("threshold", math.sqrt(2 / in_features) * quantile)
-        elif storage != "dense":
-            self.register_buffer("scale", scale)
-            if storage == "seed":
-                self.register_buffer("checksum", torch.zeros(1, dtype=torch.int64))
-            else:
-                count = packed_length(in_features * out_features, storage)
-                self.register_buffer("packed", torch.zeros(count, dtype=torch.uint8))
-            if scale.device.type != "meta":
-                self.store(self.drawn())
-        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.register_load_state_dict_post_hook(lambda module, _: module.forget())
-
-    def forget(self):
-        """Make the dense matrix anew when it is next needed."""
-        self._dense = None
-
-    def _apply(self, *args, **kwargs):
-        self.forget()
-        return super()._apply(*args, **kwargs)
-
-    def drawn(self):
-        """The random trits of this layer's seed: int8 (out_features, in_features)."""
-        return random_trits((self.out_features, self.in_features), self.sparsity, self.seed, self.stream)
-
-    def store(self, trits):
-        """Keep these trits."""
-        if self.storage == "seed":
-            self.checksum.fill_(_checksum(trits))
-        else:
-            self.packed.copy_(pack_trits(trits, self.storage))
-        self.forget()
-
-    def trits(self):
-        """int8 (out_features, in_features).
-
-        Raises:
-            SpecMismatchError: damaged storage.
-        """
-        if self.storage == "dense":
-            raise ValueError("Dense weights are not ternary; round them first (optimum_rmtkd.ternary.ternarize).")
-        if self.storage == "latent":
-            return (
-                (self.latent > self.threshold).to(torch.int8) - (self.latent < -self.threshold).to(torch.int8)
-            ).detach()
-        if self.storage != "seed":
-            return unpack_trits(self.packed, (self.out_features, self.in_features), self.storage)
-        trits = self.drawn()
-        if _checksum(trits) != int(self.checksum):
-            raise SpecMismatchError(
-                f"The weights drawn from seed {self.seed} have checksum {_checksum(trits)}, the checkpoint says "
-                f"{int(self.checksum)}: its config was changed, or it was made by another generator."
-            )
-        return trits.to(self.scale.device)
-
-    @property
-    def weight(self):
-        """What the layer multiplies with: (out_features, in_features), in the dtype of the scale."""
-        if self.storage == "dense":
-            return self.latent
-        if self.storage == "latent":
-            rounded = self.trits().to(self.latent.dtype) * self.log_scale.exp()
-            return rounded + (self.latent - self.latent.detach())
-        if self._dense is None:
-            with torch.inference_mode(False), torch.no_grad():
-                dense = self.trits().to(self.scale.dtype) * self.scale
-            if torch.compiler.is_compiling():
-                return dense
-            self._dense = dense
-        return self._dense
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight, self.bias)
-
-    def extra_repr(self):
-        return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"
-
-
-def _checksum(trits):
-    return zlib.crc32(pack_trits(trits.cpu(), "base3").numpy().tobytes())
-
-
-ACTIVATIONS = {"erf": torch.erf, "cos": torch.cos, "sign": torch.sign}  # beside those of transformers
-
-
-class CentredActivation(nn.Module):
-    """An activation less a constant; the same shape."""
-
-    def __init__(self, name, mean=0.0):
-        super().__init__()
-        if name not in ACTIVATIONS and name not in ACT2FN:
-            raise ValueError(
-                f"Unknown activation {name!r}; expected one of {', '.join(sorted({*ACTIVATIONS, *ACT2FN}))}."
-            )
-        self.name, self.mean = name, mean
-        self.function = ACTIVATIONS[name] if name in ACTIVATIONS else ACT2FN[name]
-
-    def forward(self, x):
-        out = self.function(x)
-        if self.mean == 0:
-            return out
-        if out is x or out.requires_grad:
-            return out - self.mean
-        return out.sub_(self.mean)  # at large batches a second tensor would cost as much as the activation
-
-    def options(self):
-        """Arguments that make the same activation."""
-        return {"name": self.name, "mean": self.mean}
-
-    def extra_repr(self):
-        return f"{self.name}, mean={self.mean:g}"
-
-
-class StepActivation(nn.Module):
-    """Piecewise constant, `levels[k]` up to `thresholds[k]`; the same shape. In the backward pass its derivative is
-    `slopes[0]` for negative and `slopes[1]` for positive inputs: its own is zero."""
-
-    def __init__(self, thresholds, levels, slopes=(0.0, 0.0)):
-        super().__init__()
-        self.thresholds, self.levels, self.slopes = tuple(thresholds), tuple(levels), tuple(slopes)
-
-    def forward(self, x):
-        value = self._steps(x.detach())
-        if not (torch.is_grad_enabled() and x.requires_grad):
-            return value
-        smooth = self.slopes[0] * x + (self.slopes[1] - self.slopes[0]) * torch.relu(x)
-        return value + (smooth - smooth.detach())
-
-    def _steps(self, x):
-        # comparisons that write floats: two vectorised passes a step, where torch.where and bucketize take many times
-        # as long
-        value = jump = None
-        for threshold, below, above in zip(self.thresholds, self.levels, self.levels[1:]):
-            if value is None:
-                value = torch.gt(x, threshold, out=torch.empty_like(x)).mul_(above - below)
-            else:
-                jump = torch.empty_like(x) if jump is None else jump
-                value.add_(torch.gt(x, threshold, out=jump), alpha=above - below)
-        return value.add_(self.levels[0])
-
-    def options(self):
-        """Arguments that make the same activation."""
-        return {"thresholds": list(self.thresholds), "levels": list(self.levels), "slopes": list(self.slopes)}
-
-    def extra_repr(self):
-        return f"thresholds={self.thresholds}, levels={self.levels}"
-
-
-class TernaryMLP(nn.Module):
-    """A fully-connected network with ternary hidden weights and a dense readout: (..., in_features) -> (...,
-    out_features).
-
-    h_0 = (x - input_mean) * input_factor, h_l = activation_l(W_l h_{l-1}), output = readout(h_L). The scales of W_l
-    hold the 1 / sqrt(width) of the theory.
-
-    `activations` has one dict a layer: {"name", "mean"} of `CentredActivation` or {"thresholds", "levels", "slopes"}
-    of `StepActivation`.
-    """
-
-    def __init__(self, in_features, out_features, hidden, activations, storage, sparsity=0.5, seed=0, bias=False):
-        super().__init__()
-        if storage not in STORAGES:
-            raise ValueError(f"Unknown storage {storage!r}; expected one of {', '.join(STORAGES)}.")
-        self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("input_mean", torch.zeros(in_features))
-        self.register_buffer("input_factor", torch.ones(in_features))
-        self.layers, self.activations = nn.ModuleList(), nn.ModuleList()
-        width = in_features
-        for stream, (features, options) in enumerate(zip(hidden, activations, strict=True)):
-            self.layers.append(TernaryLinear(width, features, storage, sparsity, seed, stream, bias))
-            self.activations.append((CentredActivation if "name" in options else StepActivation)(**options))
-            width = features
-        self.readout = nn.Linear(width, out_features)
-
-    def hidden_features(self, x):
-        """Output of the last hidden layer, (..., hidden[-1])."""
-        x = (x - self.input_mean) * self.input_factor
-        for layer, activation in zip(self.layers, self.activations):
-            x = activation(layer(x))
-        return x
-
-    def forward(self, x):
-        return self.readout(self.hidden_features(x))
 
 
 def _ternary_in_place_of(old, options):
@@ -450,20 +82,6 @@ def _ternary_in_place_of(old, options):
     if isinstance(old, nn.Linear):
         options["out_features"] = old.out_features
     return TernaryMLP(**options)
-
-
-def check_ternary(model):
-    """Unpack every ternary layer now, so that a damaged file is refused when it is read and not when it is first used.
-
-    Raises:
-        SpecMismatchError: damaged storage.
-    """
-    for module in model.modules():
-        if isinstance(module, TernaryLinear) and not any(b.is_meta for b in module.buffers()):
-            module.weight  # noqa: B018
-
-
-# -- rebuilding -------------------------------------------------------------------------------------------------------
 
 
 def _rebuild_linear(old, delta):
@@ -545,36 +163,145 @@ def resolve_path(model, path):
 
 
 def _locate(model, raw):
-    """(parent module, name) of a spec path, or None where this model has another head and lacks it."""
+    """(parent module, name) of a module or parameter at a spec path; None where this model has neither."""
     parent, _, name = resolve_path(model, raw).rpartition(".")
     try:
         owner = model.get_submodule(parent)
     except AttributeError:
         return None
-    return (owner, name) if getattr(owner, name, None) is not None else None
+    return (owner, name) if _child(owner, name) is not None else None
+
+
+def _child(owner, name):
+    found = owner._modules.get(name)
+    return owner._parameters.get(name) if found is None else found
+
+
+def _at(model, raw):
+    """What stands at a spec path: a module, a parameter, or None."""
+    found = _locate(model, raw)
+    return None if found is None else _child(*found)
+
+
+def check_spec(model, spec):
+    """Whether the freshly built dense skeleton `model` can be narrowed as `spec` says; nothing is changed.
+
+    A path that this model lacks must be one of another head on the same backbone, which the spec serves as well.
+
+    Raises:
+        SpecMismatchError: names the entry.
+    """
+    for section in ("modules", "parameters", "attrs", "ternary"):
+        resolved = {}
+        for raw, entry in spec.get(section, {}).items():
+            where = f"rmtkd.spec.{section}[{raw!r}]"
+            twin = resolved.setdefault(resolve_path(model, raw), raw)
+            if twin != raw:
+                raise mismatch(where, raw, f"one name for each module; {twin!r} is the same one")
+            found, fits = _at(model, raw), _FITS[section]
+            if found is None or not fits(found, entry):
+                if not _is_elsewhere(model, raw, section, entry, spec.get("base", {})):
+                    raise mismatch(where, raw, f"a path of a {type(model).__name__}, or of another head, that fits")
+            elif section == "modules":
+                check_module(found, entry, where)
+            elif section == "parameters" and entry["dim"] > found.shape[-1]:
+                raise mismatch(f"{where}.dim", entry["dim"], f"at most {found.shape[-1]}")
+            elif section == "attrs":
+                check_attributes(found, entry, where)
+            elif isinstance(found, nn.Linear) and entry["in_features"] > found.in_features:
+                raise mismatch(f"{where}.in_features", entry["in_features"], f"at most {found.in_features}")
+    _check_all_heads(model, spec)
+
+
+def _check_all_heads(model, spec):
+    deltas, attrs = (
+        {resolve_path(model, raw): entry for raw, entry in spec.get(section, {}).items()}
+        for section in ("modules", "attrs")
+    )
+    for path, module in model.named_modules():
+        inside = {name: deltas[f"{path}.{name}"] for name in module._modules if f"{path}.{name}" in deltas}
+        if inside or path in attrs:
+            check_heads(module, attrs.get(path, {}), inside, f"rmtkd.spec.attrs[{path!r}]")
+
+
+_FITS = {
+    "modules": lambda found, entry: widest(found) is not None,
+    "parameters": lambda found, entry: isinstance(found, nn.Parameter) and found.dim() > 0,
+    "attrs": lambda found, entry: isinstance(found, nn.Module),
+    "ternary": lambda found, entry: type(found).__name__ == entry["replaces"],
+}
+_ELSEWHERE = set()  # (dense class, section, path) that were found in another class
+
+
+def _is_elsewhere(model, raw, section, entry, base):
+    """Whether another class of the same architecture has at `raw` what the entry is about. A parameter may be declared
+    as a module: whoever wrote the spec had a head that lacks it, too."""
+    dense = type(model).__mro__[1] if type(model).__name__.startswith(PREFIX) else type(model)
+    known = dense, section, raw
+    if known not in _ELSEWHERE:
+        for other in _relatives(dense, model.config, base):
+            found = _at(other, raw)
+            if found is not None and (_FITS[section](found, entry) or isinstance(found, nn.Parameter)):
+                _ELSEWHERE.add(known)
+                break
+    return known in _ELSEWHERE
+
+
+def _relatives(dense, config, base):
+    """Skeletons of the classes beside `dense`, on the meta device: heads first, as wide as `base` says, of one layer
+    where the config counts them (the paths of all layers are the model's own), of two labels, as spans need."""
+    home = vars(sys.modules[dense.__module__]).values()
+    classes = [
+        cls
+        for cls in home
+        if isinstance(cls, type)
+        and issubclass(cls, transformers.PreTrainedModel)
+        and cls.__module__ == dense.__module__
+        and getattr(cls, "config_class", None) is dense.config_class
+        and "forward" in vars(cls)
+        and cls is not dense
+    ]
+    for cls in sorted(classes, key=lambda cls: "For" not in cls.__name__):
+        for fields in ({"num_labels": 2, "num_hidden_layers": 1}, {"num_labels": 2}):
+            small = copy.deepcopy(config)
+            try:
+                for name, value in {**base, **fields}.items():
+                    if isinstance(getattr(small, name, None), int):
+                        setattr(small, name, value)
+                with torch.device("meta"):
+                    skeleton = cls(small)
+            except BUILDING:  # a head that wants other fields than this checkpoint has
+                continue
+            yield skeleton
+            break
 
 
 def apply_spec(model, spec):
-    """Narrow the freshly built dense skeleton `model` in place, as `spec` says (see the module's text)."""
+    """Narrow the freshly built dense skeleton `model` in place, as `spec` says (see the module's text).
+
+    Raises:
+        SpecMismatchError: see `check_spec`; nothing has changed then.
+    """
+    check_spec(model, spec)
     for raw, delta in spec.get("modules", {}).items():
         found = _locate(model, raw)
-        if found is not None and isinstance(getattr(*found), tuple(t for types, _ in BUILDERS for t in types)):
-            setattr(*found, rebuild_module(getattr(*found), delta))
+        if found is not None and widest(_child(*found)) is not None:
+            setattr(*found, rebuild_module(_child(*found), delta))
     for raw, delta in spec.get("parameters", {}).items():
         found = _locate(model, raw)
         if found is not None:
-            old = getattr(*found)
+            old = _child(*found)
             setattr(
                 *found, nn.Parameter(torch.zeros(*old.shape[:-1], delta["dim"], dtype=old.dtype, device=old.device))
             )
     for raw, options in spec.get("ternary", {}).items():
         found = _locate(model, raw)
-        if found is not None and type(getattr(*found)).__name__ == options["replaces"]:
-            setattr(*found, _ternary_in_place_of(getattr(*found), options))
+        if found is not None and type(_child(*found)).__name__ == options["replaces"]:
+            setattr(*found, _ternary_in_place_of(_child(*found), options))
     for raw, attributes in spec.get("attrs", {}).items():
-        module = model.get_submodule(resolve_path(model, raw))
-        for name, value in attributes.items():
-            setattr(module, name, value)
+        module = _at(model, raw)
+        if module is not None:  # not in this head, or inside a part that is ternary now
+            vars(module).update(attributes)
     _retie(model)
 
 
@@ -600,6 +327,7 @@ def _dense(config, spec):
     """The config with the widths of the dense skeleton; the identity of `config` is kept, modules hold references to
     it."""
     base = spec.get("base", {})
+    check_base(config, base)
     kept = {name: getattr(config, name) for name in base}
     try:
         for name, value in base.items():
@@ -608,43 +336,6 @@ def _dense(config, spec):
     finally:
         for name, value in kept.items():
             setattr(config, name, value)
-
-
-def _check_loaded(cls, model, info, ignore_mismatched, body=None):
-    """Nothing may have been re-initialised silently, but for the head of another task than the checkpoint's.
-
-    `body` is the prefix of all keys that are no part of a head; None: the backbone's.
-    """
-    prefix = body or ("" if model.base_model is model else model.base_model_prefix + ".")
-    same_task = cls.__name__ in (model.config.architectures or ())
-    advice = "The weights and the config are not of the same model: save them again together."
-    for key, found, expected in sorted(info["mismatched_keys"]):
-        if key.startswith(prefix) or not ignore_mismatched:
-            raise SpecMismatchError(
-                f"{cls.__name__}: the checkpoint's tensor {key} has shape {tuple(found)}, its spec (config.json, "
-                f"rmtkd) expects {tuple(expected)}. {advice} (A new head, as for another num_labels, needs "
-                "ignore_mismatched_sizes=True.)"
-            )
-
-    def needed(key):  # whether a model has a pooler depends on its task
-        return same_task or (key.startswith(prefix) and not key.startswith(prefix + "pooler."))
-
-    missing = sorted(key for key in info["missing_keys"] if needed(key))
-    if missing:
-        raise SpecMismatchError(
-            f"{cls.__name__}: the checkpoint lacks {len(missing)} tensor(s) that its spec expects, the first is "
-            f"{missing[0]}. {advice}"
-        )
-
-
-def load_checked(cls, load, *args, body=None, **kwargs):
-    """What `load`, the from_pretrained of a base class, gives; refused where anything had to be re-initialised."""
-    wants_info = kwargs.pop("output_loading_info", False)
-    ignore = kwargs.pop("ignore_mismatched_sizes", False)
-    model, info = load(*args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
-    _check_loaded(cls, model, info, ignore, body)
-    check_ternary(model)
-    return (model, info) if wants_info else model
 
 
 def _share_key_renames(name, base_name):
@@ -663,7 +354,7 @@ def _make_config(name):
             hook(cls)
         return object.__new__(cls)
 
-    return type(
+    made = type(
         name,
         (base,),
         {
@@ -675,6 +366,17 @@ def _make_config(name):
             "__doc__": f"{base.__name__} of a narrowed model; `rmtkd` holds the spec.",
         },
     )
+    fill = made.__init__  # transformers makes it: config classes are dataclasses
+
+    @functools.wraps(fill)
+    def __init__(self, *args, **kwargs):
+        check_rmtkd(kwargs.get("rmtkd"))
+        check_fields(kwargs, made)
+        with named_errors(base.__name__):
+            fill(self, *args, **kwargs)
+
+    made.__init__ = __init__
+    return made
 
 
 def _make_model(name):
@@ -683,11 +385,12 @@ def _make_model(name):
     _share_key_renames(name, base.__name__)
 
     def __init__(self, config, *args, **kwargs):
-        spec = (getattr(config, "rmtkd", None) or {}).get("spec", {})
-        with _dense(config, spec):
+        spec = check_rmtkd(getattr(config, "rmtkd", None))
+        with _dense(config, spec), as_many_as_tensors(), named_errors(base.__name__):
             base.__init__(self, config, *args, **kwargs)
         if spec:
-            apply_spec(self, spec)
+            with named_errors(base.__name__):
+                apply_spec(self, spec)
             self.post_init()
 
     def __setattr__(self, name, value):
@@ -705,6 +408,7 @@ def _make_model(name):
             "__init__": __init__,
             "__setattr__": __setattr__,
             "from_pretrained": classmethod(from_pretrained),
+            "_finalize_model_loading": finalizing(base),
             "config_class": config_class,
             "__module__": __name__,
             "__doc__": f"{base.__name__}, narrowed as its config's `rmtkd` spec says.",

@@ -93,11 +93,12 @@ def _register_configs() -> None:
 
 
 def lend_errors() -> None:
-    """The modeling file knows nothing of the package: the package lends its error."""
-    from . import modeling_rmtkd
+    """The files of a saved repository know nothing of the package: the package lends its error."""
+    from . import layers_rmtkd, loading_rmtkd, modeling_rmtkd, spec_rmtkd
     from .errors import SpecMismatchError
 
-    modeling_rmtkd.SpecMismatchError = SpecMismatchError
+    for module in (layers_rmtkd, loading_rmtkd, modeling_rmtkd, spec_rmtkd):
+        module.SpecMismatchError = SpecMismatchError
 
 
 def _push_to_hub(self, repo_id: str, *args, **kwargs):

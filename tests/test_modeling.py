@@ -8,6 +8,7 @@ import copy
 import json
 import pickle
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +33,7 @@ from .surgery import zoo
 
 
 RECIPE = RMTKDConfig(round_to=4, min_width=4, calibration_samples=16, refit=False, importance="variance")
+REMOTE_FILES = ["layers_rmtkd.py", "loading_rmtkd.py", "modeling_rmtkd.py", "spec_rmtkd.py"]
 WIDTHS = {"hidden": 20, "layer.0.heads": 6, "layer.0.intermediate": 24, "layer.1.intermediate": 40}
 MLM_WIDTHS = {"hidden": 20, "layer.1.intermediate": 40}
 
@@ -372,20 +374,24 @@ def test_save_load_save_keeps_the_file(small, saved, batch, tmp_path):
     assert (
         second["auto_map"]["AutoModelForSequenceClassification"] == "modeling_rmtkd.RMTKDBertForSequenceClassification"
     )
-    source = open(modeling_rmtkd.__file__, encoding="utf8").read()
-    assert (tmp_path / "twice" / "modeling_rmtkd.py").read_text(encoding="utf8") == source
+    assert sorted(file.name for file in (tmp_path / "twice").glob("*.py")) == REMOTE_FILES
+    for name in REMOTE_FILES:
+        source = Path(modeling_rmtkd.__file__).with_name(name).read_text(encoding="utf8")
+        assert (tmp_path / "twice" / name).read_text(encoding="utf8") == source
     third = AutoModelForSequenceClassification.from_pretrained(tmp_path / "twice")
     assert torch.equal(outputs(third, batch), outputs(small, batch))
 
 
-def test_file_imports_torch_and_transformers_alone():
-    tree = ast.parse(open(modeling_rmtkd.__file__, encoding="utf8").read())
+@pytest.mark.parametrize("file", REMOTE_FILES)
+def test_files_import_torch_transformers_and_each_other_alone(file):
+    tree = ast.parse(Path(modeling_rmtkd.__file__).with_name(file).read_text(encoding="utf8"))
     imported = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and f"{node.module}.py" in REMOTE_FILES, "transformers copies files beside this one"
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "relative imports are flattened into the repository's root"
             imported.add(node.module.split(".")[0])
     assert {"torch", "transformers"} <= imported
     assert imported <= {"torch", "transformers"} | set(sys.stdlib_module_names)

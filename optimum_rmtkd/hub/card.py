@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from ..errors import RMTKDError
 from ..files import is_ours as is_our_file
 from ..files import picture_metadata, read_text, write_text
-from .measures import fit_text, metric_changes, number, stage_measures, stage_notes
+from .escaping import code_span, identifier, markdown, python_string, shell_word
+from .measures import fit_text, is_number, metric_changes, number, stage_measures, stage_notes
 from .run import RESULTS, Run, write_results
 
 
@@ -115,28 +118,39 @@ def model_card(
     return ModelCard.from_template(
         card_data(run, title, **metadata),
         template_path=str(TEMPLATE),
-        title=title,
-        repository=repository or run.name,
-        base_model=run.base_model,
-        base_url=f"https://huggingface.co/{run.base_repository}" if run.base_repository else "",
+        title=markdown(title),
+        repository=python_string(repository or run.name),
+        base_model=_linked(run),
+        base_word=shell_word(run.base_model or "BASE_MODEL"),
         removed=f"{1 - known[1] / known[0]:.1%}" if known else "",
         trained=trained,
-        comparison=comparison_rows(run),
-        measured=run.bench.get("setting", ""),
+        comparison=_cells(comparison_rows(run)),
+        measured=markdown(run.bench.get("setting", "")),
         has_metric=metric is not None,
         has_latency=bool(run.bench),
-        metric_name=metric[0] if metric else "",
-        stages=stage_rows(run),
-        measures=measure_rows(run),
-        notes=stage_notes(run.stages),
-        fitted=sentence(fit_text(run.fit, run.stages)),
+        metric_name=markdown(metric[0]) if metric else "",
+        stages=_cells(stage_rows(run)),
+        measures=_cells(measure_rows(run)),
+        notes=[markdown(note) for note in stage_notes(run.stages)],
+        fitted=markdown(sentence(fit_text(run.fit, run.stages))),
         figures=figures,
-        auto_class=run.auto_class,
+        auto_class=identifier(run.auto_class, "AutoModel"),
         recipe=json.dumps(run.recipe, indent=2),
         training_options=_training_options(run),
-        dataset=_dataset(run),
-        seed=run.recipe.get("seed"),
+        dataset=markdown(_dataset(run)),
+        seed=run.recipe.get("seed") if is_number(run.recipe.get("seed")) else None,
     )
+
+
+def _linked(run: Run) -> str:
+    """The uncut model in Markdown: a link where it is a repository."""
+    if run.base_repository:
+        return f"[{markdown(run.base_model)}](https://huggingface.co/{quote(run.base_repository)})"
+    return code_span(run.base_model) if run.base_model else ""
+
+
+def _cells(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    return [[markdown(cell) for cell in row] for row in rows]
 
 
 def card_data(run: Run, name: str, **metadata: Any) -> Any:
@@ -148,7 +162,7 @@ def card_data(run: Run, name: str, **metadata: Any) -> Any:
     tags = [tags] if isinstance(tags, str) else list(tags)
     dataset = run.results.get("dataset", {})
     results = []
-    if run.metric and run.metric[2] is not None and run.task:
+    if run.metric and is_number(run.metric[2]) and run.task:
         metric, _, value = run.metric
         results.append(
             EvalResult(
@@ -198,7 +212,7 @@ def comparison_rows(run: Run) -> list[tuple[str, str, str, str]]:
         rows.append(_counted("parameters", *run.parameters))
     if size := run.results.get("bytes"):
         rows.append(_counted("bytes on disk", *size))
-    if run.metric and run.metric[1] is not None and run.metric[2] is not None:
+    if run.metric and is_number(run.metric[1]) and is_number(run.metric[2]):
         name, before, after = run.metric
         rows.append((name, number(before), number(after), f"{after - before:+.4f}"))
     rows += metric_changes(run.metrics.get("before"), run.metrics.get("after"), {name for name, *_ in rows})
@@ -241,7 +255,7 @@ def _counted(name: str, before: int, after: int) -> tuple[str, str, str, str]:
 def _training_options(run: Run) -> str:
     training = run.results.get("training", {})
     given = [
-        f"--{name.replace('_', '-')} {training[name]:g}" for name in TRAINING_OPTIONS if training.get(name) is not None
+        f"--{name.replace('_', '-')} {training[name]:g}" for name in TRAINING_OPTIONS if is_number(training.get(name))
     ]
     given += ["--fit"] if training.get("fit") else []
     given += ["--bf16"] if training.get("bf16") else []
@@ -253,8 +267,8 @@ def _training_options(run: Run) -> str:
 def _dataset(run: Run) -> str:
     dataset = run.results.get("dataset", {})
     parts = [dataset.get("name"), dataset.get("config"), dataset.get("split")]
-    text = ", ".join(part for part in parts if part)
-    return f"{text} ({dataset['rows']:,} rows)" if text and dataset.get("rows") else text
+    text = ", ".join(str(part) for part in parts if part)
+    return f"{text} ({dataset['rows']:,} rows)" if text and is_number(dataset.get("rows")) else text
 
 
 def _figures(run: Run, folder: Path) -> tuple[dict[str, str], ...]:

@@ -28,6 +28,8 @@ def load_config(name: str | Path) -> PreTrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(name)
+    except RMTKDError:  # of a narrowed model, whose config has a schema
+        raise
     # the last four: a config.json that is no object, or holds values of other kinds than its class declares
     except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         hint = "" if Path(name).is_dir() else f" There is no folder {name} here, so it was looked for on the Hub."
@@ -41,27 +43,46 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         dtype: None for that of the checkpoint.
 
     Raises:
-        RMTKDError: no model there, or one of a class that neither transformers nor this package has.
+        RMTKDError: no model there, one of a class that neither transformers nor this package has, or weights that are
+            damaged or do not fit (SpecMismatchError).
+    """
+    from safetensors import SafetensorError
+
+    config = load_config(name)
+    cls = _class_of(name, config)
+    try:
+        return cls.from_pretrained(name, dtype=dtype or "auto").eval()
+    except (OSError, SafetensorError) as error:
+        raise RMTKDError(f"Cannot load the weights of '{name}': {error}") from error
+
+
+def _class_of(name: str | Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a config names.
+
+    Raises:
+        RMTKDError: it is none of transformers' models, or one of another config.
     """
     import transformers
-    from safetensors import SafetensorError
 
     from .. import modeling_rmtkd, ternary
     from ..ternary.configuration_ternary import TernaryMLPConfig
 
-    config = load_config(name)
-    wanted = (config.architectures or [""])[0]
+    given = config.architectures
+    wanted = given[0] if isinstance(given, (list, tuple)) and given and isinstance(given[0], str) else ""
     home = modeling_rmtkd if wanted.startswith(modeling_rmtkd.PREFIX) else transformers
     if config.model_type == TernaryMLPConfig.model_type:
         home = ternary
-    if not hasattr(home, wanted or "?"):
+    cls = getattr(home, wanted, None) if wanted.isidentifier() else None
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise RMTKDError(
             f"'{name}' names the class {wanted!r}, which transformers does not have: expected a model of its own."
         )
-    try:
-        return getattr(home, wanted).from_pretrained(name, dtype=dtype or "auto").eval()
-    except (OSError, SafetensorError) as error:
-        raise RMTKDError(f"Cannot load the weights of '{name}': {error}") from error
+    if cls.config_class is None or not isinstance(config, cls.config_class):
+        raise RMTKDError(
+            f"'{name}' names the class {wanted}, and its config is a {type(config).__name__} (model_type "
+            f"{config.model_type!r}): expected both to be of one architecture."
+        )
+    return cls
 
 
 def load_processor(name: str | Path) -> Any | None:
@@ -80,7 +101,7 @@ def load_processor(name: str | Path) -> Any | None:
             continue
         try:
             return auto.from_pretrained(name)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RMTKDError(f"Cannot load what {file} of '{name}' describes: {error}") from error
     return None
 

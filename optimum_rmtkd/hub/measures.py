@@ -9,7 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
-__all__ = ["MOMENTS", "fit_text", "metric_changes", "number", "of_quality", "stage_measures", "stage_notes"]
+__all__ = [
+    "MOMENTS",
+    "fit_text",
+    "is_number",
+    "metric_changes",
+    "number",
+    "of_quality",
+    "stage_measures",
+    "stage_notes",
+]
 
 MOMENTS = ("before", "cut", "after")
 SPEED = ("_runtime", "_per_second", "_preparation_time", "_compilation_time", "_num_tokens")
@@ -29,9 +38,14 @@ def of_quality(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value of a record is a finite number: records are files, which anybody may have written."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def number(value: float | None) -> str:
     """A figure of a table: four digits after the point, of large and tiny ones four that count; "-" for none."""
-    if value is None or not math.isfinite(value):
+    if not is_number(value):
         return "-"
     return f"{value:.4f}" if 1e-3 <= abs(value) < 1e4 or not value else f"{value:.4g}"
 
@@ -61,7 +75,7 @@ def stage_notes(stages: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for stage in stages:
         rate = stage.get("learning_rate")
-        said = [*([f"learning rate {rate:.3g}"] if rate is not None else []), *filter(None, [stage.get("note")])]
+        said = [*([f"learning rate {rate:.3g}"] if is_number(rate) else []), *filter(None, [stage.get("note")])]
         lines += [f"stage {stage['index']}: {'; '.join(said)}"] if said else []
     return lines
 
@@ -89,6 +103,6 @@ def metric_changes(
     for key in dict.fromkeys([*before, *after]):
         name, values = key.removeprefix("eval_"), (before.get(key), after.get(key))
         if name not in without and any(value is not None for value in values):
-            change = "" if None in values else f"{values[1] - values[0]:+.4f}"
+            change = f"{values[1] - values[0]:+.4f}" if all(map(is_number, values)) else ""
             rows.append((name, *map(number, values), change))
     return rows

@@ -195,4 +195,4 @@ def _render(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Map
     page = environment.get_template("report.html.jinja").render(
         title=title, facts=facts, sections=keyed, recipe=sorted(recipe.items()), generator=UNSIGNED
     )
-    return sign(page)
+    return sign(page.encode("utf8", "replace").decode("utf8"))  # halves of characters, which JSON may hold

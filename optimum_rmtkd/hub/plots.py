@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import check_matplotlib
+from .escaping import figure_text
+from .measures import is_number
 from .run import Run
 
 
@@ -55,9 +57,9 @@ def _style(axes: Axes, x: str = "", y: str = "", title: str = "", size: int = 9)
         spine.set_color(PALETTE["faint"])
         spine.set_visible(name in ("left", "bottom"))
     axes.tick_params(colors=PALETTE["ink"], labelsize=size - 1, color=PALETTE["faint"], which="both")
-    axes.set_xlabel(x, color=PALETTE["ink"], fontsize=size)
-    axes.set_ylabel(y, color=PALETTE["ink"], fontsize=size)
-    axes.set_title(title, color=PALETTE["ink"], fontsize=size + 1, loc="left")
+    axes.set_xlabel(figure_text(x), color=PALETTE["ink"], fontsize=size)
+    axes.set_ylabel(figure_text(y), color=PALETTE["ink"], fontsize=size)
+    axes.set_title(figure_text(title), color=PALETTE["ink"], fontsize=size + 1, loc="left")
 
 
 def _legend(axes: Axes, size: int = 8, **options: Any) -> None:
@@ -145,7 +147,7 @@ def draw_widths(before: Mapping[str, Mapping[str, Any]], axes: Axes) -> None:
     axes.barh(places, new, color=PALETTE["bulk"], height=0.8, label="after")
     for place, (a, b) in enumerate(zip(old, new, strict=True)):
         axes.text(a, place, f" {a} → {b}", va="center", fontsize=8, color=PALETTE["ink"])
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, [figure_text(name) for name in names])
     axes.invert_yaxis()
     axes.margins(y=0.01)
     axes.set_xlim(0, 1.45 * max(old))
@@ -160,13 +162,13 @@ def draw_stages(stages: Sequence[Mapping[str, Any]], axes: Axes) -> None:
     first = stages[0]["parameters_before"]
     sizes = [first] + [stage["parameters_after"] for stage in stages]
     axes.bar(range(len(sizes)), sizes, color=PALETTE["bulk"], width=0.6)
-    axes.set_xticks(range(len(sizes)), ["uncut"] + [f"stage {stage['index']}" for stage in stages])
+    axes.set_xticks(range(len(sizes)), ["uncut"] + [figure_text(f"stage {stage['index']}") for stage in stages])
     axes.yaxis.set_major_formatter(lambda value, _: _short(value))
     _style(axes, "", "parameters")
     points = [(0.0, stages[0].get("metric_before"))]
     for at, stage in enumerate(stages, start=1):
         points += [(at - 0.2, stage.get("metric_cut")), (at + 0.2, stage.get("metric_after"))]
-    points = [point for point in points if point[1] is not None]
+    points = [point for point in points if is_number(point[1])]
     if points:
         right = axes.twinx()
         right.plot(*zip(*points, strict=True), "o-", color=PALETTE["signal"], ms=4)
@@ -178,8 +180,9 @@ def draw_curves(history: Sequence[Mapping[str, Any]], stages: Sequence[Mapping[s
     """Losses over training steps; dashed lines where the model was cut."""
     colours = itertools.cycle([PALETTE[name] for name in ("bulk", "signal", "law", "edge", "ink")])
     for key, colour in zip(curve_names(history), colours, strict=False):
-        points = [(line["step"], line[key]) for line in history if line.get(key) is not None and "step" in line]
-        axes.plot(*zip(*points, strict=True), color=colour, lw=1.3, marker="." if len(points) < 30 else "", label=key)
+        points = [(line["step"], line[key]) for line in history if _is_point(line, key)]
+        mark = "." if len(points) < 30 else ""
+        axes.plot(*zip(*points, strict=True), color=colour, lw=1.3, marker=mark, label=figure_text(key))
     for stage in stages:
         axes.axvline(stage["step"], color=PALETTE["faint"], lw=1, ls="--")
     _style(axes, "step", "loss")
@@ -190,7 +193,11 @@ def curve_names(history: Sequence[Mapping[str, Any]]) -> list[str]:
     """Keys of the log that are losses over steps: the total, each term, and the evaluation's."""
     names = dict.fromkeys(key for line in history for key in line)
     wanted = [name for name in names if name in ("loss", "eval_loss") or name.startswith("loss/")]
-    return [name for name in wanted if any(line.get(name) is not None and "step" in line for line in history)]
+    return [name for name in wanted if any(_is_point(line, name) for line in history)]
+
+
+def _is_point(line: Mapping[str, Any], name: str) -> bool:
+    return is_number(line.get(name)) and is_number(line.get("step"))
 
 
 def widths_of(run: Run) -> dict[str, dict[str, int]]:

@@ -29,6 +29,7 @@ class EncoderLayout:
         table: the word table, which the site "embedding" factorises; None for images.
         blocks: the ModuleList of blocks.
         attention: the module that holds head sizes; `head_size`, `heads` name its attributes; `total_size` may be "".
+            Names of widths are among `spec_rmtkd.WIDTHS`.
         pre_norm: norms stand before attention and feed-forward (ViT) instead of behind the sums (BERT).
         pooler: a linear layer with element-wise activation whose output follows the hidden width; heads that read it
             where it is there, and the stream where it is not, are named in `pooled_by`.

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..errors import CalibrationError
-from ..modeling_rmtkd import ACTIVATIONS, CentredActivation, StepActivation, TernaryLinear, TernaryMLP
+from ..layers_rmtkd import CentredActivation, StepActivation, TernaryLinear, TernaryMLP
+from ..spec_rmtkd import ACTIVATIONS, MOST_DRAWN, hidden_weights
 from .config import TernaryConfig
 from .configuration_ternary import TernaryMLPConfig
 from .diagnostics import FeatureDiagnostics, diagnose, standardizer
@@ -54,6 +55,11 @@ def build_network(
     """
     if not bool((targets != targets[:1]).any()):
         raise CalibrationError(f"The targets are the same for all {len(targets)} samples: there is nothing to fit.")
+    if config.storage == "seed" and (drawn := hidden_weights(x.shape[1], config.hidden)) > MOST_DRAWN:
+        raise CalibrationError(
+            f"storage='seed' with {drawn:,} hidden weights: they are drawn again whenever the model is loaded, and "
+            f"{MOST_DRAWN:,} are the most. Use storage='base3', or smaller hidden widths."
+        )
     mean, factor = standardizer(x, config.standardize)
     factor = factor * math.sqrt(x.shape[1])  # the layers carry 1 / sqrt(fan-in): inputs have variance 1, not norm 1
     h = ((x.double() - mean) * factor).float()

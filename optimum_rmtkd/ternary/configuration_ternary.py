@@ -4,12 +4,13 @@ from transformers import PreTrainedConfig
 
 
 CONFIG_HOOKS = []  # called when a config is first made: modelling code is slow to import
+CHECKS = []  # of the fields, by the modelling code: before transformers makes lists of them and logs them
 
 
 class TernaryMLPConfig(PreTrainedConfig):
     """Config of a ternary network.
 
-    `network` holds the arguments of `modeling_rmtkd.TernaryMLP` except `out_features`, which is `num_labels`; `recipe`
+    `network` holds the arguments of `layers_rmtkd.TernaryMLP` except `out_features`, which is `num_labels`; `recipe`
     and `report` say how it was made.
     """
 
@@ -21,4 +22,6 @@ class TernaryMLPConfig(PreTrainedConfig):
     def __new__(cls, *args, **kwargs):
         while CONFIG_HOOKS:
             CONFIG_HOOKS.pop()()
+        for check in CHECKS:
+            check(kwargs)
         return object.__new__(cls)

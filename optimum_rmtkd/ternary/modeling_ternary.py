@@ -1,6 +1,6 @@
 """Ternary fully-connected networks as models of their own: features in, logits out.
 
-The layers are those of `modeling_rmtkd.py`. A saved repository carries the files side by side, and
+The layers are those of narrowed models. A saved repository carries the files side by side, and
 `trust_remote_code=True` runs them without this package; they import torch and transformers alone.
 """
 
@@ -12,16 +12,27 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from optimum_rmtkd.modeling_rmtkd import TernaryMLP, load_checked
+from optimum_rmtkd.layers_rmtkd import TernaryMLP
+from optimum_rmtkd.loading_rmtkd import finalizing, load_checked, named_errors
+from optimum_rmtkd.spec_rmtkd import check_fields, check_network
 
-from .configuration_ternary import TernaryMLPConfig
+from .configuration_ternary import CHECKS, TernaryMLPConfig
 
 
 UPLOAD_OPTIONS = ("repo_id", "commit_message", "private", "create_pr")  # of `push_to_hub`
 
 
+def _check_config(fields):
+    check_fields(fields, TernaryMLPConfig)
+    if fields.get("network") is not None:
+        check_network(fields["network"])
+
+
+CHECKS.append(_check_config)
+
+
 def _lay_beside(folder):
-    """Let the saved file import the layers from beside it, and put their file there.
+    """Let the saved file import the layers and the schema from beside it, and put their files there.
 
     transformers copies the file of a class, and those that it imports relatively from the same folder; ours lie in
     two. In a saved repository they lie in one, and nothing is left to do.
@@ -31,18 +42,22 @@ def _lay_beside(folder):
     target = Path(folder) / Path(__file__).name
     if count and target.is_file():
         target.write_text(relative, encoding="utf8")
-        layers = Path(sys.modules[TernaryMLP.__module__].__file__)
-        (Path(folder) / layers.name).write_text(layers.read_text(encoding="utf8"), encoding="utf8")
+        for part in (TernaryMLP, load_checked, check_network):
+            file = Path(sys.modules[part.__module__].__file__)
+            (Path(folder) / file.name).write_text(file.read_text(encoding="utf8"), encoding="utf8")
 
 
 class _TernaryMLPModel(PreTrainedModel):
     config_class = TernaryMLPConfig
     base_model_prefix = ""
     main_input_name = "features"
+    _finalize_model_loading = finalizing(PreTrainedModel)
 
     def __init__(self, config):
+        check_network(config.network)
         super().__init__(config)
-        self.mlp = TernaryMLP(out_features=config.num_labels, **config.network)
+        with named_errors("ternary network"):
+            self.mlp = TernaryMLP(out_features=config.num_labels, **config.network)
         self.post_init()
 
     @classmethod

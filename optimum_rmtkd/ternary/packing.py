@@ -1,6 +1,6 @@
 """Storage of ternary weights: conversions, and sizes as they are on disk.
 
-The codes themselves live in `modeling_rmtkd.py`, which every saved repository carries; they are re-exported here.
+The codes themselves live in `layers_rmtkd.py`, which every saved repository carries; they are re-exported here.
 
     base3    5 trits a byte (3^5 = 243 <= 256): 1.6 bits a weight
     2bit     4 trits a byte: 2 bits
@@ -21,18 +21,18 @@ import torch
 from torch import nn
 
 from ..errors import RMTKDError
-from ..modeling_rmtkd import (
+from ..layers_rmtkd import (
     PACKINGS,
-    STORAGES,
     TernaryLinear,
     TernaryMLP,
     pack_trits,
     packed_length,
     random_trits,
-    resolve_path,
     unpack_trits,
 )
+from ..modeling_rmtkd import resolve_path
 from ..registration import lend_errors
+from ..spec_rmtkd import MOST_DRAWN, STORAGES, hidden_weights
 
 
 __all__ = [
@@ -106,6 +106,8 @@ def convert(mlp: TernaryMLP, storage: str) -> TernaryMLP:
             "The network is dense, not ternary: round its weights first (optimum_rmtkd.ternary.ternarize)."
         )
     options = network_options(mlp) | {"storage": storage}
+    if storage == "seed" and hidden_weights(mlp.in_features, options["hidden"]) > MOST_DRAWN:
+        raise RMTKDError(f"storage='seed' is for at most {MOST_DRAWN:,} hidden weights; keep these as 'base3'.")
     twin = TernaryMLP(out_features=mlp.out_features, **options).to(mlp.readout.weight.device)
     kept = {n: t for n, t in mlp.state_dict().items() if not n.startswith("layers.")}
     twin.load_state_dict(kept, strict=False)

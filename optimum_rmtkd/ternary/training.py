@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ..batches import evaluating
 from ..errors import CalibrationError, UnsupportedArchitectureError
-from ..modeling_rmtkd import TernaryLinear, TernaryMLP
+from ..layers_rmtkd import TernaryLinear, TernaryMLP
 from .build import as_model
 from .config import TernaryConfig
 from .diagnostics import diagnose, standardizer

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForSequenceClassification
 
 import optimum_rmtkd  # noqa: F401
-from optimum_rmtkd.modeling_rmtkd import TernaryMLP
+from optimum_rmtkd.layers_rmtkd import TernaryMLP
 from tests.conftest import ROOT
 
 

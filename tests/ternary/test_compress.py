@@ -34,7 +34,7 @@ from optimum_rmtkd import (
     pack_model,
     ternarize,
 )
-from optimum_rmtkd.modeling_rmtkd import TernaryLinear, TernaryMLP, random_trits
+from optimum_rmtkd.layers_rmtkd import TernaryLinear, TernaryMLP, random_trits
 from optimum_rmtkd.surgery import narrow_to
 from optimum_rmtkd.ternary.functionals import Activation, get_activation, register_activation
 from optimum_rmtkd.ternary.matching import match_network
@@ -535,10 +535,10 @@ def test_networks_that_cannot_be_read(network, match):
 
 
 def test_random_weights_are_drawn_once_a_layer(monkeypatch):
-    from optimum_rmtkd import modeling_rmtkd
+    from optimum_rmtkd import layers_rmtkd
 
-    drawn, draw = [], modeling_rmtkd.random_trits
-    monkeypatch.setattr(modeling_rmtkd, "random_trits", lambda *a: drawn.append(a[-1]) or draw(*a))
+    drawn, draw = [], layers_rmtkd.random_trits
+    monkeypatch.setattr(layers_rmtkd, "random_trits", lambda *a: drawn.append(a[-1]) or draw(*a))
     x = torch.randn(60, 20, generator=torch.Generator().manual_seed(0))
     head, _ = compress_features(x, (x[:, 0] > 0).long(), TernaryConfig(hidden=(40, 30, 20)))
     assert drawn == [0, 1, 2]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from optimum_rmtkd import SpecMismatchError, TernaryConfig, compress_features, pack_model
-from optimum_rmtkd.modeling_rmtkd import CentredActivation, StepActivation
+from optimum_rmtkd.layers_rmtkd import CentredActivation, StepActivation
 from optimum_rmtkd.ternary.configuration_ternary import TernaryMLPConfig
 from optimum_rmtkd.ternary.modeling_ternary import TernaryMLPForClassification, TernaryMLPForRegression
 from optimum_rmtkd.ternary.packing import convert
@@ -97,8 +97,10 @@ def test_fresh_process_without_this_package(model, saved):
 def test_saved_files_import_no_package(saved):
     assert sorted(f.name for f in saved.glob("*.py")) == [
         "configuration_ternary.py",
-        "modeling_rmtkd.py",
+        "layers_rmtkd.py",
+        "loading_rmtkd.py",
         "modeling_ternary.py",
+        "spec_rmtkd.py",
     ]
     for file in saved.glob("*.py"):
         lines = file.read_text(encoding="utf8").splitlines()
@@ -126,7 +128,7 @@ def test_what_is_uploaded_is_complete(model, tmp_path, monkeypatch):
     assert sent["repo"] == "me/head" and sent["message"] == "first"
     for file in (tmp_path / "head").iterdir():
         assert sent["files"][file.name] == file.read_bytes(), file.name
-    assert b"from .modeling_rmtkd import" in sent["files"]["modeling_ternary.py"]
+    assert b"from .layers_rmtkd import" in sent["files"]["modeling_ternary.py"]
 
 
 def test_saving_twice_gives_the_same_folder(saved, tmp_path):

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimum_rmtkd import RMTKDError, SpecMismatchError, modeling_rmtkd
-from optimum_rmtkd.modeling_rmtkd import TernaryLinear, TernaryMLP, counter_bits
+from optimum_rmtkd import RMTKDError, SpecMismatchError, layers_rmtkd
+from optimum_rmtkd.layers_rmtkd import TernaryLinear, TernaryMLP, counter_bits
 from optimum_rmtkd.ternary.packing import (
     bits_per_weight,
     convert,
@@ -38,7 +38,7 @@ def test_round_trip(storage, shape):
 
 @pytest.mark.parametrize("storage", ["base3", "2bit"])
 def test_round_trip_of_every_byte(storage):
-    per_byte, base = modeling_rmtkd.PACKINGS[storage]
+    per_byte, base = layers_rmtkd.PACKINGS[storage]
     trits = torch.cartesian_prod(*[torch.tensor([-1, 0, 1], dtype=torch.int8)] * per_byte)
     packed = pack_trits(trits, storage)
     assert len(set(packed.tolist())) == 3**per_byte

@@ -18,7 +18,7 @@ from optimum_rmtkd import (
     ternarize,
 )
 from optimum_rmtkd.distillation.objectives import KLDivergence, TaskLoss
-from optimum_rmtkd.modeling_rmtkd import TernaryLinear
+from optimum_rmtkd.layers_rmtkd import TernaryLinear
 from optimum_rmtkd.ternary.training import wrap
 
 from ..surgery import zoo
