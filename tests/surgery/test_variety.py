@@ -78,7 +78,7 @@ def test_few_samples_are_said_once(caplog):
     with caplog.at_level(logging.WARNING, "optimum_rmtkd.surgery.variety"):
         narrow(model, repeated(data[0], 2, 5), RECIPE, progress=False)
     (line,) = [r.getMessage() for r in caplog.records if r.name == "optimum_rmtkd.surgery.variety"]
-    assert "2 different samples (40 in all), which give at most 8 of the 32 directions" in line
+    assert "2 different samples (48 in all), which give at most 8 of the 32 directions" in line
     caplog.clear()
     narrow(model, data, RECIPE, progress=False)
     assert not [r for r in caplog.records if r.name == "optimum_rmtkd.surgery.variety"]
