@@ -121,7 +121,7 @@ class Surgeon:
         self.batches = all_batches(self.batches, model.device, accelerator)
         if sites is None and (accelerator is None or accelerator.is_main_process):  # once, not of each layer of many
             widths = {site.kind: site.width for site in sorted(self.sites, key=lambda site: site.width)}
-            warn_of_few(self.batches, config, widths.get("hidden", max(widths.values())))
+            warn_of_few(self.batches, config, widths.get("hidden", max(widths.values(), default=0)))
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
 
