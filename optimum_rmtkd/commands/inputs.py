@@ -151,7 +151,8 @@ def image_tools(model: str, config: PreTrainedConfig, column: str) -> tuple[Any,
         pixels = processor([image.convert(mode) for image in batch[column]], return_tensors="np")["pixel_values"]
         return {"pixel_values": list(pixels), "labels": batch["labels"]}
 
-    shortest = dict(getattr(processor, "size", None) or {}).get("shortest_edge")
+    size = getattr(processor, "size", None)
+    shortest = size.get("shortest_edge") if hasattr(size, "get") else None
 
     def encode(rows: Dataset, what: str) -> Dataset:
         _check_images(rows, column, what, shortest)
