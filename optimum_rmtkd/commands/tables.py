@@ -11,6 +11,7 @@ import math
 import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -46,6 +47,7 @@ FIELD_LIMIT = 2**31 - 1  # characters of a cell; csv's own limit is 131,072
 # what parsers and decoders raise where the bytes are not what they expect
 UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError)
 UNREADABLE += (EOFError, MemoryError, struct.error, zlib.error)
+MANY_CELLS, FEWEST_FILLED = 10**7, 0.01
 DEEPEST = 32  # levels of a nested value: no table has more
 
 
@@ -233,7 +235,7 @@ def _header(row: list[str] | None, path: Path) -> list[str]:
     if row is None:
         raise RMTKDError(f"{path} is empty: expected a line of column names.")
     names = [name.strip() or f"column {i + 1}" for i, name in enumerate(row)]  # pandas leaves its index unnamed
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise RMTKDError(f"{path} has more than one column '{twice[0]}': rename one of them.")
     return names
@@ -282,6 +284,12 @@ def _json_columns(path: Path) -> dict[str, list]:
     if not rows:
         raise RMTKDError(f"Cannot read {path}: it holds no rows")
     names = dict.fromkeys(name for row in rows for name in row)
+    cells, filled = len(names) * len(rows), sum(map(len, rows))
+    if cells > MANY_CELLS and filled < FEWEST_FILLED * cells:  # a small file that would become a huge table
+        raise RMTKDError(
+            f"Cannot read {path}: its {len(rows)} rows have {len(names)} different keys, {filled / len(rows):.3g} in "
+            "each; expected the same keys in every row."
+        )
     return {name: [row.get(name) for row in rows] for name in names}
 
 

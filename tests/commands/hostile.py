@@ -102,6 +102,7 @@ HOSTILE = {
     "endless_label.csv": (table("the film,1", "the cast," + "x" * 100_000), "holds"),
     "many_digits.json": (objects('"' + "9" * 5000 + '"', '"1"'), "'9999"),
     "long_name.csv": (b"x" * 100_000 + b"\n1\n", "No label column"),
+    "many_keys.json": (b"[" + b",".join(b'{"k%d": 1}' % i for i in range(4000)) + b"]", "4000 different keys"),
     "many_columns.csv": (b",".join(b"c%d" % i for i in range(5000)) + b"\n" + 4999 * b"," + b"\n", "No label column"),
     "zeros.csv.link.csv": (lambda path: path.symlink_to("/dev/zero"), "no such file or folder"),
     "circle.csv": (lambda path: path.symlink_to(path), "no such file or folder"),
