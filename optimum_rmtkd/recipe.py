@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,12 +13,13 @@ from typing import Any, TypeVar
 from .errors import RMTKDError
 from .files import write_text
 from .validation import check_fields
-from .validation.wording import a_kind, close, shown
+from .validation.wording import a_kind, brief, close, shown
 
 
 __all__ = ["Recipe", "option", "parse_json"]
 
 R = TypeVar("R", bound="Recipe")
+MOST_KEYS = 10  # in a message
 
 
 def option(default: Any, help: str, choices: tuple | None = None) -> Any:
@@ -72,10 +74,11 @@ class Recipe:
     def _refuse_unknown(cls, names: Iterable[Any]) -> None:
         known = [item.name for item in dataclasses.fields(cls)]
         if unknown := [name for name in names if name not in known]:
-            words = ", ".join(sorted(name if isinstance(name, str) else shown(name) for name in unknown))
+            words = sorted(brief(n) if isinstance(n, str) and n.isidentifier() else shown(n) for n in unknown)
+            told = ", ".join(words[:MOST_KEYS]) + (", ..." if len(words) > MOST_KEYS else "")
             meant = close(unknown[0], known)
             raise RMTKDError(
-                f"Unknown {cls.__name__} key(s) {words}. Known keys: {', '.join(known)}.{' ' + meant if meant else ''}"
+                f"Unknown {cls.__name__} key(s) {told}. Known keys: {', '.join(known)}.{' ' + meant if meant else ''}"
             )
 
     def to_json_file(self, path: str | Path) -> None:
@@ -141,6 +144,6 @@ def _no_number(word: str) -> None:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"the key {shown(twice)} stands there twice")
     return values

@@ -6,6 +6,7 @@ import dataclasses
 import decimal
 import enum
 import fractions
+import functools
 import inspect
 import json
 import math
@@ -193,6 +194,63 @@ def accepted(make: typing.Callable, given: dict) -> typing.Any:
         assert "\n" not in message
         message.encode("utf8")
         return None
+
+
+DAMAGES = st.lists(
+    st.tuples(
+        st.sampled_from(["cut", "drop", "double", "put"]),
+        st.integers(0, 400),
+        st.sampled_from(
+            list('{}[]",:0-.e \n') + ["NaN", "Infinity", "null", "true", "1e999", "9" * 400, "[" * 2000, "\ud800"]
+        ),
+    ),
+    max_size=3,
+)
+
+
+def raw(thing: typing.Any) -> st.SearchStrategy:
+    """What somebody may hand to `from_dict`: fields, names that are none, and things that are no mapping."""
+    names = st.text(max_size=4) | st.integers(0, 3) | st.none() | st.sampled_from([*hints_of(thing), "__class__", ""])
+    odd = st.dictionaries(names, WILD, max_size=2)
+    fields = st.tuples(arguments(thing), odd | st.just({})).map(lambda both: both[0] | both[1])
+    return st.one_of(arguments(thing), fields, fields.map(types.MappingProxyType), WILD)
+
+
+def texts(thing: typing.Any) -> st.SearchStrategy:
+    """What a file may hold in the place of a recipe: bytes of JSON, whole or damaged, or of anything."""
+    whole = arguments(thing).map(_written)
+    damaged = st.tuples(whole, DAMAGES).map(lambda pair: functools.reduce(_damaged, pair[1], pair[0]))
+    encoded = st.tuples(damaged, st.sampled_from(["utf8", "utf8", "utf-8-sig", "utf16", "latin1"]))
+    return encoded.map(lambda pair: pair[0].encode(pair[1], "replace")) | st.binary(max_size=20)
+
+
+def _written(values: dict) -> str:
+    try:
+        return json.dumps(values, default=str, skipkeys=True)
+    except ValueError:  # numbers of more digits than Python writes
+        return "{}"
+
+
+def _damaged(text: str, damage: tuple[str, int, str]) -> str:
+    kind, place, new = damage
+    place %= len(text) + 1
+    return {
+        "cut": text[:place],
+        "drop": text[:place] + text[place + 1 :],
+        "double": text[:place] + text[place - 5 :],
+        "put": text[:place] + new + text[place:],
+    }[kind]
+
+
+def recipe_or_refusal(make: typing.Callable, given: typing.Any) -> None:
+    """A recipe that JSON gives back equal, or an error of ours of one line; nothing else."""
+    try:
+        recipe = make(given)
+    except RMTKDError as error:
+        assert "\n" not in str(error) and len(str(error)) < 3000
+        str(error).encode("utf8")
+        return
+    assert type(recipe).from_dict(through_json(recipe.to_dict())) == recipe
 
 
 def through_json(values: dict) -> dict:

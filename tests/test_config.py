@@ -13,7 +13,7 @@ from hypothesis import given
 from optimum_rmtkd.config import RMTKDConfig
 from optimum_rmtkd.errors import RMTKDError
 
-from .fuzz import accepted, arguments, many, through_json
+from .fuzz import accepted, arguments, many, raw, recipe_or_refusal, texts, through_json
 
 
 def valid_or_refused(values: dict) -> None:
@@ -39,6 +39,38 @@ def test_any_values_give_a_recipe_or_a_named_error(values):
 @given(arguments(RMTKDConfig))
 def test_ten_thousand_times_any_values(values):
     valid_or_refused(values)
+
+
+@many(1000)
+@given(raw(RMTKDConfig))
+def test_anything_given_to_from_dict(values):
+    recipe_or_refusal(RMTKDConfig.from_dict, values)
+
+
+@many(1000)
+@given(texts(RMTKDConfig))
+def test_anything_in_a_file(tmp_path_factory, content):
+    file_of_a_recipe(tmp_path_factory, content)
+
+
+@pytest.mark.slow
+@many(10_000)
+@given(raw(RMTKDConfig))
+def test_anything_given_to_from_dict_ten_thousand_times(values):
+    recipe_or_refusal(RMTKDConfig.from_dict, values)
+
+
+@pytest.mark.slow
+@many(10_000)
+@given(texts(RMTKDConfig))
+def test_anything_in_a_file_ten_thousand_times(tmp_path_factory, content):
+    file_of_a_recipe(tmp_path_factory, content)
+
+
+def file_of_a_recipe(tmp_path_factory, content: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "RMTKDConfig.json"
+    path.write_bytes(content)
+    recipe_or_refusal(RMTKDConfig.from_json_file, path)
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,13 @@ def _check_columns(model: nn.Module, given: Mapping[str, Any], kept: Mapping[str
     for name in TOKENS:
         if not isinstance(kept.get(name), (torch.Tensor, type(None))):
             raise CalibrationError(cure_of_lists(name, kept[name]))
+    for name, value in kept.items():
+        if isinstance(value, torch.Tensor) and (value.is_meta or value.is_nested or value.layout != torch.strided):
+            kind = "on the meta device" if value.is_meta else "nested" if value.is_nested else str(value.layout)
+            raise CalibrationError(
+                f"{name} of a calibration batch is {kind.removeprefix('torch.')}: expected a dense tensor with values "
+                "(to_dense(), to_padded_tensor(0), or the collator's own)."
+            )
     for name, axes in ROW_AXES.items():
         if isinstance(kept.get(name), torch.Tensor) and kept[name].dim() <= axes:
             raise CalibrationError(

@@ -67,9 +67,11 @@ class AnalyzeCommand(Command):
         if self.args.html or self.args.plot:
             check_matplotlib()
 
+        from ..spectra.edges import find_estimator
         from ..surgery import analyze
         from .task import load_task
 
+        find_estimator(recipe.edge_estimator)
         # Nothing is validated here, so no row is held out for it.
         seen = dataclasses.replace(data, validation_file=data.train_file, max_eval_samples=1)
         task = load_task(self.args.model, seen, recipe.seed)

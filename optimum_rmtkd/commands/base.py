@@ -14,6 +14,7 @@ __all__ = ["Command", "set_help"]
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+LONGEST = 2000  # characters of an error: names and values in it are other people's
 
 
 def set_help(parser: ArgumentParser, description: str, epilog: str, usage: str | None = None) -> None:
@@ -24,6 +25,12 @@ def set_help(parser: ArgumentParser, description: str, epilog: str, usage: str |
     parser.usage = usage
     parser.formatter_class = RawDescriptionHelpFormatter
     parser.description, parser.epilog = description, epilog
+
+
+def _in_one_line(text: str) -> str:
+    """Without line breaks; of what is very long the begin and the end, where it says what to do."""
+    text = " ".join(text.split())
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 class Command(BaseOptimumCLICommand):
@@ -38,7 +45,7 @@ class Command(BaseOptimumCLICommand):
             self.execute()
         except (RMTKDError, OSError) as error:  # the latter: what only the system knows, a name too long, a full disk
             asking = isinstance(error, NoTargetError)
-            message = " ".join((error.message if asking else str(error)).split())
+            message = _in_one_line(error.message if asking else str(error))
             print(f"optimum-cli rmtkd {self.COMMAND.name}: error: {message}", file=sys.stderr)
             if asking:
                 print(error.curve, file=sys.stderr)

@@ -208,18 +208,21 @@ def _compress(
     from ..hub import write_results
     from ..hub.measures import of_quality
     from ..hub.run import public_name
-    from ..surgery import check_data, check_edges, check_recipe, count_parameters, uncut_parameters
+    from ..spectra.edges import find_estimator
+    from ..surgery import check_data, check_edges, check_recipe, check_variety, count_parameters, uncut_parameters
     from ..trainer.parts import parts_of
     from ..trainer.stages import write_journal
     from .task import load_task, measure, stored_dtype, weights_folder
 
-    parts_of(recipe)  # an unknown objective is refused before anything is loaded
+    parts_of(recipe)  # unknown parts are refused before anything is loaded
+    find_estimator(recipe.edge_estimator)
     head = "made" if recipe.fit_share else "required"
     task = load_task(name, data, recipe.seed, training.attn_implementation, head)
     check_recipe(task.model, recipe)  # what cannot work is refused before the first forward pass
     if recipe.schedule != "none":
         loader = task.calibration_loader(training.batch_size, recipe.seed)
         check_data(task.model, itertools.islice(loader, 1), recipe)
+        check_variety(loader)
         check_edges(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
     parameters, uncut = count_parameters(task.model), uncut_parameters(task.model)
     before = {} if task.new_head else measure(task, task.model, training.eval_batch_size)

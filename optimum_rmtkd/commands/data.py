@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import RMTKDError
 from ..validation import Count, Length, check_fields
+from ..validation.wording import brief
 from .labels import parse_label_map
 from .metrics import METRICS
 from .options import option
@@ -27,6 +28,7 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # labels of i
 VALIDATION_SPLITS = ("validation", "validation_matched", "dev", "test")
 LABEL_COLUMNS = ("label", "labels", "score", "target")
 HELD_OUT = 0.1
+MOST_COLUMNS = 20  # in a message
 
 
 @dataclass(frozen=True)
@@ -199,6 +201,10 @@ def _is_text(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string") and hasattr(feature, "pa_type")
 
 
+def _listed(columns: list[str]) -> str:
+    return ", ".join(map(brief, columns[:MOST_COLUMNS])) + (", ..." if len(columns) > MOST_COLUMNS else "")
+
+
 def find_columns(rows: Dataset, data: DataArguments) -> tuple[list[str], str]:
     """Names of the input columns (one image column, or one or two text columns) and of the label column.
 
@@ -206,7 +212,7 @@ def find_columns(rows: Dataset, data: DataArguments) -> tuple[list[str], str]:
         RMTKDError: a column named by the user is missing, or the right ones cannot be told; lists the columns there
             are.
     """
-    there = ", ".join(rows.column_names)
+    there = _listed(rows.column_names)
     for name in (*(data.text_column or ()), *([data.label_column] if data.label_column else ())):
         if name not in rows.column_names:
             raise RMTKDError(f"No column '{name}' in the data; its columns are {there}.")
@@ -218,6 +224,6 @@ def find_columns(rows: Dataset, data: DataArguments) -> tuple[list[str], str]:
         return images[:1], label
     texts = data.text_column or [name for name, f in rows.features.items() if _is_text(f) and name != label]
     if len(texts) not in (1, 2):
-        found = f"{len(texts)} columns hold strings ({', '.join(texts)})" if texts else "no column holds strings"
+        found = f"{len(texts)} columns hold strings ({_listed(texts)})" if texts else "no column holds strings"
         raise RMTKDError(f"Cannot tell the text columns: {found}; the columns are {there}. Pass --text-column A [B].")
     return texts, label

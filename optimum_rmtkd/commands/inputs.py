@@ -8,6 +8,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
+from .tables import UNREADABLE
 
 
 if TYPE_CHECKING:
@@ -150,39 +151,62 @@ def image_tools(model: str, config: PreTrainedConfig, column: str) -> tuple[Any,
         pixels = processor([image.convert(mode) for image in batch[column]], return_tensors="np")["pixel_values"]
         return {"pixel_values": list(pixels), "labels": batch["labels"]}
 
+    size = getattr(processor, "size", None)
+    shortest = size.get("shortest_edge") if hasattr(size, "get") else None
+
     def encode(rows: Dataset, what: str) -> Dataset:
-        _check_images(rows, column, what)
+        _check_images(rows, column, what, shortest)
         return rows.with_transform(prepare)
 
     return processor, default_data_collator, encode
 
 
-def _check_images(rows: Dataset, column: str, what: str) -> None:
-    """Decode every image once: one that cannot be read would end a training of hours."""
+def _check_images(rows: Dataset, column: str, what: str, shortest: int | None = None) -> None:
+    """Decode every image once: one that cannot be read would end a training of hours.
+
+    Args:
+        shortest: pixels of the shorter side, where images are resized to that and keep their proportions.
+    """
     from datasets import Image
     from tqdm.auto import tqdm
 
     stored = rows.select_columns([column]).cast_column(column, Image(decode=False))
     for row, cell in enumerate(tqdm(stored, desc="checking images", unit="image", leave=False, disable=None), 1):
-        if told := _fault_of(cell[column]):
+        if told := _fault_of(cell[column], shortest):
             place = cell[column].get("path") or f"in row {row}"
             raise RMTKDError(f"The {what} image {place} cannot be read ({told}): replace or remove it.")
 
 
-def _fault_of(stored: dict[str, Any]) -> str | None:
-    from PIL import Image, UnidentifiedImageError
+def _fault_of(stored: dict[str, Any], shortest: int | None = None) -> str | None:
+    from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
     if stored.get("bytes") is None and not stored.get("path"):
         return "it holds nothing"
     source = io.BytesIO(stored["bytes"]) if stored.get("bytes") is not None else stored["path"]
     try:
         with Image.open(source) as image:
+            if told := _too_long(image.size, shortest):
+                return told
             image.draft("RGB", DRAFT)
             image.load()
+            if image.getexif().get(ExifTags.Base.Orientation) is not None:  # as datasets does when it decodes
+                ImageOps.exif_transpose(image)
             if image.mode.startswith(DEEP):
                 return f"its mode is {image.mode}, which would be cut off at 255: save it with 8 bits a channel"
     except UnidentifiedImageError:
         return "it is no image that Pillow knows"
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def _too_long(size: tuple[int, int], shortest: int | None) -> str | None:
+    """A strip of pixels becomes a huge image where its shorter side is enlarged and its proportions are kept."""
+    from PIL import Image
+
+    if not isinstance(shortest, int) or Image.MAX_IMAGE_PIXELS is None:
+        return None
+    longest = shortest * max(size) // max(1, min(size))
+    if shortest * longest <= Image.MAX_IMAGE_PIXELS:
+        return None
+    return f"its {size[0]} x {size[1]} pixels would be resized to {shortest} x {longest}"

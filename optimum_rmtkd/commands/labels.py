@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import RMTKDError
 from ..files import read_text
 from ..recipe import parse_json
+from ..validation.wording import brief
+from ..validation.wording import shown as written
 
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ __all__ = [
 ]
 
 GENERIC = re.compile(r"LABEL_\d+")
-WHOLE = re.compile(r"-?(0|[1-9]\d*)")  # 007 is a name
+WHOLE = re.compile(r"-?(0|[1-9]\d{0,17})")  # 007 is a name, and so is what no 64 bits hold
 SHOWN = 5  # names in a message
 
 
@@ -101,7 +103,7 @@ def check_label_map(label_map: dict[str, str], data: Sequence[Dataset], column: 
     unknown = [name for name in label_map if find(name, list(labels)) is None]
     if unknown:
         raise RMTKDError(
-            f"--label-map names {', '.join(map(repr, unknown[:SHOWN]))}, which is no label in column '{column}'; it "
+            f"--label-map names {_quoted(unknown)}, which is no label in column '{column}'; it "
             f"holds {shown(sorted(labels))}."
         )
 
@@ -180,7 +182,7 @@ def _numbers(values: list, feature: Any, column: str) -> list[float]:
     names = getattr(feature, "names", None)
     if names:
         raise RMTKDError(
-            f"Column '{column}' holds {len(names)} classes ({', '.join(names[:5])}), but the model has one output "
+            f"Column '{column}' holds {len(names)} classes ({shown(names)}), but the model has one output "
             "(regression): pass a classifier, or scores."
         )
     return [_number(value, row, column) for row, value in enumerate(values, 1)]
@@ -193,8 +195,8 @@ def _number(value: Any, row: int, column: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise RMTKDError(
-            f"Column '{column}' holds {value!r} in row {row}; the model has one output (regression): expected a "
-            "finite number. Remove or fill such rows."
+            f"Column '{column}' holds {written(value)} in row {row}; the model has one output (regression): expected "
+            "a finite number. Remove or fill such rows."
         )
     return number
 
@@ -223,8 +225,8 @@ def _word(value: Any, row: int, column: str, classes: int) -> str:
     if isinstance(value, (str, bool)) or (isinstance(value, (int, float)) and WHOLE.fullmatch(shortest(value))):
         return shortest(value)
     raise RMTKDError(
-        f"Column '{column}' holds {value!r} in row {row}; the model has {classes} classes: expected class indices or "
-        "names."
+        f"Column '{column}' holds {written(value)} in row {row}; the model has {classes} classes: expected class "
+        "indices or names."
     )
 
 
@@ -288,7 +290,7 @@ def _by_number(
             return None
         if len(numbered) != len(names):
             raise RMTKDError(
-                f"Column '{column}' has {len(numbered)} classes ({', '.join(numbered[:SHOWN])}), the model has "
+                f"Column '{column}' has {len(numbered)} classes ({shown(numbered)}), the model has "
                 f"{len(names)} without names ({shown(names)}): pass the data the model was fine-tuned on."
             )
         print(
@@ -323,13 +325,13 @@ def _unknown(
     if not known and 0 < len(words) < len(unknown):
         row = min(keys[key] for key in words)
         return (
-            f"Column '{column}' holds {', '.join(map(repr, words[:SHOWN]))} (first in row {row}) among class indices: "
+            f"Column '{column}' holds {_quoted(words)} (first in row {row}) among class indices: "
             "remove or correct such rows, or say of every label which class it is (--label-map LABEL=CLASS ...)."
         )
     has = shown(numbered if numbered is not None else sorted(keys))
     row = min(keys[key] for key in unknown)
     text = (
-        f"Column '{column}' holds label(s) {', '.join(map(repr, unknown[:SHOWN]))} (first in row {row}) that the "
+        f"Column '{column}' holds label(s) {_quoted(unknown)} (first in row {row}) that the "
         f"model does not know; it knows {shown(names)}, the data has {has}."
     )
     moved = [
@@ -348,7 +350,7 @@ def _unknown(
 
 def _hint(keys: Collection[str], names: Sequence[str]) -> str:
     """An example of `--label-map` for these labels."""
-    pairs = dict(zip(sorted(keys)[:3], names))
+    pairs = {brief(key): brief(name) for key, name in zip(sorted(keys)[:3], names)}
     if any(key.startswith("-") or "=" in name for key, name in pairs.items()):  # which would be read as an option
         words = shlex.quote(json.dumps(pairs, ensure_ascii=False))
     else:
@@ -357,4 +359,8 @@ def _hint(keys: Collection[str], names: Sequence[str]) -> str:
 
 
 def shown(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    return ", ".join(map(brief, names[:SHOWN])) + (", ..." if len(names) > SHOWN else "")
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(repr(brief(name)) for name in names[:SHOWN])

@@ -9,6 +9,9 @@ import csv
 import json
 import math
 import re
+import struct
+import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-__all__ = ["KINDS", "check_contents", "read_dataset", "read_table"]
+__all__ = ["KINDS", "UNREADABLE", "check_contents", "read_dataset", "read_table"]
 
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -41,6 +44,11 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 MISSING = {"", "na", "n/a", "nan", "null", "none", "-", "?"}  # beside numbers these are no numbers either
 QUOTED = re.compile(r'"([^"]|"")*"')  # a cell of a table
 FIELD_LIMIT = 2**31 - 1  # characters of a cell; csv's own limit is 131,072
+# what parsers and decoders raise where the bytes are not what they expect
+UNREADABLE = (OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, RuntimeError, ArithmeticError)
+UNREADABLE += (EOFError, MemoryError, struct.error, zlib.error)
+MANY_CELLS, FEWEST_FILLED = 10**7, 0.01
+DEEPEST = 32  # levels of a nested value: no table has more
 
 
 def check_contents(path: Path) -> None:
@@ -82,6 +90,7 @@ def read_table(path: Path, texts: Collection[str] = (), label: Collection[str] =
     Raises:
         RMTKDError: the file cannot be read; the message names it, and the line where that is known.
     """
+    import pyarrow as pa
     from datasets import Dataset
 
     suffix = path.suffix.lower()
@@ -94,6 +103,12 @@ def read_table(path: Path, texts: Collection[str] = (), label: Collection[str] =
             columns = {name: _typed(values, name in texts, name in label) for name, values in cells.items()}
         else:
             columns = _json_columns(path)
+            for name, values in columns.items():
+                if _deeper(values, DEEPEST):
+                    raise RMTKDError(
+                        f"Cannot read {path}: column '{name}' is nested too deeply (more than {DEEPEST} levels); "
+                        "expected one object a row."
+                    )
         return Dataset.from_dict({name: _array(name, values) for name, values in columns.items()})
     except RecursionError as error:
         raise RMTKDError(
@@ -102,7 +117,7 @@ def read_table(path: Path, texts: Collection[str] = (), label: Collection[str] =
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise RMTKDError(f"Cannot read {path}: it is no UTF-8 text (byte {byte:#04x}). Save it as UTF-8.") from error
-    except (OSError, ValueError, TypeError, OverflowError, NotImplementedError, csv.Error) as error:
+    except (*UNREADABLE, csv.Error, pa.ArrowException) as error:
         if isinstance(error, RMTKDError):
             raise
         raise RMTKDError(f"Cannot read {path}: {type(error).__name__}: {error}") from error
@@ -132,6 +147,7 @@ def _check_parquet(path: Path) -> None:
 
 def read_dataset(what: str, *args: Any, **kwargs: Any):
     """`datasets.load_dataset` with its many ways to fail turned into one."""
+    import pyarrow as pa
     from datasets import load_dataset, load_dataset_builder
     from datasets.exceptions import DatasetsError
     from datasets.packaged_modules.csv.csv import CsvConfig
@@ -142,7 +158,7 @@ def read_dataset(what: str, *args: Any, **kwargs: Any):
         ):
             kwargs |= {"keep_default_na": False, "na_values": [""]}  # only an empty cell is missing
         return load_dataset(*args, **kwargs)
-    except (OSError, ValueError, TypeError, KeyError, NotImplementedError, RecursionError, DatasetsError) as error:
+    except (*UNREADABLE, DatasetsError, pa.ArrowException) as error:
         # The useful sentence is the innermost one: datasets wraps the parser's error twice.
         cause: BaseException = error
         while cause.__cause__ is not None:
@@ -219,7 +235,7 @@ def _header(row: list[str] | None, path: Path) -> list[str]:
     if row is None:
         raise RMTKDError(f"{path} is empty: expected a line of column names.")
     names = [name.strip() or f"column {i + 1}" for i, name in enumerate(row)]  # pandas leaves its index unnamed
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         raise RMTKDError(f"{path} has more than one column '{twice[0]}': rename one of them.")
     return names
@@ -268,7 +284,19 @@ def _json_columns(path: Path) -> dict[str, list]:
     if not rows:
         raise RMTKDError(f"Cannot read {path}: it holds no rows")
     names = dict.fromkeys(name for row in rows for name in row)
+    cells, filled = len(names) * len(rows), sum(map(len, rows))
+    if cells > MANY_CELLS and filled < FEWEST_FILLED * cells:  # a small file that would become a huge table
+        raise RMTKDError(
+            f"Cannot read {path}: its {len(rows)} rows have {len(names)} different keys, {filled / len(rows):.3g} in "
+            "each; expected the same keys in every row."
+        )
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _deeper(values: list | dict, levels: int) -> bool:
+    """Whether lists and mappings lie in each other more than so many levels."""
+    inside = values.values() if isinstance(values, dict) else values
+    return levels < 0 or any(isinstance(value, (list, dict)) and _deeper(value, levels - 1) for value in inside)
 
 
 def _json_line(line: str, number: int, path: Path) -> Any:

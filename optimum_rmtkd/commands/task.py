@@ -111,6 +111,9 @@ def load_task(
     # before any row is drawn or held out: errors name the rows of the files
     train, validation = _labelled(train, validation, inputs, label, config, data)
     train, validation = divide(train, validation, data, seed)
+    if kind == "image":  # each is decoded once: before the model is loaded
+        processor, collator, encode = image_tools(model, config, inputs[0])
+        train, validation = encode(train, "training"), encode(validation, "validation")
     loaded = _load_model(model, config if new else None, kind, attn_implementation, seed)
     if new:
         gives = (
@@ -119,13 +122,12 @@ def load_task(
         print(f"{why}: it gets a new head for {gives}, and is fine-tuned first")
     if kind == "text":
         processor, collator, encode = text_tools(model, loaded, inputs, data.max_length)
-    else:
-        processor, collator, encode = image_tools(model, config, inputs[0])
+        train, validation = encode(train, "training"), encode(validation, "validation")
     return Task(
         model=loaded,
         processor=processor,
-        train=encode(train, "training"),
-        validation=encode(validation, "validation"),
+        train=train,
+        validation=validation,
         collator=collator,
         metric=metric,
         new_head=bool(new),

@@ -12,6 +12,7 @@ from .base import Command, set_help
 from .data import DataArguments, check_files, read_by
 from .options import add_options, from_options
 from .output import OVERWRITE, format_table, weight_bytes, writing_beside
+from .tables import UNREADABLE
 from .training import TrainingOptions, check_checkpoints, keep_latest, last_checkpoint, training_arguments
 
 
@@ -169,7 +170,7 @@ def _arrays(file: str) -> tuple[Tensor, Tensor]:
         else:
             with np.load(file, allow_pickle=False) as arrays:
                 found = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, BadZipFile, SafetensorError) as error:
+    except (*UNREADABLE, BadZipFile, SafetensorError) as error:
         raise RMTKDError(
             f"{file} cannot be read ({error}); expected .npz or .safetensors with arrays x and y."
         ) from error

@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import RMTKDError
 from ..files import read_text, write_text
+from .record import check_record
 
 
 __all__ = ["BENCH", "RESULTS", "SPECTRA", "STAGES", "Run", "first", "public_name", "write_results", "write_spectra"]
@@ -72,7 +73,7 @@ class Run:
         """The record in `folder`: what `compress` or an `RMTKDTrainer` wrote.
 
         Raises:
-            RMTKDError: no such folder, no record in it, or a file of it is no JSON object.
+            RMTKDError: no such folder, no record in it, or a file of it is no JSON object or holds what no run writes.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -84,6 +85,8 @@ class Run:
                 "config.json): expected the output folder of optimum-cli rmtkd compress, or the output_dir of an "
                 "RMTKDTrainer."
             )
+        names = (STAGES, SPECTRA, RESULTS, BENCH)
+        check_record(*[found[file] for file in names], files=tuple(str(folder / file) for file in names))
         spectra = {int(index): report for index, report in found[SPECTRA].get("stages", {}).items()}
         return cls(
             name=name or folder.absolute().name,

@@ -9,6 +9,7 @@ from .families import Family, family_of, register_family
 from .layouts import EncoderLayout, ResidualConvLayout
 from .reduction import Reduction, SiteRecord, analyze, block_paths, check_edges, narrow, narrow_to, reduce, stage_sites
 from .report import SpectralReport
+from .variety import check_variety
 
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "check_data",
     "check_edges",
     "check_recipe",
+    "check_variety",
     "count_parameters",
     "divergence_warning",
     "family_of",

@@ -22,8 +22,10 @@ def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
 
     Raises:
         CalibrationError: all padding; token ids, or types of tokens, outside their tables; texts beyond the positions
-            of a declared family; a mask shorter than its tokens.
+            of a declared family; a mask shorter than its tokens, or of other values than marks; texts without a token.
     """
+    for batch in batches:
+        _check_marks(batch)
     masks = [padding_mask(batch) for batch in batches]
     if all(mask is not None and not bool(mask.any()) for mask in masks):
         raise CalibrationError(
@@ -56,6 +58,24 @@ def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
                 f"attention_mask has the shape {tuple(mask.shape)}, input_ids {tuple(ids.shape)}: expected a mask for "
                 "every token. Pad both alike."
             )
+
+
+def _check_marks(batch: Mapping[str, Any]) -> None:
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if isinstance(ids, torch.Tensor) and ids.dim() and len(ids) and not ids.numel():
+        raise CalibrationError(
+            f"input_ids of a calibration batch is {described(ids)}, texts without a single token: expected one at "
+            "least. Look for empty texts, and for a tokenizer that is told to add no special tokens."
+        )
+    if not isinstance(mask, torch.Tensor) or mask.dim() > 3 or not mask.numel():  # four axes: added to the scores
+        return
+    finite = not mask.is_floating_point() or bool(mask.isfinite().all())
+    if mask.is_complex() or not finite or (mask.dtype != torch.bool and float(mask.min()) < 0):
+        found = "complex numbers" if mask.is_complex() else float(mask.min()) if finite else "NaN or infinite values"
+        raise CalibrationError(
+            f"attention_mask of a calibration batch holds {found}: expected 1 for each real token and 0 for padding, "
+            "as a tokenizer gives it."
+        )
 
 
 def _check_length(model: nn.Module, batch: Mapping[str, Any], mask: torch.Tensor | None) -> None:

@@ -57,6 +57,7 @@ from .sites import Point, Site, Unit, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
 from .untargeted import SHARES, asks_for_edges, curve_table, no_target
+from .variety import check_variety, warn_of_few
 
 
 __all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
@@ -100,6 +101,8 @@ class Surgeon:
             check_finite(model)
             share = share_of(config.calibration_samples, accelerator)
             batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
+        check_variety(batches, accelerator=accelerator)
+        with one_for_all(accelerator):
             check_behaviour(model, batches[0])
             twin = twin_of(model)
             if any(site.kind == "hidden" for site in self.sites):
@@ -116,6 +119,9 @@ class Surgeon:
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
         self.batches = all_batches(self.batches, model.device, accelerator)
+        if sites is None and (accelerator is None or accelerator.is_main_process):  # once, not of each layer of many
+            widths = {site.kind: site.width for site in sorted(self.sites, key=lambda site: site.width)}
+            warn_of_few(self.batches, config, widths.get("hidden", max(widths.values(), default=0)))
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from ..distillation.signatures import named_inputs
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import check_structure
 from . import plain
+from .host import Host
 from .run import Run
 
 
@@ -235,6 +236,14 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
         _check_batch(run, batch, labels_needed, classes_known)
         if recipe.schedule != "none":
             surgery.check_data(plain.plain(model), [host.columns.for_calibration(batch)], recipe)
+    if recipe.schedule != "none":  # now, and not after hours of fine-tuning
+        surgery.check_variety(_few_then_all(host, max(samples, processes)), host.accelerator)
+
+
+def _few_then_all(host: Host, few: int) -> Iterator[Mapping[str, Any]]:
+    """Batches of the calibration: a few samples, seldom alike, and then all of them."""
+    yield from host.calibration_batches(few)
+    yield from host.calibration_batches()
 
 
 def _check_batch(run: Run, inputs: Mapping[str, Any], labels_needed: bool, classes_known: bool) -> None:

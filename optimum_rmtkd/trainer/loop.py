@@ -22,6 +22,7 @@ from ..hub.run import public_name
 from ..reparameterization import Reparameterization, fold, is_reparameterized
 from .checks import check_data, check_first_batch, check_model, check_parts
 from .companions import Companions
+from .failures import NoticeBoard
 from .loops.checkpoints import LoopCheckpoints, random_state, register_checkpoints, set_random_state
 from .loops.checks import (
     check_accelerator,
@@ -146,7 +147,7 @@ class RMTKDLoop:
         host.validation_rows = validation_rows
         check_model_is_whole(host.model)
         check_model(host.model, config, evaluated=evaluate is not None)
-        self._host, self._task_loss = host, task_loss
+        self._host, self._task_loss, self._board = host, task_loss, NoticeBoard(accelerator)
         self.run = Run(host, config, parts, _companions(accelerator, optimizer), reentrant=_reentrant(host.model))
         self.run.evaluates = False
         if teacher_model is not None:
@@ -224,10 +225,11 @@ class RMTKDLoop:
         if self._ended:
             raise RMTKDError("loop.loss after loop.end(): the run is over. Make a new RMTKDLoop for another one.")
         check_batch(batch)
-        self._go_on()
         run, host = self.run, self._host
-        (batch,) = run.begin_batch([batch])
-        loss, outputs = run.loss(host.model, batch, self._forward, host.columns.for_student, run.progress)
+        with self._board.watching():
+            self._go_on()
+            (batch,) = run.begin_batch([batch])
+            loss, outputs = run.loss(host.model, batch, self._forward, host.columns.for_student, run.progress)
         return (loss, outputs) if return_outputs else loss
 
     def step(self) -> None:
@@ -236,7 +238,8 @@ class RMTKDLoop:
         processes. Without effect where nothing is due."""
         if self._due:
             self._due = False
-            self.run.after_step(self._host.step)
+            with self._board.watching():
+                self.run.after_step(self._host.step)
 
     def end(self) -> dict[str, float]:
         """Training is over: the last stage is judged, dropout comes back, and the model has plain weights. Call it
@@ -254,15 +257,16 @@ class RMTKDLoop:
                 "loop.end() without a single loop.loss(batch): the model was neither cut nor distilled. Train on "
                 "loop.loss(batch) in place of model(**batch).loss."
             )
-        if not self._begun:  # resumed from the last step
-            self._begin()
-        self.step()
-        if not self._ended:
-            run.end()
-            if is_reparameterized(host.model):
-                host.install(fold(clean_copy(host.model), run.parts.reparameterization))
-            self._ended = True
-            self._report()
+        with self._board.watching():
+            if not self._begun:  # resumed from the last step
+                self._begin()
+            self.step()
+            if not self._ended:
+                run.end()
+                if is_reparameterized(host.model):
+                    host.install(fold(clean_copy(host.model), run.parts.reparameterization))
+                self._ended = True
+                self._report()
         before, after = run.reference_parameters, run.parameters
         return {"parameters_before": before, "parameters_after": after, "reduction": 1 - after / before}
 

@@ -33,6 +33,7 @@ from .checks import (
     unsharded,
 )
 from .companions import Companions
+from .failures import NoticeBoard
 from .hooks.callbacks import Patience, StageCallback
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.hosting import TrainerHost
@@ -229,6 +230,10 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
                 checkpoint of a run that started from another model or with other parts.
             BudgetError: the model is already as small as the target.
         """
+        with NoticeBoard(self.accelerator).watching():
+            return self._train_watched(resume_from_checkpoint, *positional, **kwargs)
+
+    def _train_watched(self, resume_from_checkpoint, *positional, **kwargs):
         run, host = self.run, self._host
         check_data(self.train_dataset, parts_allowed=host.own_loader)
         host.keep_stream()

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 
-__all__ = ["a_kind", "advice", "alternatives", "close", "shown"]
+__all__ = ["a_kind", "advice", "alternatives", "brief", "close", "shown"]
 
 LONGEST = 120
 FALSE, TRUE = ("false", "no", "off", "0", "n", "f"), ("true", "yes", "on", "1", "y", "t")
@@ -21,6 +21,11 @@ def shown(value: Any) -> str:
         text = f"<{type(value).__name__}>"
     text = text.encode("utf8", "backslashreplace").decode("utf8")  # half a character cannot be printed
     return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
+
+
+def brief(text: str, longest: int = 60) -> str:
+    """A name that somebody else chose, in a message: cut where it is long."""
+    return text if len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def a_kind(value: Any) -> str:

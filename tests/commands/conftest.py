@@ -70,6 +70,31 @@ def bert(tmp_path_factory) -> Path:
     return save_bert(tmp_path_factory.mktemp("bert"))
 
 
+def save_vit(folder: Path) -> Path:
+    """A random ViT for images of a cat, a dog or a fish, and its processor."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    names = ("fish", "dog", "cat")
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        image_size=8,
+        patch_size=4,
+        id2label=dict(enumerate(names)),
+        label2id={name: i for i, name in enumerate(names)},
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit(tmp_path_factory) -> Path:
+    return save_vit(tmp_path_factory.mktemp("vit"))
+
+
 @pytest.fixture(scope="session")
 def table(tmp_path_factory) -> Path:
     return write_csv(tmp_path_factory.mktemp("table") / "train.csv", sentence_rows(96))

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
-import random
-import zipfile
 
 import pytest
 
@@ -14,95 +10,32 @@ from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import load_task
 from optimum_rmtkd.errors import RMTKDError
 
-from .conftest import save_bert, sentence_rows
+from .conftest import save_bert, save_vit
+from .hostile import HOSTILE, HOSTILE_IMAGES, folder_of_images, table
 
 
-GOOD = "sentence,label\n" + "".join(f"{row['sentence']},{row['label']}\n" for row in sentence_rows(40))
-JUNK = random.Random(0).randbytes(5000)
-DEEP = 100_000
-
-
-def zipped() -> bytes:
-    stream = io.BytesIO()
-    with zipfile.ZipFile(stream, "w") as archive:
-        archive.writestr("train.csv", GOOD)
-    return stream.getvalue()
-
-
-def table(*cells: str) -> bytes:
-    """A csv of these two-column rows, five times over."""
-    return ("sentence,label\n" + 5 * "".join(f"{cell}\n" for cell in cells)).encode()
-
-
-def objects(*labels: str) -> bytes:
-    return ("[" + ",".join(f'{{"sentence": "the film", "label": {label}}}' for label in labels) + "]").encode()
-
-
-HOSTILE = {
-    "zip.csv": (zipped(), "it is a zip archive"),
-    "gzip.csv": (gzip.compress(GOOD.encode()), "it is a gzip file"),
-    "gzip.json": (gzip.compress(b"[]"), "it is a gzip file"),
-    "parquet.csv": (b"PAR1" + JUNK, "it is a parquet file"),
-    "junk.csv": (JUNK, "it is a binary file"),
-    "junk.tsv": (JUNK, "it is a binary file"),
-    "junk.json": (JUNK, "it is a binary file"),
-    "junk.parquet": (JUNK, "its first bytes do not"),
-    "broken.parquet": (b"PAR1" + JUNK + b"PAR1", "Cannot read"),
-    "cut.parquet": (b"PAR1" + JUNK, "Cannot read"),
-    "deep.json": (b"[" * DEEP, "nested too deeply"),
-    "deep_object.json": (b'{"a":' * DEEP, "nested too deeply"),
-    "deep_cell.json": (objects("[" * 5000 + "]" * 5000), "nested too deeply"),
-    "deep.jsonl": (b'{"sentence": "a", "label": 0}\n' + b'{"a":' * DEEP, "nested too deeply"),
-    "latin1.csv": (GOOD.replace("great", "gr\xe9").encode("latin1") + b"\xe9", "no UTF-8 text (byte 0xe9)"),
-    "latin1_late.jsonl": (b'{"sentence": "a", "label": 0}\n' * 500 + b'{"sentence": "\xe9"}\n', "no UTF-8 text"),
-    "utf16.csv": (GOOD.encode("utf16"), "UTF-16"),
-    "empty.csv": (b"", "is empty"),
-    "blank.csv": (b"\n\n\n", "is empty"),
-    "header.csv": (b"sentence,label\n", "holds no rows"),
-    "open_quote.csv": (b'sentence,label\n"the film,1\nthe cast,0\n', "line 3 is not quoted"),
-    "swallowed.csv": (b'sentence,label\n"the film,0\nthe "best" cast,1\n', "line 3 is not quoted"),
-    "nul.csv": (table("the film,1") * 200 + b"the \0 cast,1\n", "NUL byte"),
-    "zeros.csv": (table("the film,007", "the cast,001"), "--label-map 001="),
-    "long_row.csv": (b"sentence,label\na,1\nb,1,2\n", "line 3 ends a row of 3 fields"),
-    "short_row.csv": (b"sentence,label\na,1\nb\n", "line 3 ends a row of 1 fields"),
-    "twice.csv": (b"label,label\na,1\n", "more than one column 'label'"),
-    "semicolons.csv": (GOOD.replace(",", ";").encode(), "No label column"),
-    "page.csv": (b"<html><body>404</body></html>\n", "holds no rows"),
-    "inf.csv": (table("the film,1", "the cast,inf"), "'inf' (first in row 2)"),
-    "nan.csv": (table("the film,nan", "the cast,1"), "'nan' (first in row 1)"),
-    "half.csv": (table("the film,0.5", "the cast,1"), "holds 0.5 in row 1"),
-    "no_label.csv": (table("the film,1", "the cast,"), "5 of 10 rows have no label, the first of them row 2"),
-    "no_text.csv": (table("the film,1", ",0"), "holds nothing in 5 of 10 rows, the first of them row 2"),
-    "partly.csv": (table("the film,positive", "the cast,neg"), "'neg'"),
-    "nan.json": (objects("1", "NaN", "0"), "holds nan in row 2"),
-    "inf.json": (objects("1", "Infinity", "0"), "holds inf in row 2"),
-    "null.json": (objects("1", "null", "0"), "1 of 3 rows have no label, the first of them row 2"),
-    "long_number.json": (objects("9" * 400, "1"), "Cannot read"),
-    "longer_number.json": (objects("9" * 5000, "1"), "Cannot read"),
-    "mixed.json": (objects('"1"', "1"), "column 'label' mixes int, str"),
-    "list_label.json": (objects("[1]", "[0]"), "holds [1] in row 1"),
-    "object_label.json": (objects('{"a": 1}', '{"a": 0}'), "holds {'a': 1} in row 1"),
-    "surrogate.json": (b'[{"sentence": "\\ud800", "label": 0}]', "Cannot read"),
-    "number.json": (b"3", "holds a int"),
-    "numbers.json": (b"[1, 2]", "row 1 is a int"),
-    "nothing.json": (b"[]", "holds no rows"),
-    "uneven.json": (b'{"sentence": ["a", "b"], "label": [0]}', "differ in length"),
-    "bad_line.jsonl": (b'{"sentence": "a", "label": 0}\n{"sentence": "b", "label"\n', "line 2 is no JSON"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_files_end_in_one_line(cli, bert, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", [*HOSTILE, *HOSTILE_IMAGES])
+def test_hostile_files_end_in_one_line(cli, bert, vit, tmp_path, monkeypatch, name):
     from optimum_rmtkd.commands import task
 
     monkeypatch.setattr(task, "_load_model", lambda *_: pytest.fail("the model was loaded first"))
-    content, told = HOSTILE[name]
-    (tmp_path / name).write_bytes(content)
-    code, _, err = cli("compress", "--model", bert, "--train-file", tmp_path / name, "-o", tmp_path / "out")
+    if name in HOSTILE:
+        (content, told), model, file = HOSTILE[name], bert, tmp_path / name
+        content(file) if callable(content) else file.write_bytes(content)
+    else:
+        (make, told), model, file = HOSTILE_IMAGES[name], vit, tmp_path / "pictures"
+        folder_of_images(file)
+        make(file / "dog" / name)
+        told = f"pictures/dog/{name} cannot be read ({told}"
+    code, _, err = cli("compress", "--model", model, "--train-file", file, "-o", tmp_path / "out")
     line = err.strip().splitlines()[-1]
     assert code == 2 and line.startswith("optimum-cli rmtkd compress: error: ") and told in line
     assert "Traceback" not in err and len(line) < 1000
     assert not (tmp_path / "out").exists()
+
+
+def test_there_are_sixty_of_them():
+    assert len(HOSTILE) + len(HOSTILE_IMAGES) >= 60
 
 
 def labels_of(model, path, **more) -> list:
@@ -296,27 +229,13 @@ def test_position_limits():
 def pictures(tmp_path):
     """(model of cat, dog and fish; train folder; validation folder without fish)"""
     image = pytest.importorskip("PIL.Image")
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
     for part, names in (("train", ("cat", "dog", "fish")), ("validation", ("dog",)), ("strange", ("cat", "horse"))):
         for level, name in enumerate(names):
             (tmp_path / part / name).mkdir(parents=True)
             for i in range(3):
                 suffix = ("png", "jpg", "bmp")[i]
                 image.new("RGB", (12, 12), (80 * level, 0, 0)).save(tmp_path / part / name / f"{i}.{suffix}")
-    names = ("fish", "dog", "cat")
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=8,
-        patch_size=4,
-        id2label=dict(enumerate(names)),
-        label2id={name: i for i, name in enumerate(names)},
-    )
-    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "vit")
+    save_vit(tmp_path / "vit")
     return tmp_path
 
 
@@ -367,15 +286,32 @@ def test_images_that_are_too_large_to_be_one(pictures, monkeypatch):
         image_task(pictures)
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_images_of_more_than_eight_bits_are_refused(pictures, mode):
-    import numpy as np
+def test_a_strip_that_would_be_made_huge_is_refused(pictures):
+    """Processors that keep proportions enlarge the shorter side."""
     from PIL import Image
 
-    kind = {"I;16": "uint16", "I": "int32", "F": "float32"}[mode]
-    Image.fromarray(np.full((12, 12), 3000, kind)).save(pictures / "train" / "dog" / "deep.tif")
-    with pytest.raises(RMTKDError, match=f"deep.tif cannot be read .its mode is {mode}"):
+    Image.new("RGB", (1, 20_000)).save(pictures / "train" / "dog" / "strip.png")
+    assert len(image_task(pictures).train) == 10  # resized to 8 x 8
+    path = pictures / "vit" / "preprocessor_config.json"
+    values = json.loads(path.read_text())
+    path.write_text(
+        json.dumps(values | {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}})
+    )
+    with pytest.raises(
+        RMTKDError, match="strip.png cannot be read .its 1 x 20000 pixels would be resized to 224 x 448"
+    ):
         image_task(pictures)
+
+
+@pytest.mark.parametrize("content", [table("the film,1", "the film,0"), table('" ",1', '"  ",0')])
+def test_rows_that_are_all_alike_are_refused_before_anything_is_measured(cli, bert, tmp_path, monkeypatch, content):
+    from optimum_rmtkd.commands import task
+
+    monkeypatch.setattr(task, "measure", lambda *_: pytest.fail("the model was evaluated first"))
+    (tmp_path / "rows.csv").write_bytes(content)
+    data = ("--train-file", tmp_path / "rows.csv", "--target-reduction", 0.4, "--round-to", 4, "--min-width", 4)
+    code, _, err = cli("compress", "--model", bert, *data, "-o", tmp_path / "out")
+    assert code == 2 and "are one sample, alone or again and again" in err and not (tmp_path / "out").exists()
 
 
 def test_images_of_other_kinds_and_files_that_are_none(pictures):

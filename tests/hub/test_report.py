@@ -153,6 +153,49 @@ def test_a_folder_without_a_record_is_refused(tmp_path):
         Run.read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "path", "value", "message"),
+    [
+        ("stages", ("stages",), {"index": 0}, "stages={'index': 0}): expected a list; got a dict"),
+        ("stages", ("stages", 0), "x", "stages[0]='x'"),
+        ("stages", ("stages", 0, "metric_after"), "0.9", "rmtkd_stages.json: stages[0](metric_after='0.9'): expected"),
+        ("stages", ("stages", 0, "metrics_after", "eval_f1"), [1], "metrics_after['eval_f1']=[1]"),
+        (
+            "stages",
+            ("stages", 1, "parameters_after"),
+            None,
+            "stages[1](parameters_after=None): expected a whole",
+        ),
+        ("stages", ("stages", 1, "sites", 0, "width_after"), "8", "stages[1].sites[0](width_after='8')"),
+        ("stages", ("fit", "steps"), "many", "fit(steps='many')"),
+        ("spectra", ("stages", "first"), {}, "stages['first']: expected the number of a stage"),
+        (
+            "spectra",
+            ("stages", "0"),
+            {"sites": []},
+            "stages['0'] lacks parameters, planned_parameters, recipe",
+        ),
+        ("spectra", ("stages", "0", "sites", 0, "eigenvalues"), "1", "sites[0](eigenvalues='1')"),
+        ("spectra", ("stages", "0", "sites", 0, "ranks"), None, "sites[0](ranks=None): expected a mapping"),
+        ("results", ("log_history",), [3], "log_history[0]=3"),
+        ("results", ("metric",), {"name": "f1"}, "rmtkd_results.json: metric lacks before, after"),
+        ("results", ("parameters",), ["1", 2], "parameters[0]='1'"),
+    ],
+)
+def test_what_no_run_writes_is_named(run_folder, tmp_path, file, path, value, message):
+    for source in run_folder.glob("rmtkd_*.json"):
+        (tmp_path / source.name).write_bytes(source.read_bytes())
+    place = tmp_path / f"rmtkd_{file}.json"
+    values = inner = json.loads(place.read_text())
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    place.write_text(json.dumps(values))
+    with pytest.raises(RMTKDError) as error:
+        Run.read(tmp_path)
+    assert message in str(error.value) and str(place) in str(error.value)
+
+
 def test_a_repeated_stage_replaces_the_later_ones(spectra, tmp_path):
     for index in (0, 1, 2, 1):
         write_spectra(tmp_path, index, spectra)

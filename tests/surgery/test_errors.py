@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -398,6 +399,39 @@ def test_token_ids_of_another_tokenizer(bert):
     model, data = bert
     foreign = [{**batch, "input_ids": batch["input_ids"] + 1000} for batch in data]
     refused(CalibrationError, "has 61 rows", narrow, model, foreign, RECIPE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"input_ids": lambda x: x - 100}, "holds -[0-9]+: expected ids of at least 0"),
+        ({"input_ids": lambda x: x.float()}, "is float32 .*: expected whole numbers"),
+        ({"input_ids": lambda x: x.to("meta")}, "input_ids of a calibration batch is on the meta device"),
+        ({"input_ids": lambda x: x.to_sparse()}, "is sparse_coo: expected a dense tensor"),
+        ({"input_ids": lambda x: x[:, :0], "attention_mask": lambda x: x[:, :0]}, "without a single token"),
+        ({"input_ids": lambda x: x.repeat(1, 5), "attention_mask": lambda x: x.repeat(1, 5)}, "positions for 40"),
+        ({"attention_mask": lambda x: x[:, :-1]}, "expected a mask for every token"),
+        ({"attention_mask": lambda x: x[:3]}, "expected a mask for every token"),
+        ({"attention_mask": lambda x: x * float("nan")}, "attention_mask .* holds NaN or infinite values"),
+        (
+            {"attention_mask": lambda x: (x - 1) * 10000.0},
+            "attention_mask .* holds -10000.0: expected 1 for each real",
+        ),
+    ],
+)
+def test_tokens_that_no_model_takes(bert, changes, match):
+    model, data = bert
+    wrong = [{**batch, **{name: change(batch[name]) for name, change in changes.items()}} for batch in data]
+    refused(CalibrationError, match, narrow, model, wrong, RECIPE)
+
+
+def test_batches_of_numpy_are_those_of_torch(bert):
+    model, data = bert
+    arrays = [{name: value.numpy() for name, value in batch.items()} for batch in data]
+    ours, theirs = (narrow(model, batches, RECIPE, progress=False).state_dict() for batches in (arrays, data))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    ragged = [{"input_ids": np.array([[1], [2, 3]], dtype=object)}]
+    refused(CalibrationError, "'input_ids' of a calibration batch is ndarray object", narrow, model, ragged, RECIPE)
 
 
 # Before anything is computed
