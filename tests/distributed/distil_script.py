@@ -111,7 +111,7 @@ def main():
         "adapters": [p.detach().tolist() for p in trainer.run.tutor.companions.parameters],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    leave(trainer)
+    leave(trainer.accelerator)
 
 
 if __name__ == "__main__":
