@@ -19,7 +19,6 @@ from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from ..inside import Inside, inside_of
 from ..stream import Stream, is_stream
 from ..swap import adam_rate, enable_checkpointing, forget_moments, install, raw_optimizer, rewrapped
-from .modes import watch
 from .schedules import count_anew
 
 
@@ -257,7 +256,6 @@ class TrainerHost:
         self.inside.follow()
         enable_checkpointing(self.model, trainer.args)
         self._add_noise()
-        watch(trainer.model, trainer.args)
         if prepare:
             live = lambda: trainer.model_wrapped  # noqa: E731
             trainer.model_wrapped = rewrapped(trainer.accelerator, trainer.model, wrapped, live)

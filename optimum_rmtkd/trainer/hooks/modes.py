@@ -1,15 +1,13 @@
-"""Training arguments that tie something to the layers of a model: refused, or tied to the new ones after a cut."""
+"""Training arguments that tie something to the layers of a model: they are refused where those are exchanged."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ...errors import RMTKDError
 
 
-__all__ = ["check_modes", "watch"]
+__all__ = ["check_modes"]
 
 
 def check_modes(args: Any) -> None:
@@ -30,15 +28,12 @@ def check_modes(args: Any) -> None:
             "its kernels are put into the layers of one architecture, and a cut makes other ones. Leave it out, or "
             "cut first with optimum_rmtkd.narrow",
         ),
+        "debug='underflow_overflow'": (
+            "underflow_overflow" in {getattr(option, "value", option) for option in args.debug},
+            "it watches the very layers that a cut replaces. Leave it out, or look for the overflow without cuts "
+            "(schedule='none')",
+        ),
     }
     for what, (asked, why) in refused.items():
         if asked:
             raise RMTKDError(f"{what} cannot be used while the model is cut: {why}.")
-
-
-def watch(model: nn.Module, args: Any) -> None:
-    """`debug="underflow_overflow"` looks at new layers, too."""
-    from transformers.debug_utils import DebugOption, DebugUnderflowOverflow
-
-    if DebugOption.UNDERFLOW_OVERFLOW in args.debug:
-        DebugUnderflowOverflow(model)
