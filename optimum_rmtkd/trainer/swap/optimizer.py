@@ -59,7 +59,7 @@ def forget_moments(optimizer: Any) -> None:
     raw = raw_optimizer(optimizer)
     raw.state.clear()
     if isinstance(raw, torch.optim.Adagrad):  # alone of torch's to give parameters their state when it is made
-        raw.state.update(type(raw)([dict(group) for group in raw.param_groups], **raw.defaults).state)
+        raw.state.update(torch.optim.Adagrad([dict(group) for group in raw.param_groups], **raw.defaults).state)
 
 
 def separate_cores(optimizer: Any, model: nn.Module, lr_scale: float) -> None:
