@@ -160,6 +160,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         for name, value in {**before, **result.metrics, **after}.items():
             print(f"{name:32} {value}")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

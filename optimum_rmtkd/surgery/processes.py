@@ -11,6 +11,7 @@ from torch import nn
 
 from ..batches import to_device
 from ..errors import RMTKDError
+from .leaving import leave_in_order
 
 
 __all__ = ["all_batches", "broadcast_model", "from_main", "one_for_all", "several", "share_of"]
@@ -35,6 +36,8 @@ def one_for_all(accelerator: Any) -> Iterator[None]:
     Raises:
         RMTKDError: another process failed; names it and its error. A process's own error is raised as it is.
     """
+    if several(accelerator):
+        leave_in_order()  # here begins what we do together
     failure = None
     try:
         yield

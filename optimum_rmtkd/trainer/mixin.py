@@ -38,6 +38,7 @@ from .hooks.callbacks import Patience, StageCallback
 from .hooks.checkpoints import CheckpointHooks
 from .hooks.hosting import TrainerHost
 from .hooks.losses import LossHooks
+from .hooks.modes import check_modes
 from .hooks.results import ResultHooks
 from .hooks.schedules import ScheduleHooks
 from .inside import inside_of
@@ -159,6 +160,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             raise unsharded("fsdp" if self.is_fsdp_enabled else "deepspeed")
         if self.args.n_gpu > 1 or self.is_model_parallel:
             raise one_device(self.args.n_gpu)
+        if self.rmtkd_config.schedule != "none" or self.reparameterization is not None:
+            check_modes(self.args)
         host = TrainerHost(self)
         check_model(host.model, self.rmtkd_config, evaluated=host.evaluates)
 

@@ -15,7 +15,7 @@ from optimum_rmtkd.distillation import CachedTeacher, OnlineTeacher, cache_answe
 from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import ragged, tiny_bert
-from .leaving import leave
+from .leaving import wait
 
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
@@ -111,7 +111,7 @@ def main():
         "adapters": [p.detach().tolist() for p in trainer.run.tutor.companions.parameters],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    leave(trainer)
+    wait(trainer.accelerator)  # and end as a script does that leaves its group behind
 
 
 if __name__ == "__main__":

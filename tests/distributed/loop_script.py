@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from ..trainer.conftest import toy_data
 from ..trainer.looping import evaluate, looped, prepared, train
+from .leaving import leave
 
 
 def main():
@@ -55,8 +55,7 @@ def main():
         "steps": loop._host.step,
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    script.accelerator.wait_for_everyone()
-    PartialState().destroy_process_group()
+    leave(script.accelerator)
 
 
 if __name__ == "__main__":

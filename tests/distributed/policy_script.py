@@ -57,7 +57,7 @@ def main():
         "buffer": [batch["input_ids"].tolist() for batch in policy.buffer],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    leave(trainer)
+    leave(trainer.accelerator)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,14 @@ def test_both_processes_cut_alike_and_the_wrapper_of_the_script_trains_on(two):
     assert rates[0] < 1e-3 and rates[5] == 0.0 and rates[2] > 0  # by optimizer step, though two ticks make one
 
 
-def test_two_processes_resume_to_the_same_bits(two, tmp_path):
+@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_two_processes_resume_to_the_same_bits(two, tmp_path, step):
     results, weights, folder, options = two
-    for step in (1, 4):
-        checkpoint = folder / f"step_{step}"
-        again, tensors = launch(tmp_path / f"out-{step}", 2, *options, "--resume", str(checkpoint), module=SCRIPT)
-        assert again[0]["stages"] == results[0]["stages"]
-        for rank in range(2):
-            assert all(torch.equal(tensor, weights[rank][name]) for name, tensor in tensors[rank].items())
+    checkpoint = folder / f"step_{step}"
+    again, tensors = launch(tmp_path / "out", 2, *options, "--resume", str(checkpoint), module=SCRIPT)
+    assert again[0]["stages"] == results[0]["stages"]
+    for rank in range(2):
+        assert all(torch.equal(tensor, weights[rank][name]) for name, tensor in tensors[rank].items())
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = "tests.distributed.train_script"
+SLOW = partial(pytest.param, marks=pytest.mark.slow)
+SHARES = pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), SLOW(4, 1)])  # of a batch of 8, in two processes
 
 
 def start(out: Path, processes: int, *options: str, module: str = SCRIPT) -> subprocess.CompletedProcess:
@@ -64,19 +67,19 @@ def test_spectra_and_widths_are_those_of_one_process_with_twice_the_batch(two, o
     assert ours["metric_cut"] == pytest.approx(theirs["metric_cut"], rel=1e-4)
 
 
-def test_training_is_that_of_one_process_under_accumulation_too(tmp_path):
+@SHARES
+def test_training_is_that_of_one_process_under_accumulation_too(tmp_path, batch, accumulation):
     """Neurons only: the coordinates inside a narrowed stream or head are free, and rounding may choose other ones."""
     cut = ("--sites", "intermediate", "--target", "0.15")
     (theirs,), (weights,) = launch(tmp_path / "one", 1, "--batch-size", "8", *cut)
-    for batch, accumulation in ((4, 1), (2, 2)):
-        options = ("--batch-size", str(batch), "--accumulation", str(accumulation), *cut)
-        results, ranks = launch(tmp_path / f"two-{accumulation}", 2, *options)
-        ours = results[0]
-        assert [widths(s) for s in ours["stages"]] == [widths(s) for s in theirs["stages"]]
-        assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3, abs=1e-5)
-        for name, tensor in ranks[0].items():
-            assert torch.allclose(tensor, weights[name], atol=1e-4), name
-            assert torch.equal(tensor, ranks[1][name])
+    options = ("--batch-size", str(batch), "--accumulation", str(accumulation), *cut)
+    results, ranks = launch(tmp_path / "two", 2, *options)
+    ours = results[0]
+    assert [widths(s) for s in ours["stages"]] == [widths(s) for s in theirs["stages"]]
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3, abs=1e-5)
+    for name, tensor in ranks[0].items():
+        assert torch.allclose(tensor, weights[name], atol=1e-4), name
+        assert torch.equal(tensor, ranks[1][name])
 
 
 def test_two_processes_resume_to_the_same_bits(two, tmp_path):
@@ -95,25 +98,25 @@ def test_what_fails_in_one_process_fails_in_all(tmp_path):
     assert told[0].startswith("Another process failed, so all stop. process 1: ") and "no such column" in told[0]
 
 
-def test_distillation_of_ragged_batches_is_that_of_one_process(tmp_path):
+@SHARES
+def test_distillation_of_ragged_batches_is_that_of_one_process(tmp_path, batch, accumulation):
     """Means over all tokens of all processes, adapters that DDP does not know, tensors that it does."""
     script = "tests.distributed.distil_script"
     (theirs,), (weights,) = launch(tmp_path / "one", 1, "--batch-size", "8", module=script)
-    for batch, accumulation in ((4, 1), (2, 2)):
-        options = ("--batch-size", str(batch), "--accumulation", str(accumulation))
-        results, ranks = launch(tmp_path / f"two-{accumulation}", 2, *options, module=script)
-        assert [r["processes"] for r in results] == [2, 2]
-        assert results[0]["losses"] == pytest.approx(theirs["losses"], rel=1e-3, abs=1e-5)
-        assert len(results[0]["adapters"]) == 2 and results[0]["adapters"] == results[1]["adapters"]
-        for ours, other in zip(results[0]["adapters"], theirs["adapters"], strict=True):
-            # Adam scales gradients to signs: rounding may turn that of an entry near zero
-            assert (torch.tensor(ours) - torch.tensor(other)).abs().mean() < 5e-3
-        for name, tensor in ranks[0].items():
-            assert torch.equal(tensor, ranks[1][name]), name
-            assert torch.allclose(tensor, weights[name], atol=5e-3), name
+    options = ("--batch-size", str(batch), "--accumulation", str(accumulation))
+    results, ranks = launch(tmp_path / "two", 2, *options, module=script)
+    assert [r["processes"] for r in results] == [2, 2]
+    assert results[0]["losses"] == pytest.approx(theirs["losses"], rel=1e-3, abs=1e-5)
+    assert len(results[0]["adapters"]) == 2 and results[0]["adapters"] == results[1]["adapters"]
+    for ours, other in zip(results[0]["adapters"], theirs["adapters"], strict=True):
+        # Adam scales gradients to signs: rounding may turn that of an entry near zero
+        assert (torch.tensor(ours) - torch.tensor(other)).abs().mean() < 5e-3
+    for name, tensor in ranks[0].items():
+        assert torch.equal(tensor, ranks[1][name]), name
+        assert torch.allclose(tensor, weights[name], atol=5e-3), name
 
 
-@pytest.mark.parametrize("parts", ["divergences", "cached", "several"])
+@pytest.mark.parametrize("parts", [SLOW("divergences"), "cached", SLOW("several")])
 def test_other_parts_distil_alike_in_two_processes(tmp_path, parts):
     script, parts = "tests.distributed.distil_script", ("--parts", parts)
     (theirs,), (weights,) = launch(tmp_path / "one", 1, "--batch-size", "8", *parts, module=script)
@@ -135,3 +138,17 @@ def test_each_process_resumes_with_its_own_samples_and_all_with_one_adapter(tmp_
     assert resumed == whole
     for rank in range(2):
         assert all(torch.equal(tensor, weights[0][name]) for name, tensor in again[rank].items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["distil", "policy", "loop"])
+def test_under_load_every_process_ends_in_order(tmp_path, module):
+    """Twenty runs beside two busy processes: none of them is aborted at its exit."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        for repeat in range(20):
+            done = start(tmp_path / str(repeat), 2, module=f"tests.distributed.{module}_script")
+            assert done.returncode == 0, done.stderr[-4000:]
+    finally:
+        for process in busy:
+            process.kill()

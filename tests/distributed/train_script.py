@@ -80,7 +80,7 @@ def main():
         with pytest.raises((RMTKDError, ValueError)) as caught:
             trainer.train()
         (options.out / f"error-{rank}.txt").write_text(str(caught.value))
-        leave(trainer)
+        leave(trainer.accelerator)
         return
     output = trainer.train(resume_from_checkpoint=options.resume)
     torch.save(trainer.model.state_dict(), options.out / f"weights-{rank}.pt")
@@ -95,7 +95,7 @@ def main():
         "reduction": output.metrics["reduction"],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    leave(trainer)
+    leave(trainer.accelerator)
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def check_same_weights(ours: Path, theirs: Path) -> None:
 # -- the runs ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", scripts(quick=("glue", "summarization")))
+@pytest.mark.parametrize("name", scripts(quick=("glue",)))
 def test_from_a_raw_checkpoint(workshops, name):
     """It is fine-tuned, cut and distilled in the one `train()`, and ends about where the plain script does."""
     shop = workshops(name)

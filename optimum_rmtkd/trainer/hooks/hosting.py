@@ -18,7 +18,8 @@ from ..columns import Columns
 from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from ..inside import Inside, inside_of
 from ..stream import Stream, is_stream
-from ..swap import adam_rate, enable_checkpointing, install, raw_optimizer, rewrapped
+from ..swap import adam_rate, enable_checkpointing, forget_moments, install, raw_optimizer, rewrapped
+from .schedules import count_anew
 
 
 __all__ = ["TrainerHost"]
@@ -282,7 +283,7 @@ class TrainerHost:
             )
 
     def forget_moments(self) -> None:
-        raw_optimizer(self.trainer.optimizer).state.clear()
+        forget_moments(self.trainer.optimizer)
 
     def reschedule(self) -> None:
         scheduler = self.trainer.lr_scheduler
@@ -299,6 +300,7 @@ class TrainerHost:
         state = self.trainer.state
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         self.trainer.patience.renew()
+        count_anew(self.trainer.lr_scheduler)
 
     def log(self, logs: Mapping[str, float]) -> None:
         self.trainer.log(dict(logs))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..schedule import factor_at, stretched
 from ..swap import separate_cores
 
 
-__all__ = ["ScheduleHooks"]
+__all__ = ["ScheduleHooks", "count_anew"]
 
 
 class ScheduleHooks:
@@ -48,3 +50,11 @@ class ScheduleHooks:
             return factor_at(step, phases, stretched(shape, whole)) if phases else shape(step)
 
         return factor
+
+
+def count_anew(scheduler: Any) -> None:
+    """A schedule that follows a metric (reduce_lr_on_plateau, greedy) does not hold the best of a larger network,
+    which a narrower one may never reach, against the steps after a cut. Its rate stays."""
+    if hasattr(scheduler, "num_bad_epochs") and hasattr(scheduler, "best"):
+        scheduler.best = float("inf") if scheduler.mode == "min" else float("-inf")
+        scheduler.num_bad_epochs = 0

@@ -18,7 +18,7 @@ from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, pick_samples
 from ..stream import Stream, is_stream
-from ..swap import adam_rate, install, raw_optimizer, renew_wrapper
+from ..swap import adam_rate, forget_moments, install, renew_wrapper
 from ..verdicts import greater_is_better
 from .schedules import LoopSchedule
 
@@ -199,7 +199,7 @@ class LoopHost:
         renew_wrapper(self.accelerator, self.model, self.wrapped)
 
     def forget_moments(self) -> None:
-        raw_optimizer(self.optimizer).state.clear()
+        forget_moments(self.optimizer)
 
     def reschedule(self) -> None:
         if self.schedule is not None:

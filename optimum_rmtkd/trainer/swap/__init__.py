@@ -5,7 +5,7 @@ from __future__ import annotations
 from .architecture import enable_checkpointing, load_skeleton, load_weights, same_architecture, skeleton
 from .dropout import DropoutSwitch
 from .in_place import become, install, rewrapped
-from .optimizer import adam_rate, raw_optimizer, regroup, separate_cores
+from .optimizer import adam_rate, forget_moments, raw_optimizer, regroup, separate_cores
 from .wrapper import renew_wrapper
 
 
@@ -14,6 +14,7 @@ __all__ = [
     "DropoutSwitch",
     "become",
     "enable_checkpointing",
+    "forget_moments",
     "install",
     "load_skeleton",
     "load_weights",

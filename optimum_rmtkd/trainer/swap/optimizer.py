@@ -12,7 +12,7 @@ from ...errors import RMTKDError
 from ...reparameterization import core_parameters
 
 
-__all__ = ["adam_rate", "groups_by_name", "raw_optimizer", "regroup", "separate_cores"]
+__all__ = ["adam_rate", "forget_moments", "groups_by_name", "raw_optimizer", "regroup", "separate_cores"]
 
 
 def regroup(
@@ -50,8 +50,16 @@ def regroup(
     state |= {new[name]: raw.state[old[name]] for name in same if old[name] in raw.state}
     for group, parameters in zip(raw.param_groups, groups, strict=True):
         group["params"] = parameters
-    raw.state.clear()
+    forget_moments(raw)
     raw.state.update(state)
+
+
+def forget_moments(optimizer: Any) -> None:
+    """The state of an optimizer as it was before the first step, for the parameters that it has now."""
+    raw = raw_optimizer(optimizer)
+    raw.state.clear()
+    if isinstance(raw, torch.optim.Adagrad):  # alone of torch's to give parameters their state when it is made
+        raw.state.update(torch.optim.Adagrad([dict(group) for group in raw.param_groups], **raw.defaults).state)
 
 
 def separate_cores(optimizer: Any, model: nn.Module, lr_scale: float) -> None:
