@@ -26,7 +26,7 @@ FIGURES = "figures"
 LOOKUP_SECONDS = 10
 TAGS = ("optimum", "rmtkd", "model-compression")
 logger = logging.getLogger(__name__)
-TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
+TEMPLATES = {True: "card.md.jinja", False: "trimmed.md.jinja"}  # by whether layers were narrowed
 TRAINING_OPTIONS = (
     "epochs",
     "max_steps",
@@ -114,7 +114,7 @@ def model_card(
     known = run.parameters
     return ModelCard.from_template(
         card_data(run, title, **metadata),
-        template_path=str(TEMPLATE),
+        template_path=str(Path(__file__).parent / "templates" / TEMPLATES[run.narrowed or not run.vocabulary]),
         title=title,
         repository=repository or run.name,
         base_model=run.base_model,
@@ -132,6 +132,8 @@ def model_card(
         fitted=sentence(fit_text(run.fit, run.stages)),
         figures=figures,
         auto_class=run.auto_class,
+        architecture=run.architecture,
+        vocabulary=run.vocabulary,
         recipe=json.dumps(run.recipe, indent=2),
         training_options=_training_options(run),
         dataset=_dataset(run),
