@@ -214,22 +214,17 @@ class BPE(Pieces):
         return symbols
 
     def needs(self, piece: str) -> set[int]:
-        symbols, made = self._symbols(piece), []
-        while pairs := [pair for pair in zip(symbols, symbols[1:]) if pair in self._ranks]:
-            left, right = min(pairs, key=self._ranks.__getitem__)
-            merged, i = [], 0
-            while i < len(symbols):
-                if symbols[i : i + 2] == [left, right]:
-                    merged.append(self._merged(left, right))
-                    i += 2
-                else:
-                    merged.append(symbols[i])
-                    i += 1
-            made.append(self._merged(left, right))
-            symbols = merged
-        if symbols == [piece]:
-            return {self.ids[part] for part in made}
-        return self._any_way(piece)
+        symbols, made = self._symbols(piece), set()
+        while True:
+            # one merge at a time, as in `tokenizers`: it may make a pair of a lower rank than the same merge elsewhere
+            ranks = [self._ranks.get(pair, len(self._merges)) for pair in zip(symbols, symbols[1:])]
+            best = min(ranks, default=len(self._merges))
+            if best == len(self._merges):
+                break
+            at = ranks.index(best)
+            symbols[at : at + 2] = [self._merged(symbols[at], symbols[at + 1])]
+            made.add(self.ids[symbols[at]])
+        return made if symbols == [piece] else self._any_way(piece)
 
     def _any_way(self, piece: str) -> set[int]:
         """All that may lead to a piece which its own characters do not give: it is made of bytes, or never by

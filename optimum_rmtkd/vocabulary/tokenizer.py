@@ -100,7 +100,9 @@ class Vocabulary:
         with tempfile.TemporaryDirectory() as folder:
             changed.save_pretrained(folder)
             made = type(self.tokenizer).from_pretrained(folder)
-        made.name_or_path = made.init_kwargs["name_or_path"] = self.tokenizer.name_or_path
+        made.init_kwargs["name_or_path"] = self.tokenizer.name_or_path
+        for name in SET_LATER:
+            setattr(made, name, getattr(self.tokenizer, name))
         backend = made.backend_tokenizer
         kept = [(token, new[i]) for token, i in self.ids.items() if i in new]
         wrong = [(token, i, backend.token_to_id(token)) for token, i in kept if backend.token_to_id(token) != i]
@@ -133,6 +135,9 @@ FROM_FILES = (
     "tokenizer_object",
     "added_tokens_decoder",
 )
+
+# what users set on a tokenizer that is loaded, and files keep only in part
+SET_LATER = ("name_or_path", "padding_side", "truncation_side", "model_max_length", "model_input_names")
 
 
 def _with_ids(processor: Any, new: Mapping[int, int]) -> Any:

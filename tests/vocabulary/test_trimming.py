@@ -59,6 +59,7 @@ def test_kept_texts_are_cut_and_scored_as_before_also_after_reloading(kind, fami
     config = model.config.to_dict()
     small, cut, report = trim_vocabulary(model, tokenizer, DOMAIN, validation_texts=ELSEWHERE)
 
+    assert tokenizer.backend_tokenizer.to_str() == file
     old_ids, new_ids = tokenizer.get_vocab(), cut.get_vocab()
     assert len(new_ids) < len(old_ids)
     assert report.rows_after == small.config.vocab_size == len(new_ids) < report.rows_before
@@ -72,7 +73,6 @@ def test_kept_texts_are_cut_and_scored_as_before_also_after_reloading(kind, fami
     assert_same(old, outputs(small, theirs), kept)
 
     assert model.config.to_dict() == config
-    assert tokenizer.backend_tokenizer.to_str() == file
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
     small.save_pretrained(tmp_path)
