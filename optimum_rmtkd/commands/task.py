@@ -104,6 +104,8 @@ def load_task(
     config = load_config(model)
     train, validation = read_rows(data)
     kind = "image" if has_images(train) else "text"
+    if kind == "image" and trim:
+        raise RMTKDError("--trim-vocabulary is for texts; these data are images. Leave it out.")
     if head == "required":
         _check_head(config, kind, model)
     inputs, label = find_columns(train, data)
@@ -127,8 +129,6 @@ def load_task(
             "one number" if is_regression(config) else f"{config.num_labels} classes ({shown(class_names(config))})"
         )
         print(f"{why}: it gets a new head for {gives}, and is fine-tuned first")
-    if kind == "image" and trim:
-        raise RMTKDError("--trim-vocabulary is for texts; these data are images. Leave it out.")
 
     def made(loaded: PreTrainedModel, tokenizer: Any, train: Dataset) -> Task:
         if kind == "text":

@@ -260,7 +260,9 @@ def _dataset(run: Run) -> str:
 
 
 def _figures(run: Run, folder: Path) -> tuple[dict[str, str], ...]:
-    """PNG files of the run's figures, in a folder of their own; none without matplotlib."""
+    """PNG files of the run's figures, in a folder of their own; none without matplotlib, or without a narrowing."""
+    if not run.narrowed:
+        return ()
     try:
         import matplotlib  # noqa: F401
     except ImportError:
