@@ -49,6 +49,7 @@ _EXPORTS = {
         "ternarize",
     ),
     "trainer": ("RMTKDLoop", "RMTKDMixin", "RMTKDSeq2SeqTrainer", "RMTKDTrainer", "RMTKDTrainingArguments"),
+    "vocabulary": ("VocabularyReport", "trim_vocabulary"),
 }
 _HOMES = {name: room for room, names in _EXPORTS.items() for name in names}
 

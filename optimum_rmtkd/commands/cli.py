@@ -12,6 +12,7 @@ from .demo import DemoCommand
 from .export import ExportCommand
 from .report import ReportCommand
 from .ternary import TernaryCommand
+from .trim import TrimCommand
 
 
 __all__ = ["RMTKDCommand"]
@@ -30,6 +31,8 @@ examples:
   optimum-cli rmtkd compress --model MODEL --train-file train.csv --validation-file dev.csv \\
       --target-reduction 0.8 -o OUT
       cut, distil, evaluate, save
+  optimum-cli rmtkd trim MODEL --texts corpus.txt -o OUT
+      without the rows of the token table that a domain does not use
   optimum-cli rmtkd ternary --model MODEL --module classifier --train-file train.csv -o OUT
       a part of a model in weights of 1.6 bits
   optimum-cli rmtkd report OUT
@@ -55,6 +58,11 @@ class RMTKDCommand(BaseOptimumCLICommand):
             name="compress",
             help="Narrow a fine-tuned model, distil it, evaluate it and save it.",
             subcommand_class=CompressCommand,
+        ),
+        CommandInfo(
+            name="trim",
+            help="Drop the tokens that the texts of a domain do not use, from table and tokenizer.",
+            subcommand_class=TrimCommand,
         ),
         CommandInfo(
             name="ternary",

@@ -59,6 +59,9 @@ examples:
   only cut: no training, a few seconds
     optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
         --target-reduction 0.5 --no-train -o ./my-bert-cut
+  without the tokens that the training texts do not use, and then narrowed: the target counts both
+    optimum-cli rmtkd compress --trim-vocabulary --model ./my-bert --train-file train.csv --validation-file dev.csv \\
+        --target-reduction 0.63 -o ./my-bert-small
   a model straight from pretraining: fine-tune it on 40 % of the steps, cut it, distil it on the rest
     optimum-cli rmtkd compress --fit --model ./bert --train-file train.csv --validation-file dev.csv \\
         --target-reduction 0.8 --epochs 3 -o ./my-bert-small
@@ -101,6 +104,11 @@ class CompressCommand(Command):
         parser.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder of the reduced model.")
         parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
         parser.add_argument(
+            "--trim-vocabulary",
+            action="store_true",
+            help="First drop the tokens that the training texts do not use (see trim); counts towards the target.",
+        )
+        parser.add_argument(
             "--save-dtype",
             choices=("auto", "float32", "float16", "bfloat16"),
             default="auto",
@@ -131,7 +139,8 @@ class CompressCommand(Command):
         inputs = read_by(self.args, data, training.checkpoints)
         with writing_beside(self.args.output, self.args.overwrite, inputs) as folder:
             check_checkpoints(training.checkpoints, inputs)
-            table = _compress(self.args.model, data, training, recipe, self.args.save_dtype, folder)
+            trim = self.args.trim_vocabulary
+            table = _compress(self.args.model, data, training, recipe, self.args.save_dtype, folder, trim)
             write_card(folder, Path(self.args.output).absolute().name)
         print(table)
         print(f"saved to {self.args.output}")
@@ -202,7 +211,13 @@ class Made:
 
 
 def _compress(
-    name: str, data: DataArguments, training: TrainingOptions, recipe: RMTKDConfig, save_dtype: str, folder: Path
+    name: str,
+    data: DataArguments,
+    training: TrainingOptions,
+    recipe: RMTKDConfig,
+    save_dtype: str,
+    folder: Path,
+    trim: bool = False,
 ) -> str:
     """Fill `folder` with the reduced model and return the table before / after."""
     from ..hub import write_results
@@ -217,15 +232,17 @@ def _compress(
     parts_of(recipe)  # unknown parts are refused before anything is loaded
     find_estimator(recipe.edge_estimator)
     head = "made" if recipe.fit_share else "required"
-    task = load_task(name, data, recipe.seed, training.attn_implementation, head)
+    task = load_task(name, data, recipe.seed, training.attn_implementation, head, *([True] if trim else []))
     check_recipe(task.model, recipe)  # what cannot work is refused before the first forward pass
     if recipe.schedule != "none":
         loader = task.calibration_loader(training.batch_size, recipe.seed)
         check_data(task.model, itertools.islice(loader, 1), recipe)
         check_variety(loader)
         check_edges(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
-    parameters, uncut = count_parameters(task.model), uncut_parameters(task.model)
-    before = {} if task.new_head else measure(task, task.model, training.eval_batch_size)
+    whole, uncut = task.untrimmed or task, uncut_parameters(task.model)
+    parameters = count_parameters(whole.model)
+    before = {} if task.new_head else measure(whole, whole.model, training.eval_batch_size)
+    task, whole = dataclasses.replace(task, untrimmed=None), None  # two models are one too many for a training
     made = (_distil if training.train else _cut)(task, training, recipe, folder)
     if made.fit is not None:  # the model that was cut is the fine-tuned one
         before = of_quality(made.fit.get("metrics") or before)
@@ -250,6 +267,7 @@ def _compress(
         log_history=made.history,
         training=dataclasses.asdict(training) | {"checkpoints": None},
         recipe=recipe.to_dict(),
+        vocabulary=task.vocabulary and task.vocabulary.to_dict(),
     )
     return _told(task, counts, uncut, sizes, metrics, made.fit)
 
@@ -281,7 +299,9 @@ def _told(
     if uncut > counts[0]:
         rows.insert(1, ("removed of the uncut model", *(f"{1 - size / uncut:.1%}" for size in counts), ""))
     rows += metric_changes(metrics["before"], metrics["after"], without=[task.metric])
+    rows += [(*row, "") for row in task.vocabulary.rows() if row[0] != "parameters"] if task.vocabulary else []
     table = format_table(("", "before" if fit is None else "fine-tuned", "after", "change"), rows)
+    table += "".join(f"\n{note}" for note in task.vocabulary.notes()) if task.vocabulary else ""
     if warning := loss_warning(task.metric, *values, greater_is_better=True):
         table += f"\nwarning: {warning}"
     return table

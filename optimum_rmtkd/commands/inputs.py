@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-__all__ = ["check_inputs", "image_tools", "longest_text", "text_tools"]
+__all__ = ["check_inputs", "image_tools", "load_tokenizer", "longest_text", "text_tools"]
 
 DEEP = ("I", "F")  # modes of more than 8 bits a channel
 DRAFT = (64, 64)  # jpeg files are decoded this small to see that they can be: all bytes are read, most work is saved
@@ -48,17 +48,14 @@ def check_inputs(rows: Dataset, columns: list[str]) -> None:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def text_tools(
-    name: str, model: PreTrainedModel, columns: list[str], max_length: int
-) -> tuple[Any, Callable, Callable]:
-    """Tokenizer, collator, and a function (rows with `labels`, what they are) -> rows of model inputs.
+def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
+    """The tokenizer beside a model, which can pad.
 
     Raises:
         RMTKDError: the model has no tokenizer, or one that is not its own.
     """
-    from transformers import AutoTokenizer, DataCollatorWithPadding
+    from transformers import AutoTokenizer
 
-    config = model.config
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, LookupError, RecursionError, TypeError, AttributeError) as error:
@@ -79,6 +76,20 @@ def text_tools(
             f"The tokenizer of '{name}' has model_max_length={tokenizer.model_max_length!r}; expected a number of "
             "tokens. Correct its tokenizer_config.json."
         )
+    return tokenizer
+
+
+def text_tools(
+    name: str, model: PreTrainedModel, tokenizer: Any, columns: list[str], max_length: int
+) -> tuple[Callable, Callable]:
+    """Collator, and a function (rows with `labels`, what they are) -> rows of model inputs.
+
+    Raises:
+        RMTKDError: called on rows, a tokenizer that is not the model's.
+    """
+    from transformers import DataCollatorWithPadding
+
+    config = model.config
     length = min(max_length, tokenizer.model_max_length, longest_text(model) or max_length)
 
     def encode(rows: Dataset, what: str) -> Dataset:
@@ -93,7 +104,7 @@ def text_tools(
             print(f"{cut} of {len(rows)} {what} texts are longer than {length} tokens and were cut to that length")
         return encoded.remove_columns(CUT)
 
-    return tokenizer, DataCollatorWithPadding(tokenizer), encode
+    return DataCollatorWithPadding(tokenizer), encode
 
 
 def longest_text(model: PreTrainedModel) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +14,7 @@ from ..hub.loading import load_config
 from ..hub.measures import of_quality
 from .data import DataArguments, divide, find_columns, has_images, read_rows
 from .heads import with_new_head
-from .inputs import check_inputs, image_tools, text_tools
+from .inputs import check_inputs, image_tools, load_tokenizer, text_tools
 from .labels import check_label_map, class_names, is_regression, label_values, parse_label_map, shown
 from .metrics import METRICS, REGRESSION, choose_metric
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from torch.utils.data import DataLoader
     from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
+
+    from ..vocabulary import VocabularyReport
 
 
 __all__ = ["Task", "evaluate", "load_task", "measure", "stored_dtype", "weights_folder"]
@@ -43,6 +45,8 @@ class Task:
         collator: makes a batch of such rows.
         metric: name in `commands.metrics.METRICS`; by default "accuracy", or "pearson" for a model with one output.
         new_head: the head was made for these data, and knows nothing of them yet.
+        vocabulary: what a trimming of the vocabulary kept; None without one.
+        untrimmed: the task with the model and tokenizer as they were before it, without training rows; None likewise.
     """
 
     model: PreTrainedModel
@@ -52,6 +56,8 @@ class Task:
     collator: Callable
     metric: str
     new_head: bool = False
+    vocabulary: VocabularyReport | None = None
+    untrimmed: Task | None = None
 
     @property
     def judged_by(self) -> str:
@@ -81,6 +87,7 @@ def load_task(
     seed: int = 0,
     attn_implementation: str | None = None,
     head: Literal["required", "made"] = "required",
+    trim: bool = False,
 ) -> Task:
     """Load the model and its data and check that they belong together.
 
@@ -88,6 +95,8 @@ def load_task(
         model: Hub name or local folder of a model fine-tuned for sequence or image classification, or regression.
         attn_implementation: the attention kernel, as in `from_pretrained`; None: what transformers chooses.
         head: "made": a model without a head that fits the labels gets a new one; a line says so.
+        trim: drop the tokens that the training texts do not use. Where no validation rows are given, those held out
+            do not count.
 
     Raises:
         RMTKDError: anything missing, unreadable or not matching; nothing has been computed yet.
@@ -95,6 +104,8 @@ def load_task(
     config = load_config(model)
     train, validation = read_rows(data)
     kind = "image" if has_images(train) else "text"
+    if kind == "image" and trim:
+        raise RMTKDError("--trim-vocabulary is for texts; these data are images. Leave it out.")
     if head == "required":
         _check_head(config, kind, model)
     inputs, label = find_columns(train, data)
@@ -110,6 +121,7 @@ def load_task(
     metric = choose_metric(data.metric, is_regression(config), config.num_labels)
     # before any row is drawn or held out: errors name the rows of the files
     train, validation = _labelled(train, validation, inputs, label, config, data)
+    counted = train if validation is not None else None
     train, validation = divide(train, validation, data, seed)
     if kind == "image":  # each is decoded once: before the model is loaded
         processor, collator, encode = image_tools(model, config, inputs[0])
@@ -120,18 +132,30 @@ def load_task(
             "one number" if is_regression(config) else f"{config.num_labels} classes ({shown(class_names(config))})"
         )
         print(f"{why}: it gets a new head for {gives}, and is fine-tuned first")
-    if kind == "text":
-        processor, collator, encode = text_tools(model, loaded, inputs, data.max_length)
-        train, validation = encode(train, "training"), encode(validation, "validation")
-    return Task(
-        model=loaded,
-        processor=processor,
-        train=train,
-        validation=validation,
-        collator=collator,
-        metric=metric,
-        new_head=bool(new),
+    if kind == "image":
+        return Task(loaded, processor, train, validation, collator, metric, bool(new))
+
+    def made(loaded: PreTrainedModel, tokenizer: Any, train: Dataset) -> Task:
+        collator, encode = text_tools(model, loaded, tokenizer, inputs, data.max_length)
+        rows = encode(train, "training"), encode(validation, "validation")
+        return Task(loaded, tokenizer, *rows, collator, metric, bool(new))
+
+    tokenizer = load_tokenizer(model, loaded.config)
+    if not trim:
+        return made(loaded, tokenizer, train)
+    small, tokens, report = _trimmed(loaded, tokenizer, inputs, train if counted is None else counted, validation)
+    return replace(
+        made(small, tokens, train), vocabulary=report, untrimmed=made(loaded, tokenizer, train.select(range(1)))
     )
+
+
+def _trimmed(
+    model: PreTrainedModel, tokenizer: Any, columns: list[str], train: Dataset, validation: Dataset
+) -> tuple[PreTrainedModel, Any, VocabularyReport]:
+    from ..vocabulary import trim_vocabulary
+
+    texts, held_out = (rows.select_columns(columns) for rows in (train, validation))
+    return trim_vocabulary(model, tokenizer, texts, validation_texts=held_out)
 
 
 def _unfit(config: PreTrainedConfig, kind: str, train: Dataset, column: str, data: DataArguments) -> str | None:

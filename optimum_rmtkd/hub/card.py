@@ -29,7 +29,7 @@ FIGURES = "figures"
 LOOKUP_SECONDS = 10
 TAGS = ("optimum", "rmtkd", "model-compression")
 logger = logging.getLogger(__name__)
-TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
+TEMPLATES = {True: "card.md.jinja", False: "trimmed.md.jinja"}  # by whether layers were narrowed
 TRAINING_OPTIONS = (
     "epochs",
     "max_steps",
@@ -117,7 +117,7 @@ def model_card(
     known = run.parameters
     return ModelCard.from_template(
         card_data(run, title, **metadata),
-        template_path=str(TEMPLATE),
+        template_path=str(Path(__file__).parent / "templates" / TEMPLATES[run.narrowed or not run.vocabulary]),
         title=markdown(title),
         repository=python_string(repository or run.name),
         base_model=_linked(run),
@@ -135,6 +135,8 @@ def model_card(
         fitted=markdown(sentence(fit_text(run.fit, run.stages))),
         figures=figures,
         auto_class=identifier(run.auto_class, "AutoModel"),
+        loaded_as=identifier(run.architecture or run.auto_class, "AutoModel"),
+        vocabulary=[markdown(line) for line in run.vocabulary],
         recipe=json.dumps(run.recipe, indent=2),
         training_options=_training_options(run),
         dataset=markdown(_dataset(run)),
@@ -272,7 +274,9 @@ def _dataset(run: Run) -> str:
 
 
 def _figures(run: Run, folder: Path) -> tuple[dict[str, str], ...]:
-    """PNG files of the run's figures, in a folder of their own; none without matplotlib."""
+    """PNG files of the run's figures, in a folder of their own; none without matplotlib, or without a narrowing."""
+    if not run.narrowed:
+        return ()
     try:
         import matplotlib  # noqa: F401
     except ImportError:

@@ -48,6 +48,8 @@ def report_page(run: Run) -> str:
     sections = []
     if rows := comparison_rows(run):
         sections.append(_table("Before and after", ("", "before", "after", "change"), rows))
+    if run.vocabulary:
+        sections.append({"title": "Vocabulary", "text": "\n".join(run.vocabulary)})
     if run.stages:
         head = ("stage", "step", "parameters", "removed", "metric before", "just cut", "after", "status")
         figure = plots.new_figure()

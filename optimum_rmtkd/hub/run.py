@@ -3,7 +3,7 @@
 config.json           of the model: spec, recipe, provenance
 rmtkd_stages.json     what happened at each cut, all metrics         (trainer, compress)
 rmtkd_spectra.json    the spectra behind each cut                    (trainer, compress)
-rmtkd_results.json    data set, metric, sizes, training log          (trainer, compress)
+rmtkd_results.json    data set, metric, sizes, vocabulary, log       (trainer, compress, trim)
 rmtkd_bench.json      latency, throughput, memory, energy            (bench)
 """
 
@@ -79,7 +79,12 @@ class Run:
         if not folder.is_dir():
             raise RMTKDError(f"{folder}: no such folder; expected the output of compress or of an RMTKDTrainer.")
         found = {file: _load(folder / file) for file in ("config.json", STAGES, SPECTRA, RESULTS, BENCH)}
-        if not any(found[file] for file in (STAGES, SPECTRA)) and not found["config.json"].get("rmtkd"):
+        trimmed = found[RESULTS].get("vocabulary")
+        if (
+            not any(found[file] for file in (STAGES, SPECTRA))
+            and not found["config.json"].get("rmtkd")
+            and not trimmed
+        ):
             raise RMTKDError(
                 f"{folder} holds no record of a reduction (neither {STAGES}, {SPECTRA} nor a reduced model's "
                 "config.json): expected the output folder of optimum-cli rmtkd compress, or the output_dir of an "
@@ -98,6 +103,22 @@ class Run:
             fit=found[STAGES].get("fit") or {},
             metrics=found[STAGES].get("metrics") or {},
         )
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether layers were narrowed; else the vocabulary alone was trimmed."""
+        return bool(self.config.get("rmtkd") or self.stages or self.spectra)
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Sentences about a trimming of the vocabulary; [] without one."""
+        from ..vocabulary import VocabularyReport
+
+        known = self.results.get("vocabulary")
+        if not known:
+            return []
+        report = VocabularyReport.from_dict(known)
+        return [f"{what}: {before} before, {after} after" for what, before, after in report.rows()] + report.notes()
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -12,16 +12,19 @@ from torch import nn
 from ..modeling_rmtkd import TYPE_PREFIX
 from .behaviour import check_behaviour, nearly_equal
 from .identity import check_structure
-from .rebuilding import carry_over, copied, match_precision, pinned, rebuilt, twin_of, widest_dtype
+from .rebuilding import blank, carry_over, copied, is_plain, match_precision, pinned, rebuilt, twin_of, widest_dtype
 
 
 __all__ = [
+    "UNCUT",
+    "blank",
     "carry_over",
     "check_behaviour",
     "check_structure",
     "copied",
     "count_parameters",
     "is_narrowed",
+    "is_plain",
     "match_precision",
     "nearly_equal",
     "pinned",
@@ -31,6 +34,11 @@ __all__ = [
     "uncut_parameters",
     "widest_dtype",
 ]
+
+
+UNCUT = "uncut_parameters"
+"""Field of the config of a plain model with a trimmed vocabulary: its parameters before. transformers keeps it and
+ignores it."""
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -49,5 +57,7 @@ def provenance_of(model: nn.Module) -> dict[str, Any]:
 
 
 def uncut_parameters(model: nn.Module) -> int:
-    """Parameters before the first cut, which every `target_reduction` counts from; those of now where it is uncut."""
-    return max(int(provenance_of(model).get("parameters_before") or 0), count_parameters(model))
+    """Parameters before the first cut or trimming, which every `target_reduction` counts from; those of now where
+    nothing was removed."""
+    remembered = (provenance_of(model).get("parameters_before"), getattr(model.config, UNCUT, None))
+    return max(*(int(count or 0) for count in remembered), count_parameters(model))

@@ -273,14 +273,20 @@ def _carry_modules(module: nn.Module, stock: nn.Module, new: nn.Module) -> None:
             setattr(new, name, copied(child))
 
 
-def copied(module: nn.Module) -> nn.Module:
-    """A deep copy. Attributes that cannot be copied (a lock, a file, an output that was kept) are shared with it."""
+def copied(module: nn.Module, instead: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy. Attributes that cannot be copied (a lock, a file, an output that was kept) are shared with it.
+
+    Args:
+        instead: {id of an object inside: what the copy has in its place}, for example other tensors.
+    """
+    instead = dict(instead or {})
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, dict(instead))
     except (TypeError, RuntimeError):
         whole = list(module.modules())
         values = [value for m in whole for name, value in vars(m).items() if name not in RUNTIME]
-        return copy.deepcopy(module, {id(value): value for value in values if not _can_be_copied(value, whole)})
+        shared = {id(value): value for value in values if not _can_be_copied(value, whole)}
+        return copy.deepcopy(module, shared | instead)
 
 
 def _can_be_copied(value: Any, modules: list[nn.Module]) -> bool:

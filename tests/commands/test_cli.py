@@ -68,7 +68,7 @@ def test_help_teaches(cli, command):
 
 def test_without_a_command_help_is_printed(cli):
     code, out, _ = cli()
-    assert code == 0 and "{analyze,compress,ternary,report,export,bench,demo}" in out
+    assert code == 0 and "{analyze,compress,trim,ternary,report,export,bench,demo}" in out
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,104 @@
+"""Texts, read once and in batches, and how often each token occurs in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm.auto import tqdm
+
+from ..errors import RMTKDError
+
+
+__all__ = ["Texts", "count_tokens", "encoded", "in_batches"]
+
+Texts = Iterable[Any]
+"""Strings; sequences of strings (pairs, lists of words); or mappings (rows of a data set, messages of a chat), of
+which every string is a text and everything else passes by."""
+BATCH = 1000  # texts
+
+
+def in_batches(texts: Texts, what: str = "texts") -> Iterator[list[str]]:
+    """Lists of at most `BATCH` strings (a few more where an item holds several).
+
+    Args:
+        what: name of the argument, for messages and the progress bar.
+
+    Raises:
+        RMTKDError: no iterable of texts, or an item that holds none.
+    """
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise RMTKDError(
+            f"{what} is a {type(texts).__name__}; expected an iterable of texts: strings, pairs of them, or rows of a "
+            "data set. Put a single text into a list."
+        )
+    batch: list[str] = []
+    bar = tqdm(texts, desc=f"reading {what}", unit="", unit_scale=True, leave=False, disable=None)
+    for row, item in enumerate(bar, 1):
+        if not isinstance(item, (str, Mapping)) and not (isinstance(item, Sequence) and not isinstance(item, bytes)):
+            raise RMTKDError(
+                f"Item {row} of {what} is a {type(item).__name__}; expected a string, a sequence of strings, or a row "
+                "(a mapping) that holds some. Remove or convert it."
+            )
+        batch.extend(_strings(item))
+        if len(batch) >= BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _strings(item: Any) -> Iterator[str]:
+    if isinstance(item, str):
+        yield item
+    elif isinstance(item, Mapping):
+        for value in item.values():
+            yield from _strings(value)
+    elif isinstance(item, Sequence) and not isinstance(item, bytes):
+        for value in item:
+            yield from _strings(value)
+
+
+def encoded(backend: Tokenizer, batch: list[str]) -> list[list[int]]:
+    """Ids of each text, without special tokens, neither cut nor padded.
+
+    Args:
+        backend: without truncation and padding.
+
+    Raises:
+        RMTKDError: a text that is no Unicode.
+    """
+    try:
+        return [found.ids for found in backend.encode_batch_fast(batch, add_special_tokens=False)]
+    except UnicodeEncodeError as error:
+        raise RMTKDError(
+            f"A text holds half a character ({error}), which is no Unicode: decode the file it comes from anew, for "
+            "example with errors='replace'."
+        ) from error
+
+
+def count_tokens(
+    backend: Tokenizer, texts: Texts, size: int, what: str = "texts"
+) -> tuple[np.ndarray, int, list[str]]:
+    """How often each id occurs.
+
+    Args:
+        size: highest id + 1.
+
+    Returns:
+        Counts, int64 (size,); the number of texts; and the first of them.
+
+    Raises:
+        RMTKDError: there is no text.
+    """
+    counts, read, first = np.zeros(size, np.int64), 0, []
+    for batch in in_batches(texts, what):
+        ids = [i for row in encoded(backend, batch) for i in row]
+        counts += np.bincount(np.asarray(ids, np.int64), minlength=size)
+        first = first or batch
+        read += len(batch)
+    if not read:
+        raise RMTKDError(f"{what} holds no text: expected at least one. An iterator that was read before is empty.")
+    return counts, read, first
