@@ -32,8 +32,8 @@ class Store(Sequence):
     """Batches (or other mappings and sequences of tensors), to be read as often as one likes, in any order.
 
     The first `held` bytes of tensors stay in the memory of the host, the others go into a file without a name in the
-    folder for temporary files, which is gone with the store. What is read is on `device`. Everything but tensors stays
-    in memory as it is.
+    folder for temporary files, which is gone with the store. What is read is a copy, on `device`. Everything but tensors
+    stays in memory as it is.
 
     Args:
         device: of the tensors that are read. None: the host.
@@ -62,7 +62,9 @@ class Store(Sequence):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return _Part(self, range(len(self))[index])
-        value = recursively_apply(self._read, self._values[index], test_type=lambda x: isinstance(x, _Slot))
+        value = recursively_apply(
+            self._read, self._values[index], test_type=lambda x: isinstance(x, (torch.Tensor, _Slot))
+        )
         return value if self.device.type == "cpu" else to_device(value, self.device)
 
     def _kept(self, tensor: torch.Tensor) -> torch.Tensor | _Slot:
@@ -93,7 +95,9 @@ class Store(Sequence):
             ) from error
         self._end += size
 
-    def _read(self, slot: _Slot) -> torch.Tensor:
+    def _read(self, slot: _Slot | torch.Tensor) -> torch.Tensor:
+        if isinstance(slot, torch.Tensor):
+            return slot.clone()
         tensor = torch.empty(slot.shape, dtype=slot.dtype)
         rest = memoryview(_bytes(tensor).numpy())
         self._file.seek(slot.offset)

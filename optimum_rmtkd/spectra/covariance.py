@@ -122,12 +122,11 @@ class SecondMoments:
         self._sums.setdefault("gradient_count", self._zeros(1)).add_(len(rows))
 
     def _split(self, x, mask, weight):
-        if not self.halves:
-            return [(0, (x, mask, weight))]
         counts = self._sums["scalars"][:, 0].tolist() if "scalars" in self._sums else [0.0, 0.0]
         if len(x) < 2 or x.numel() // self.dim < sum(counts):
-            return [(int(counts[1] < counts[0]), (x, mask, weight))]
-        return [(h, tuple(None if t is None else t[h::2] for t in (x, mask, weight))) for h in (0, 1)]
+            return [(int(self.halves and counts[1] < counts[0]), (x, mask, weight))]
+        # also where both go to one sum: so that what is found does not depend on whether the halves are kept apart
+        return [(h * self.halves, tuple(None if t is None else t[h::2] for t in (x, mask, weight))) for h in (0, 1)]
 
     def _moments(self, rows, weight, pivot):
         """Sums of one selection of rows (n, dim) about the pivot."""

@@ -39,31 +39,41 @@ class Scope:
         run: index of a batch -> output.
         masks: per batch (batch, length) bool or None.
         root: path of the block that `run` runs; None: the whole model.
+        copies: activations are copied when they are seen.
     """
 
     module: nn.Module
     run: Callable[[int], Any]
     masks: list[torch.Tensor | None]
     root: str | None = None
+    copies: bool = False
 
     def watch(self, index: int, points: Collection[Point]) -> dict[Point, torch.Tensor]:
         """Activations at `points` in batch `index`; the pass ends as soon as all are seen."""
-        seen: dict[Point, torch.Tensor] = {}
-
-        def see(point: Point, x: torch.Tensor) -> None:
-            seen[point] = x.detach()
-            if len(seen) == len(set(points)):
-                raise _Stop
-
-        with observed(self.module, points, see), torch.no_grad(), contextlib.suppress(_Stop):
-            self.run(index)
-        return seen
+        return (self.attempt(index, points) or self.attempt(index, points))[1]
 
     def pass_through(self, index: int, points: Collection[Point]) -> tuple[Any, dict[Point, torch.Tensor]]:
         """(output, activations at `points`) of a whole pass over batch `index`."""
-        seen: dict[Point, torch.Tensor] = {}
-        with observed(self.module, points, lambda point, x: seen.update({point: x.detach()})), torch.no_grad():
-            return self.run(index), seen
+        return self.attempt(index, points, True) or self.attempt(index, points, True)
+
+    def attempt(self, index: int, points: Collection[Point], whole: bool = False) -> tuple[Any, dict] | None:
+        """(output, activations), the output of a `whole` pass alone; None where something changed an activation in
+        place after it was seen: then they are copied from now on, and the next attempt will do."""
+        seen: dict[Point, tuple[torch.Tensor, int]] = {}
+
+        def see(point: Point, x: torch.Tensor) -> None:
+            x = x.detach().clone() if self.copies else x.detach()
+            seen[point] = x, x._version
+            if not whole and len(seen) == len(set(points)):
+                raise _Stop
+
+        output = None
+        with observed(self.module, points, see), torch.no_grad(), contextlib.suppress(_Stop):
+            output = self.run(index)
+        if any(x._version != version for x, version in seen.values()):
+            self.copies = True
+            return None
+        return output, {point: x for point, (x, _) in seen.items()}
 
 
 class Replay:
@@ -225,12 +235,14 @@ class Progress:
         unfitted = {get_module(self.scope.module, path) for paths, _ in self.groups[step:] for path in paths}
         keepable = self._keepable([point for _, points in self.groups[step + 1 :] for point in points])
         for index in range(len(self.scope.masks)):
-            records = _Records(self._of(index), unfitted, keepable, self._copies)
-            with _forwards({module: records.wrapped(module, name) for module, name in self._names.items()}):
-                seen = self.scope.watch(index, self.groups[step][1])
-            self._copies |= records.changed
+            found = None
+            while found is None:
+                records = _Records(self._of(index), unfitted, keepable, self._copies)
+                with _forwards({module: records.wrapped(module, name) for module, name in self._names.items()}):
+                    found = self.scope.attempt(index, self.groups[step][1])
+            self._copies |= bool(records.changed())
             later.append(records.kept())
-            yield seen
+            yield found[1]
         self._finished = later
 
     def output(self, index: int) -> Any:
@@ -286,14 +298,14 @@ class _Records:
 
         return call
 
-    @property
-    def changed(self) -> bool:
-        """Whether a recorded output was changed in place since."""
-        return any(_versions(output) != versions for _, output, versions in self._made)
+    def changed(self) -> set[str]:
+        """Names of modules of which a recorded output was changed in place since."""
+        return {name for name, output, versions in self._made if _versions(output) != versions}
 
     def kept(self) -> list[tuple[str, Any]]:
-        """(name, output) of what was recorded and is still what was returned."""
-        return [(name, output) for name, output, versions in self._made if _versions(output) == versions]
+        """(name, output) of modules all of whose recorded outputs are still what was returned."""
+        changed = self.changed()
+        return [(name, output) for name, output, _ in self._made if name not in changed]
 
 
 def _entries(output: Any) -> list[Any]:

@@ -17,10 +17,10 @@ from . import zoo
 
 
 MODELS = [
-    ("bert", "ForSequenceClassification", "absorbed"),
-    ("bert", "ForMaskedLM", "absorbed"),
-    ("electra-projected", "ForTokenClassification", "absorbed"),
     ("vit", "ForImageClassification", "absorbed"),
+    ("bert", "ForMaskedLM", "absorbed"),
+    ("bert", "ForSequenceClassification", "absorbed"),
+    ("electra-projected", "ForTokenClassification", "absorbed"),
     ("resnet-bottleneck", "ForImageClassification", "absorbed"),
     ("distilbert", "ForMaskedLM", "factored"),
 ]
@@ -132,10 +132,12 @@ def test_costs_are_those_computed_anew(name, task, form):
                 assert found(widths) == expected(widths), widths
 
 
-@pytest.mark.parametrize("name, task, form", MODELS)
+@pytest.mark.parametrize(
+    "name, task, form", [*MODELS[:2], *[pytest.param(*m, marks=pytest.mark.slow) for m in MODELS[2:]]]
+)
 def test_widths_are_those_of_a_budget_that_prices_everything_at_every_step(name, task, form, monkeypatch):
     planned = 0
-    for seed in range(6):
+    for seed in range(3):
         model, anatomy, positions, couples, config = problem(name, task, form, seed)
         units = {c.name: [u for site in c.sites for u in anatomy.units_of(site.name)] for c in couples}
         sides = {
@@ -165,7 +167,7 @@ def test_widths_are_those_of_a_budget_that_prices_everything_at_every_step(name,
                         plans[side] = str(error)
             assert plans["found"] == plans["expected"], (seed, target, allocation)
             planned += not isinstance(plans["found"], str)
-    assert planned > 5
+    assert planned > 4
 
 
 def test_a_move_prices_again_what_shares_a_layer_with_it_and_nothing_else():

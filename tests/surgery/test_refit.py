@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from optimum_rmtkd import RMTKDConfig, narrow
 from optimum_rmtkd.batches import padding_mask, run
 from optimum_rmtkd.surgery import reduce, surgeon
+from optimum_rmtkd.surgery.calibration import observed
 from optimum_rmtkd.surgery.leastsquares import LeastSquares, NormFit, least_squares_update, norm_fit
 from optimum_rmtkd.surgery.refit import _entry, _fits, _project, _rows, _touched, refit
 from optimum_rmtkd.surgery.replay import Progress, Replay, Scope
@@ -52,10 +53,18 @@ def prepared(name, task):
 
 
 def activations(model, batches, points):
-    """{point: rows of all batches}, from a whole pass over each."""
-    seen = [Scope(model, lambda i: run(model, batches[i]), [None] * len(batches)).pass_through(i, points)[1] for i in
-            range(len(batches))]  # fmt: skip
-    return {p: torch.cat([_rows(s[p], padding_mask(b)) for s, b in zip(seen, batches, strict=True)]) for p in points}
+    """{point: activation of each batch}, from a whole pass over each."""
+    seen = {point: [] for point in points}
+    with observed(model, points, lambda point, x: seen[point].append(x.detach().clone())), torch.no_grad():
+        for batch in batches:
+            run(model, batch)
+    return seen
+
+
+def rows(model, batches, point):
+    """Rows of all batches at a point."""
+    found = activations(model, batches, [point])[point]
+    return torch.cat([_rows(x, padding_mask(batch)) for x, batch in zip(found, batches, strict=True)]).double()
 
 
 def refit_one_by_one(student, teacher, anatomy, cuts, batches, ridge):
@@ -64,17 +73,14 @@ def refit_one_by_one(student, teacher, anatomy, cuts, batches, ridge):
     for unit in anatomy.units:
         if not _touched(unit, scope, cuts):
             continue
-        module, points = get_module(student, unit.path), [Point(unit.path)] + ([unit.skip] if unit.skip else [])
-        wanted = sum(activations(teacher, batches, points).values())
-        wanted = _project(wanted, cuts.of(unit.writes, unit.path)).double()
-        if unit.skip:
-            wanted = wanted - activations(student, batches, [unit.skip])[unit.skip].double()
-        passes = [Scope(student, lambda i: run(student, batches[i]), []).watch(i, [Point(unit.path, "input")]) for i in
-                  range(len(batches))]  # fmt: skip
+        module, entrance = get_module(student, unit.path), Point(unit.path, "input")
+        wanted = rows(teacher, batches, Point(unit.path)) + (rows(teacher, batches, unit.skip) if unit.skip else 0.0)
+        wanted = _project(wanted, cuts.of(unit.writes, unit.path))
+        wanted = wanted - (rows(student, batches, unit.skip) if unit.skip else 0.0)
+        entries = activations(student, batches, [entrance])[entrance]
         with torch.no_grad():
-            x = torch.cat(
-                [_entry(module, next(iter(p.values())), padding_mask(b)) for p, b in zip(passes, batches, strict=True)]
-            ).double()
+            x = [_entry(module, x, padding_mask(batch)) for x, batch in zip(entries, batches, strict=True)]
+            x = torch.cat(x).double()
             if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
                 u, t = x - x.mean(0), wanted - wanted.mean(0)
                 slope = (u * t).sum(0) / u.square().sum(0)
@@ -270,16 +276,20 @@ def test_a_head_is_run_behind_known_blocks_only_where_it_reads_no_more(reads_all
 
 
 class Held(TorchDispatchMode):
-    """The most bytes of tensors that were alive after any operation."""
+    """The most bytes of tensors that were alive after an operation."""
 
     def __init__(self):
         super().__init__()
-        self.made, self.peak = [], 0
+        self.made, self.peak, self.calls = [], 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         made = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"]
-        self.made = [ref for ref in self.made if ref() is not None] + [weakref.ref(tensor) for tensor in tensors]
+        self.made += [weakref.ref(tensor) for tensor in tensors]
+        self.calls += 1
+        if self.calls % 7:  # what grows is alive for longer than that
+            return made
+        self.made = [ref for ref in self.made if ref() is not None]
         alive = [tensor.untyped_storage() for ref in self.made if (tensor := ref()) is not None]
         self.peak = max(self.peak, sum({storage.data_ptr(): storage.nbytes() for storage in alive}.values()))
         return made
