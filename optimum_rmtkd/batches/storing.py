@@ -32,8 +32,8 @@ class Store(Sequence):
     """Batches (or other mappings and sequences of tensors), to be read as often as one likes, in any order.
 
     The first `held` bytes of tensors stay in the memory of the host, the others go into a file without a name in the
-    folder for temporary files, which is gone with the store. What is read is a copy, on `device`. Everything but tensors
-    stays in memory as it is.
+    folder for temporary files, which is gone with the store. What is read is a copy, on `device`. Everything but
+    tensors stays in memory as it is.
 
     Args:
         device: of the tensors that are read. None: the host.

@@ -235,12 +235,13 @@ class Progress:
         unfitted = {get_module(self.scope.module, path) for paths, _ in self.groups[step:] for path in paths}
         keepable = self._keepable([point for _, points in self.groups[step + 1 :] for point in points])
         for index in range(len(self.scope.masks)):
-            found = None
-            while found is None:
+            found, changed = None, True
+            while found is None or changed:
                 records = _Records(self._of(index), unfitted, keepable, self._copies)
                 with _forwards({module: records.wrapped(module, name) for module, name in self._names.items()}):
                     found = self.scope.attempt(index, self.groups[step][1])
-            self._copies |= bool(records.changed())
+                changed = records.changed()
+                self._copies |= changed
             later.append(records.kept())
             yield found[1]
         self._finished = later
@@ -298,14 +299,13 @@ class _Records:
 
         return call
 
-    def changed(self) -> set[str]:
-        """Names of modules of which a recorded output was changed in place since."""
-        return {name for name, output, versions in self._made if _versions(output) != versions}
+    def changed(self) -> bool:
+        """Whether a recorded output was changed in place since: copies have to be recorded then."""
+        return any(_versions(output) != versions for _, output, versions in self._made)
 
     def kept(self) -> list[tuple[str, Any]]:
-        """(name, output) of modules all of whose recorded outputs are still what was returned."""
-        changed = self.changed()
-        return [(name, output) for name, output, _ in self._made if name not in changed]
+        """(name, output) of what was recorded."""
+        return [(name, output) for name, output, _ in self._made]
 
 
 def _entries(output: Any) -> list[Any]:
