@@ -28,6 +28,7 @@ from transformers import BertConfig, BertForSequenceClassification, Trainer, Tra
 from transformers.utils import logging
 
 from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, count_parameters, narrow
+from optimum_rmtkd.objectives import TaskLoss
 from optimum_rmtkd.surgery import surgeon
 
 
@@ -217,7 +218,7 @@ def training(given: argparse.Namespace) -> None:
         return time.process_time() - start
 
     with tempfile.TemporaryDirectory() as folder:
-        options = {"rmtkd_config": RMTKDConfig(schedule="none"), "objectives": []}
+        options = {"rmtkd_config": RMTKDConfig(schedule="none"), "objectives": [TaskLoss(1.0)]}
         for number in range(given.rounds + 1):
             plain, ours = seconds(Trainer, folder), seconds(RMTKDTrainer, folder, **options)
             if number:  # the first round warms up

@@ -67,12 +67,18 @@ def all_batches(batches: Sequence[dict[str, Any]], device: torch.device, acceler
         return batches
     from accelerate.utils import broadcast_object_list, gather_object
 
-    counts, gathered = gather_object([len(batches)]), Store(device)
+    counts, gathered, failure = gather_object([len(batches)]), Store(device), None
     for rank, count in enumerate(counts):
         mine = rank == accelerator.process_index
         for index in range(count):
             sent = broadcast_object_list([to_device(batches[index], "cpu") if mine else None], from_process=rank)
-            gathered.append(sent[0])
+            try:
+                gathered.append(sent[0])
+            except RMTKDError as error:  # a full disk: the others would wait for the next batch
+                failure = error
+    with one_for_all(accelerator):
+        if failure is not None:
+            raise failure
     return gathered
 
 
