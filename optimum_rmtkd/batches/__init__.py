@@ -22,12 +22,14 @@ from .reading import (
     to_device,
     unchunked,
 )
+from .storing import Store
 
 
 __all__ = [
     "INPUTS",
     "LABELS",
     "POSITION_TABLES",
+    "Store",
     "accepted_names",
     "batch_size",
     "collect_batches",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import CalibrationError, RMTKDError
 from .explaining import RAW, cure_of_lists, in_one_line
-from .reading import INPUTS, LABELS, accepted_names, batch_size, described, first_samples, to_device, with_tensors
+from .reading import INPUTS, LABELS, accepted_names, batch_size, described, first_samples, with_tensors
+from .storing import Store
 
 
 __all__ = ["collect_batches", "collected", "from_loader", "no_mapping"]
@@ -25,20 +26,22 @@ CACHES = ("past_key_values", "cache", "cache_params", "mems")
 TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "decoder_input_ids")
 
 
-def collect_batches(model: nn.Module, dataloader: Iterable, samples: int) -> list[dict[str, Any]]:
-    """The first batches of a dataloader that hold `samples` samples together, on the device of `model`.
+def collect_batches(model: nn.Module, dataloader: Iterable, samples: int) -> Sequence[dict[str, Any]]:
+    """The first batches of a dataloader that hold `samples` samples together, each on the device of `model` when it is
+    read.
 
     They are kept, because surgery goes over the same data more than once and a dataloader may shuffle, or give its
-    data once only.
+    data once only; in a `Store`, which holds few of them in memory.
 
     Raises:
         CalibrationError: as `collected`; or no batch with samples.
     """
-    batches: list[dict[str, Any]] = []
+    batches = Store(model.device)
     seen = 0
     for batch in collected(model, dataloader):
-        batches.append(to_device(first_samples(batch, samples - seen), model.device))
-        seen += batch_size(batches[-1])
+        part = first_samples(batch, samples - seen)
+        batches.append(part)
+        seen += batch_size(part)
         if seen >= samples:
             break
     if not batches:

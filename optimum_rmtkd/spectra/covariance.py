@@ -6,7 +6,6 @@ subtracted before the matrix product and undone by exact algebra afterwards.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from ..errors import CalibrationError, RMTKDError
 from .autocorrelation import added, lagged_shapes, lagged_sums, longer, shift_lagged_sums
 from .dependence import time_spectrum_of
 from .laws import TimeSpectrum, spread
-from .products import eigh, symmetric_product
+from .products import eigh, exact_matmul, packed, symmetric_product, unpacked
 from .samples import check_finite, checked, select, work_dtype
 
 
@@ -33,6 +32,8 @@ class SecondMoments:
             Costs a second matrix product per update.
         device: where the fp64 sums live. Default: the device of the first batch (the CPU when that device has no
             fp64).
+        halves: keep the sums of two halves apart, which the split-half diagnostic needs; it doubles the memory of the
+            second moments.
         seed: of the random signs. Under torch.distributed the rank is added, so that ranks draw different signs.
 
     Notes:
@@ -40,19 +41,22 @@ class SecondMoments:
         input: the product of one chunk is fp32 (relative error about 1e-7 of sqrt(S_ii S_jj)), sums over chunks are
         fp64.
 
-        Halves. For the split-half diagnostic, sums are kept in two halves. A chunk at least as large as everything
-        before it is split, whole sequences alternating; a smaller one goes to the lighter half, which saves one d x d
-        accumulation per update. Their sum, hence `covariance`, does not depend on the chunking.
+        Halves. For the split-half diagnostic, sums are kept in two halves, unless `halves` is off. A chunk at least as
+        large as everything before it is split, whole sequences alternating; a smaller one goes to the lighter half,
+        which saves one d x d accumulation per update. Their sum, hence `covariance`, does not depend on the chunking.
 
         Weights. A weighted sample counts w times in every moment; `sample_size` is Kish's (sum w)^2 / sum w^2.
         The autocorrelation ignores weights.
     """
 
-    def __init__(self, dim: int, *, null_moments: bool = False, device: Any = None, seed: int = 0):
+    def __init__(
+        self, dim: int, *, null_moments: bool = False, device: Any = None, halves: bool = True, seed: int = 0
+    ):
         if dim < 1:
             raise RMTKDError(f"SecondMoments(dim={dim}): expected at least one channel.")
         self.dim = int(dim)
         self.null_moments = bool(null_moments)
+        self.halves = bool(halves)
         self.seed = int(seed)
         self.device = _fp64_device(device) if device is not None else None
         self._pivot: Tensor | None = None  # (dim,) fp64, values representable in fp32
@@ -82,7 +86,7 @@ class SecondMoments:
         pivot = self._pivot
         if pivot is None:
             pivot = parts[0][1][0].float().mean(0).double()
-        with _exact_matmul(x.device):
+        with exact_matmul(x.device):
             moments = [(half, self._moments(*part, pivot)) for half, part in parts]
             lagged = lagged_sums(x, mask, pivot) if x.dim() > 2 else None
         # One non-finite value makes its diagonal entry non-finite: d numbers to look at instead of n x d. Nothing is
@@ -92,7 +96,7 @@ class SecondMoments:
         for half, (scalars, total, outer, null) in moments:
             self._sums["scalars"][half] += scalars.to(self.device)
             self._sums["sum"][half] += total.to(self.device)
-            self._sums["outer"][half] += outer.to(self.device)
+            self._sums["outer"][half] += packed(outer).to(self.device)
             if null is not None:
                 self._sums["null"] += null.to(self.device)
         for name, value in (lagged or {}).items():
@@ -110,7 +114,7 @@ class SecondMoments:
         if not len(rows):
             return
         rows = rows.to(work_dtype(rows))
-        with _exact_matmul(rows.device):
+        with exact_matmul(rows.device):
             outer = symmetric_product(rows, rows)
         check_finite([outer], [rows], "gradients")
         self._prepare(None, g.device)
@@ -120,8 +124,9 @@ class SecondMoments:
     def _split(self, x, mask, weight):
         counts = self._sums["scalars"][:, 0].tolist() if "scalars" in self._sums else [0.0, 0.0]
         if len(x) < 2 or x.numel() // self.dim < sum(counts):
-            return [(int(counts[1] < counts[0]), (x, mask, weight))]
-        return [(h, tuple(None if t is None else t[h::2] for t in (x, mask, weight))) for h in (0, 1)]
+            return [(int(self.halves and counts[1] < counts[0]), (x, mask, weight))]
+        # also where both go to one sum: so that what is found does not depend on whether the halves are kept apart
+        return [(h * self.halves, tuple(None if t is None else t[h::2] for t in (x, mask, weight))) for h in (0, 1)]
 
     def _moments(self, rows, weight, pivot):
         """Sums of one selection of rows (n, dim) about the pivot."""
@@ -151,7 +156,9 @@ class SecondMoments:
         if pivot is None or self._pivot is not None:
             return
         self._pivot = pivot.to(self.device, torch.float64)
-        shapes = {"scalars": (2, 3), "sum": (2, self.dim), "outer": (2, self.dim, self.dim)}
+        parts = 2 if self.halves else 1
+        outer = packed(torch.empty(self.dim, self.dim, device="meta")).shape
+        shapes = {"scalars": (parts, 3), "sum": (parts, self.dim), "outer": (parts, *outer)}
         shapes |= {"null": (self.dim, self.dim)} if self.null_moments else {}
         self._sums |= {name: self._zeros(*shape) for name, shape in (shapes | lagged_shapes(self.dim)).items()}
 
@@ -198,7 +205,19 @@ class SecondMoments:
     def covariance(self) -> Tensor:
         """(dim, dim) fp64, centred, divided by the sum of weights (not by n - 1), exactly symmetric."""
         sums = self._require()
-        return _covariance(sums["scalars"].sum(0)[1], sums["sum"].sum(0), sums["outer"].sum(0))
+        return _covariance(sums["scalars"].sum(0)[1], sums["sum"].sum(0), self._outer())
+
+    def _outer(self, half: int | None = None) -> Tensor:
+        """(dim, dim) fp64: sum of outer products of all samples, or of one half."""
+        sums = self._sums["outer"]
+        return unpacked(sums.sum(0) if half is None else sums[half], self.dim)
+
+    @property
+    def variance(self) -> Tensor:
+        """(dim,) fp64: the diagonal of `covariance`, without the rest."""
+        sums = self._require()
+        squares = self._outer().diagonal() / sums["scalars"][:, 1].sum()
+        return squares - self._offset().square()
 
     @property
     def second_moment(self) -> Tensor:
@@ -206,11 +225,12 @@ class SecondMoments:
         return self.covariance.addr_(self.mean, self.mean)
 
     def half_covariances(self) -> tuple[Tensor, Tensor] | None:
-        """Centred covariances (dim, dim) fp64 of two disjoint halves of the samples, or None when one is empty."""
+        """Centred covariances (dim, dim) fp64 of two disjoint halves of the samples, or None when one is empty, or
+        where they are not kept apart."""
         sums = self._require()
-        if not bool((sums["scalars"][:, 1] > 0).all()):
+        if not self.halves or not bool((sums["scalars"][:, 1] > 0).all()):
             return None
-        first, second = (_covariance(sums["scalars"][h, 1], sums["sum"][h], sums["outer"][h]) for h in (0, 1))
+        first, second = (_covariance(sums["scalars"][h, 1], sums["sum"][h], self._outer(h)) for h in (0, 1))
         return first, second
 
     @property
@@ -272,12 +292,11 @@ class SecondMoments:
         """Add the samples of `other`, in place; returns self.
 
         Raises:
-            RMTKDError: another number of channels, or only one of the two has null moments.
+            RMTKDError: another number of channels, or only one of the two has null moments, or halves.
         """
-        if (other.dim, other.null_moments) != (self.dim, self.null_moments):
+        if other._made != self._made:
             raise RMTKDError(
-                f"Cannot merge SecondMoments(dim={other.dim}, null_moments={other.null_moments}) into "
-                f"SecondMoments(dim={self.dim}, null_moments={self.null_moments}): both must be made alike."
+                f"Cannot merge SecondMoments({other._made}) into ({self._made}): both must be made alike."
             )
         if self.device is None:
             self.device = other.device
@@ -296,9 +315,11 @@ class SecondMoments:
         delta = self._pivot - pivot.to(self.device)
         sums = dict(self._sums)
         weight, total = sums["scalars"][:, 1], sums["sum"]
-        cross = total[:, :, None] * delta
-        square = weight[:, None, None] * torch.outer(delta, delta)
-        sums["outer"] = sums["outer"] + cross + cross.transpose(1, 2) + square
+        moved = []
+        for outer, one, w in zip(sums["outer"], total, weight, strict=True):
+            cross = torch.outer(one, delta)
+            moved.append(outer + packed(cross + cross.T + w * torch.outer(delta, delta)))
+        sums["outer"] = torch.stack(moved)
         sums["sum"] = total + weight[:, None] * delta
         return sums | shift_lagged_sums(sums, delta)
 
@@ -339,6 +360,7 @@ class SecondMoments:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain numbers only; no samples. Everything needed to go on as if never interrupted."""
         state: dict[str, Any] = {"dim": self.dim, "null_moments": int(self.null_moments), "seed": self.seed}
+        state["halves"] = int(self.halves)
         state |= {f"sums.{name}": value.clone() for name, value in self._sums.items()}
         if self._pivot is not None:
             state["pivot"] = self._pivot.clone()
@@ -351,14 +373,11 @@ class SecondMoments:
         """Inverse of `state_dict`; replaces what was accumulated.
 
         Raises:
-            RMTKDError: the state belongs to another `dim` or `null_moments`.
+            RMTKDError: the state belongs to another `dim`, `null_moments` or `halves`.
         """
-        dim, null = int(state["dim"]), bool(state["null_moments"])
-        if (dim, null) != (self.dim, self.null_moments):
-            raise RMTKDError(
-                f"The state holds dim={dim}, null_moments={null}; expected dim={self.dim}, "
-                f"null_moments={self.null_moments}."
-            )
+        made = _made(int(state["dim"]), bool(state["null_moments"]), bool(state.get("halves", True)))
+        if made != self._made:
+            raise RMTKDError(f"The state holds {made}; expected {self._made}.")
         sums = {name.removeprefix("sums."): value for name, value in state.items() if name.startswith("sums.")}
         if self.device is None and sums:
             self.device = next(iter(sums.values())).device
@@ -370,8 +389,16 @@ class SecondMoments:
             self._generator = torch.Generator(state["generator_device"])
             self._generator.set_state(state["generator"].cpu())
 
+    @property
+    def _made(self) -> str:
+        return _made(self.dim, self.null_moments, self.halves)
+
     def __repr__(self) -> str:
         return f"SecondMoments(dim={self.dim}, count={self.count}, null_moments={self.null_moments})"
+
+
+def _made(dim: int, null_moments: bool, halves: bool) -> str:
+    return f"dim={dim}, null_moments={null_moments}" + ("" if halves else ", halves=False")
 
 
 def _covariance(weight: Tensor, total: Tensor, outer: Tensor) -> Tensor:
@@ -391,21 +418,6 @@ def _fp64_device(device: Any) -> torch.device:
 def _rank() -> int:
     distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
-@contextlib.contextmanager
-def _exact_matmul(device: torch.device):
-    """Full fp32 products: no autocast, no TF32, whatever the surrounding training loop asked for."""
-    before = torch.get_float32_matmul_precision()
-    reset = device.type == "cuda" and before != "highest"
-    if reset:
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if reset:
-            torch.set_float32_matmul_precision(before)
 
 
 def _sum_over_processes(target: Any) -> Callable[[Tensor], Tensor] | None:

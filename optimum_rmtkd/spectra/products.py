@@ -1,6 +1,9 @@
-"""Products and eigenvectors of symmetric matrices."""
+"""Products and eigenvectors of symmetric matrices, and how they are held."""
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -8,10 +11,38 @@ from torch import Tensor
 from ..errors import CalibrationError
 
 
-__all__ = ["eigh", "symmetric_product"]
+__all__ = ["eigh", "exact_matmul", "packed", "symmetric_product", "unpacked"]
 
 BLOCKS = 4  # 10 of 16 blocks are computed
 BLOCKED_FROM = 512  # channels under which one product is quicker than ten
+STRIPS = 16  # 17 of 32 halves of a matrix are held
+
+
+def _strips(dim: int) -> list[tuple[slice, slice]]:
+    """(rows, columns) of strips that cover the upper triangle of a (dim, dim) matrix."""
+    edges = [round(i * dim / STRIPS) for i in range(STRIPS + 1)]
+    return [(slice(a, b), slice(a, dim)) for a, b in zip(edges, edges[1:])]
+
+
+def packed(matrix: Tensor) -> Tensor:
+    """Symmetric (dim, dim) -> (m,): strips of the upper triangle, m little over dim^2 / 2. Matrices of fewer than
+    BLOCKED_FROM channels stay as they are."""
+    dim = matrix.shape[-1]
+    return matrix if dim < BLOCKED_FROM else torch.cat([matrix[strip].flatten() for strip in _strips(dim)])
+
+
+def unpacked(strips: Tensor, dim: int) -> Tensor:
+    """Inverse of `packed`."""
+    if dim < BLOCKED_FROM:
+        return strips
+    matrix, at = strips.new_empty(dim, dim), 0
+    for rows, columns in _strips(dim):
+        height, width = rows.stop - rows.start, dim - rows.start
+        strip = strips[at : at + height * width].reshape(height, width)
+        matrix[rows, columns] = strip
+        matrix[columns, rows] = strip.T
+        at += height * width
+    return matrix
 
 
 def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
@@ -46,3 +77,18 @@ def eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:
     # An eigenvector is defined up to its sign only; LAPACK's choice differs between builds.
     largest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return values, vectors * torch.where(largest < 0, -1.0, 1.0).to(vectors)
+
+
+@contextlib.contextmanager
+def exact_matmul(device: torch.device) -> Iterator[None]:
+    """Full fp32 products: no autocast, no TF32, whatever the surrounding training loop asked for."""
+    before = torch.get_float32_matmul_precision()
+    reset = device.type == "cuda" and before != "highest"
+    if reset:
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if reset:
+            torch.set_float32_matmul_precision(before)

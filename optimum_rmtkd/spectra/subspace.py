@@ -18,7 +18,7 @@ from .products import eigh
 from .spectrum import Edge, Spectrum
 
 
-__all__ = ["SignalSubspace", "signal_subspace", "spectrum_of"]
+__all__ = ["SignalSubspace", "check_varies", "signal_subspace", "spectrum_of"]
 
 
 @dataclass(frozen=True)
@@ -170,16 +170,9 @@ def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spec
         RMTKDError: n_effective is neither "none", "auto" nor a number above 1.
     """
     covariance = moments.covariance
-    if moments.count < 2:
-        raise CalibrationError(
-            f"Got {moments.count} sample(s): a covariance needs at least 2; pass more calibration data."
-        )
+    _check_varies(moments, covariance.diagonal())
     values, vectors = eigh(covariance)
-    if not values[0] > 0:
-        raise CalibrationError(
-            f"The {moments.count} samples of {moments.dim} channels are all equal: no variance, no spectrum. Check "
-            "that the hook sits on an activation that depends on the input."
-        )
+    _check_varies(moments, values)
     null = moments.null_covariance
     n, times = _sample_size(moments, n_effective, values, vectors)
     return Spectrum(
@@ -192,6 +185,27 @@ def spectrum_of(moments: SecondMoments, n_effective: str | int = "none") -> Spec
         vectors=vectors,
         null_eigenvalues=None if null is None else torch.linalg.eigvalsh(null).flip(0),
     )
+
+
+def check_varies(moments: SecondMoments) -> None:
+    """Refuse what has no spectrum, without computing it.
+
+    Raises:
+        CalibrationError: fewer than 2 samples, constant activations.
+    """
+    _check_varies(moments, moments.variance)
+
+
+def _check_varies(moments: SecondMoments, variances: Tensor) -> None:
+    if moments.count < 2:
+        raise CalibrationError(
+            f"Got {moments.count} sample(s): a covariance needs at least 2; pass more calibration data."
+        )
+    if bool((variances <= 0).all()):
+        raise CalibrationError(
+            f"The {moments.count} samples of {moments.dim} channels are all equal: no variance, no spectrum. Check "
+            "that the hook sits on an activation that depends on the input."
+        )
 
 
 @dataclass(frozen=True)

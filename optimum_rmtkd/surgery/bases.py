@@ -16,6 +16,8 @@ from .linalg import check_finite, cholesky, eigh, qr, svd
 
 __all__ = [
     "Projection",
+    "Selection",
+    "encoding",
     "fisher_directions",
     "head_projection",
     "identity_projection",
@@ -43,6 +45,36 @@ class Projection:
     decode: torch.Tensor
     index: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+
+
+class Selection(Projection):
+    """A cut that keeps the features `index` (k,) out of d: its encode, zeros and ones, is made whenever it is asked
+    for; it would take as much memory as all the rest.
+
+    Args:
+        decode: (d, k) fp64.
+        index: (k,).
+        width: d.
+    """
+
+    def __init__(self, decode: torch.Tensor, index: torch.Tensor, width: int):
+        for name, value in (("decode", decode), ("index", index), ("offset", None), ("width", width)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def encode(self) -> torch.Tensor:
+        """(d, k) fp64."""
+        encode = torch.zeros(self.width, len(self.index), dtype=self.decode.dtype)
+        encode[self.index, torch.arange(len(self.index))] = 1.0
+        return encode
+
+
+def encoding(cut: Projection) -> Projection:
+    """A cut without its decode, which is read once, when layers are filled."""
+    none = cut.decode.new_empty(0)
+    if isinstance(cut, Selection):
+        return Selection(none, cut.index, cut.width)
+    return Projection(cut.encode, none, cut.index)
 
 
 def identity_projection(width: int) -> Projection:
@@ -191,7 +223,7 @@ def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
         CalibrationError: the moment is not finite, or not positive definite.
     """
     if len(index) == len(moment):
-        return Projection(*[torch.eye(len(moment), dtype=moment.dtype)[:, index]] * 2, index)
+        return Selection(torch.eye(len(moment), dtype=moment.dtype)[:, index], index, len(moment))
     # in units of each feature's own size, so that jitter means the same to all of them
     size = moment.diagonal().clamp_min(0).sqrt()
     size = torch.where(size > 0, size, torch.ones_like(size))
@@ -200,9 +232,7 @@ def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
     decode = torch.cholesky_solve(alike[:, index].T.contiguous(), factor).T * size[:, None] / size[index]
     # what is kept predicts itself, also where it was silent in the data and its moment is null
     decode[index] = torch.eye(len(index), dtype=moment.dtype)
-    encode = torch.zeros(len(moment), len(index), dtype=moment.dtype)
-    encode[index, torch.arange(len(index))] = 1.0
-    return Projection(encode, decode, index)
+    return Selection(decode, index, len(moment))
 
 
 def value_directions(context: torch.Tensor, effect: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

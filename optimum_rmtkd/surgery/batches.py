@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from .sites import Anatomy, Site, get_module, has_module, linear_layers
 __all__ = ["check_batches", "check_cross_attention"]
 
 
-def check_batches(model: nn.Module, batches: list[dict[str, Any]]) -> None:
+def check_batches(model: nn.Module, batches: Sequence[dict[str, Any]]) -> None:
     """What can be said of the data without running it.
 
     Raises:
@@ -165,7 +165,7 @@ def _check_ids(model: nn.Module, name: str, rows: int | None, found: list[torch.
 
 
 def check_cross_attention(
-    model: nn.Module, batches: list[dict[str, Any]], anatomy: Anatomy, sites: Iterable[Site]
+    model: nn.Module, batches: Sequence[dict[str, Any]], anatomy: Anatomy, sites: Iterable[Site]
 ) -> None:
     """A decoder with cross attention reads a second stream, which data and declaration have to know of.
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from ..config import RMTKDConfig
 from ..errors import BudgetError
-from ..models import count_parameters
-from .sites import Anatomy, Site, Unit, get_module, is_layer, linear_shape, module_parameters, unit_delta
+from .costs import Additive, flops_of, parameters_of, site_widths
+from .sites import Site
 
 
 __all__ = [
@@ -55,8 +54,8 @@ class Couple:
         step: widths are multiples of this, the full width excepted.
         stride: how far one move of the allocation goes, a multiple of `step`.
         damage: (width + 1,) fp64 predicted loss by width, summed over members.
-        score: (width,) eigenvalue over noise edge of each direction, descending; empty where unknown.
-        rank: width that the spectral edge asks for.
+        score: (width,) eigenvalue over noise edge of each direction, descending; empty where nothing reads it.
+        rank: width that the spectral edge asks for; None where nothing reads it.
     """
 
     name: str
@@ -67,7 +66,7 @@ class Couple:
     stride: int
     damage: torch.Tensor
     score: torch.Tensor
-    rank: int
+    rank: int | None
 
     def on_grid(self, config: RMTKDConfig) -> Couple:
         """The same with the floor, step and stride of another recipe."""
@@ -113,87 +112,6 @@ def couple_grid(site: Site, config: RMTKDConfig) -> tuple[int, int, int]:
     floor = min(full, -(-least // step) * step)
     stride = max(step, full // 64 // step * step)
     return floor, step, stride
-
-
-def site_widths(couples: Mapping[str, int], anatomy: Anatomy) -> dict[str, int]:
-    """{site: all features} from {couple: features of a group}; the pooler follows the stream even where it is absent.
-
-    Factors of full rank are no cut, nor is a table's factor that is not thinner than the stream it feeds: such sites
-    are left out.
-    """
-    stream = couples.get("hidden", float("inf"))
-    widths = {}
-    for site in anatomy.sites.values():
-        width = couples.get(site.couple)
-        factored = site.kind in ("embedding", "linear")
-        if width is None or (factored and width >= min(site.width, stream if site.kind == "embedding" else width + 1)):
-            continue
-        widths[site.name] = width * site.groups
-    if "hidden" in couples:
-        widths["pooler"] = couples["hidden"]
-    return widths
-
-
-def _is_tied(model: nn.Module, unit: Unit) -> bool:
-    """A decoder whose table is counted, and cut, elsewhere."""
-    return unit.factor == "hidden"
-
-
-def parameters_of(
-    model: nn.Module, anatomy: Anatomy, scope: list[Unit] | None = None
-) -> Callable[[Mapping[str, int]], int]:
-    """A function from {couple: width} to the parameter count of the narrowed model (with `scope`: of these units)."""
-    units = [
-        (u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if is_layer(model, u.path)
-    ]
-
-    def size(unit: Unit, module: nn.Module, widths: dict[str, int]) -> int:
-        delta = unit_delta(unit, module, widths)
-        if _is_tied(model, unit):
-            return delta.get("rank", getattr(module, "rank", 0)) * module.in_features
-        return module_parameters(module, delta)
-
-    fixed = 0 if scope is not None else count_parameters(model) - sum(size(u, m, {}) for u, m in units)
-
-    def count(couples: Mapping[str, int]) -> int:
-        widths = site_widths(couples, anatomy)
-        return fixed + sum(size(u, m, widths) for u, m in units)
-
-    return count
-
-
-def flops_of(
-    model: nn.Module, anatomy: Anatomy, positions: Mapping[str, float], scope: list[Unit] | None = None
-) -> Callable[[Mapping[str, int]], float]:
-    """A function from {couple: width} to the FLOPs of one sample, 2 a multiply-add: all linear layers, convolutions
-    and attention products (with `scope`: of these units).
-
-    Args:
-        positions: {spec path: positions of a sample it is applied to}, of every layer that counts.
-    """
-    units = [
-        (u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if u.path in positions
-    ]
-    fixed = set(positions) - {u.path for u in anatomy.units} if scope is None else ()
-    units += [(Unit(path), get_module(model, path)) for path in sorted(fixed)]
-    # products with the keys and with the values: 2 L^2 a feature each; queries and keys are two units that share one
-    pairs = {"attention_qk": 1.0, "attention_vo": 2.0}
-    attention = {s.name: pairs[s.kind] for s in anatomy.sites.values() if s.kind in pairs}
-
-    def count(couples: Mapping[str, int]) -> float:
-        widths = site_widths(couples, anatomy)
-        total = 0.0
-        for unit, module in units:
-            shape, delta = linear_shape(module), unit_delta(unit, module, widths)
-            inputs, outputs = delta.get("in", shape[0]), delta.get("out", shape[1])
-            rank = delta.get("rank", getattr(module, "rank", None))
-            products = inputs * outputs * shape[2] if rank is None else rank * (inputs + outputs)
-            total += 2.0 * products * positions[unit.path]
-            if unit.writes in attention:
-                total += attention[unit.writes] * positions[unit.path] ** 2 * outputs
-        return total
-
-    return count
 
 
 def speed_weight_of(config: RMTKDConfig) -> float:
@@ -397,8 +315,13 @@ def _descend(
         if couple.name in pinned:
             take(couple, pinned[couple.name], size - cost({**widths, couple.name: pinned[couple.name]}))
     free = [c for c in couples if c.name not in pinned]
+    everything = {c.name for c in free}
+    offered: dict[str, list[tuple]] = {}
     while size > goal:
-        moves = [m for c in free for m in _moves(c, widths, size, cost, local[c.name], config)]
+        for c in free:
+            if c.name not in offered:
+                offered[c.name] = _moves(c, widths, size, cost, local[c.name], config)
+        moves = [m for c in free for m in offered[c.name]]
         if not moves:
             raise _Stuck(size, curve)
         fitting = [m for m in moves if size - m[1] >= goal - TOLERANCE * whole]
@@ -407,6 +330,9 @@ def _descend(
         else:
             _, saved, couple, width = min(moves, key=lambda m: m[1])
         take(couple, width, saved)
+        # what the others offer is what it was, unless a unit of theirs is one of this couple's, too
+        for name in cost.neighbours(couple.name) if isinstance(cost, Additive) else everything:
+            offered.pop(name, None)
     return curve, widths
 
 

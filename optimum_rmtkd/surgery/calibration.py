@@ -113,6 +113,7 @@ class Calibration:
         config: sample_unit, tokens_per_sequence, edge_estimator and seed are read.
         null_moments: also accumulate the moments of sign-flipped data, which the estimator "signflip" needs; always
             done where it is the recipe's.
+        halves: keep the moments of two halves of the data apart, see `SecondMoments`.
 
     Attributes:
         moments: {point: SecondMoments}; those of the gradient are in `gradient_moment`.
@@ -125,8 +126,10 @@ class Calibration:
         gradients: Iterable[Point],
         config: RMTKDConfig,
         null_moments: bool = False,
+        halves: bool = True,
     ):
         self.points, self.gradients, self.config = tuple(points), frozenset(gradients), config
+        self.halves = halves
         self.null_moments = null_moments or needs_null_moments(config.edge_estimator)
         self.moments: dict[Point, SecondMoments] = {}
         self.batches_seen = self.samples_seen = 0
@@ -140,7 +143,11 @@ class Calibration:
     def _moments_at(self, point: Point, dim: int, device: torch.device) -> SecondMoments:
         if point not in self.moments:
             self.moments[point] = SecondMoments(
-                dim, null_moments=self.null_moments and not point.whole, device=device, seed=self.config.seed
+                dim,
+                null_moments=self.null_moments and not point.whole,
+                device=device,
+                halves=self.halves,
+                seed=self.config.seed,
             )
         return self.moments[point]
 
@@ -198,6 +205,11 @@ class Calibration:
                 f"{self.batches_seen}: {error}"
             ) from error
 
+    def keep(self, points: Iterable[Point]) -> None:
+        """Let go of the moments at all other points."""
+        kept = set(points)
+        self.moments = {point: moments for point, moments in self.moments.items() if point in kept}
+
     def all_reduce(self, accelerator: Any) -> None:
         """Sum over processes; every process ends with the same moments."""
         for point in self.points:
@@ -240,7 +252,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 def calibrate(
-    model: nn.Module, batches: list[dict[str, Any]], calibration: Calibration, *, progress: bool = True
+    model: nn.Module, batches: Sequence[dict[str, Any]], calibration: Calibration, *, progress: bool = True
 ) -> Calibration:
     """Let `batches` flow through `model` (eval mode), going on where `calibration` stands.
 

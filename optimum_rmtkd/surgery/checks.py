@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def check_flops(
     model: PreTrainedModel,
     anatomy: Anatomy,
     sites: list[Site],
-    batches: list[dict[str, Any]],
+    batches: Sequence[dict[str, Any]],
     config: RMTKDConfig,
     target: float | None,
 ) -> None:
@@ -106,7 +106,7 @@ def check_flops(
         check_reachable(sites, flops, (1 - target) * flops({}), flops({}), config, "FLOPs")
 
 
-def positions_of(model: PreTrainedModel, batches: list[dict[str, Any]]) -> dict[str, float]:
+def positions_of(model: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
     """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling length."""
     positions: dict[str, float] = {}
     batch = batches[len(batches) // 2]

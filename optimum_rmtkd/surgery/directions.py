@@ -177,15 +177,19 @@ def neuron_directions(
 ) -> Directions:
     """Element-wise sites (feed-forward neurons, channels, a pooler): select by pivoted Cholesky, compensate."""
     reader = _unit_reading(model, anatomy, site)
-    moments = calibration.moments[site.points[0]]
-    moment = _moment(model, reader, moments)
+    point, count = site.points[0], calibration.moments[site.points[0]].count
     if reader is None:
         effect = torch.ones(site.width, dtype=torch.float64)
     else:
         weight = _weight_behind(model, reader)
         metric = _metric_behind(model, anatomy, reader, calibration)
         effect = torch.einsum("oik,op,pik->i", weight, metric, weight).clamp_min(0)
-    moment = never_free(moment, effect, moments.count)
+
+    def whole() -> torch.Tensor:
+        # made twice rather than held until the cut: these are the largest matrices of a network
+        return never_free(_moment(model, reader, calibration.moments[point]), effect, count)
+
+    moment = whole()
     if basis == "random":
         generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
         order = torch.randperm(site.width, generator=generator)
@@ -194,7 +198,7 @@ def neuron_directions(
         order, residual = neuron_order(moment, effect.sqrt())
 
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
-        return {"": neuron_projection(moment, order[:width].sort().values)}
+        return {"": neuron_projection(whole(), order[:width].sort().values)}
 
     return Directions(site, residual, cut)
 

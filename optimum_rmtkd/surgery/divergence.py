@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ LOOKED_AT = 4  # batches: a warning needs no more, and a cut costs a multiple of
 
 
 @torch.no_grad()
-def mean_divergence(teacher: nn.Module, student: nn.Module, batches: list[dict[str, Any]]) -> float | None:
+def mean_divergence(teacher: nn.Module, student: nn.Module, batches: Sequence[dict[str, Any]]) -> float | None:
     """Mean Kullback-Leibler divergence of the student's answers from the teacher's, in nats an answer, over a few
     batches spread over all of them.
 
@@ -48,7 +49,7 @@ def answers_per_sample(given: Answers) -> float:
     return given.count / len(given.logits)
 
 
-def _spread(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _spread(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """At most LOOKED_AT of the batches, evenly spaced: they may be sorted by length."""
     taken = min(LOOKED_AT, len(batches))
     return [batches[(2 * i + 1) * len(batches) // (2 * taken)] for i in range(taken)]

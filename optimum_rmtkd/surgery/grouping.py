@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..batches import LABELS, evaluating, run
+from ..batches import LABELS, Store, evaluating, run
 from ..errors import UnsupportedArchitectureError
 from ..models import nearly_equal
 from .calibration import observed, token_mask
@@ -21,7 +21,9 @@ __all__ = ["by_length"]
 TOKENS = ("input_ids", "attention_mask", "token_type_ids")  # one entry a token
 
 
-def by_length(model: nn.Module, batches: list[dict[str, Any]], points: Iterable[Point]) -> list[dict[str, Any]]:
+def by_length(
+    model: nn.Module, batches: Sequence[dict[str, Any]], points: Iterable[Point]
+) -> Sequence[dict[str, Any]]:
     """The same samples in batches of like length, without the padding that those then have in common; no batch has
     more positions than the largest had before, so short sentences come in larger batches.
 
@@ -40,21 +42,25 @@ def by_length(model: nn.Module, batches: list[dict[str, Any]], points: Iterable[
     names = _over_tokens(batches)
     if names is None:
         return batches
-    samples = [
-        {k: v[i : i + 1] for k, v in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))
-    ]
-    lengths = [int(sample["attention_mask"].sum()) for sample in samples]
-    order = sorted(range(len(samples)), key=lengths.__getitem__)
+    lengths = [int(length) for batch in batches for length in batch["attention_mask"].sum(-1)]
+    places = [(b, row) for b, batch in enumerate(batches) for row in range(len(batch["input_ids"]))]
+
+    def sample(i: int) -> dict[str, torch.Tensor]:
+        batch, row = places[i]
+        return {k: v[row : row + 1] for k, v in batches[batch].items()}
+
+    order = sorted(range(len(places)), key=lengths.__getitem__)
     room = max(batch["attention_mask"].numel() for batch in batches)
     chunks: list[list[int]] = [[]]
     for i in order:
         if chunks[-1] and (len(chunks[-1]) + 1) * max(lengths[i], 1) > room:
             chunks.append([])
         chunks[-1].append(i)
-    trial = [samples[order[at]] for at in (0, len(order) // 2, -1)]
+    trial = [sample(order[at]) for at in (0, len(order) // 2, -1)]
     if not _same_either_way(model, trial, names, points):
         return batches
-    return [_stack([samples[i] for i in chunk], names, lengths[chunk[-1]]) for chunk in chunks]
+    grouped = (_stack([sample(i) for i in chunk], names, lengths[chunk[-1]]) for chunk in chunks)
+    return Store(trial[0]["input_ids"].device, grouped)
 
 
 def _allows(model: nn.Module) -> bool:
@@ -90,7 +96,7 @@ def _inert_label(labels: torch.Tensor, mask: torch.Tensor) -> bool:
     return not labels.is_floating_point() and bool((labels[mask == 0] == -100).all())
 
 
-def _over_tokens(batches: list[dict[str, torch.Tensor]]) -> set[str] | None:
+def _over_tokens(batches: Sequence[dict[str, torch.Tensor]]) -> set[str] | None:
     """Names of what has one entry a token; None where a column cannot be told apart in all batches, or stacked."""
     names = set()
     for name, first in batches[0].items():

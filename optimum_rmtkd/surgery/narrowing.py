@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ..errors import RMTKDError
 from ..modeling_rmtkd import VERSION, TernaryMLP
 from ..models import rebuilt
-from .bases import Projection
+from .bases import Projection, encoding
 from .budget import site_widths
 from .directions import dense_table, dense_weight
 from .sites import Anatomy, Unit, get_module, has_module, is_layer, unit_delta
@@ -36,6 +36,10 @@ class Cuts:
         """The projection of a site as the unit at `path` sees it; None where the site is not cut."""
         found = self.projections.get(site)
         return None if found is None else found.get(path, found.get(""))
+
+    def encodings(self) -> Cuts:
+        """The same for what is written alone: nothing can be initialised from them any more."""
+        return Cuts({s: {path: encoding(p) for path, p in found.items()} for s, found in self.projections.items()})
 
 
 def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..batches import to_device
+from ..batches import Store, to_device
 from ..errors import RMTKDError
 from .leaving import leave_in_order
 
@@ -63,13 +63,26 @@ def from_main(value: Any, accelerator: Any) -> Any:
     return broadcast_object_list([value], from_process=0)[0]
 
 
-def all_batches(batches: list[dict[str, Any]], device: torch.device, accelerator: Any) -> list[dict[str, Any]]:
-    """The batches of all processes, rank after rank: the refit runs where all data are."""
+def all_batches(batches: Sequence[dict[str, Any]], device: torch.device, accelerator: Any) -> Sequence[dict[str, Any]]:
+    """The batches of all processes, rank after rank: the refit runs where all data are. They travel one by one, so
+    that no process holds more of them in memory than its `Store` does."""
     if not several(accelerator):
         return batches
-    from accelerate.utils import gather_object
+    from accelerate.utils import broadcast_object_list, gather_object
 
-    return to_device(gather_object(to_device(batches, "cpu")), device)
+    counts, gathered, failure = gather_object([len(batches)]), Store(device), None
+    for rank, count in enumerate(counts):
+        mine = rank == accelerator.process_index
+        for index in range(count):
+            sent = broadcast_object_list([to_device(batches[index], "cpu") if mine else None], from_process=rank)
+            try:
+                gathered.append(sent[0])
+            except RMTKDError as error:  # a full disk: the others would wait for the next batch
+                failure = error
+    with one_for_all(accelerator):
+        if failure is not None:
+            raise failure
+    return gathered
 
 
 def broadcast_model(student: nn.Module, projections: dict[str, torch.Tensor], accelerator: Any) -> None:

@@ -168,10 +168,11 @@ def narrow(
     config = config or RMTKDConfig()
     if config.schedule == "none":
         raise RMTKDError("schedule='none' cuts nothing, and narrow is one cut: leave the schedule out.")
-    reduction = reduce(model, dataloader, config, progress=progress, trust_edges=asks_for_edges(config))
-    if has_target(config):  # else reduce has looked at it
-        _warn_of(reduction.divergence)
-    return reduction.model
+    # nobody sees the spectra: they are not computed where a budget decides
+    done = _cut(model, dataloader, config, progress=progress, trust_edges=asks_for_edges(config), reported=False)
+    if has_target(config):  # else _cut has looked at it
+        _warn_of(done.divergence)
+    return done.student
 
 
 def narrow_to(
@@ -189,7 +190,7 @@ def narrow_to(
     if wrong:
         raise RMTKDError(f"Widths {wrong}: expected a couple and at most its width a group, of {known}.")
     names = [site.name for site in anatomy.sites.values() if site.couple in couples]
-    return Surgeon(model, dataloader, config, names, progress=progress).operate(dict(couples))[0]
+    return Surgeon(model, dataloader, config, names, progress=progress).operate(dict(couples), last=True)[0]
 
 
 def reduce(
@@ -204,6 +205,8 @@ def reduce(
     trust_edges: bool | None = None,
 ) -> Reduction:
     """One cut, with all that a trainer wants to know of it; `model` is left untouched.
+
+    The report wants the spectra of all sites, an eigendecomposition and more of each, which `narrow` does without.
 
     Args:
         target_reduction: overrides the recipe's; like it, a share of the parameters before the first cut.
@@ -221,6 +224,42 @@ def reduce(
     """
     if trust_edges is None:
         trust_edges = asks_for_edges(config) or config.schedule == "layerwise"
+    done = _cut(model, dataloader, config, target_reduction, sites, accelerator, progress, trust_edges)
+    widths = site_widths(done.plan.couples, done.surgeon.anatomy)
+    records = tuple(
+        SiteRecord(s.name, s.kind, s.width, s.planned, s.subspace.edge, s.subspace.rank)
+        for s in done.report.sites
+        if s.name in widths
+    )
+    sizes = count_parameters(model), count_parameters(done.student)
+    costs = done.predicted_loss, done.surgeon.loss_unit, done.divergence
+    return Reduction(done.student, done.projections, records, *sizes, done.report, *costs)
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A cut that was made; `report` where it was asked for, the rest as in `Reduction`."""
+
+    surgeon: Surgeon
+    plan: Plan
+    student: PreTrainedModel
+    projections: dict[str, torch.Tensor]
+    report: SpectralReport | None
+    predicted_loss: float | None
+    divergence: float | None
+
+
+def _cut(
+    model: PreTrainedModel,
+    dataloader: Iterable,
+    config: RMTKDConfig,
+    target_reduction: float | None = None,
+    sites: Iterable[str] | None = None,
+    accelerator: Any = None,
+    progress: bool = True,
+    trust_edges: bool = False,
+    reported: bool = True,
+) -> _Cut:
     asked = config.target_reduction if target_reduction is None else target_reduction
     targets = {"target_reduction": asked, "target_flops": config.target_flops if asked is None else None}
     by_edge = targets == {"target_reduction": None, "target_flops": None}
@@ -230,23 +269,18 @@ def reduce(
         plan = surgeon.plan(target_reduction)
     plan = from_main(plan, accelerator)
     with one_for_all(accelerator):
-        student, projections = surgeon.operate(plan.couples)
+        # before the cut: what is wrong with a spectrum should show now, and the moments are not needed after it
+        report = surgeon.report(*plan) if reported else None
+        student, projections = surgeon.operate(plan.couples, last=True)
     broadcast_model(student, projections, accelerator)
     with one_for_all(accelerator):
-        costs = surgeon.predicted_loss(plan.couples), surgeon.loss_unit, surgeon.divergence(student)
-    predicted, unit, divergence = from_main(costs, accelerator)
+        predicted = surgeon.predicted_loss(plan.couples) if reported or by_edge else None
+        costs = predicted, surgeon.divergence(student)
+    predicted, divergence = from_main(costs, accelerator)
     # one layer of many (schedule="layerwise") is no cut to judge by itself
     if by_edge and sites is None and (accelerator is None or accelerator.is_main_process):
-        _say_of_edges(surgeon, predicted if unit == "nats" else None, divergence)
-    report = surgeon.report(*plan)
-    widths = site_widths(plan.couples, surgeon.anatomy)
-    records = tuple(
-        SiteRecord(s.name, s.kind, s.width, s.planned, s.subspace.edge, s.subspace.rank)
-        for s in report.sites
-        if s.name in widths
-    )
-    sizes = count_parameters(model), count_parameters(student)
-    return Reduction(student, projections, records, *sizes, report, predicted, unit, divergence)
+        _say_of_edges(surgeon, predicted if surgeon.loss_unit == "nats" else None, divergence)
+    return _Cut(surgeon, plan, student, projections, report, predicted, divergence)
 
 
 def _say_of_edges(surgeon: Surgeon, *nats: float | None) -> None:

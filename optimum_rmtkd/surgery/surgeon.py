@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..batches import evaluating, run
+from ..batches import evaluating, first_samples, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import (
@@ -29,6 +29,7 @@ from ..models import (
 from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from ..spectra.edges import find_estimator
 from ..spectra.separation import doubt
+from ..spectra.subspace import check_varies
 from .budget import (
     BudgetPoint,
     Couple,
@@ -56,17 +57,21 @@ from .report import SiteSpectrum, SpectralReport
 from .sites import Point, Site, Unit, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
-from .untargeted import SHARES, asks_for_edges, curve_table, no_target
+from .untargeted import SHARES, asks_for_edges, curve_table, has_target, no_target
 from .variety import check_variety, warn_of_few
 
 
 __all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
 
+LOOKED_AT = 4  # samples that show what a head reads
 TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
 
 
 class Surgeon:
     """Everything known about one model before it is cut; `plan` and `operate` are the two things to do with it.
+
+    Spectra cost an eigendecomposition a site and more, which is most of a plan's time. They are computed where they
+    decide (widths by the edge, allocation="edge") and where they are reported, and once.
 
     `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
     that the estimator "signflip" needs (`null_moments`: those alone). A `target_reduction` that is out of reach is
@@ -106,14 +111,14 @@ class Surgeon:
             check_behaviour(model, batches[0])
             twin = twin_of(model)
             if any(site.kind == "hidden" for site in self.sites):
-                self.anatomy = with_traced_reads(twin, self.anatomy, batches[0])
+                self.anatomy = with_traced_reads(twin, self.anatomy, first_samples(batches[0], LOOKED_AT))
                 self.sites = select_sites(self.anatomy, wanted)
             self.teacher = fold_norms(twin, self.anatomy)
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
             check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
             self.calibration = Calibration(
-                points, self._gradient_points(), config, null_moments=thorough or null_moments
+                points, self._gradient_points(), config, null_moments=thorough or null_moments, halves=thorough
             )
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
@@ -182,22 +187,41 @@ class Surgeon:
         points = [p for p in site.points if p.side == "output"] or [p for p in site.points if not p.whole]
         return self.calibration.moments[points[len(points) // 2]]
 
-    def couples(self) -> list[Couple]:
-        """The widths there are to decide, each with what it costs to narrow it."""
+    def couples(self, spectra: bool = False) -> list[Couple]:
+        """The widths there are to decide, each with what it costs to narrow it; with `spectra` also what these say."""
+        return [self._couple(name, members, spectra) for name, members in self._members().items()]
+
+    def _members(self) -> dict[str, tuple[Site, ...]]:
+        """{couple: its sites}"""
         grouped: dict[str, list[Site]] = {}
         for site in self.sites:
             grouped.setdefault(site.couple, []).append(site)
-        return [self._couple(name, tuple(members)) for name, members in grouped.items()]
+        return {name: tuple(sites) for name, sites in grouped.items()}
 
-    def _couple(self, name: str, members: tuple[Site, ...]) -> Couple:
-        lead = next(site for site in members if site.kind != "pooled")
+    def _damage(self, members: tuple[Site, ...]) -> torch.Tensor:
+        return sum(self.directions_of(site).damage for site in members if site.kind != "pooled")
+
+    def _couple(self, name: str, members: tuple[Site, ...], spectra: bool) -> Couple:
+        own = [site for site in members if site.kind != "pooled"]
+        lead, score, rank = own[0], torch.empty(0), None
+        for site in own:
+            self._check_varies(site)
         floor, step, stride = couple_grid(lead, self.config)
-        damage = sum(self.directions_of(site).damage for site in members if site.kind != "pooled")
-        subspaces = [self.subspace_of(site) for site in members if site.kind != "pooled"]
-        score = torch.stack([_group_means(_over_edge(s), lead) for s in subspaces]).mean(0)
-        rank = max(math.ceil(s.rank / lead.groups) for s in subspaces)
-        rank = min(lead.group_width, max(floor, -(-rank // step) * step))
+        damage = self._damage(members)
+        if spectra:
+            subspaces = [self.subspace_of(site) for site in own]
+            score = torch.stack([_group_means(_over_edge(s), lead) for s in subspaces]).mean(0)
+            rank = max(math.ceil(s.rank / lead.groups) for s in subspaces)
+            rank = min(lead.group_width, max(floor, -(-rank // step) * step))
         return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
+
+    def _check_varies(self, site: Site) -> None:
+        """A constant activation is refused whether or not its spectrum is asked for."""
+        moments = self._observed(site)
+        try:
+            check_varies(moments)
+        except CalibrationError as error:
+            raise CalibrationError(f"Site {site.name!r}, {moments.count} samples: {error}") from error
 
     def plan(self, target_reduction: float | None = None) -> Plan:
         """Widths by budget where there is a target, else by the spectral edges that mean something.
@@ -206,10 +230,11 @@ class Surgeon:
             BudgetError: the target cannot be reached, or already is.
             NoTargetError: no target, and no edge that says how far to cut.
         """
-        couples = self.couples()
+        by_edges = target_reduction is None and not has_target(self.config)
+        couples = self.couples(spectra=by_edges or self.config.allocation == "edge")
         parameters = parameters_of(self.teacher, self.anatomy)
         target = self.config.target_reduction if target_reduction is None else target_reduction
-        if target is None and self.config.target_flops is None:
+        if by_edges:
             return self._plan_by_edges(couples, parameters)
         positions = _positions(self.teacher, self.batches)
         flops = flops_of(self.teacher, self.anatomy, positions)
@@ -276,7 +301,8 @@ class Surgeon:
         """What a cut to {couple: features of a group} is predicted to cost, in `loss_unit`; None without a unit."""
         if self.loss_unit is None:
             return None
-        lost = sum(float(c.damage[couples.get(c.name, c.width)]) for c in self.couples())
+        damages = {name: self._damage(members) for name, members in self._members().items()}
+        lost = sum(float(damage[couples.get(name, len(damage) - 1)]) for name, damage in damages.items())
         return lost / (self.answers if self.loss_unit == "nats" else 1.0)
 
     def divergence(self, student: PreTrainedModel) -> float | None:
@@ -315,9 +341,14 @@ class Surgeon:
             tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict(), round_to
         )
 
-    def operate(self, couples: dict[str, int]) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-        """The narrow model for {couple: features of a group}, and its projections."""
-        cuts = self._cuts(couples)
+    def operate(self, couples: dict[str, int], last: bool = False) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
+        """The narrow model for {couple: features of a group}, and its projections.
+
+        Args:
+            last: nothing else will be asked of the moments: they are let go on the way, before the student and the
+                refit need memory.
+        """
+        cuts = self._cuts(couples, last)
         former = provenance_of(self.source)
         provenance = {
             "base_model": former.get("base_model", _origin(self.source.config._name_or_path)),
@@ -327,6 +358,7 @@ class Surgeon:
         student = build_student(self.teacher, self.anatomy, couples, self.config.to_dict(), provenance)
         initialise(student, self.teacher, self.anatomy, cuts)
         student.tie_weights()
+        cuts = cuts.encodings()
         self._try_out(student)
         if self.config.refit and self.config.form == "absorbed":
             refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
@@ -344,15 +376,22 @@ class Surgeon:
                 "form='factored'."
             ) from error
 
-    def _cuts(self, couples: dict[str, int]) -> Cuts:
+    def _cuts(self, couples: dict[str, int], last: bool) -> Cuts:
         chosen, stream, cut = {}, None, site_widths(couples, self.anatomy)
         order = sorted(self.anatomy.sites.values(), key=lambda site: site.kind != "hidden")
+        order = [site for site in order if site.name in cut]
         for site in order:
-            if site.name in cut:
-                with _naming(site):
-                    chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
-                if site.kind == "hidden":
-                    stream = chosen[site.name][""]
+            self.directions_of(site)
+        for at, site in enumerate(order):
+            if last:
+                still = {point for other in order[at:] for point in other.points}
+                self.calibration.keep(still)
+            with _naming(site):
+                chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
+            if site.kind == "hidden":
+                stream = chosen[site.name][""]
+        if last:
+            self.calibration.keep(())
         return Cuts(chosen)
 
     def _stream_projection(self, cuts: Cuts) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ __all__ = ["checked_batches", "try_out"]
 
 def checked_batches(
     model: nn.Module, dataloader: Iterable, samples: int, anatomy: Anatomy, sites: Sequence[Site]
-) -> list[dict[str, Any]]:
+) -> Sequence[dict[str, Any]]:
     """The first `samples` samples of a dataloader, on the device of `model`, which can run on them and be cut by them.
 
     Args:
@@ -39,7 +39,7 @@ def checked_batches(
 
 
 @torch.no_grad()
-def try_out(model: nn.Module, batches: list[dict[str, Any]], points: Iterable[Point]) -> None:
+def try_out(model: nn.Module, batches: Sequence[dict[str, Any]], points: Iterable[Point]) -> None:
     """Run the longest batch, and a sample of every batch of another form; nothing is left behind.
 
     Args:
@@ -69,7 +69,7 @@ def try_out(model: nn.Module, batches: list[dict[str, Any]], points: Iterable[Po
         )
 
 
-def _telling(batches: list[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
+def _telling(batches: Sequence[dict[str, Any]]) -> list[tuple[int, dict[str, Any]]]:
     """(number, batch): those with the most positions and with the most real tokens in a row whole, and one sample each
     of those whose columns, dtypes, flags or image sizes none before had."""
     longest = max(range(len(batches)), key=lambda i: _positions(batches[i]))

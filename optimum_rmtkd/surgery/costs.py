@@ -1,0 +1,138 @@
+"""What a narrowed model costs, in parameters or FLOPs, without building it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from ..models import count_parameters
+from .sites import Anatomy, Unit, get_module, is_layer, linear_shape, module_parameters, unit_delta
+
+
+__all__ = ["Additive", "couples_of", "flops_of", "parameters_of", "site_widths"]
+
+
+def site_widths(couples: Mapping[str, int], anatomy: Anatomy) -> dict[str, int]:
+    """{site: all features} from {couple: features of a group}; the pooler follows the stream even where it is absent.
+
+    Factors of full rank are no cut, nor is a table's factor that is not thinner than the stream it feeds: such sites
+    are left out.
+    """
+    stream = couples.get("hidden", float("inf"))
+    widths = {}
+    for site in anatomy.sites.values():
+        width = couples.get(site.couple)
+        factored = site.kind in ("embedding", "linear")
+        if width is None or (factored and width >= min(site.width, stream if site.kind == "embedding" else width + 1)):
+            continue
+        widths[site.name] = width * site.groups
+    if "hidden" in couples:
+        widths["pooler"] = couples["hidden"]
+    return widths
+
+
+class Additive:
+    """A function from {couple: width} to a sum of terms of which each depends on few couples. What a term was once
+    found to be is not computed again; a sum takes the terms in their order, so that it does not depend on the widths
+    that were asked for before.
+
+    Args:
+        anatomy: whose couples these are.
+        fixed: what does not depend on widths.
+        terms: (unit, its value from {site: features}: summands).
+    """
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        fixed: float,
+        terms: list[tuple[Unit, Callable[[Mapping[str, int]], tuple[float, ...]]]],
+    ):
+        self.anatomy, self.fixed = anatomy, fixed
+        self._terms = [(tuple(sorted(couples_of(unit, anatomy))), value, {}) for unit, value in terms]
+        self._together: dict[str, set[str]] = {}
+        for unit in anatomy.units:
+            couples = couples_of(unit, anatomy)
+            for couple in couples:
+                self._together.setdefault(couple, {couple}).update(couples)
+
+    def __call__(self, couples: Mapping[str, int]) -> float:
+        total = self.fixed
+        for names, value, known in self._terms:
+            key = tuple([couples.get(name) for name in names])
+            if key not in known:
+                chosen = {name: width for name, width in zip(names, key, strict=True) if width is not None}
+                known[key] = value(site_widths(chosen, self.anatomy))
+            for summand in known[key]:
+                total += summand
+        return total
+
+    def neighbours(self, couple: str) -> set[str]:
+        """Couples whose moves are worth something else once `couple` has moved: those it shares a unit with."""
+        return self._together.get(couple, {couple})
+
+
+def couples_of(unit: Unit, anatomy: Anatomy) -> set[str]:
+    """Names of the couples that the size of a unit depends on (`site_widths`)."""
+    found = set()
+    for name in (unit.reads, unit.writes, unit.factor):
+        site = anatomy.sites.get(name)
+        found |= {site.couple} if site is not None else set()
+        # the pooler follows the stream, and a table's factor counts only while it is thinner than that
+        found |= {"hidden"} if name == "pooler" or (site is not None and site.kind == "embedding") else set()
+    return found
+
+
+def _is_tied(model: nn.Module, unit: Unit) -> bool:
+    """A decoder whose table is counted, and cut, elsewhere."""
+    return unit.factor == "hidden"
+
+
+def parameters_of(
+    model: nn.Module, anatomy: Anatomy, scope: list[Unit] | None = None
+) -> Callable[[Mapping[str, int]], int]:
+    """A function from {couple: width} to the parameter count of the narrowed model (with `scope`: of these units)."""
+    units = [
+        (u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if is_layer(model, u.path)
+    ]
+
+    def size(unit: Unit, module: nn.Module, widths: dict[str, int]) -> int:
+        delta = unit_delta(unit, module, widths)
+        if _is_tied(model, unit):
+            return delta.get("rank", getattr(module, "rank", 0)) * module.in_features
+        return module_parameters(module, delta)
+
+    fixed = 0 if scope is not None else count_parameters(model) - sum(size(u, m, {}) for u, m in units)
+    return Additive(anatomy, fixed, [(u, lambda widths, u=u, m=m: (size(u, m, widths),)) for u, m in units])
+
+
+def flops_of(
+    model: nn.Module, anatomy: Anatomy, positions: Mapping[str, float], scope: list[Unit] | None = None
+) -> Callable[[Mapping[str, int]], float]:
+    """A function from {couple: width} to the FLOPs of one sample, 2 a multiply-add: all linear layers, convolutions
+    and attention products (with `scope`: of these units).
+
+    Args:
+        positions: {spec path: positions of a sample it is applied to}, of every layer that counts.
+    """
+    units = [
+        (u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if u.path in positions
+    ]
+    fixed = set(positions) - {u.path for u in anatomy.units} if scope is None else ()
+    units += [(Unit(path), get_module(model, path)) for path in sorted(fixed)]
+    # products with the keys and with the values: 2 L^2 a feature each; queries and keys are two units that share one
+    pairs = {"attention_qk": 1.0, "attention_vo": 2.0}
+    attention = {s.name: pairs[s.kind] for s in anatomy.sites.values() if s.kind in pairs}
+
+    def work(unit: Unit, module: nn.Module, widths: Mapping[str, int]) -> tuple[float, ...]:
+        shape, delta = linear_shape(module), unit_delta(unit, module, widths)
+        inputs, outputs = delta.get("in", shape[0]), delta.get("out", shape[1])
+        rank = delta.get("rank", getattr(module, "rank", None))
+        products = inputs * outputs * shape[2] if rank is None else rank * (inputs + outputs)
+        linear = 2.0 * products * positions[unit.path]
+        if unit.writes not in attention:
+            return (linear,)
+        return linear, attention[unit.writes] * positions[unit.path] ** 2 * outputs
+
+    return Additive(anatomy, 0.0, [(u, lambda widths, u=u, m=m: work(u, m, widths)) for u, m in units])

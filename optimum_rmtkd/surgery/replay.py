@@ -1,0 +1,354 @@
+"""Parts of a network run again and again on the same data while their layers are fitted one after the other.
+
+Nothing is computed twice that has not changed: the stream between two blocks is kept for all batches, and inside a
+block the outputs of everything that is finished. Both are kept in a `Store`, so that memory does not grow with the
+data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Cache
+
+from ..batches import Store, unchunked
+from ..models import nearly_equal
+from .calibration import observed
+from .sites import Point, get_module
+
+
+__all__ = ["Progress", "Replay", "Scope"]
+
+
+class _Stop(Exception):
+    """Raised inside a forward pass once everything asked for has been seen."""
+
+
+@dataclass
+class Scope:
+    """Something that can be run on the data again and again: a block, or the whole model.
+
+    Attributes:
+        module: the model.
+        run: index of a batch -> output.
+        masks: per batch (batch, length) bool or None.
+        root: path of the block that `run` runs; None: the whole model.
+        copies: activations are copied when they are seen.
+    """
+
+    module: nn.Module
+    run: Callable[[int], Any]
+    masks: list[torch.Tensor | None]
+    root: str | None = None
+    copies: bool = False
+
+    def watch(self, index: int, points: Collection[Point]) -> dict[Point, torch.Tensor]:
+        """Activations at `points` in batch `index`; the pass ends as soon as all are seen."""
+        return (self.attempt(index, points) or self.attempt(index, points))[1]
+
+    def pass_through(self, index: int, points: Collection[Point]) -> tuple[Any, dict[Point, torch.Tensor]]:
+        """(output, activations at `points`) of a whole pass over batch `index`."""
+        return self.attempt(index, points, True) or self.attempt(index, points, True)
+
+    def attempt(self, index: int, points: Collection[Point], whole: bool = False) -> tuple[Any, dict] | None:
+        """(output, activations), the output of a `whole` pass alone; None where something changed an activation in
+        place after it was seen: then they are copied from now on, and the next attempt will do."""
+        seen: dict[Point, tuple[torch.Tensor, int]] = {}
+
+        def see(point: Point, x: torch.Tensor) -> None:
+            x = x.detach().clone() if self.copies else x.detach()
+            seen[point] = x, x._version
+            if not whole and len(seen) == len(set(points)):
+                raise _Stop
+
+        output = None
+        with observed(self.module, points, see), torch.no_grad(), contextlib.suppress(_Stop):
+            output = self.run(index)
+        if any(x._version != version for x, version in seen.values()):
+            self.copies = True
+            return None
+        return output, {point: x for point, (x, _) in seen.items()}
+
+
+class Replay:
+    """Runs the blocks of one model one at a time, from hidden states held between them."""
+
+    def __init__(self, model: nn.Module, blocks: tuple[str, ...], whole: Scope):
+        self.model, self.masks, self.at = model, whole.masks, 0
+        self.blocks = blocks
+        self._beside: tuple | None = (
+            None  # what the blocks return beside the stream, in a tuple; None: the stream alone
+        )
+        device = next(model.parameters()).device
+        self._rest, self._stream = Store(device), Store(device)
+        for index in range(len(whole.masks)):
+            args, kwargs = self._first_call(whole, index)
+            name = None if args else next(iter(kwargs))
+            self._stream.append(args[0] if args else kwargs[name])
+            # the stream keeps its place in the call: of what comes by name the order stays what it was
+            self._rest.append((args[1:], kwargs if args else {**kwargs, name: None}, name))
+
+    def _first_call(self, whole: Scope, index: int) -> tuple[tuple, dict]:
+        caught = []
+
+        def stop(_module, args, kwargs):
+            caught.append(_without_cache(args, kwargs))
+            raise _Stop
+
+        handle = get_module(self.model, self.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)
+        try:
+            with torch.no_grad():
+                whole.run(index)
+        except _Stop:
+            pass
+        finally:
+            handle.remove()
+        return caught[0]
+
+    @property
+    def calls(self) -> Iterator[tuple[tuple, dict]]:
+        """(positional, named) arguments of the next block, batch by batch."""
+        return (self._arguments(index) for index in range(len(self._stream)))
+
+    def _arguments(self, index: int) -> tuple[tuple, dict]:
+        args, kwargs, name = self._rest[index]
+        hidden = self._stream[index]
+        return ((hidden, *args), kwargs) if name is None else (args, {**kwargs, name: hidden})
+
+    def _output(self, index: int) -> Any:
+        args, kwargs = self._arguments(index)
+        with unchunked(self.model):
+            return get_module(self.model, self.blocks[self.at])(*args, **kwargs)
+
+    def _call(self, index: int) -> torch.Tensor:
+        output = self._output(index)
+        return output if isinstance(output, torch.Tensor) else output[0]
+
+    def scope(self, block: str) -> Scope:
+        """The scope of one block; those before it are advanced over."""
+        while self.blocks[self.at] != block:
+            self.advance()
+        return Scope(self.model, self._call, self.masks, block)
+
+    def advance(self, call: Callable[[int], torch.Tensor] | None = None) -> None:
+        """Push the hidden states through the next block.
+
+        Args:
+            call: index of a batch -> output of that block; None: it is run.
+        """
+        call = self._call if call is None else call
+        after = Store(self._stream.device)
+        with torch.no_grad():
+            for index in range(len(self._stream)):
+                after.append(call(index))
+        self._stream = after
+        self.at += 1
+
+    @contextlib.contextmanager
+    def known(self, index: int, part: float = 1.0) -> Iterator[None]:
+        """Within this context every block of the model gives what the last one gives to batch `index` (to its first
+        `part`), without running."""
+        stream = self._stream[index]
+        stream = stream[: max(1, round(part * len(stream)))]
+
+        def given(*_args: Any, **_kwargs: Any) -> Any:
+            # a copy each: what comes after may change it in place
+            return (stream.clone(), *self._beside) if self._beside is not None else stream.clone()
+
+        with _forwards({get_module(self.model, path): given for path in self.blocks}):
+            yield
+
+    def behind(self, whole: Scope, part: Callable[[], Any], share: float, points: Collection[Point]) -> Scope:
+        """What comes after the blocks, which are known by now.
+
+        A head may read more than the last hidden state. So it is tried on a part of the first batch, and where
+        anything at `points` is another than in a whole pass, whole passes it will be.
+
+        Args:
+            part: runs the model on the first samples of the first batch; share: how many of them these are.
+        """
+        while self.at < len(self.blocks):
+            self.advance()
+        forms: list[Any] = []
+        trial = Scope(self.model, lambda _: part(), whole.masks)
+        hooks = [
+            get_module(self.model, b).register_forward_hook(lambda _m, _a, out: forms.append(out)) for b in self.blocks
+        ]
+        try:
+            expected = trial.watch(0, points)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # what a block returns beside the stream: nothing, in a tensor or in a tuple of one form
+        beside = {None if isinstance(form, torch.Tensor) else _beside(form) for form in forms}
+        if len(beside) != 1 or "more" in beside:
+            return whole
+        self._beside = beside.pop()
+        with self.known(0, share):
+            found = trial.watch(0, points)
+        if found.keys() != expected.keys() or not all(nearly_equal(found[p], expected[p]) for p in expected):
+            return whole
+
+        def run(index: int) -> Any:
+            with self.known(index):
+                return whole.run(index)
+
+        return Scope(self.model, run, whole.masks)
+
+
+def _beside(output: Any) -> Any:
+    """What a tuple holds behind its first entry, where that is nothing but None; else "more"."""
+    plain = isinstance(output, tuple) and type(output) is tuple and all(entry is None for entry in output[1:])
+    return output[1:] if plain else "more"
+
+
+class Progress:
+    """Runs a scope again and again while its layers are fitted, group by group, each time from what is finished.
+
+    In a pass that ends at the inputs of a group, whatever returned before any layer that is still to be fitted was
+    entered is finished: its outputs are kept, those of the largest modules alone, and in the next pass these modules
+    give them without running.
+
+    Args:
+        scope: what is run.
+        groups: (paths of the layers, points that are to be seen) of each group, in the order of the fits.
+    """
+
+    def __init__(self, scope: Scope, groups: Sequence[tuple[Collection[str], Collection[Point]]]):
+        self.scope, self.groups = scope, groups
+        model = scope.module
+        self._root = model if scope.root is None else get_module(model, scope.root)
+        self._names = {module: name for name, module in self._root.named_modules() if name}
+        self._device = next(model.parameters()).device
+        self._finished: Store | None = None
+        self._copies = False  # something changes outputs in place after they were returned
+
+    def through(self, step: int) -> Iterator[dict[Point, torch.Tensor]]:
+        """Batch by batch what is seen at the points of group `step`; to be exhausted before the group is fitted."""
+        later = Store(self._device)
+        unfitted = {get_module(self.scope.module, path) for paths, _ in self.groups[step:] for path in paths}
+        keepable = self._keepable([point for _, points in self.groups[step + 1 :] for point in points])
+        for index in range(len(self.scope.masks)):
+            found, changed = None, True
+            while found is None or changed:
+                records = _Records(self._of(index), unfitted, keepable, self._copies)
+                with _forwards({module: records.wrapped(module, name) for module, name in self._names.items()}):
+                    found = self.scope.attempt(index, self.groups[step][1])
+                changed = records.changed()
+                self._copies |= changed
+            later.append(records.kept())
+            yield found[1]
+        self._finished = later
+
+    def output(self, index: int) -> Any:
+        """What the scope gives once all is fitted."""
+        records = _Records(self._of(index), set(), set(), False)
+        with _forwards({module: records.wrapped(module, name) for module, name in self._names.items()}):
+            return self.scope.run(index)
+
+    def _of(self, index: int) -> list[tuple[str, Any]]:
+        return [] if self._finished is None else self._finished[index]
+
+    def _keepable(self, points: Iterable[Point]) -> set[nn.Module]:
+        """Modules that hold nothing inside them which a later pass has to see."""
+        wanted = {get_module(self.scope.module, point.path) for point in points}
+        return {m for m in self._names if not any(inner in wanted for inner in m.modules() if inner is not m)}
+
+
+class _Records:
+    """What modules return in one pass.
+
+    Args:
+        finished: (name, output) of modules that are not to be run, in the order of their calls.
+        unfitted: modules from whose call on nothing is recorded.
+        keepable: modules whose outputs may be recorded.
+        copies: record copies.
+    """
+
+    def __init__(
+        self, finished: list[tuple[str, Any]], unfitted: set[nn.Module], keepable: set[nn.Module], copies: bool
+    ):
+        self._finished: dict[str, deque[Any]] = {}
+        for name, output in finished:
+            self._finished.setdefault(name, deque()).append(output)
+        self._unfitted, self._keepable, self._copies, self._recording = unfitted, keepable, copies, True
+        self._made: list[tuple[str, Any, list[int]]] = []
+
+    def wrapped(self, module: nn.Module, name: str) -> Callable:
+        """A forward for `module` that gives what is known, and records what it gives."""
+        forward = module.forward
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            known, before = self._finished.get(name), len(self._made)
+            if known:
+                output = known.popleft()
+            else:
+                self._recording &= module not in self._unfitted
+                output = forward(*args, **kwargs)
+            if self._recording and module in self._keepable and _plain(output):
+                del self._made[before:]  # what is inside it is not needed any more
+                kept = _map(torch.clone, output) if self._copies else output
+                self._made.append((name, kept, _versions(kept)))
+            return output
+
+        return call
+
+    def changed(self) -> bool:
+        """Whether a recorded output was changed in place since: copies have to be recorded then."""
+        return any(_versions(output) != versions for _, output, versions in self._made)
+
+    def kept(self) -> list[tuple[str, Any]]:
+        """(name, output) of what was recorded."""
+        return [(name, output) for name, output, _ in self._made]
+
+
+def _entries(output: Any) -> list[Any]:
+    return list(output) if isinstance(output, tuple) else [output]
+
+
+def _plain(output: Any) -> bool:
+    """A tensor, or a tuple of tensors and None."""
+    return type(output) in (torch.Tensor, tuple) and all(
+        entry is None or type(entry) is torch.Tensor for entry in _entries(output)
+    )
+
+
+def _map(function: Callable[[torch.Tensor], torch.Tensor], output: Any) -> Any:
+    mapped = [None if entry is None else function(entry) for entry in _entries(output)]
+    return tuple(mapped) if isinstance(output, tuple) else mapped[0]
+
+
+def _versions(output: Any) -> list[int]:
+    """How often each tensor has been changed in place."""
+    return [entry._version for entry in _entries(output) if entry is not None]
+
+
+@contextlib.contextmanager
+def _forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Other forwards for the time of this context; hooks go on as they are."""
+    own = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
+        for module, forward in own.items():
+            module.forward = forward
+
+
+def _without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """The arguments of a block's call without a cache, which would grow with every replay."""
+
+    def bare(value: Any) -> Any:
+        return None if isinstance(value, Cache) else value
+
+    kwargs = {name: False if name == "use_cache" else bare(value) for name, value in kwargs.items()}
+    return tuple(bare(value) for value in args), kwargs
