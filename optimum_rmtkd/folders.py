@@ -222,6 +222,8 @@ def writing_into(folder: str | Path) -> Iterator[Path]:
             for name in folders:
                 (folder / Path(place).relative_to(beside) / name).mkdir(exist_ok=True)
         stale = [path for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in new]
+        if "config.json" in new:  # without it the folder is no model: no reader meets new weights under an old one
+            (folder / "config.json").unlink(missing_ok=True)
         for name in sorted(new, key=lambda name: (name == "config.json", name)):
             (beside / name).replace(folder / name)
         if any(name.endswith((".safetensors", ".bin")) for name in new):
