@@ -67,7 +67,7 @@ def take_if_abandoned(path: Path) -> int | None:
     that cannot be known."""
     try:
         return hold(path)
-    except (BlockingIOError, FileNotFoundError):
+    except OSError:  # held, gone by now, or somebody else's
         return None
 
 

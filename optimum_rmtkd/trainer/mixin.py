@@ -251,6 +251,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             run.reset()
         run.train_on()
+        self._saved_at = None
         run.loss.forget()
         run.tutor.companions.base_rate = None
         try:

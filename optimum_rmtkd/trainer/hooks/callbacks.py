@@ -34,7 +34,7 @@ class StageCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control: TrainerControl, **kwargs):
         self.patience.begin()
-        with _flags_kept(control):
+        with _flags_kept(control), self.termination.busy():
             self.run.begin()
         self.termination.soon = True
 

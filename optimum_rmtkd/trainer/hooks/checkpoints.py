@@ -37,6 +37,7 @@ class CheckpointHooks:
     sealed: Callable[[Path], None] | None = None
     _pending: Path | None = None  # folder in which a checkpoint is being written
     _unpushed: str | None = None  # the checkpoint that is to be pushed once it has its name
+    _saved_at: int | None = None  # step of the last checkpoint
 
     # -- written whole ------------------------------------------------------------------------------------------------
     # transformers writes checkpoint-N in place, into the folder that `_get_output_dir` names, records the best one
@@ -49,7 +50,7 @@ class CheckpointHooks:
         args, state, step = self.args, self.state, self.state.global_step
         run_dir = self._get_output_dir(trial)
         target = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        best = state.best_global_step
+        best, self._unpushed = state.best_global_step, None
         wanted = bytes_of(self.model, None if args.save_only_model else self.optimizer)
         with written_whole(target, self.accelerator, step, wanted, self.sealed) as folder:
             self._pending, state.best_global_step = folder.parent, None
@@ -60,8 +61,8 @@ class CheckpointHooks:
             self._record_best(Path(run_dir), target)
             if args.should_save:
                 state.save_to_json(str(folder / LAST))
+        self._saved_at = step
         if self._unpushed is not None:
-            self._unpushed = None
             self._push_from_checkpoint(str(target))
         if args.should_save and args.save_total_limit:
             self._prune(run_dir, target)
@@ -89,10 +90,8 @@ class CheckpointHooks:
             self._unpushed = checkpoint_folder
 
     def _save_before_leaving(self) -> None:
-        """The checkpoint of this step, unless it was due and lies there, or none are wanted."""
-        target = Path(self._get_output_dir(self._trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        there = from_main(target.is_dir(), self.accelerator)
-        if self.args.save_strategy != SaveStrategy.NO and not there:
+        """The checkpoint of this step, unless it was due and is written, or none are wanted."""
+        if self.args.save_strategy != SaveStrategy.NO and self._saved_at != self.state.global_step:
             self._save_checkpoint(self.model, self._trial)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
 
@@ -118,20 +117,26 @@ class CheckpointHooks:
         Raises:
             IncompleteCheckpointError: the one that is named is not whole, or none is.
         """
-        if isinstance(asked, bool) and asked:
-            found = newest_whole(self.args.output_dir)
-            if self.is_world_process_zero():
-                tell_passed(found)
-            if found.newest is None and found.passed:
-                path, fault = found.passed[0]
-                raise IncompleteCheckpointError(
-                    f"resume_from_checkpoint=True: no checkpoint in {self.args.output_dir} can be continued from; "
-                    f"{path.name}: {fault}. Move it away and train without resume_from_checkpoint."
-                )
-            return from_main(asked if found.newest is None else str(found.newest), self.accelerator)
-        if asked:
-            check_whole(asked)
+        with one_for_all(self.accelerator):
+            if asked is True and self.is_world_process_zero():
+                asked = self._newest() or True  # without any, the trainer says so
+        asked = from_main(asked, self.accelerator)
+        with one_for_all(self.accelerator):
+            if asked and asked is not True:
+                check_whole(asked)
         return asked
+
+    def _newest(self) -> str | None:
+        folder = self.args.output_dir
+        found = newest_whole(folder)
+        tell_passed(found)
+        if found.newest is None and found.passed:
+            path, fault = found.passed[0]
+            raise IncompleteCheckpointError(
+                f"resume_from_checkpoint=True: no checkpoint in {folder} can be continued from; {path.name}: {fault}. "
+                "Move it away and train without resume_from_checkpoint."
+            )
+        return None if found.newest is None else str(found.newest)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         values, tensors = read_state(resume_from_checkpoint)
