@@ -48,10 +48,9 @@ def full_disk_named(folder: str | Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except DiskFullError:
-        raise
-    except (OSError, RuntimeError, ValueError, _safetensors_error()) as error:
-        if not _is_full(error):
+    except (OSError, RuntimeError, ValueError, _safetensors_error()) as found:
+        error = found.__cause__ if isinstance(found, DiskFullError) else found  # the outermost block says what it is
+        if error is None or not _is_full(error):
             raise
         file = getattr(error, "filename", None)
         folder = file or folder

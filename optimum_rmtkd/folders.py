@@ -213,7 +213,8 @@ def writing_into(folder: str | Path) -> Iterator[Path]:
     folder = Path(os.path.realpath(folder))
     parent = folder if folder.is_dir() else folder.parent  # on the same disk; it need not be ours to write beside
     parent.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(parent, folder.name)
+    for place in {parent, folder.parent}:
+        remove_abandoned(place, folder.name)
     with new_folder(parent, folder.name) as beside:
         yield beside
         folder.mkdir(exist_ok=True)

@@ -55,5 +55,14 @@ def test_other_errors_stay_what_they_are(tmp_path, error):
     assert caught.value is error
 
 
+def test_the_outermost_block_says_what_could_not_be_written(tmp_path):
+    with pytest.raises(DiskFullError, match="^checkpoint-5 could not be written to the end, at /data/a: ") as caught:
+        with full_disk_named(tmp_path, "checkpoint-5"), full_disk_named(tmp_path, "one of its files"):
+            raise OSError(errno.ENOSPC, "No space left on device", "/data/a")
+    assert isinstance(caught.value.__cause__, OSError) or caught.value.__cause__.__cause__ is not None
+    with pytest.raises(DiskFullError, match="^No room for all"), full_disk_named(tmp_path, "checkpoint-5"):
+        check_room(tmp_path, 10**18, "all")
+
+
 def test_sizes_for_people():
     assert [readable(n) for n in (12, 1200, 5_000_000, 2_340_000_000)] == ["12 bytes", "1.2 kB", "5.0 MB", "2.3 GB"]

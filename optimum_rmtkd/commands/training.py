@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from ..checkpoints import Found, checkpoints_in, fault_of, tidy
+from ..checkpoints import Found, checkpoints_in, fault_of, newest_whole, tidy
 from ..errors import RMTKDError
 from ..files import check_writable
 from ..folders import RECORD, listed, survey
@@ -212,7 +212,7 @@ def how_to_continue(training: TrainingOptions) -> str:
     folder = training.checkpoints
     if folder is None:
         return "Nothing is kept of this training: with --checkpoints DIR it could be continued."
-    last = _newest(Path(folder)).newest if Path(folder).is_dir() else None
+    last = newest_whole(folder).newest
     if last is None:
         return f"No checkpoint yet in {folder}: one is written every {training.save_steps} steps (--save-steps)."
     return f"The same command continues from {last}."

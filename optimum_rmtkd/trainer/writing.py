@@ -6,7 +6,7 @@ Knows processes and folders; no trainer, no loop, no run.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,8 @@ def bytes_of(model: nn.Module, optimizer: Any) -> int:
     """What weights and optimizer take on a disk, at least: tensors that several names share once."""
     state = getattr(optimizer, "state", None) or {}
     tensors = [*model.parameters(), *model.buffers()]
-    tensors += [value for values in state.values() for value in values.values() if torch.is_tensor(value)]
+    held = [values for values in state.values() if isinstance(values, Mapping)]
+    tensors += [value for values in held for value in values.values() if torch.is_tensor(value)]
     return sum(
         tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in tensors}.values()
     )
