@@ -6,12 +6,13 @@ PIP := $(BIN)/python -m pip
 # What an install depends on: with an unchanged pyproject.toml the stamp is newer and nothing is installed again.
 RECIPE := pyproject.toml constraints.txt optimum_rmtkd/commands/register_rmtkd.py
 
-.PHONY: help demo test slow_tests quality style docs benchmark clean
+.PHONY: help demo test slow_tests faults quality style docs benchmark clean
 
 help:
 	@echo "make demo        install into $(VENV) and run the demonstration (no network once installed)"
 	@echo "make test        install the development extras and run the quick tests"
 	@echo "make slow_tests  the tests marked slow"
+	@echo "make faults      the tests that kill runs all over, and let them go on"
 	@echo "make quality     ruff check and ruff format --check"
 	@echo "make style       let ruff repair what it can"
 	@echo "make docs        build the documentation into build/site; a warning is an error"
@@ -40,6 +41,9 @@ test: $(VENV)/.installed-dev
 
 slow_tests: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m slow
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest tests/faults -m faults
 
 quality: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@
         --target_reduction 0.8 --output_dir out --num_train_epochs 3 --batch_size 32
 
     python examples/text_classification_no_trainer.py ... --checkpointing_steps 500
-    python examples/text_classification_no_trainer.py ... --resume_from_checkpoint out/step_1000
+    python examples/text_classification_no_trainer.py ... --resume_from_checkpoint out/step_1000    # or: newest
 
     torchrun --nproc_per_node 2 examples/text_classification_no_trainer.py ...    # several devices
 
@@ -35,7 +35,7 @@ from transformers import (
     get_scheduler,
 )
 
-from optimum_rmtkd import RMTKDConfig, RMTKDLoop  # (+)
+from optimum_rmtkd import RMTKDConfig, RMTKDLoop, newest_checkpoint  # (+)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Arguments:
     num_warmup_steps: int = field(default=0, metadata={"help": "Of the schedule."})
     mixed_precision: str | None = field(default=None, metadata={"help": "no, bf16 or fp16."})
     checkpointing_steps: int | None = field(default=None, metadata={"help": "Optimizer steps between checkpoints."})
-    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A folder step_N."})
+    resume_from_checkpoint: str | None = field(default=None, metadata={"help": "A folder step_N, or newest."})
     seed: int = field(default=0, metadata={"help": "Of everything that is random."})
     cpu: bool = field(default=False, metadata={"help": "Train on the CPU."})
 
@@ -133,16 +133,18 @@ def main() -> None:
     lr_scheduler = accelerator.prepare(
         get_scheduler(args.lr_scheduler_type, optimizer, args.num_warmup_steps * processes, max_steps * processes)
     )
-    loop = RMTKDLoop(  # (+)
-        accelerator, model, optimizer, train_dataloader, lr_scheduler, max_steps=max_steps,  # (+)
+    # fmt: off
+    loop = RMTKDLoop(accelerator, model, optimizer, train_dataloader, lr_scheduler, max_steps=max_steps,  # (+)
         rmtkd_config=RMTKDConfig(target_reduction=args.target_reduction), output_dir=args.output_dir,  # (+)
-        evaluate=lambda: evaluate(model, eval_dataloader, accelerator), metric_for_best_model="accuracy",  # (+)
-    )  # (+)  # fmt: skip
+        evaluate=lambda: evaluate(model, eval_dataloader, accelerator), metric_for_best_model="accuracy")  # (+)
+    # fmt: on
 
-    done = 0
-    if args.resume_from_checkpoint:
-        accelerator.load_state(args.resume_from_checkpoint)
-        done = int(Path(args.resume_from_checkpoint).name.removeprefix("step_"))
+    done, checkpoint = 0, args.resume_from_checkpoint
+    if checkpoint == "newest":
+        checkpoint = newest_checkpoint(args.output_dir)  # (+)
+    if checkpoint:
+        accelerator.load_state(checkpoint)
+        done = int(Path(checkpoint).name.removeprefix("step_"))
     first_epoch, skipped = divmod(done, steps_an_epoch)
 
     for epoch in range(first_epoch, math.ceil(max_steps / steps_an_epoch)):
@@ -162,8 +164,11 @@ def main() -> None:
                 optimizer.zero_grad()
             if accelerator.sync_gradients:
                 done += 1
-                if args.checkpointing_steps and done % args.checkpointing_steps == 0:
+                stop = loop.should_stop()  # (+) SIGTERM
+                if stop or args.checkpointing_steps and done % args.checkpointing_steps == 0:
                     accelerator.save_state(str(Path(args.output_dir) / f"step_{done}"))
+                if stop:
+                    raise SystemExit(143)
             if done >= max_steps:
                 break
         accelerator.print(f"epoch {epoch}: {evaluate(model, eval_dataloader, accelerator)}")

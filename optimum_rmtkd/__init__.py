@@ -14,10 +14,13 @@ from .registration import install
 __version__ = "0.1.0.dev0"
 
 _EXPORTS = {
+    "checkpoints": ("newest_checkpoint",),
     "config": ("RMTKDConfig",),
     "errors": (
         "BudgetError",
         "CalibrationError",
+        "DiskFullError",
+        "IncompleteCheckpointError",
         "MatchingError",
         "NoTargetError",
         "RMTKDError",

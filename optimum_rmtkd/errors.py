@@ -6,6 +6,8 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "CalibrationError",
+    "DiskFullError",
+    "IncompleteCheckpointError",
     "MatchingError",
     "NoTargetError",
     "RMTKDError",
@@ -54,6 +56,14 @@ class MatchingError(RMTKDError):
 
 class SpecMismatchError(RMTKDError):
     """A checkpoint holds tensors that do not fit the widths its own config declares."""
+
+
+class IncompleteCheckpointError(RMTKDError):
+    """A checkpoint that no run can be continued from; the message names what is missing, and an intact one."""
+
+
+class DiskFullError(RMTKDError):
+    """A disk has no room for what was to be written; the message names the disk, the bytes wanted and those free."""
 
 
 def check_matplotlib() -> None:

@@ -15,7 +15,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .disks import full_disk_named
 from .errors import RMTKDError
+from .leftovers import beside, remove_abandoned
+from .locks import hold, let_go
 
 
 __all__ = [
@@ -53,20 +56,33 @@ def write_whole(path: str | Path, write: Callable[[Path], Any]) -> None:
         RMTKDError: the place cannot be written to; what was there is left as it was.
     """
     path = Path(os.path.realpath(path))
-    beside = path.with_name(f".{path.name[:64]}.{secrets.token_hex(4)}.partial")
-    made = False
+    remove_abandoned(path.parent, path.name)
+    new, lock = None, None
     try:
-        with beside.open("xb"):
-            made = True
-        write(beside)
-        os.replace(beside, path)
+        new, lock = _new_file(path)
+        with full_disk_named(path, f"{path}"):
+            write(new)
+        os.replace(new, path)
     except OSError as error:
         raise RMTKDError(
             f"Cannot write {path} ({error.strerror}): choose a file in a folder that can be written to."
         ) from error
     finally:
-        if made:
-            beside.unlink(missing_ok=True)  # nothing is left there where all went well
+        if new is not None:
+            new.unlink(missing_ok=True)  # nothing is left there where all went well
+        let_go(lock)
+
+
+def _new_file(path: Path) -> tuple[Path, int | None]:
+    """An empty file beside `path`, and its lock."""
+    while True:
+        new = path.with_name(beside(path.name, secrets.token_hex(4), "partial"))
+        with new.open("xb"):
+            pass
+        try:
+            return new, hold(new)
+        except FileNotFoundError:
+            continue  # somebody took it for abandoned
 
 
 def read_text(path: str | Path) -> str:

@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
+import shutil
 import tempfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from .errors import RMTKDError
 from .files import read_text, write_text
+from .leftovers import KEPT, abandoned, remove_abandoned
+from .locks import held, hold, let_go
 
 
 __all__ = [
@@ -24,14 +30,21 @@ __all__ = [
     "add_to_record",
     "files_of",
     "listed",
+    "new_folder",
     "put",
+    "recorded",
+    "recover",
     "remove_recorded",
     "survey",
     "write_record",
+    "writing_into",
 ]
 
 RECORD = "rmtkd_files.json"
 SHOWN = 5  # names in a message
+SHARD = re.compile(r"(pytorch_)?model(-\d+-of-\d+\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)")
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,14 @@ def add_to_record(folder: Path, names: Iterable[str]) -> None:
         _write(folder, known | _digests(folder, names))
 
 
+def recorded(folder: Path) -> list[str]:
+    """Names in the record; none where there is no record, or a damaged one."""
+    try:
+        return list(_read(folder) or ())
+    except RMTKDError:
+        return []
+
+
 def survey(folder: Path) -> Contents | None:
     """What lies in `folder`; None where it has no record.
 
@@ -109,7 +130,13 @@ def put(beside: Path, target: Path) -> Contents:
     new = files_of(beside)
     if taken := [name for name in new if _in_the_way(target, name, was.own)]:
         raise RMTKDError(f"{listed(taken)} in {target} would be replaced, which no earlier run wrote or left so.")
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:KEPT]}.", suffix=".old", dir=target.parent))
+    with held(aside):
+        _put(beside, target, aside, was, new)
+    return was
+
+
+def _put(beside: Path, target: Path, aside: Path, was: Contents, new: list[str]) -> None:
     moved: list[tuple[Path, Path]] = []
     try:
         for name in (*was.own, RECORD):
@@ -130,7 +157,79 @@ def put(beside: Path, target: Path) -> Contents:
         (aside / name).unlink()
     _remove_empty(aside, was.own)
     aside.rmdir()
-    return was
+
+
+def recover(target: Path) -> None:
+    """Clear up after runs that were killed while they wrote `target`: files that they had moved aside come back,
+    unless all new ones were in place, and what they had begun is removed. A line says so. Runs that are alive are left
+    alone.
+
+    Raises:
+        RMTKDError: the record of the files in `target` is damaged.
+    """
+    for aside in abandoned(target.parent, target.name, "old"):
+        _put_back(aside, target)
+    remove_abandoned(target.parent, target.name)
+
+
+def _put_back(aside: Path, target: Path) -> None:
+    old, found = files_of(aside), survey(target) if target.is_dir() else None
+    began = (aside / RECORD).is_file()  # it is moved aside last: from then on what lies in `target` is new
+    if found is not None and not found.missing and (began or not old):
+        shutil.rmtree(aside)
+        logger.warning("%s is complete: the run that replaced it was killed after that. Removed %s.", target, aside)
+        return
+    if began and found is not None:
+        for name in (*found.own, RECORD):
+            (target / name).unlink()
+    for name in (*old, *([RECORD] if began else [])):
+        _move(aside, target, name, [])
+    shutil.rmtree(aside)
+    logger.warning("%s is as it was: a run was killed while it replaced the files there.", target)
+
+
+@contextmanager
+def new_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield an empty folder for what is to become `name`, beside it, and remove it in the end, if it is still there;
+    until then it is locked, so that nobody takes it for abandoned."""
+    while True:
+        beside = Path(tempfile.mkdtemp(prefix=f".{name[:KEPT]}.", suffix=".partial", dir=parent))
+        try:
+            lock = hold(beside)
+            break
+        except FileNotFoundError:
+            continue
+    try:
+        yield beside
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        let_go(lock)
+
+
+@contextmanager
+def writing_into(folder: str | Path) -> Iterator[Path]:
+    """Yield an empty folder. If the block succeeds, what lies in it takes the places of files of the same names in
+    `folder`, config.json last, and shards of earlier weights go; else it is removed, and `folder` is as it was."""
+    folder = Path(os.path.realpath(folder))
+    parent = folder if folder.is_dir() else folder.parent  # on the same disk; it need not be ours to write beside
+    parent.mkdir(parents=True, exist_ok=True)
+    for place in {parent, folder.parent}:
+        remove_abandoned(place, folder.name)
+    with new_folder(parent, folder.name) as beside:
+        yield beside
+        folder.mkdir(exist_ok=True)
+        new = files_of(beside)
+        for place, folders, _ in os.walk(beside):
+            for name in folders:
+                (folder / Path(place).relative_to(beside) / name).mkdir(exist_ok=True)
+        stale = [path for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in new]
+        if "config.json" in new:  # without it the folder is no model: no reader meets new weights under an old one
+            (folder / "config.json").unlink(missing_ok=True)
+        for name in sorted(new, key=lambda name: (name == "config.json", name)):
+            (beside / name).replace(folder / name)
+        if any(name.endswith((".safetensors", ".bin")) for name in new):
+            for path in stale:
+                path.unlink()
 
 
 def remove_recorded(folder: Path) -> None:

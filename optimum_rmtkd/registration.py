@@ -82,7 +82,7 @@ def _register_configs() -> None:
     from . import modeling_rmtkd
 
     lend_errors()
-    modeling_rmtkd.METHODS["push_to_hub"] = _push_to_hub
+    modeling_rmtkd.METHODS.update(push_to_hub=_push_to_hub, save_pretrained=_save_pretrained)
     if _register_models not in modeling_rmtkd.CONFIG_HOOKS:
         modeling_rmtkd.CONFIG_HOOKS.append(_register_models)
     CONFIG_MAPPING._extra_content = _AnyReduced(CONFIG_MAPPING._extra_content)
@@ -105,6 +105,12 @@ def _push_to_hub(self, repo_id: str, *args, **kwargs):
     from .hub.pushing import push_to_hub
 
     return push_to_hub(self, repo_id, *args, **kwargs)
+
+
+def _save_pretrained(self, save_directory, *args, **kwargs) -> None:
+    from .hub.saving import save_pretrained
+
+    save_pretrained(self, save_directory, *args, **kwargs)
 
 
 def _register_ternary() -> None:

@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 
 from optimum_rmtkd import RMTKDError
-from optimum_rmtkd.folders import RECORD, Contents, add_to_record, put, remove_recorded, survey, write_record
+from optimum_rmtkd.folders import (
+    RECORD,
+    Contents,
+    add_to_record,
+    put,
+    recover,
+    remove_recorded,
+    survey,
+    write_record,
+    writing_into,
+)
 
 
 def fill(folder: Path, files: dict[str, str]) -> Path:
@@ -129,6 +141,44 @@ class Killed(BaseException):
     """Stands for a process that ends at once: nothing after it runs."""
 
 
+def killed_while_putting(beside: Path, target: Path, at: int) -> bool:
+    """SIGKILL at the `at`-th change of a name, in a fork of this process; False where there are fewer."""
+    child = os.fork()
+    if not child:
+        seen = iter(range(1, at + 1))
+
+        def heard(event, args):
+            if event in ("os.rename", "os.remove", "os.rmdir") and next(seen, at) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(heard)
+        put(beside, target)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def test_the_next_run_mends_what_a_kill_left_at_any_moment(tmp_path, caplog):
+    """All of the old files, or all of the new ones; nobody else's is touched, and nothing is left beside."""
+    ends = []
+    for at in range(1, 100):
+        place = tmp_path / str(at)
+        target, beside = fill(place / "out", OLD), fill(place / ".out.ab12cd34.partial", NEW)
+        write_record(target)
+        write_record(beside)
+        fill(target, FOREIGN)
+        if not killed_while_putting(beside, target, at):
+            break
+        recover(target)
+        found = contents(target)
+        assert {name: found[name] for name in FOREIGN} == FOREIGN
+        ends.append({name: text for name, text in found.items() if name not in FOREIGN})
+        assert ends[-1] in (OLD, NEW)
+        assert survey(target).missing == survey(target).changed == ()
+        assert [path.name for path in place.iterdir()] == ["out"]
+    assert len(ends) > 15 and ends[0] == OLD and ends[-1] == NEW
+    assert "is as it was" in caplog.text and "is complete" in caplog.text
+
+
 @pytest.mark.parametrize("at", range(MOVES))
 def test_killed_at_any_moment_every_file_still_exists(pair, tmp_path, monkeypatch, at):
     beside, target = pair
@@ -212,3 +262,31 @@ def test_the_record_is_plain_json(pair):
     beside, _ = pair
     values = json.loads((beside / RECORD).read_text())
     assert set(values["files"]) == set(NEW) and all(len(digest) == 64 for digest in values["files"].values())
+
+
+def test_a_folder_is_filled_as_a_whole(tmp_path):
+    """Stale shards of earlier weights go with them; what fails changes nothing."""
+    folder = fill(
+        tmp_path / "model", {"config.json": "old", "model-00001-of-00002.safetensors": "old", "mine": "mine"}
+    )
+    before = contents(folder)
+    with pytest.raises(OSError), writing_into(folder) as beside:
+        fill(beside, {"config.json": "new"})
+        raise OSError
+    assert contents(folder) == before
+    with writing_into(folder) as beside:
+        fill(beside, {"config.json": "new", "model.safetensors": "new", "1_Pooling/config.json": "new"})
+        (beside / "2_Normalize").mkdir()
+    assert contents(folder) == {
+        "config.json": "new",
+        "model.safetensors": "new",
+        "1_Pooling/config.json": "new",
+        "mine": "mine",
+    }
+    assert (folder / "2_Normalize").is_dir()
+    with writing_into(tmp_path / "new" / "model") as beside:
+        fill(beside, {"config.json": "new"})
+    assert contents(tmp_path / "new") == {"model/config.json": "new"}
+    with pytest.raises(OSError), writing_into(tmp_path / "other") as beside:
+        raise OSError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "new"]

@@ -8,6 +8,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from optimum.commands.base import BaseOptimumCLICommand
 
 from ..errors import NoTargetError, RMTKDError
+from ..signals import Terminated, terminable
 
 
 __all__ = ["Command", "set_help"]
@@ -42,7 +43,8 @@ class Command(BaseOptimumCLICommand):
 
     def run(self) -> None:
         try:
-            self.execute()
+            with terminable():
+                self.execute()
         except (RMTKDError, OSError) as error:  # the latter: what only the system knows, a name too long, a full disk
             asking = isinstance(error, NoTargetError)
             message = _in_one_line(error.message if asking else str(error))
@@ -53,3 +55,6 @@ class Command(BaseOptimumCLICommand):
         except KeyboardInterrupt as interrupt:
             print(f"optimum-cli rmtkd {self.COMMAND.name}: interrupted, no output was written", file=sys.stderr)
             raise SystemExit(EXIT_INTERRUPTED) from interrupt
+        except Terminated:
+            print(f"optimum-cli rmtkd {self.COMMAND.name}: terminated, no output was written", file=sys.stderr)
+            raise

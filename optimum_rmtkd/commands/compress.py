@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,7 @@ from .training import (
     RATE,
     TrainingOptions,
     check_checkpoints,
-    how_to_continue,
-    keep_latest,
-    last_checkpoint,
+    train,
     training_arguments,
 )
 
@@ -348,13 +345,7 @@ def _distil(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: 
         data_collator=task.collator,
         compute_metrics=task.compute_metrics,
     )
-    if training.checkpoints is not None:
-        trainer.add_callback(keep_latest(training.checkpoints))
-    try:
-        trainer.train(resume_from_checkpoint=last_checkpoint(training))
-    except KeyboardInterrupt:
-        print(f"\n{how_to_continue(training)}", file=sys.stderr)
-        raise
+    train(trainer, training)
     if (spectra := Path(args.output_dir) / SPECTRA).is_file():
         shutil.copyfile(spectra, folder / SPECTRA)
     return Made(

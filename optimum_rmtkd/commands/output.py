@@ -4,15 +4,14 @@ commands print."""
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..disks import full_disk_named
 from ..errors import RMTKDError
 from ..files import check_replaceable, check_writable
-from ..folders import RECORD, listed, put, survey, write_record
+from ..folders import RECORD, listed, new_folder, put, recover, survey, write_record
 
 
 __all__ = ["OVERWRITE", "check_place", "check_target", "comparison", "format_table", "weight_bytes", "writing_beside"]
@@ -110,22 +109,15 @@ def writing_beside(target: str | Path, overwrite: bool = False, inputs: Inputs =
             out only in the end, the new folder is kept, and the message says where.
     """
     place = check_place(target, inputs)
+    recover(place)
     _check_free(place, overwrite)
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{place.name[:64]}.", suffix=".partial", dir=place.parent))
-    except OSError as error:
-        raise RMTKDError(
-            f"Cannot write to {place.parent} ({error.strerror}): choose an output folder whose parent can be written "
-            "to."
-        ) from error
-    try:
+    check_writable(place.parent)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(place.parent, place.name) as beside, full_disk_named(place.parent, f"The output {target}"):
         yield beside
         _open_up(beside)
         write_record(beside)
         _settle(beside, place, overwrite)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _check_free(place: Path, overwrite: bool) -> None:

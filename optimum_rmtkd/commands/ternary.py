@@ -13,7 +13,7 @@ from .data import DataArguments, check_files, read_by
 from .options import add_options, from_options
 from .output import OVERWRITE, format_table, weight_bytes, writing_beside
 from .tables import UNREADABLE
-from .training import TrainingOptions, check_checkpoints, keep_latest, last_checkpoint, training_arguments
+from .training import TrainingOptions, check_checkpoints, train, training_arguments
 
 
 if TYPE_CHECKING:
@@ -275,7 +275,5 @@ def _train(model: PreTrainedModel, task: Task, training: TrainingOptions, seed: 
         processing_class=task.processor,
         data_collator=task.collator,
     )
-    if training.checkpoints is not None:
-        trainer.add_callback(keep_latest(training.checkpoints))
-    trainer.train(resume_from_checkpoint=last_checkpoint(training))
+    train(trainer, training)
     model.to("cpu").eval()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from ..checkpoints import Found, checkpoints_in, fault_of, newest_whole, tidy
 from ..errors import RMTKDError
 from ..files import check_writable
 from ..folders import RECORD, listed, survey
+from ..signals import Terminated
 from ..validation import AtLeastZero, Count, Interval, Positive, check_fields
 from .options import option
 from .output import Inputs, check_place
@@ -17,21 +20,18 @@ from .output import Inputs, check_place
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
-    from ..trainer import RMTKDTrainingArguments
+    from ..trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 
 __all__ = [
     "TrainingOptions",
     "check_checkpoints",
     "how_to_continue",
-    "keep_latest",
-    "last_checkpoint",
+    "train",
     "training_arguments",
 ]
 
 KEPT = 2  # checkpoints
-STATE = "rmtkd_state.json"  # trainer.checkpoint.STATE, without torch
-LAST_WRITTEN = "trainer_state.json"  # of a checkpoint, by transformers
 FIT_RATE, RATE = 5e-5, 1e-4  # peak learning rates of compress: of a fine-tuning, without one
 
 
@@ -122,10 +122,9 @@ def check_checkpoints(folder: str | None, inputs: Inputs = ()) -> None:
         inputs: what it must be apart from, see `output.check_place`; the checkpoints among them do not count.
 
     Raises:
-        RMTKDError: it cannot be written to, holds something else, or its last checkpoint is not ours or not whole.
+        RMTKDError: it cannot be written to, holds something else, or there are checkpoints in it of which none is ours
+            and whole.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     if folder is None:
         return
     check_writable(folder)
@@ -140,51 +139,72 @@ def check_checkpoints(folder: str | None, inputs: Inputs = ()) -> None:
     files = [path.name for path in place.glob("checkpoint-*") if not path.is_dir() and path.name[11:].isdigit()]
     if files:
         raise RMTKDError(f"--checkpoints {folder}: {listed(files)} in it is a file, where a folder would be made.")
-    last = get_last_checkpoint(place)
-    if last is not None and (fault := _fault_of(Path(last))):
+    tidy(place)
+    found = _newest(place)
+    if found.newest is None and found.passed:
+        last, fault = found.passed[0]
         raise RMTKDError(
-            f"--checkpoints {folder}: {Path(last).name} in it is another trainer's or is not whole ({fault}), so it "
-            "cannot be continued from. Move it away to continue from the one before, or choose a folder of its own."
+            f"--checkpoints {folder}: {last.name} in it is another trainer's or is not whole ({fault}), so it cannot "
+            "be continued from, nor can any other there. Move it away, or choose a folder of its own."
         )
+    for path, fault in found.passed:
+        print(f"{path} is passed over ({fault}); the run continues from {found.newest.name}", file=sys.stderr)
 
 
-def _fault_of(checkpoint: Path) -> str | None:
-    """What is missing in a checkpoint that a run could continue from."""
-    missing = [name for name in (STATE, LAST_WRITTEN) if not (checkpoint / name).is_file()]
+def _newest(folder: Path) -> Found:
+    """The newest checkpoint that is whole, and as it was written where a record says how that was."""
+    passed = []
+    for path in reversed(checkpoints_in(folder)):
+        fault = fault_of(path) or _changed(path)
+        if fault is None:
+            return Found(path, tuple(passed))
+        passed.append((path, fault))
+    return Found(None, tuple(passed))
+
+
+def _changed(checkpoint: Path) -> str | None:
     found = survey(checkpoint)
-    if found is not None:
-        missing += [name for name in found.missing if name not in missing]
-        if found.changed:
-            return f"{listed(found.changed)} changed since"
-    return f"{listed(missing)} missing" if missing else None
+    if found is None:
+        return None
+    if found.missing:
+        return f"{listed(found.missing)} missing"
+    return f"{listed(found.changed)} changed since" if found.changed else None
 
 
-def keep_latest(folder: str, count: int = KEPT) -> TrainerCallback:
-    """A callback that records each new checkpoint and clears all recorded ones but the last `count`.
+def train(trainer: RMTKDTrainer, training: TrainingOptions) -> None:
+    """Train, from the newest whole checkpoint where there is one; an interrupted user is told how to continue.
 
-    transformers' own `save_total_limit` removes whatever is called checkpoint-N, with all that lies in it.
+    transformers' own `save_total_limit` removes whatever is called checkpoint-N, with all that lies in it. Here each
+    new checkpoint is recorded, and recorded ones are cleared.
     """
+    from ..folders import write_record
+
+    newest = None
+    if training.checkpoints is not None:
+        trainer.sealed = write_record
+        trainer.add_callback(_keep_latest(training.checkpoints))
+        there = Path(training.checkpoints)
+        newest = _newest(there).newest if there.is_dir() else None
+    try:
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
+    except (KeyboardInterrupt, Terminated):
+        print(f"\n{how_to_continue(training)}", file=sys.stderr)
+        raise
+
+
+def _keep_latest(folder: str, count: int = KEPT) -> TrainerCallback:
+    """A callback that clears all recorded checkpoints but the last `count`."""
     from transformers import TrainerCallback
 
-    from ..folders import remove_recorded, write_record
+    from ..folders import remove_recorded
 
     class KeepLatest(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
-            write_record(Path(folder) / f"checkpoint-{state.global_step}")
-            ours = [path.parent for path in Path(folder).glob(f"checkpoint-*/{RECORD}")]
-            steps = sorted((int(step), path) for path in ours if (step := path.name.partition("-")[2]).isdigit())
-            for _, path in steps[:-count]:
+            ours = [path for path in checkpoints_in(folder) if (path / RECORD).is_file()]
+            for path in ours[:-count]:
                 remove_recorded(path)
 
     return KeepLatest()
-
-
-def last_checkpoint(training: TrainingOptions) -> str | None:
-    """Where an interrupted run continues; None: from the start."""
-    from transformers.trainer_utils import get_last_checkpoint
-
-    there = training.checkpoints is not None and Path(training.checkpoints).is_dir()
-    return get_last_checkpoint(training.checkpoints) if there else None
 
 
 def how_to_continue(training: TrainingOptions) -> str:
@@ -192,7 +212,7 @@ def how_to_continue(training: TrainingOptions) -> str:
     folder = training.checkpoints
     if folder is None:
         return "Nothing is kept of this training: with --checkpoints DIR it could be continued."
-    last = last_checkpoint(training)
+    last = newest_whole(folder).newest
     if last is None:
         return f"No checkpoint yet in {folder}: one is written every {training.save_steps} steps (--save-steps)."
     return f"The same command continues from {last}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..checkpoints import newest_checkpoint
 from .arguments import RMTKDTrainingArguments
 from .loop import RMTKDLoop
 from .mixin import RMTKDMixin
@@ -16,5 +17,6 @@ __all__ = [
     "RMTKDTrainer",
     "RMTKDTrainingArguments",
     "Stage",
+    "newest_checkpoint",
     "stage_table",
 ]

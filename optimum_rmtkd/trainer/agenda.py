@@ -62,6 +62,10 @@ class Agenda:
         cut = self.next_cut()
         return None if cut is None or step < max(cut.step + self.delay, self.retry_at or 0) else cut
 
+    def is_due(self, step: int) -> bool:
+        """Whether a cut, or a look at the open stage, is."""
+        return self.due(step) is not None or (self.look_at is not None and step >= self.look_at)
+
     def stage_steps(self, step: int, max_steps: int) -> int:
         """From a step to the next cut, or to the end."""
         cut = self.next_cut()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints import STATE, TENSORS
 from ..errors import RMTKDError
 from ..files import write_whole
 from .stages import write_json
@@ -39,8 +40,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-STATE = "rmtkd_state.json"
-TENSORS = "rmtkd_state.safetensors"
 PROCESS = "rmtkd_process_{rank}_of_{count}.safetensors"
 VERSION = 2
 

@@ -20,10 +20,17 @@ from ..errors import RMTKDError
 from ..hub import write_results
 from ..hub.run import public_name
 from ..reparameterization import Reparameterization, fold, is_reparameterized
+from ..signals import Termination
 from .checks import check_data, check_first_batch, check_model, check_parts
 from .companions import Companions
 from .failures import NoticeBoard
-from .loops.checkpoints import LoopCheckpoints, random_state, register_checkpoints, set_random_state
+from .loops.checkpoints import (
+    LoopCheckpoints,
+    WholeStates,
+    random_state,
+    register_checkpoints,
+    set_random_state,
+)
 from .loops.checks import (
     check_accelerator,
     check_batch,
@@ -164,6 +171,7 @@ class RMTKDLoop:
             host.schedule = LoopSchedule(lr_scheduler, max_steps, lambda: self.run.pace.phases)
         self._begun = self._ended = self._due = False
         self._random: dict[str, Any] | None = None
+        self._termination = Termination(_what_is_kept, speaks=host.shows_progress)
         self._register(raw_optimizer(optimizer))
 
     def _accept(self, teacher: Any) -> None:
@@ -193,6 +201,8 @@ class RMTKDLoop:
             *register_checkpoints(LoopCheckpoints(self.run, self.step, self._taken_up)),
         ]
         accelerator.register_for_checkpointing(self)
+        self._states = WholeStates(self.run)
+        self._states.put_on()
 
     def _withdraw(self) -> None:
         """Another loop takes over this accelerator: a new run, or a new attempt with a smaller batch."""
@@ -200,6 +210,8 @@ class RMTKDLoop:
         known[:] = [other for other in known if other is not self]
         for handle in self._handles:
             handle.remove()
+        self._states.take_off()
+        self._termination.stop()
 
     # -- what the script calls ----------------------------------------------------------------------------------------
 
@@ -238,8 +250,18 @@ class RMTKDLoop:
         processes. Without effect where nothing is due."""
         if self._due:
             self._due = False
-            with self._board.watching():
-                self.run.after_step(self._host.step)
+            step, leaving = self._host.step, self._termination.leaving
+            with self._board.watching(), self._termination.busy(not leaving and self.run.is_due(step)):
+                self.run.after_step(step, leaving)
+
+    def should_stop(self) -> bool:
+        """Whether SIGTERM has come, to any process: then save a checkpoint and exit. What is due after the step is
+        left to the run that goes on from there. Call it after each optimizer step, on all processes; only with the
+        first call the signal is listened to. A cut that is being made is not waited for: the process ends (143), and
+        the last checkpoint holds. A second signal ends it at once. A handler of your own stays in its place."""
+        self._termination.listen()
+        self._termination.soon = True
+        return self._termination.agreed(self._host.accelerator)
 
     def end(self) -> dict[str, float]:
         """Training is over: the last stage is judged, dropout comes back, and the model has plain weights. Call it
@@ -266,6 +288,7 @@ class RMTKDLoop:
                 if is_reparameterized(host.model):
                     host.install(fold(clean_copy(host.model), run.parts.reparameterization))
                 self._ended = True
+                self._termination.stop()
                 self._report()
         before, after = run.reference_parameters, run.parameters
         return {"parameters_before": before, "parameters_after": after, "reduction": 1 - after / before}
@@ -312,7 +335,8 @@ class RMTKDLoop:
             set_random_state(self._random)
             self._random = None
         if not self._begun:
-            self._begin()
+            with self._termination.busy():
+                self._begin()
         if self._due and self._host.schedule is not None:
             self._host.schedule.check(self._host.step)
         self.step()
@@ -357,6 +381,10 @@ class RMTKDLoop:
             )
         if run.stages:
             host.accelerator.print(stage_table(run.stages, run.fit.to_dict()))
+
+
+def _what_is_kept() -> str:
+    return "The last checkpoint holds."
 
 
 def _recipe(given: Any) -> RMTKDConfig:

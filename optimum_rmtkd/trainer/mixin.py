@@ -20,6 +20,7 @@ from ..distillation import BatchTransform, CachedTeacher, DistillationObjective,
 from ..distillation.cached import CLASSES, AnswerCollator
 from ..errors import RMTKDError
 from ..reparameterization import Reparameterization
+from ..signals import Terminated, Termination
 from .checks import (
     check_data,
     check_first_batch,
@@ -153,7 +154,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             check_own_loss(self._their_loss(), type(self).__name__, self.run)
         self._adapt_losses()
         self.patience = Patience(self.run, self.callback_handler)
-        self.add_callback(StageCallback(self.run, self.patience, self._end_step))
+        self._termination = Termination(self._what_is_kept, speaks=self.is_local_process_zero())
+        self.add_callback(StageCallback(self.run, self.patience, self._termination, self._end_step))
 
     def _check_setting(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -228,7 +230,16 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def train(self, resume_from_checkpoint=None, *positional, **kwargs):
         """As the trainer's own; the metrics also hold `parameters_before`, `parameters_after` and `reduction`.
 
+        SIGTERM saves a checkpoint at the end of the step at hand and ends the process (143); where no step ends soon,
+        it ends at once. A handler of your own stays in its place.
+
+        Args:
+            resume_from_checkpoint: True: the newest whole one in `output_dir`; a line says which newer ones were
+                passed over.
+
         Raises:
+            IncompleteCheckpointError: the checkpoint is not whole; names what is missing, and an intact one beside it.
+            DiskFullError: no room for a checkpoint; the earlier ones are intact.
             RMTKDError: no train_dataset, an empty one, or batches without labels or cached answers that are needed; a
                 checkpoint of a run that started from another model or with other parts.
             BudgetError: the model is already as small as the target.
@@ -239,6 +250,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def _train_watched(self, resume_from_checkpoint, *positional, **kwargs):
         run, host = self.run, self._host
         check_data(self.train_dataset, parts_allowed=host.own_loader)
+        self._tidy()
+        resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         host.keep_stream()
         self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
         self._check_first_batch()
@@ -246,12 +259,14 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             run.reset()
         run.train_on()
+        self._saved_at = None
         run.loss.forget()
         run.tutor.companions.base_rate = None
         try:
-            output = super().train(resume_from_checkpoint, *positional, **kwargs)
-            run.end()
-            self._fold()
+            with self._termination.listening():
+                output = super().train(resume_from_checkpoint, *positional, **kwargs)
+                run.end()
+                self._fold()
         finally:
             run.dropout.restore()
             self.train_dataset = given
@@ -306,6 +321,14 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         metrics = super()._evaluate(*positional, **kwargs)
         self.patience.weigh(self.control, asked, metrics)
         return metrics
+
+    def _maybe_log_save_evaluate(self, *positional, **kwargs):
+        super()._maybe_log_save_evaluate(*positional, **kwargs)
+        if self._termination.leaving:
+            self._termination.say(
+                f"SIGTERM: training stopped after step {self.state.global_step}. {self._what_is_kept()}"
+            )
+            raise Terminated
 
     # -- private hooks of Trainer -------------------------------------------------------------------------------------
     # `_inner_training_loop` wraps the model once and hands that wrapper down as a local variable; after a cut under

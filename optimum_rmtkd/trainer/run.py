@@ -185,11 +185,19 @@ class Run:
                 batches = [transform(self, batch) for batch in batches]
         return self.loss.begin_batch(self.host.model, batches)
 
-    def after_step(self, step: int) -> None:
-        """An optimizer step is done, and the gradients are cleared."""
+    def is_due(self, step: int) -> bool:
+        """Whether something that takes long follows the step: the end of the fit, a look, a cut."""
+        return step >= self.fit.steps if self.fit.going else self.agenda.is_due(step)
+
+    def after_step(self, step: int, leaving: bool = False) -> None:
+        """An optimizer step is done, and the gradients are cleared.
+
+        Args:
+            leaving: what is due is left to the run that goes on from here.
+        """
         if self.teacher is not None:
             self.teacher.update(self.host.model)
-        if step < self.host.max_steps:  # a cut after the last step could not be distilled
+        if step < self.host.max_steps and not leaving:  # a cut after the last step could not be distilled
             self._advance(step)
             self._begin_distilling()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ..test_checkpoints import fill
 from .conftest import sentence_rows, write_csv
 
 
@@ -242,15 +243,12 @@ def test_checkpoints_lie_in_a_folder_of_their_own(cli, project, monkeypatch, pla
 
 
 @pytest.mark.parametrize("fault", ["state", "last", "weights", "changed"])
-def test_a_checkpoint_that_is_not_whole_is_named_before_any_work(tmp_path, fault):
+def test_a_checkpoint_that_is_not_whole_is_named_before_any_work(tmp_path, capsys, fault):
     from optimum_rmtkd.commands.training import check_checkpoints
     from optimum_rmtkd.errors import RMTKDError
     from optimum_rmtkd.folders import write_record
 
-    place = tmp_path / "runs" / "checkpoint-4"
-    place.mkdir(parents=True)
-    for name in ("rmtkd_state.json", "model.safetensors", "trainer_state.json"):
-        (place / name).write_text("{}")
+    place = fill(tmp_path / "runs" / "checkpoint-4")
     check_checkpoints(str(tmp_path / "runs"))  # of a script, without a record
     write_record(place)
     check_checkpoints(str(tmp_path / "runs"))
@@ -260,6 +258,10 @@ def test_a_checkpoint_that_is_not_whole_is_named_before_any_work(tmp_path, fault
     with pytest.raises(RMTKDError, match=f"checkpoint-4 in it is another trainer's or is not whole .*{name}"):
         check_checkpoints(str(tmp_path / "runs"))
     assert_untouched(before)
+    fill(tmp_path / "runs" / "checkpoint-2")  # the run can go on from there
+    check_checkpoints(str(tmp_path / "runs"))
+    told = capsys.readouterr().err
+    assert "checkpoint-4 is passed over" in told and "continues from checkpoint-2" in told
 
 
 @pytest.mark.parametrize("out", ["runs", "runs/out", "runs/checkpoint-1", "."])

@@ -13,6 +13,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, ExportableState, TrainerControl
 
+from ...signals import Termination
 from ..run import Run
 
 
@@ -28,13 +29,14 @@ class StageCallback(TrainerCallback):
         ended: called after each optimizer step, before the run hears of it.
     """
 
-    def __init__(self, run: Run, patience: Patience, ended: Callable[[], None]):
-        self.run, self.patience, self.ended = run, patience, ended
+    def __init__(self, run: Run, patience: Patience, termination: Termination, ended: Callable[[], None]):
+        self.run, self.patience, self.termination, self.ended = run, patience, termination, ended
 
     def on_train_begin(self, args, state, control: TrainerControl, **kwargs):
         self.patience.begin()
-        with _flags_kept(control):
+        with _flags_kept(control), self.termination.busy():
             self.run.begin()
+        self.termination.soon = True
 
     def on_pre_optimizer_step(self, args, state, control: TrainerControl, optimizer=None, **kwargs):
         self.run.tutor.companions.step(optimizer)
@@ -45,8 +47,13 @@ class StageCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control: TrainerControl, **kwargs):
         self.ended()
-        with _flags_kept(control):
-            self.run.after_step(state.global_step)
+        step, termination = state.global_step, self.termination
+        leaving = termination.agreed(self.run.host.accelerator)
+        with _flags_kept(control), termination.busy(not leaving and self.run.is_due(step)):
+            self.run.after_step(step, leaving)
+
+    def on_train_end(self, args, state, control: TrainerControl, **kwargs):
+        self.termination.soon = False
 
 
 class _flags_kept:

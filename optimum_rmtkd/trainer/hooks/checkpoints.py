@@ -1,15 +1,25 @@
-"""Hooks of the checkpoints: the architecture has to be in place before weights are loaded, and what only we know has
-to lie beside the optimizer's state (hence not with save_only_model)."""
+"""Hooks of the checkpoints: they appear whole or not at all; the architecture has to be in place before weights are
+loaded, and what only we know has to lie beside the optimizer's state (hence not with save_only_model)."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
+
+from ...checkpoints import LAST, check_whole, discard, newest_whole, tell_passed, tidy
+from ...disks import full_disk_named
 from ...distillation.teachers import clean_copy
+from ...errors import IncompleteCheckpointError
+from ...folders import writing_into
 from ...reparameterization import fold, is_reparameterized
+from ...surgery.processes import from_main, one_for_all
 from ..checkpoint import read_process_state, read_state, write_process_state, write_state
 from ..parts import transforms_state
 from ..swap import load_skeleton, load_weights
+from ..writing import bytes_of, written_whole
 
 
 __all__ = ["CheckpointHooks"]
@@ -18,7 +28,115 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointHooks:
-    """In front of a trainer: its checkpoints hold the run, and plain weights of whatever width."""
+    """In front of a trainer: its checkpoints hold the run, and plain weights of whatever width.
+
+    Attributes:
+        sealed: called on the folder of each new checkpoint, by the process that then gives it its name.
+    """
+
+    sealed: Callable[[Path], None] | None = None
+    _pending: Path | None = None  # folder in which a checkpoint is being written
+    _unpushed: str | None = None  # the checkpoint that is to be pushed once it has its name
+    _saved_at: int | None = None  # step of the last checkpoint
+
+    # -- written whole ------------------------------------------------------------------------------------------------
+    # transformers writes checkpoint-N in place, into the folder that `_get_output_dir` names, records the best one
+    # there, pushes it, and prunes older ones. Meanwhile that folder is another one; what reads the name comes after.
+
+    def _get_output_dir(self, trial):
+        return super()._get_output_dir(trial) if self._pending is None else str(self._pending)
+
+    def _save_checkpoint(self, model, trial):
+        args, state, step = self.args, self.state, self.state.global_step
+        run_dir = self._get_output_dir(trial)
+        target = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        best, self._unpushed = state.best_global_step, None
+        wanted = bytes_of(self.model, None if args.save_only_model else self.optimizer)
+        with written_whole(target, self.accelerator, step, wanted, self.sealed) as folder:
+            self._pending, state.best_global_step = folder.parent, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._pending, state.best_global_step = None, best
+            self._record_best(Path(run_dir), target)
+            if args.should_save:
+                state.save_to_json(str(folder / LAST))
+        self._saved_at = step
+        if self._unpushed is not None:
+            self._push_from_checkpoint(str(target))
+        if args.should_save and args.save_total_limit:
+            self._prune(run_dir, target)
+
+    def _prune(self, run_dir: str, newest: Path) -> None:
+        """All but the last `save_total_limit`, as transformers does; the newest and the best one stay."""
+        kept = {str(newest), str(self.state.best_model_checkpoint)}
+        found = sort_checkpoints(run_dir, use_mtime=True)
+        superfluous = len(found) - max(self.args.save_total_limit, len(kept.intersection(found)))
+        for path in [path for path in found if path not in kept][: max(0, superfluous)]:
+            discard(Path(path))
+
+    def _record_best(self, run_dir: Path, target: Path) -> None:
+        """As transformers does, of the checkpoint at hand or one that is there."""
+        if not self.state.best_global_step:
+            return
+        best = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == target or best.exists():
+            self.state.best_model_checkpoint = str(best)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._pending is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:
+            self._unpushed = checkpoint_folder
+
+    def _save_before_leaving(self) -> None:
+        """The checkpoint of this step, unless it was due and is written, or none are wanted."""
+        if self.args.save_strategy != SaveStrategy.NO and self._saved_at != self.state.global_step:
+            self._save_checkpoint(self.model, self._trial)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
+    def _what_is_kept(self) -> str:
+        """Told to whoever ended the training."""
+        folder = self.args.output_dir
+        found = newest_whole(folder)
+        if found.newest is None:
+            return f"{folder} holds no checkpoint to continue from."
+        return f"{found.newest} is whole: train(resume_from_checkpoint=True) continues from it."
+
+    # -- continued from -----------------------------------------------------------------------------------------------
+
+    def _tidy(self) -> None:
+        """Remove what runs that were killed left among the checkpoints."""
+        with one_for_all(self.accelerator):
+            if self.is_local_process_zero():
+                tidy(self.args.output_dir)
+
+    def _checkpoint_to_resume(self, asked: str | bool | None) -> str | bool | None:
+        """A whole checkpoint: the newest one for True.
+
+        Raises:
+            IncompleteCheckpointError: the one that is named is not whole, or none is.
+        """
+        with one_for_all(self.accelerator):
+            if asked is True and self.is_world_process_zero():
+                asked = self._newest() or True  # without any, the trainer says so
+        asked = from_main(asked, self.accelerator)
+        with one_for_all(self.accelerator):
+            if asked and asked is not True:
+                check_whole(asked)
+        return asked
+
+    def _newest(self) -> str | None:
+        folder = self.args.output_dir
+        found = newest_whole(folder)
+        tell_passed(found)
+        if found.newest is None and found.passed:
+            path, fault = found.passed[0]
+            raise IncompleteCheckpointError(
+                f"resume_from_checkpoint=True: no checkpoint in {folder} can be continued from; {path.name}: {fault}. "
+                "Move it away and train without resume_from_checkpoint."
+            )
+        return None if found.newest is None else str(found.newest)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         values, tensors = read_state(resume_from_checkpoint)
@@ -36,13 +154,23 @@ class CheckpointHooks:
             write_state(output_dir, state["values"], state["tensors"])
 
     def _save(self, output_dir=None, state_dict=None):
-        """Plain weights, whatever they are trained as: every checkpoint loads with stock `from_pretrained`."""
-        if not self.args.should_save or not is_reparameterized(self.model):
+        """Plain weights, whatever they are trained as: every checkpoint loads with stock `from_pretrained`. A disk
+        that is full leaves what was there as it was."""
+        if not self.args.should_save:
             return super()._save(output_dir, state_dict)
+        folder = Path(self.args.output_dir if output_dir is None else output_dir)
+        if self._pending is not None:
+            return self._save_plain(folder, state_dict)
+        with full_disk_named(folder, f"The model in {folder}"), writing_into(folder) as beside:
+            return self._save_plain(beside, state_dict)
+
+    def _save_plain(self, folder: Path, state_dict) -> None:
         trained = self.model
+        if not is_reparameterized(trained):
+            return super()._save(str(folder), state_dict)
         self.model = fold(clean_copy(trained), self.reparameterization)
         try:
-            super()._save(output_dir)
+            super()._save(str(folder))
         finally:
             self.model = trained
 

@@ -1,9 +1,11 @@
-"""A run in the checkpoints of an accelerator. Knows the hooks of `save_state` and `load_state`, and a run's state."""
+"""A run in the checkpoints of an accelerator. Knows `save_state` and `load_state`, their hooks, and a run's state."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from ...checkpoints import check_whole, discard, newest_checkpoint, tidy
 from ...errors import RMTKDError
+from ...surgery.processes import from_main, one_for_all
 from ..checkpoint import STATE, read_process_state, read_state, write_process_state, write_state
 from ..parts import transforms_state
 from ..run import Run
+from ..writing import bytes_of, written_whole
 
 
-__all__ = ["LoopCheckpoints", "random_state", "register_checkpoints", "set_random_state"]
+__all__ = ["LoopCheckpoints", "WholeStates", "random_state", "register_checkpoints", "set_random_state"]
 
 
 class LoopCheckpoints:
@@ -53,6 +58,7 @@ class LoopCheckpoints:
 
     def load(self, models: list, folder: str) -> None:
         """Raises:
+        IncompleteCheckpointError: it is not whole; names what is missing, and an intact one beside it.
         RMTKDError: no state of a run there, or that of another model or recipe.
         """
         if not (Path(folder) / STATE).is_file():
@@ -60,6 +66,7 @@ class LoopCheckpoints:
                 f"{folder} holds no {STATE}: accelerator.save_state wrote it in a script without RMTKDLoop. Load a "
                 "checkpoint of a run with it, or start a new run from that model."
             )
+        check_whole(folder)
         accelerator, run = self.accelerator, self.run
         values, tensors = read_state(folder)
         own = read_process_state(folder, accelerator.process_index, accelerator.num_processes)
@@ -67,6 +74,74 @@ class LoopCheckpoints:
         run.load_state_dict({"values": values, "tensors": tensors | own}, str(folder))
         run.restore_cores()
         self.loaded()
+
+
+class WholeStates:
+    """`save_state` and `load_state` of an accelerator, in front of its own: a checkpoint gets its name when all
+    processes have written it, older ones are deleted after that, and the newest whole one is loaded."""
+
+    def __init__(self, run: Run):
+        self.run, self.accelerator = run, run.host.accelerator
+        self._save, self._load = self.accelerator.save_state, self.accelerator.load_state
+
+    def put_on(self) -> None:
+        """From here on the accelerator calls them."""
+        self.accelerator.save_state, self.accelerator.load_state = self.save_state, self.load_state
+
+    def take_off(self) -> None:
+        """The accelerator has its own again."""
+        for name in ("save_state", "load_state"):
+            if getattr(vars(self.accelerator).get(name), "__self__", None) is self:
+                delattr(self.accelerator, name)
+
+    def save_state(self, output_dir: str | None = None, *positional, **kwargs) -> Path:
+        """As the accelerator's own."""
+        accelerator, how = self.accelerator, self.accelerator.project_configuration
+        if not how.automatic_checkpoint_naming:
+            target = Path(output_dir)
+        else:
+            target = Path(accelerator.project_dir, "checkpoints", f"checkpoint_{accelerator.save_iteration}")
+            if target.exists():  # the accelerator says so
+                return self._save(output_dir, *positional, **kwargs)
+        with one_for_all(accelerator):
+            if accelerator.is_local_main_process:
+                tidy(target.parent)
+        wanted = bytes_of(self.run.host.model, self.run.host.optimizer)
+        with written_whole(target, accelerator, self.run.host.step, wanted) as folder, _named(how):
+            self._save(str(folder), *positional, **kwargs)
+        if how.automatic_checkpoint_naming and how.total_limit is not None and accelerator.is_main_process:
+            for old in _by_number(target.parent)[: -how.total_limit]:
+                discard(old)
+        return target
+
+    def load_state(self, input_dir: str | None = None, *positional, **kwargs) -> None:
+        """As the accelerator's own.
+
+        Raises:
+            RMTKDError: no folder was named, and there is no whole checkpoint of its own naming.
+        """
+        accelerator = self.accelerator
+        if input_dir is None and accelerator.project_configuration.automatic_checkpoint_naming:
+            folder = Path(accelerator.project_dir, "checkpoints")
+            input_dir = from_main(newest_checkpoint(folder), accelerator)
+            if input_dir is None:
+                raise RMTKDError(f"accelerator.load_state(): {folder} holds no whole checkpoint of an RMTKDLoop.")
+        self._load(input_dir, *positional, **kwargs)
+
+
+@contextmanager
+def _named(how: Any) -> Iterator[None]:
+    """The folder that is given counts, while this is open."""
+    automatic, how.automatic_checkpoint_naming = how.automatic_checkpoint_naming, False
+    try:
+        yield
+    finally:
+        how.automatic_checkpoint_naming = automatic
+
+
+def _by_number(folder: Path) -> list[Path]:
+    found = [(int(m[1]), path) for path in folder.iterdir() if (m := re.fullmatch(r"checkpoint_(\d+)", path.name))]
+    return [path for _, path in sorted(found)]
 
 
 def register_checkpoints(checkpoints: LoopCheckpoints) -> list[RemovableHandle]:
