@@ -273,14 +273,19 @@ def _carry_modules(module: nn.Module, stock: nn.Module, new: nn.Module) -> None:
             setattr(new, name, copied(child))
 
 
-def copied(module: nn.Module) -> nn.Module:
-    """A deep copy. Attributes that cannot be copied (a lock, a file, an output that was kept) are shared with it."""
+def copied(module: nn.Module, known: Mapping[int, Any] | None = None) -> nn.Module:
+    """A deep copy. Attributes that cannot be copied (a lock, a file, an output that was kept) are shared with it.
+
+    Args:
+        known: {id of an object: what stands for it in the copy}.
+    """
     try:
-        return copy.deepcopy(module)
+        return copy.deepcopy(module, dict(known or {}))
     except (TypeError, RuntimeError):
         whole = list(module.modules())
         values = [value for m in whole for name, value in vars(m).items() if name not in RUNTIME]
-        return copy.deepcopy(module, {id(value): value for value in values if not _can_be_copied(value, whole)})
+        shared = {id(value): value for value in values if not _can_be_copied(value, whole)}
+        return copy.deepcopy(module, {**shared, **(known or {})})
 
 
 def _can_be_copied(value: Any, modules: list[nn.Module]) -> bool:
