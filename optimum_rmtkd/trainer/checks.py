@@ -147,6 +147,8 @@ def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameteriza
     Raises:
         RMTKDError: they do not; names the part and why.
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     state = accelerator.state
     plugin, kind = getattr(state, "fsdp_plugin", None), accelerator.distributed_type.name
     if getattr(state, "deepspeed_plugin", None) is not None:
@@ -164,7 +166,7 @@ def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameteriza
     refused = {
         "cpu_ram_efficient_loading=True": plugin.cpu_ram_efficient_loading
         and "the other processes have no weights yet when the first batch is looked at. Set it False",
-        "cpu_offload=True": plugin.cpu_offload
+        "cpu_offload=True": isinstance(plugin.cpu_offload, CPUOffloadPolicy)
         and "batches and parameters would lie on different devices while a cut is made. Set it False",
         "torch_compile=True": getattr(args, "torch_compile", False)
         and "what is compiled cannot take over another architecture shard by shard. Set it False",

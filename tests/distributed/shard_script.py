@@ -27,6 +27,7 @@ def parsed():
     parser.add_argument("--arguments", type=json.loads, default={})
     parser.add_argument("--config", type=json.loads, default={}, help="of fsdp")
     parser.add_argument("--parts", type=json.loads, default={}, help="of the trainer")
+    parser.add_argument("--double", action="store_true", help="in fp64, where rounding hides nothing")
     return parser.parse_args()
 
 
@@ -56,7 +57,7 @@ def trainer_of(asked):
         "round_to": 4,
     }
     trainer = RMTKDTrainer(
-        model=tiny_bert(),
+        model=tiny_bert().double() if asked.double else tiny_bert(),
         args=RMTKDTrainingArguments(
             str(asked.out / "run"),
             **(arguments | ({} if asked.plain else options(**asked.config)) | asked.arguments),

@@ -15,10 +15,10 @@ SCRIPT = "tests.distributed.shard_script"
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3}
 
 
-def sharded(out, processes=2, resume=None, plain=False, batch_size=None, **options):
+def sharded(out, processes=2, resume=None, plain=False, batch_size=None, double=False, **options):
     """(results, weights) of a run, options by name as JSON."""
     told = [text for name, value in options.items() for text in (f"--{name}", json.dumps(value))]
-    told += ["--plain"] * plain + ([] if resume is None else ["--resume", str(resume)])
+    told += ["--plain"] * plain + ["--double"] * double + ([] if resume is None else ["--resume", str(resume)])
     told += ["--batch-size", str(batch_size or 8 // processes)]
     return launch(Path(out), processes, *told, module=SCRIPT)
 
@@ -26,12 +26,12 @@ def sharded(out, processes=2, resume=None, plain=False, batch_size=None, **optio
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two") / "out"
-    return (*sharded(folder), folder)
+    return (*sharded(folder, double=True), folder)
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return sharded(tmp_path_factory.mktemp("one") / "out", processes=1, plain=True)
+    return sharded(tmp_path_factory.mktemp("one") / "out", processes=1, plain=True, double=True)
 
 
 def same(ours, theirs):
@@ -136,7 +136,7 @@ def test_bf16(tmp_path):
     ],
 )
 def test_activation_checkpointing_changes_nothing(tmp_path, two, how):
-    results, weights = sharded(tmp_path / "two", **how)
+    results, weights = sharded(tmp_path / "two", double=True, **how)
     assert results[0]["stages"] == two[0][0]["stages"]
     for name, tensor in two[1][0].items():
         assert torch.allclose(weights[0][name], tensor, atol=1e-6), name
@@ -200,7 +200,7 @@ def test_other_teachers_are_sharded_as_well(tmp_path, teacher):
 
 @pytest.mark.slow
 def test_a_teacher_may_stay_whole(tmp_path, two):
-    results, weights = sharded(tmp_path / "two", arguments={"shard_teacher": False})
+    results, weights = sharded(tmp_path / "two", double=True, arguments={"shard_teacher": False})
     assert results[0]["teachers"] == ["BertForSequenceClassification"]
     assert results[0]["losses"] == pytest.approx(two[0][0]["losses"], rel=1e-5, abs=1e-6)
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 from optimum_rmtkd.distillation import AdaptiveOffPolicy
 from optimum_rmtkd.errors import RMTKDError
@@ -43,7 +44,7 @@ def test_fsdp2_alone_is_accepted():
         (accelerator(fsdp_version=1), {}, r"fsdp \(version 1\) shards the parameters; it flattens"),
         (accelerator(parallelism="tensor"), {}, "parallelism_config"),
         (accelerator(cpu_ram_efficient_loading=True), {}, "cpu_ram_efficient_loading=True.*Set it False"),
-        (accelerator(cpu_offload=object()), {}, "cpu_offload=True.*Set it False"),
+        (accelerator(cpu_offload=CPUOffloadPolicy()), {}, "cpu_offload=True.*Set it False"),
         (accelerator(), {"args": {"torch_compile": True}}, "torch_compile=True.*Set it False"),
         (accelerator(), {"args": {"auto_find_batch_size": True}}, "auto_find_batch_size=True.*Set it False"),
         (accelerator(), {"how": MatrixProductOperator()}, "reparameterization='mpo'.*or use DDP"),
