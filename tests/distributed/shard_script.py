@@ -56,11 +56,14 @@ def trainer_of(asked):
         "min_width": 4,
         "round_to": 4,
     }
+    arguments |= asked.arguments
+    if arguments["learning_rate"]:  # what is known of rates was measured on real models
+        recipe["distil_learning_rate"] = arguments["learning_rate"]
     trainer = RMTKDTrainer(
         model=tiny_bert().double() if asked.double else tiny_bert(),
         args=RMTKDTrainingArguments(
             str(asked.out / "run"),
-            **(arguments | ({} if asked.plain else options(**asked.config)) | asked.arguments),
+            **(arguments | ({} if asked.plain else options(**asked.config))),
         ),
         rmtkd_config=RMTKDConfig(**(recipe | asked.recipe)),
         train_dataset=[dict(sample, attention_mask=uniform) for sample in toy_data()],

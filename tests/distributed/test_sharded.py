@@ -57,6 +57,8 @@ def test_cuts_inside_sharded_training_are_those_of_one_process(two, one):
 def test_what_is_saved_is_a_model_of_ours(two):
     from transformers import AutoModelForSequenceClassification
 
+    import optimum_rmtkd  # noqa: F401  (its classes)
+
     _, weights, folder = two
     for place in (folder / "final", folder / "run" / "checkpoint-4"):
         config = json.loads((place / "config.json").read_text())

@@ -255,7 +255,8 @@ class Sharding:
         ready(twin)
         self.remember(twin)
         old = {_plain_name(name): p for name, p in resharded(model).named_parameters()}
-        state = {name: raw.state[old[name]] for name in same if old[name] in raw.state}
+        # in one order on all processes, which gather it one by one: that of a set of names is each process's own
+        state = {name: raw.state[p] for name, p in old.items() if name in same and p in raw.state}
         groups = None if fresh_groups is None else fresh_groups()
         regroup(optimizer, old, dict(twin.named_parameters()), set(), groups)
         accelerator._models = [m for m in accelerator._models if m is not model]
