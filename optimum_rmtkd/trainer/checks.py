@@ -40,7 +40,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 FSDP1 = "it flattens them into one tensor, which a cut cannot take apart; FSDP2 keeps each by itself"
-DEEPSPEED = "its engine cannot take over another architecture, and owns the optimizer and its checkpoints"
+DEEPSPEED = "its engine, which owns optimizer and checkpoints, would have to be made anew at each cut, and is not"
 
 
 def one_device(count: int) -> RMTKDError:
@@ -147,14 +147,15 @@ def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameteriza
     Raises:
         RMTKDError: they do not; names the part and why.
     """
-    from torch.distributed.fsdp import CPUOffloadPolicy
-
     state = accelerator.state
     plugin, kind = getattr(state, "fsdp_plugin", None), accelerator.distributed_type.name
     if getattr(state, "deepspeed_plugin", None) is not None:
         raise unsharded("deepspeed", DEEPSPEED)
     if any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()):
-        raise unsharded("The model that was passed in", "it is one already, and nothing says what it was before")
+        raise RMTKDError(
+            f"The parameters of {type(model).__name__} lie in shards already; expected a plain model, which the trainer "
+            "shards itself. Load it without tp_plan and distributed_config, or from what save_model wrote."
+        )
     if plugin is None:
         if getattr(args, "fsdp", None):
             raise unsharded("fsdp", f"Accelerate has made {kind} of it here: it has FSDP on accelerators alone")
@@ -163,6 +164,8 @@ def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameteriza
         raise unsharded(f"fsdp (version {plugin.fsdp_version})", FSDP1)
     if getattr(accelerator, "parallelism_config", None) is not None:
         raise unsharded("parallelism_config", "only FSDP2 over all processes is known here")
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
     refused = {
         "cpu_ram_efficient_loading=True": plugin.cpu_ram_efficient_loading
         and "the other processes have no weights yet when the first batch is looked at. Set it False",

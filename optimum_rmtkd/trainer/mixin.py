@@ -65,6 +65,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     Args:
         model: a `PreTrainedModel` of a supported family. It keeps its identity; class and widths change at each cut.
+            Under FSDP2 `trainer.model` is another object after a cut, whose inside the one passed in shares.
         args: `RMTKDTrainingArguments`, or any `TrainingArguments`.
         rmtkd_config: the recipe. None: `RMTKDConfig()`, which asks for a target where the spectra do not say how far
             to cut.

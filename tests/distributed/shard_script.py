@@ -17,7 +17,7 @@ from .leaving import leave
 from .sharding import open_the_door, options, whole
 
 
-def parsed():
+def parsed(given=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--plain", action="store_true", help="without FSDP")
@@ -28,7 +28,7 @@ def parsed():
     parser.add_argument("--config", type=json.loads, default={}, help="of fsdp")
     parser.add_argument("--parts", type=json.loads, default={}, help="of the trainer")
     parser.add_argument("--double", action="store_true", help="in fp64, where rounding hides nothing")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
 def trainer_of(asked):
@@ -77,19 +77,18 @@ def trainer_of(asked):
 class Look(transformers.TrainerCallback):
     """What teaches while the model is distilled."""
 
-    teachers: set = set()
+    def __init__(self, trainer):
+        self.trainer, self.teachers = trainer, set()
 
     def on_step_begin(self, args, state, control, **_):
         if (teacher := self.trainer.run.teacher) is not None:
             self.teachers.add(type(teacher.model).__name__)
 
 
-def main():
-    asked = parsed()
-    torch.set_num_threads(1)
+def run(asked):
+    """The trainer, when all is written."""
     trainer = trainer_of(asked)
-    given, look = trainer.model, Look()
-    look.trainer = trainer
+    given, look = trainer.model, Look(trainer)
     trainer.add_callback(look)
     output = trainer.train(resume_from_checkpoint=asked.resume)
     trainer.save_model(str(asked.out / "final"))
@@ -113,7 +112,12 @@ def main():
         "reduction": output.metrics["reduction"],
     }
     (asked.out / f"result-{rank}.json").write_text(json.dumps(values))
-    leave(trainer)
+    return trainer
+
+
+def main():
+    torch.set_num_threads(1)
+    leave(run(parsed()))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from .shard_script import parsed, run
 from .test_two_processes import launch, widths
 
 
@@ -31,7 +32,9 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    return sharded(tmp_path_factory.mktemp("one") / "out", processes=1, plain=True, double=True)
+    folder = tmp_path_factory.mktemp("one")
+    run(parsed([str(folder), "--plain", "--double", "--batch-size", "8"]))
+    return json.loads((folder / "result-0.json").read_text())
 
 
 def same(ours, theirs):
@@ -42,7 +45,7 @@ def same(ours, theirs):
 
 def test_cuts_inside_sharded_training_are_those_of_one_process(two, one):
     (ours, other), weights, folder = two
-    (theirs,), _ = one
+    theirs = one
     assert ours["processes"] == 2 and ours["sharded"] and ours["class"].startswith("FSDP")
     assert ours["stages"] == other["stages"] and len(ours["stages"]) == 2
     same(*weights)
@@ -96,17 +99,25 @@ def test_a_sharded_run_resumes_to_the_same_bits(adam, tmp_path, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("plain", [False, True])
-def test_another_number_of_processes_resumes_sharded_or_not(adam, tmp_path, plain):
+def test_one_process_takes_up_a_sharded_run(adam, tmp_path):
     results, _, folder, options = adam
-    kind = {} if plain else {"config": options["config"]}
-    (again,), _ = sharded(
-        tmp_path / "again", 1, folder / "checkpoint-3", plain=plain, arguments=options["arguments"], **kind
-    )
+    checkpoint = folder / "checkpoint-3"
+    (again,), _ = sharded(tmp_path / "again", 1, checkpoint, plain=True, arguments=options["arguments"])
     assert again["processes"] == 1
     assert [widths(s) for s in again["stages"]] == [widths(s) for s in results[0]["stages"]]
     ours, theirs = ({k: v for k, v in r["losses"].items() if int(k[0]) > 3} for r in (again, results[0]))
     assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_three_processes_take_up_a_run_of_two(adam, tmp_path):
+    results, _, folder, options = adam
+    again, weights = sharded(tmp_path / "again", 3, folder / "checkpoint-1", **options)
+    assert [r["processes"] for r in again] == [3] * 3
+    assert [widths(s) for s in again[0]["stages"]][:1] == [widths(s) for s in results[0]["stages"]][:1]
+    assert len(again[0]["stages"]) == 2 and again[0]["losses"]["1/loss"] == results[0]["losses"]["1/loss"]
+    for other in weights[1:]:
+        same(other, weights[0])
 
 
 @pytest.mark.slow

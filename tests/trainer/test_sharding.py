@@ -23,7 +23,8 @@ from .conftest import tiny_bert
 
 def accelerator(kind="FSDP", parallelism=None, **plugin):
     values = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "cpu_offload": None} | plugin
-    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(**values) if kind == "FSDP" else None)
+    engine = SimpleNamespace() if kind == "DEEPSPEED" else None
+    state = SimpleNamespace(deepspeed_plugin=engine, fsdp_plugin=SimpleNamespace(**values) if kind == "FSDP" else None)
     distributed = SimpleNamespace(name=kind)
     return SimpleNamespace(state=state, distributed_type=distributed, parallelism_config=parallelism)
 
@@ -41,6 +42,7 @@ def test_fsdp2_alone_is_accepted():
     ("acc", "given", "said"),
     [
         (accelerator("MULTI_CPU"), {"args": {"fsdp": True}}, "made MULTI_CPU of it"),
+        (accelerator("DEEPSPEED"), {}, "deepspeed shards the parameters; its engine"),
         (accelerator(fsdp_version=1), {}, r"fsdp \(version 1\) shards the parameters; it flattens"),
         (accelerator(parallelism="tensor"), {}, "parallelism_config"),
         (accelerator(cpu_ram_efficient_loading=True), {}, "cpu_ram_efficient_loading=True.*Set it False"),
@@ -55,6 +57,15 @@ def test_fsdp2_alone_is_accepted():
 def test_what_cannot_be_cut_sharded_is_refused_by_name(acc, given, said):
     with pytest.raises(RMTKDError, match=said):
         checked(acc, **given)
+
+
+def test_a_model_in_shards_is_refused():
+    model = tiny_bert()
+    data = type("DTensor", (), {})()
+    parameters = [SimpleNamespace(data=data)]
+    model.parameters = lambda: iter(parameters)
+    with pytest.raises(RMTKDError, match="lie in shards already"):
+        checked(accelerator(), model=model)
 
 
 def test_deepspeed_and_old_fsdp_are_refused_before_anything_is_built():

@@ -45,6 +45,8 @@ _SHARDED: weakref.WeakKeyDictionary[nn.Module, Sharding] = weakref.WeakKeyDictio
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether `fully_shard` was applied to the model."""
+    if not torch.distributed.is_available():
+        return False
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
@@ -93,21 +95,23 @@ def gathered(tensors: Mapping[str, torch.Tensor], device: torch.device | str | N
     Args:
         device: where to; None: where they are.
     """
-    from torch.distributed.tensor import DTensor
-
-    full = {n: t.detach().full_tensor() if isinstance(t, DTensor) else t.detach() for n, t in tensors.items()}
+    full = {n: t.detach().full_tensor() if _in_shards(t) else t.detach() for n, t in tensors.items()}
     return full if device is None else {name: tensor.to(device) for name, tensor in full.items()}
 
 
 @torch.no_grad()
 def assign(target: torch.Tensor, source: torch.Tensor) -> None:
     """Copy a whole or a sharded tensor into another one of the same shape; each process has the whole one."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    if _in_shards(target) and not _in_shards(source):
+        from torch.distributed.tensor import distribute_tensor
 
-    if isinstance(target, DTensor) and not isinstance(source, DTensor):
         source = source.to(target.device_mesh.device_type)
         source = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
     target.copy_(source)
+
+
+def _in_shards(tensor: torch.Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")  # a DTensor: torch may have been built without them
 
 
 class Blueprint:
