@@ -153,7 +153,7 @@ def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameteriza
         raise unsharded("deepspeed", DEEPSPEED)
     if any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()):
         raise RMTKDError(
-            f"The parameters of {type(model).__name__} lie in shards already; expected a plain model, which the trainer "
+            f"The parameters of {type(model).__name__} lie in shards already; expected a plain one, which the trainer "
             "shards itself. Load it without tp_plan and distributed_config, or from what save_model wrote."
         )
     if plugin is None:
