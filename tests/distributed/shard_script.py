@@ -27,6 +27,7 @@ def parsed(given=None):
     parser.add_argument("--arguments", type=json.loads, default={})
     parser.add_argument("--config", type=json.loads, default={}, help="of fsdp")
     parser.add_argument("--parts", type=json.loads, default={}, help="of the trainer")
+    parser.add_argument("--ruined", action="store_true", help="the metric falls in every stage")
     parser.add_argument("--double", action="store_true", help="in fp64, where rounding hides nothing")
     return parser.parse_args(given)
 
@@ -57,6 +58,9 @@ def trainer_of(asked):
         "round_to": 4,
     }
     arguments |= asked.arguments
+    if asked.ruined:
+        arguments |= {"metric_for_best_model": "score", "greater_is_better": True}
+        asked.parts["compute_metrics"] = lambda _: falling(trainer.run)
     if arguments["learning_rate"]:  # what is known of rates was measured on real models
         recipe["distil_learning_rate"] = arguments["learning_rate"]
     trainer = RMTKDTrainer(
@@ -72,6 +76,12 @@ def trainer_of(asked):
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def falling(run) -> dict[str, float]:
+    """A metric that is well until the first step after a cut."""
+    stage = run.agenda.open
+    return {"score": 0.9 if stage is None or run.host.step == stage.step else 0.1}
 
 
 class Look(transformers.TrainerCallback):
