@@ -129,7 +129,8 @@ class EMATeacher(SnapshotTeacher):
 
     @torch.no_grad()
     def update(self, student: nn.Module) -> None:
-        new = plain_parameters(student)
+        # a state dict has the names without what activation checkpointing wraps around blocks
+        new = {**student.state_dict(keep_vars=True), **plain_parameters(student)}
         for name, old in self.model.named_parameters():
             old.lerp_(new[name].to(old.dtype), 1.0 - self.decay)
         for old, fresh in zip(self.model.buffers(), student.buffers(), strict=True):

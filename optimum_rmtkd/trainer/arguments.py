@@ -1,4 +1,5 @@
-"""Training arguments: transformers' own, with the one default that a cut inside training needs."""
+"""Training arguments: transformers' own, with the one default that a cut inside training needs and an option of
+sharded runs."""
 
 from __future__ import annotations
 
@@ -21,6 +22,14 @@ class RMTKDTrainingArguments(TrainingArguments):
         metadata={
             "help": "As in TrainingArguments, but off by default: every parameter of a reduced model takes part in "
             "the loss, and the search costs a pass over the graph at every step."
+        },
+    )
+
+    shard_teacher: bool = field(
+        default=True,
+        metadata={
+            "help": "Under FSDP2, shard the teacher as the student is. False keeps it whole on every process: faster, "
+            "as its parameters are not gathered at every step, where it fits."
         },
     )
 

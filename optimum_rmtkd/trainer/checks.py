@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..batches import from_loader, main_input, no_mapping
 from ..config import RMTKDConfig
-from ..distillation import CachedTeacher, TaskLoss
+from ..distillation import CachedTeacher, OnPolicy, TaskLoss
 from ..distillation.cached import COLUMNS
 from ..distillation.signatures import named_inputs
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
@@ -29,6 +30,8 @@ __all__ = [
     "check_model",
     "check_own_loss",
     "check_parts",
+    "check_sharding",
+    "check_sharding_arguments",
     "check_wrapped",
     "cuts_stream",
     "one_device",
@@ -36,6 +39,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+FSDP1 = "it flattens them into one tensor, which a cut cannot take apart; FSDP2 keeps each by itself"
+DEEPSPEED = "its engine, which owns optimizer and checkpoints, would have to be made anew at each cut, and is not"
 
 
 def one_device(count: int) -> RMTKDError:
@@ -103,12 +109,87 @@ def check_length(args: Any, train_dataset: Any = None, **others: Any) -> None:
         )
 
 
-def unsharded(what: str) -> RMTKDError:
-    """The refusal of trainers that shard."""
+def unsharded(what: str, why: str = "a cut inside training needs whole ones on every process") -> RMTKDError:
+    """The refusal of a way of sharding.
+
+    Args:
+        why: it cannot be cut inside training.
+    """
     return RMTKDError(
-        f"{what} shards the parameters; a cut inside training needs whole ones on every process. Use DDP (torchrun), "
-        "or cut first with optimum_rmtkd.narrow and train the result sharded."
+        f"{what} shards the parameters; {why}. Use FSDP2 (fsdp=True, fsdp_config={{'version': 2}}) or DDP (torchrun) "
+        "with RMTKDTrainer, or cut first with optimum_rmtkd.narrow and train the result sharded with transformers' "
+        "own Trainer."
     )
+
+
+def check_sharding_arguments(args: Any) -> None:
+    """Is sharding asked for that cannot be?
+
+    Args:
+        args: training arguments, before anything is built from them.
+
+    Raises:
+        RMTKDError: DeepSpeed, FSDP1 or that of XLA.
+    """
+    if getattr(args, "deepspeed", None):
+        raise unsharded("deepspeed", DEEPSPEED)
+    if not getattr(args, "fsdp", None):
+        return
+    plugin = getattr(args, "fsdp_plugin_args", None)
+    if plugin is None:
+        raise unsharded("fsdp", "FSDP of XLA, or without a configuration of torch's, is not known here")
+    if plugin.get("fsdp_version") != 2:
+        raise unsharded(f"fsdp (version {plugin.get('fsdp_version')})", FSDP1)
+
+
+def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameterization: Any, transforms: list) -> None:
+    """The same, once Accelerate has said what it makes of it, and whether the parts of the run work sharded.
+
+    Raises:
+        RMTKDError: they do not; names the part and why.
+    """
+    state = accelerator.state
+    plugin, kind = getattr(state, "fsdp_plugin", None), accelerator.distributed_type.name
+    if getattr(state, "deepspeed_plugin", None) is not None:
+        raise unsharded("deepspeed", DEEPSPEED)
+    if any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()):
+        raise RMTKDError(
+            f"The parameters of {type(model).__name__} lie in shards already; expected a plain one, which the trainer "
+            "shards itself. Load it without tp_plan and distributed_config, or from what save_model wrote."
+        )
+    if plugin is None:
+        if getattr(args, "fsdp", None):
+            raise unsharded("fsdp", f"Accelerate has made {kind} of it here: it has FSDP on accelerators alone")
+        return
+    if plugin.fsdp_version != 2:
+        raise unsharded(f"fsdp (version {plugin.fsdp_version})", FSDP1)
+    if getattr(accelerator, "parallelism_config", None) is not None:
+        raise unsharded("parallelism_config", "only FSDP2 over all processes is known here")
+    from torch.distributed.fsdp import CPUOffloadPolicy
+
+    refused = {
+        "cpu_ram_efficient_loading=True": plugin.cpu_ram_efficient_loading
+        and "the other processes have no weights yet when the first batch is looked at. Set it False",
+        "cpu_offload=True": isinstance(plugin.cpu_offload, CPUOffloadPolicy)
+        and "batches and parameters would lie on different devices while a cut is made. Set it False",
+        "torch_compile=True": getattr(args, "torch_compile", False)
+        and "what is compiled cannot take over another architecture shard by shard. Set it False",
+        "auto_find_batch_size=True": getattr(args, "auto_find_batch_size", False)
+        and "torch shards no model twice, and a second attempt would. Set it False",
+        f"reparameterization={getattr(reparameterization, 'name', None)!r}": reparameterization is not None
+        and "its cores would be sharded and could not be folded. Leave it out",
+    }
+    for transform in transforms:
+        what = f"the transform {type(transform).__name__}"
+        refused[what] = isinstance(transform, OnPolicy) and (
+            "the processes generate texts of different lengths, and would wait for each other. Leave it out"
+        )
+    refused[f"a model of {type(model).__module__.partition('.')[0]}"] = not isinstance(model, PreTrainedModel) and (
+        "layers around the transformer are not known to the sharding. Narrow the transformer first"
+    )
+    for what, why in refused.items():
+        if why:
+            raise RMTKDError(f"{what} does not work with cuts under FSDP2: {why}, or use DDP (without fsdp).")
 
 
 def check_parts(run: Run, model: nn.Module) -> None:
@@ -213,7 +294,7 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
     from ..surgery.processes import one_for_all
 
     host, recipe = run.host, run.config
-    model, processes = host.model, host.accelerator.num_processes
+    model, processes = plain.plain(host.model), host.accelerator.num_processes
     if not any(p.requires_grad for p in model.parameters()):
         raise RMTKDError(
             f"Every parameter of {type(model).__name__} is frozen, and there is nothing to train: expected "
@@ -222,7 +303,7 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
     if run.plan is not None:  # trained on after its cuts: the targets are met
         recipe = recipe.replace(target_reduction=None, target_flops=None)
     elif recipe.schedule != "none":
-        surgery.check_recipe(plain.plain(model), recipe)
+        surgery.check_recipe(model, recipe)
     with one_for_all(host.accelerator):
         batches = host.calibration_batches(max(samples, processes), strip=False)
         if not len(batches):
@@ -235,7 +316,7 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
             raise CalibrationError(no_mapping(batch))
         _check_batch(run, batch, labels_needed, classes_known)
         if recipe.schedule != "none":
-            surgery.check_data(plain.plain(model), [host.columns.for_calibration(batch)], recipe)
+            surgery.check_data(model, [host.columns.for_calibration(batch)], recipe)
     if recipe.schedule != "none":  # now, and not after hours of fine-tuning
         surgery.check_variety(_few_then_all(host, max(samples, processes)), host.accelerator)
 

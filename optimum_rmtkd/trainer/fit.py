@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ..batches import to_device
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
 from ..surgery.processes import one_for_all
@@ -86,9 +87,10 @@ class Fit:
         with isolated_rng(self.config.seed):
             with one_for_all(host.accelerator):  # or the others wait for the sums of a process that is gone
                 batches = list(host.calibration_batches(wanted))
+            model = plain.plain(host.model)
             return readiness(
-                plain.plain(host.model),
-                batches,
+                model,
+                to_device(batches, next(model.parameters()).device),
                 samples=SEEN,
                 label_names=tuple(host.label_names),
                 own_loss=host.columns.own_loss,

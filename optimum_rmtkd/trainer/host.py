@@ -21,7 +21,8 @@ class Host(Protocol):
     """Whoever trains the model of a `Run`.
 
     Attributes:
-        model: under training, without wrappers. It keeps its identity; `install` changes its inside.
+        model: under training, without wrappers. `install` changes its inside; where it is sharded over processes, it
+            is another object afterwards.
         accelerator: the processes of the run: their number, sums over them, autocast.
         step, max_steps: optimizer steps done, and in the whole run.
         metric_name, greater_is_better: key among the values of `measure` that judges the stages, and its direction.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..batches import to_device
 from ..config import RMTKDConfig
 from ..errors import RMTKDError
 from ..surgery import divergence_warning, loss_warning
@@ -82,11 +83,11 @@ class Judge:
     def _divergence(self, uncut: nn.Module) -> float | None:
         host = self.host
         with isolated_rng(self.config.seed):
-            found = mean_divergence(
-                uncut,
-                plain.plain(host.model),
-                list(host.calibration_batches(min(COMPARED, self.config.calibration_samples))),
-            )
+            model = plain.plain(host.model)
+            place = next(model.parameters()).device
+            batches = list(host.calibration_batches(min(COMPARED, self.config.calibration_samples)))
+            with plain.at_hand(place, uncut):
+                found = mean_divergence(uncut, model, to_device(batches, place))
         if found is None or host.accelerator.num_processes == 1:
             return found
         tensor = torch.tensor([found], dtype=torch.float64, device=host.accelerator.device)

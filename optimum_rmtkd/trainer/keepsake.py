@@ -7,6 +7,7 @@ import torch
 from ..reparameterization import Reparameterization
 from . import plain
 from .host import Host
+from .swap import assign
 
 
 __all__ = ["Keepsake"]
@@ -14,7 +15,7 @@ __all__ = ["Keepsake"]
 
 class Keepsake:
     """Attributes:
-    tensors: plain weights by name; None where nothing is kept.
+    tensors: plain weights by name, of a sharded model this process's shards; None where nothing is kept.
     """
 
     def __init__(self, host: Host, how: Reparameterization | None):
@@ -27,7 +28,7 @@ class Keepsake:
 
     def keep(self) -> None:
         """The model as it is now."""
-        model = plain.plain(self.host.model)
+        model = self.host.model if self.how is None else plain.plain(self.host.model)
         self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     @torch.no_grad()
@@ -35,7 +36,7 @@ class Keepsake:
         """The model becomes what it was; the optimizer's state, which came after, is dropped."""
         if self.how is None:
             for name, tensor in self.host.model.state_dict().items():
-                tensor.copy_(self.tensors[name])
+                assign(tensor, self.tensors[name])
         else:
             twin = plain.plain_copy(self.host.model)
             twin.load_state_dict(self.tensors)

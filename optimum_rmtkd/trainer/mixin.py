@@ -28,10 +28,11 @@ from .checks import (
     check_model,
     check_own_loss,
     check_parts,
+    check_sharding,
+    check_sharding_arguments,
     check_wrapped,
     cuts_stream,
     one_device,
-    unsharded,
 )
 from .companions import Companions
 from .failures import NoticeBoard
@@ -42,11 +43,13 @@ from .hooks.losses import LossHooks
 from .hooks.modes import check_modes
 from .hooks.results import ResultHooks
 from .hooks.schedules import ScheduleHooks
+from .hooks.sharding import ShardedTrainerHost, host_of
 from .inside import inside_of
 from .parts import answerable, parts_of
 from .run import Run
 from .stages import Stage, stage_table
 from .stream import Stream, evaluated_again
+from .swap import is_sharded
 from .teaching import accept_teacher, check_cached
 from .verdicts import greater_is_better
 
@@ -65,6 +68,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     Args:
         model: a `PreTrainedModel` of a supported family. It keeps its identity; class and widths change at each cut.
+            Under FSDP2 `trainer.model` is another object after a cut, whose inside the one passed in shares.
         args: `RMTKDTrainingArguments`, or any `TrainingArguments`.
         rmtkd_config: the recipe. None: `RMTKDConfig()`, which asks for a target where the spectra do not say how far
             to cut.
@@ -120,8 +124,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         self.reparameterization, self.transforms = parts.reparameterization, parts.transforms
         given = _by_name(super().__init__, positional) | kwargs
         if (args := given.get("args")) is not None:
-            if sharding := next((what for what in ("fsdp", "deepspeed") if getattr(args, what, None)), None):
-                raise unsharded(sharding)
+            check_sharding_arguments(args)
             check_length(args, given.get("train_dataset"))
         self.run: Run | None = None
         super().__init__(*positional, **kwargs)
@@ -140,7 +143,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             )
         adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
         companions = Companions(self.accelerator, **adam, max_grad_norm=self.args.max_grad_norm)
-        self._host = TrainerHost(self)
+        self._host = host_of(self)
         if objectives is None and self.rmtkd_config.objectives is None:
             parts = parts._replace(objectives=answerable(parts.objectives, self._host.model))
         self.run = Run(self._host, self.rmtkd_config, parts, companions, reentrant=self._reentrant)
@@ -158,8 +161,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         self.add_callback(StageCallback(self.run, self.patience, self._termination, self._end_step))
 
     def _check_setting(self) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise unsharded("fsdp" if self.is_fsdp_enabled else "deepspeed")
+        check_sharding(self.accelerator, self.args, self.model, self.reparameterization, self.transforms)
         if self.args.n_gpu > 1 or self.is_model_parallel:
             raise one_device(self.args.n_gpu)
         if self.rmtkd_config.schedule != "none" or self.reparameterization is not None:
@@ -270,6 +272,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         finally:
             run.dropout.restore()
             self.train_dataset = given
+            run.tutor.let_go()
             host.forget_data()
         before, after = run.reference_parameters, run.parameters
         output.metrics.update(parameters_before=before, parameters_after=after, reduction=1 - after / before)
@@ -333,6 +336,15 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     # -- private hooks of Trainer -------------------------------------------------------------------------------------
     # `_inner_training_loop` wraps the model once and hands that wrapper down as a local variable; after a cut under
     # DDP, autocast or torch.compile it is a stale one. Each override below puts the live wrapper in its place.
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        host = self._host
+        if isinstance(host, ShardedTrainerHost) and not is_sharded(self.model):
+            if resume_from_checkpoint is not None:  # as unsharded training does: a plain model takes it up
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self._taken_up = resume_from_checkpoint
+            host.sharding.remember(self.model)
+        return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, model, *positional, **kwargs):
         return super()._run_epoch(self.model_wrapped, *positional, **kwargs)

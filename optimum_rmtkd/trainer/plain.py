@@ -1,17 +1,19 @@
-"""A run's reparameterization: on the model while it trains, off in everything else. Plain functions over models."""
+"""A model as it would be saved, whatever it is trained as: reparameterised, or sharded over processes. Plain functions
+over models; those that return a plain one are collective where the model is sharded: each process has to call them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
-from ..distillation.teachers import clean_copy
 from ..reparameterization import Reparameterization, core_parameters, fold, is_reparameterized, plain_parameters
+from .swap import whole, whole_copy
 
 
-__all__ = ["parameters", "plain", "plain_copy", "put_on", "state_of"]
+__all__ = ["at_hand", "parameters", "plain", "plain_copy", "put_on", "state_of"]
 
 
 def parameters(model: nn.Module) -> int:
@@ -25,13 +27,26 @@ def parameters(model: nn.Module) -> int:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model with plain weights, in evaluation mode."""
-    return fold(clean_copy(model))
+    """A copy of the model with plain, whole weights, in evaluation mode."""
+    return fold(whole_copy(model))
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The model itself where its weights are plain, else a copy."""
-    return plain_copy(model) if is_reparameterized(model) else model
+    """The model itself where its weights are plain and whole, else a copy."""
+    return plain_copy(model) if is_reparameterized(model) else whole(model)
+
+
+@contextmanager
+def at_hand(device: torch.device | str, *models: nn.Module | None) -> Iterator[None]:
+    """While open, models that are kept aside lie on this device."""
+    kept = [(model, next(model.parameters()).device) for model in models if model is not None]
+    for model, _ in kept:
+        model.to(device)
+    try:
+        yield
+    finally:
+        for model, home in kept:
+            model.to(home)
 
 
 def put_on(

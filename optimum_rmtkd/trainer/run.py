@@ -34,7 +34,7 @@ from .records import Records, stage_of
 from .stages import PlannedCut, Stage, too_narrow
 from .state import load_run_state, run_state
 from .step import StepLoss
-from .swap import DropoutSwitch
+from .swap import DropoutSwitch, whole_copy
 from .tutor import Tutor
 
 
@@ -175,7 +175,7 @@ class Run:
     def remember_initial(self) -> None:
         """Keep a copy of the model as the user passed it in."""
         if self.initial is None:
-            self.initial = clean_copy(self.host.model)
+            self.initial = whole_copy(self.host.model)
             self.fingerprint = fingerprint(self.initial)
 
     def begin_batch(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -237,7 +237,7 @@ class Run:
 
     def _end_fit(self) -> None:
         """The model is fine-tuned: from here on it is the teacher, and the reference of all that follows."""
-        self.initial = clean_copy(self.host.model)
+        self.initial = whole_copy(self.host.model)
         self.judge.baseline = self.judge.measure()
         self.fit.end(self.judge.baseline.metrics)
         self.host.model_changed()
@@ -249,7 +249,7 @@ class Run:
             return
         how = self.parts.reparameterization
         if how is not None and not is_reparameterized(self.host.model):
-            self.host.install(plain.put_on(how, clean_copy(self.host.model)))
+            self.host.install(plain.put_on(how, whole_copy(self.host.model)))
         if self.teacher is None:
             self._appoint_teacher()
 
@@ -459,7 +459,7 @@ class Run:
         """After the plain weights of that checkpoint were loaded: the tensors that they were folded from."""
         if cores := checkpoint.subset("core", self.restored or {}):
             how, model = self.parts.reparameterization, self.host.model
-            self.host.install(plain.put_on(how, clean_copy(model), cores), prepare=False)
+            self.host.install(plain.put_on(how, whole_copy(model), cores), prepare=False)
 
     def _write_journal(self) -> None:
         self.records.journal(self.stages, self.reference_parameters, self.parameters, self.fit.to_dict())

@@ -7,7 +7,7 @@ from typing import Any
 from ..distillation import EMATeacher, fingerprint
 from . import checkpoint, plain
 from .parts import described
-from .swap import same_architecture, skeleton
+from .swap import gathered, same_architecture, skeleton
 
 
 __all__ = ["load_run_state", "run_state"]
@@ -16,7 +16,7 @@ PARTS = ("agenda", "judge", "pace", "fit")  # of a run, each with a state of its
 
 
 def run_state(run: Any) -> dict[str, Any]:
-    """{"values": ..., "tensors": ...} of a `Run`."""
+    """{"values": ..., "tensors": ...} of a `Run`. Collective, where its model is sharded."""
     stages, before, initial = run.stages, run.tutor.before, run.initial
     open_stage = bool(stages) and stages[-1].status == "open"
     keep = before is not None and (run.config.teacher == "previous" or open_stage)
@@ -40,7 +40,7 @@ def run_state(run: Any) -> dict[str, Any]:
         tensors |= checkpoint.flatten("ema", run.teacher.model.state_dict())
     how = run.parts.reparameterization
     tensors |= run.tutor.state_dict() | checkpoint.flatten("core", plain.state_of(how, run.host.model))
-    return {"values": values, "tensors": tensors}
+    return {"values": values, "tensors": gathered(tensors)}
 
 
 def load_run_state(run: Any, state: dict[str, Any], where: str) -> None:

@@ -29,6 +29,7 @@ from ..errors import RMTKDError
 from . import checkpoint, plain
 from .companions import Companions
 from .data import isolated_rng
+from .swap import hold
 
 
 __all__ = ["Tutor", "own_teacher"]
@@ -66,6 +67,7 @@ class Tutor:
 
     def reset(self) -> None:
         """Forget the run; a teacher that was given stays."""
+        self._let_go: Callable[[], None] = lambda: None
         self.teacher: Teacher | None = None
         self.before: nn.Module | None = None
         self.projections: dict[str, torch.Tensor] = {}
@@ -100,6 +102,11 @@ class Tutor:
         """Those that found something to compare."""
         return [objective for objective in self.objectives if objective.active]
 
+    def let_go(self) -> None:
+        """A given teacher asks its own models again, where they are held sharded."""
+        self._let_go()
+        self._let_go = lambda: None
+
     def appoint(
         self,
         model: nn.Module,
@@ -110,6 +117,7 @@ class Tutor:
         strip: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda batch: batch,
     ) -> None:
         """Choose the teacher and set the objectives up for the student and it; fit those that look at data first.
+        Only then it is held as the student is: before, the processes ask it about batches of different numbers.
 
         Where another model teaches there are no projections: none leads from its stream to the student's.
 
@@ -123,7 +131,16 @@ class Tutor:
         Raises:
             RMTKDError: models that an objective cannot work with, or nothing left to compare.
         """
-        config, copy = self.config, lambda: plain.plain_copy(model)
+        self.let_go()
+        with plain.at_hand(self.companions.accelerator.device, initial, self.before):
+            self._appoint(model, initial, batches, optimizer, restored, strip)
+        let_go = hold(self.teacher, model)
+        if self.given is not None:  # of the others there is a new one each time
+            self._let_go = let_go
+
+    def _appoint(self, model, initial, batches, optimizer, restored, strip) -> None:
+        config, device = self.config, self.companions.accelerator.device
+        copy = lambda: plain.plain_copy(model).to(device)  # noqa: E731
         teacher = self.given or own_teacher(config.teacher, initial, self.before, copy, config.ema_decay)
         if average := checkpoint.subset("ema", restored or {}):
             checkpoint.load_into(teacher.model, average)

@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
 from ...checkpoints import LAST, check_whole, discard, newest_whole, tell_passed, tidy
@@ -18,7 +20,14 @@ from ...reparameterization import fold, is_reparameterized
 from ...surgery.processes import from_main, one_for_all
 from ..checkpoint import read_process_state, read_state, write_process_state, write_state
 from ..parts import transforms_state
-from ..swap import load_skeleton, load_weights
+from ..swap import (
+    complete_state,
+    foreign_optimizer,
+    is_sharded,
+    load_optimizer,
+    load_skeleton,
+    load_weights,
+)
 from ..writing import bytes_of, written_whole
 
 
@@ -138,7 +147,12 @@ class CheckpointHooks:
             )
         return None if found.newest is None else str(found.newest)
 
+    _taken_up = None  # a checkpoint that was loaded before the model was sharded
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self._taken_up == resume_from_checkpoint:
+            self._taken_up = None
+            return
         values, tensors = read_state(resume_from_checkpoint)
         own = read_process_state(resume_from_checkpoint, self.args.process_index, self.args.world_size)
         self.run.load_state_dict({"values": values, "tensors": tensors | own}, str(resume_from_checkpoint))
@@ -146,16 +160,42 @@ class CheckpointHooks:
         self.run.restore_cores()
 
     def _save_optimizer_and_scheduler(self, output_dir):
+        if is_sharded(self.model):
+            complete_state(self.optimizer)  # torch's writer would make a step to complete it
         super()._save_optimizer_and_scheduler(output_dir)
         own = transforms_state(self.run.parts.transforms)
         write_process_state(output_dir, self.args.process_index, self.args.world_size, own)
+        state = self.run.state_dict()  # of every process: some of it may lie in shards
         if self.args.should_save:
-            state = self.run.state_dict()
             write_state(output_dir, state["values"], state["tensors"])
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not foreign_optimizer(checkpoint, is_sharded(self.model)):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(self.model, self.optimizer, checkpoint)
+        schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
+        self.lr_scheduler.load_state_dict(schedule)
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As the trainer's own. Under FSDP2 a whole model, also with SHARDED_STATE_DICT, which is for checkpoints:
+        transformers would write none. Collective there."""
+        if not is_sharded(self.model):
+            return super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin
+        kind = plugin.state_dict_type
+        if _internal_call and not self._host.whole_checkpoints:
+            if self.args.should_save:
+                self._host.sharding.blueprint.save_config(output_dir or self.args.output_dir)
+            return None
+        plugin.set_state_dict_type("FULL_STATE_DICT")
+        try:
+            return super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.set_state_dict_type(kind)
+
     def _save(self, output_dir=None, state_dict=None):
-        """Plain weights, whatever they are trained as: every checkpoint loads with stock `from_pretrained`. A disk
-        that is full leaves what was there as it was."""
+        """Plain weights of the real class, whatever they are trained as: every checkpoint loads with stock
+        `from_pretrained`. A disk that is full leaves what was there as it was."""
         if not self.args.should_save:
             return super()._save(output_dir, state_dict)
         folder = Path(self.args.output_dir if output_dir is None else output_dir)
@@ -166,9 +206,12 @@ class CheckpointHooks:
 
     def _save_plain(self, folder: Path, state_dict) -> None:
         trained = self.model
-        if not is_reparameterized(trained):
+        if is_sharded(trained):
+            self.model = self._host.sharding.blueprint.filled(state_dict)
+        elif is_reparameterized(trained):
+            self.model = fold(clean_copy(trained), self.reparameterization)
+        else:
             return super()._save(str(folder), state_dict)
-        self.model = fold(clean_copy(trained), self.reparameterization)
         try:
             super()._save(str(folder))
         finally:

@@ -15,6 +15,7 @@ from ..checks import one_device, unsharded
 __all__ = ["check_accelerator", "check_batch", "check_loader", "check_model_is_whole", "check_prepared", "one_loss"]
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
+OF_THE_SCRIPT = "model and optimizer have to be prepared together after a cut, and here they are the script's own"
 PREPARE = "model, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(...)"
 
 
@@ -30,7 +31,7 @@ def check_accelerator(accelerator: Any) -> None:
             "RMTKDLoop(accelerator, model, optimizer, train_dataloader, lr_scheduler, ...)."
         )
     if (kind := accelerator.distributed_type.name) in SHARDED:
-        raise unsharded(kind.replace("_", "-"))
+        raise unsharded(kind.replace("_", "-"), OF_THE_SCRIPT)
 
 
 def check_prepared(accelerator: Any, model: Any, optimizer: Any) -> None:

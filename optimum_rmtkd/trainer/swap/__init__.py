@@ -6,16 +6,26 @@ from .architecture import enable_checkpointing, load_skeleton, load_weights, sam
 from .dropout import DropoutSwitch
 from .in_place import become, install, rewrapped
 from .optimizer import adam_rate, forget_moments, raw_optimizer, regroup, separate_cores
+from .sharded import Sharding, assign, gathered, hold, is_sharded, whole, whole_copy
 from .wrapper import renew_wrapper
+from .written import complete_state, foreign_optimizer, load_optimizer
 
 
 __all__ = [
     "adam_rate",
     "DropoutSwitch",
+    "Sharding",
+    "assign",
     "become",
+    "complete_state",
     "enable_checkpointing",
+    "foreign_optimizer",
     "forget_moments",
+    "gathered",
+    "hold",
     "install",
+    "is_sharded",
+    "load_optimizer",
     "load_skeleton",
     "load_weights",
     "raw_optimizer",
@@ -25,4 +35,6 @@ __all__ = [
     "same_architecture",
     "separate_cores",
     "skeleton",
+    "whole",
+    "whole_copy",
 ]

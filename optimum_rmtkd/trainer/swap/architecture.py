@@ -11,6 +11,8 @@ from torch import nn
 from ...errors import RMTKDError
 from ...models import is_narrowed, match_precision, pinned, widest_dtype
 from ..data import isolated_rng
+from .sharded import load_state, real_class, whole
+from .written import load_shards, weight_shards
 
 
 if TYPE_CHECKING:
@@ -81,7 +83,12 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
         RMTKDError: a tensor of the model is not in the folder.
         SpecMismatchError: the same for a narrowed model, or a tensor of another shape.
     """
-    saved, found = type(model).from_pretrained(
+    if shards := weight_shards(folder):
+        plain = whole(model)
+        load_shards(shards, plain)
+        load_state(model, plain.state_dict())
+        return
+    saved, found = real_class(model).from_pretrained(
         folder, config=model.config, dtype=widest_dtype(model), output_loading_info=True
     )
     if found["missing_keys"]:
@@ -89,7 +96,7 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
             f"The checkpoint {folder} lacks {len(found['missing_keys'])} tensor(s) of {type(model).__name__}, the "
             f"first is {min(found['missing_keys'])}. It is incomplete, or of another model; take another checkpoint."
         )
-    model.load_state_dict(saved.state_dict())
+    load_state(model, saved.state_dict())
 
 
 def same_architecture(one: nn.Module, other: nn.Module) -> bool:

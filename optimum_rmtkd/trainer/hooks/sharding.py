@@ -1,0 +1,50 @@
+"""The `Host` that a Trainer is under FSDP2, whose model is another object after each cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..swap import Sharding, enable_checkpointing, is_sharded
+from .hosting import TrainerHost
+
+
+__all__ = ["ShardedTrainerHost", "host_of"]
+
+
+def host_of(trainer: Any) -> TrainerHost:
+    """The host that suits the way in which the trainer's processes hold the model."""
+    return ShardedTrainerHost(trainer) if trainer.is_fsdp_enabled else TrainerHost(trainer)
+
+
+class ShardedTrainerHost(TrainerHost):
+    """A `Host` over a trainer whose Accelerator shards.
+
+    Attributes:
+        sharding: how.
+    """
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        self.sharding = Sharding(trainer.accelerator, getattr(trainer.args, "shard_teacher", True))
+
+    @property
+    def whole_checkpoints(self) -> bool:
+        """Whether a checkpoint holds whole tensors (FULL_STATE_DICT)."""
+        return "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def install(self, replacement: nn.Module, prepare: bool = True) -> None:
+        trainer = self.trainer
+        if not is_sharded(trainer.model):  # a resumed run, before its model is prepared
+            super().install(replacement, prepare=False)
+            return
+
+        def ready(model: nn.Module) -> None:
+            trainer.model = model
+            enable_checkpointing(model, trainer.args)
+            self._add_noise()
+
+        fresh = None if trainer.optimizer_was_given else self._fresh_groups
+        live = self.sharding.install(trainer.model, replacement, trainer.optimizer, fresh, ready)
+        trainer.model = trainer.model_wrapped = trainer.callback_handler.model = live

@@ -1,0 +1,33 @@
+"""FSDP2 on CPUs, for launched scripts: torch has it, with gloo; Accelerate offers it to accelerators alone.
+
+Import this before anything makes an Accelerator.
+"""
+
+from __future__ import annotations
+
+import accelerate.state
+import torch.distributed
+from accelerate.utils import DistributedType
+
+
+def open_the_door() -> None:
+    """Accelerate takes the CPUs of several processes for accelerators."""
+    usual = accelerate.state.PartialState.__init__
+
+    def init(self, cpu=False, **options):
+        usual(self, cpu, **options)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    accelerate.state.PartialState.__init__ = init
+
+
+def options(**config) -> dict:
+    """Training arguments that shard a BERT."""
+    return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], **config}}
+
+
+def whole(model) -> dict[str, torch.Tensor]:
+    """Its tensors on every process."""
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
