@@ -66,9 +66,7 @@ def fault_of(folder: str | Path) -> str | None:
     if not folder.is_dir():
         return "no such folder"
     if not (folder / STATE).is_file():
-        return (
-            f"holds no {STATE}: written with save_only_model=True, by save_model(), by another trainer, or cut short"
-        )
+        return f"holds no {STATE}: saved with save_only_model=True, by save_model(), by another trainer, or cut short"
     written = _manifest(folder)
     if isinstance(written, str):
         return written

@@ -328,9 +328,9 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def _maybe_log_save_evaluate(self, *positional, **kwargs):
         super()._maybe_log_save_evaluate(*positional, **kwargs)
         if self._termination.leaving:
-            self._termination.say(
-                f"SIGTERM: training stopped after step {self.state.global_step}. {self._what_is_kept()}"
-            )
+            self._save_before_leaving()
+            step = self.state.global_step
+            self._termination.say(f"SIGTERM: training stopped after step {step}. {self._what_is_kept()}")
             raise Terminated
 
     # -- private hooks of Trainer -------------------------------------------------------------------------------------
