@@ -142,7 +142,10 @@ class RMTKDConfig(Recipe):
         "layer after the other, shallow to deep. none: no cut, the model is only distilled.",
         ("rounds", "layerwise", "none"),
     )
-    rounds: Count | None = _option(None, "Number of rounds. None: one up to 65 % of reduction, two above.")
+    rounds: Count | None = _option(
+        None,
+        "Number of rounds of cut and distil. None: one, which lost less than two with as many steps.",
+    )
     stage_share: Annotated[float, _share("the training steps", "right")] = _option(
         0.3, "Share of the training steps within which the cuts are spread; the rest distils the final architecture."
     )

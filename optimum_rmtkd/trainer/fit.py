@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 SHARE = 0.4  # of the steps, for a model that cannot teach yet
 SEEN = 256  # samples of each process that say whether a model can teach
-CUTS = 2  # that a recipe makes at most where it does not say how many
+CUTS = 1  # of a recipe that does not say how many
 STATE = ("steps", "why", "going", "metrics", "chance")
 
 

@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 JOURNAL = "rmtkd_stages.json"
-ONE_CUT_UP_TO = 0.65  # rmt-kd.md, section 6: above this a single cut loses what a second round keeps
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def plan_cuts(
     target = config.target_flops
     if config.target_reduction is not None:
         target = 1.0 - (1.0 - config.target_reduction) / kept
-    rounds = config.rounds or (2 if target is not None and target > ONE_CUT_UP_TO else 1)
+    rounds = config.rounds or 1
     steps = spread_steps(rounds, max_steps, config.stage_share)
     if config.target_reduction is not None:
         shares = geometric_shares(config.target_reduction, rounds, kept)

@@ -42,9 +42,10 @@ def test_geometric_rounds_keep_the_same_share_each():
     assert shares[-1] == 0.8 and ratios == pytest.approx([0.2 ** (1 / 3)] * 3)
 
 
-@pytest.mark.parametrize(("target", "cuts"), [(0.5, 1), (0.65, 1), (0.66, 2), (0.9, 2)])
-def test_rounds_by_default_are_one_up_to_65_percent_and_two_above(target, cuts):
-    plan = plan_cuts(RMTKDConfig(target_reduction=target), 100)
+@pytest.mark.parametrize("target", [0.5, 0.9])
+@pytest.mark.parametrize(("rounds", "cuts"), [(None, 1), (1, 1), (2, 2)])
+def test_one_cut_reaches_the_target_unless_more_rounds_are_asked_for(target, rounds, cuts):
+    plan = plan_cuts(RMTKDConfig(target_reduction=target, rounds=rounds), 100)
     assert len(plan) == cuts and plan[0].step == 0 and plan[-1].target_reduction == target
 
 
