@@ -282,6 +282,7 @@ def apply_spec(model, spec):
     Raises:
         SpecMismatchError: see `check_spec`; nothing has changed then.
     """
+    spec = _not_applied_yet(model, spec)
     check_spec(model, spec)
     for raw, delta in spec.get("modules", {}).items():
         found = _locate(model, raw)
@@ -303,6 +304,18 @@ def apply_spec(model, spec):
         if module is not None:  # not in this head, or inside a part that is ternary now
             vars(module).update(attributes)
     _retie(model)
+
+
+def _not_applied_yet(model, spec):
+    """The spec without what concerns the backbone, where that is a narrowed model already: heads that several families
+    share make theirs through AutoModel, which knows the narrowed classes."""
+    backbone = model.base_model
+    if backbone is model or not type(backbone).__name__.startswith(PREFIX):
+        return spec
+    return {
+        section: {path: entry for path, entry in entries.items() if section == "base" or not path.startswith("@.")}
+        for section, entries in spec.items()
+    }
 
 
 def _retie(model):

@@ -49,7 +49,7 @@ def main():
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
     }
     (asked.out / f"result-{rank}.json").write_text(json.dumps(values))
-    leave(trainer)
+    leave(trainer.accelerator)
 
 
 if __name__ == "__main__":

@@ -127,7 +127,7 @@ def run(asked):
 
 def main():
     torch.set_num_threads(1)
-    leave(run(parsed()))
+    leave(run(parsed()).accelerator)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optimum_rmtkd.errors import RMTKDError
+from optimum_rmtkd.checkpoints import MANIFEST
+from optimum_rmtkd.errors import IncompleteCheckpointError, RMTKDError
 from optimum_rmtkd.surgery import count_parameters
 from optimum_rmtkd.trainer.checkpoint import STATE, TENSORS, read_process_state, write_process_state
 from optimum_rmtkd.trainer.stages import JOURNAL
@@ -199,6 +200,9 @@ def test_a_checkpoint_that_lacks_tensors_is_refused(make_trainer):
     tensors.pop("classifier.weight")
     save_file(tensors, file, metadata={"format": "pt"})
     again = make_trainer(recipe=ROUNDS, out="again", **SAVING)
+    with pytest.raises(IncompleteCheckpointError, match=r"model.safetensors has \d+ bytes, \d+ were written"):
+        again.train(resume_from_checkpoint=str(folder(whole, 4)))
+    (folder(whole, 4) / MANIFEST).unlink()  # as a checkpoint from before there were manifests
     with pytest.raises(RMTKDError, match="classifier.weight"):
         again.train(resume_from_checkpoint=str(folder(whole, 4)))
 

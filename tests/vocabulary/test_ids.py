@@ -16,7 +16,7 @@ def test_every_form_of_an_id_follows_and_nothing_else_does():
         eos_token_id=[5, 9],
         decoder_start_token_id=3,
         forced_bos_token_id=7,
-        suppress_tokens=[-1, 5, 7],
+        suppress_tokens=[-1, 5],
         begin_suppress_tokens=[9],
         bad_words_ids=[[3, 5], [9]],
         sequence_bias=[[[5, 7], -2.0]],
@@ -30,7 +30,7 @@ def test_every_form_of_an_id_follows_and_nothing_else_does():
     assert token_ids(config, 10) == {0, 3, 5, 7, 9}
     renumber(config, NEW)
     assert (config.pad_token_id, config.eos_token_id, config.decoder_start_token_id) == (0, [2, 4], 1)
-    assert (config.forced_bos_token_id, config.suppress_tokens, config.begin_suppress_tokens) == (3, [-1, 2, 3], [4])
+    assert (config.forced_bos_token_id, config.suppress_tokens, config.begin_suppress_tokens) == (3, [-1, 2], [4])
     assert (config.bad_words_ids, config.sequence_bias) == ([[1, 2], [4]], [[[2, 3], -2.0]])
     assert (config.forced_decoder_ids, config.lang_to_id) == ([[1, 2], [3, None]], {"<|de|>": 3})
     assert config.no_timestamps_token_id == 4
