@@ -25,7 +25,8 @@ def leave_in_order() -> None:
     anything holds the group, and every DDP wrapper does.
 
     The group stays as it is until the very end of the script, and beyond where that ends by an exception: another
-    process may not come to the operation that this one has begun. Groups of GPUs (nccl) have no such threads.
+    process may not come to the operation that this one has begun. Groups of GPUs (nccl) have no such threads. The
+    meshes of FSDP2 hold the group beyond the end, where nothing here can let go of it.
     """
     import torch.distributed as dist
 

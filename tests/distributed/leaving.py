@@ -18,8 +18,11 @@ def wait(accelerator):
 
 
 def leave(accelerator):
-    """The same, and end the group as `Accelerator.end_training` does."""
+    """The same, and end the group as `Accelerator.end_training` does. The meshes of FSDP2 hold the group until the
+    process is gone, and with it the threads of gloo: there they may outlive the script."""
     wait(accelerator)
+    if getattr(accelerator, "is_fsdp2", False):
+        atexit.unregister(_alone)
     PartialState().destroy_process_group()
 
 
