@@ -155,9 +155,10 @@ def find_tables(model: Any, size: int) -> TokenTables:
 
 def _anchored(model: nn.Module, rows: int) -> frozenset[int]:
     """All ids up to that of padding where positions are counted from it (RoBERTa and its relatives, M2M100): the
-    table of positions, itself no table of tokens, then carries the id of padding."""
-    tables = {id(m) for m in model.modules() if getattr(m, "num_embeddings", None) == rows}
-    pads = [getattr(m, "padding_idx", None) for m in model.modules() if id(m) not in tables]
+    table of positions, or the module around it, then carries the id of padding. So do tables of tokens and whole
+    models, which count nothing from it."""
+    parts = [m for m in model.modules() if not isinstance(m, PreTrainedModel)]
+    pads = [getattr(m, "padding_idx", None) for m in parts if getattr(m, "num_embeddings", None) != rows]
     found = [i for i in pads if isinstance(i, int) and 0 <= i < rows]
     return frozenset(range(max(found) + 1)) if found else frozenset()
 

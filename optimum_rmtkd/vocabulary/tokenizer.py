@@ -53,10 +53,11 @@ class Vocabulary:
 
     def required(self) -> set[int]:
         """Ids of special, added and chat-template tokens, single bytes and characters, and what the model needs."""
-        special = {i for i in self.tokenizer.all_special_ids if i in self.names}
-        return (
-            self.pieces.fixed() | set(self.added.values()) | special | self._of_texts(_template_texts(self.tokenizer))
-        )
+        special = {*self.tokenizer.all_special_ids, *_ids_of(self.json["post_processor"])}
+        if self.json["padding"]:
+            special.add(self.json["padding"]["pad_id"])
+        written = self._of_texts(_template_texts(self.tokenizer))
+        return self.pieces.fixed() | set(self.added.values()) | (special & set(self.names)) | written
 
     def named(self, always: Iterable[str | int]) -> set[int]:
         """Ids of what a user names: an id, a token, or a text, all tokens of which stay, at the beginning of a text
@@ -74,7 +75,8 @@ class Vocabulary:
                 unknown = self.tokenizer.unk_token_id
                 known = bool(item) and (item in self.ids or (bool(ids) and unknown not in ids))
             else:
-                ids, known = {int(item)}, item in self.names
+                known = type(item) is int and item in self.names
+                ids = {item} if known else set()
             if not known:
                 raise RMTKDError(
                     f"always names {item!r}, which the tokenizer does not know; expected its tokens, words made of "
@@ -159,6 +161,19 @@ def _with_ids(processor: Any, new: Mapping[int, int]) -> Any:
     return changed
 
 
+def _ids_of(processor: Any) -> set[int]:
+    """All ids in a post-processor."""
+    found: set[int] = set()
+
+    class Noted(dict):
+        def __missing__(self, i: int) -> int:
+            found.add(i)
+            return i
+
+    _with_ids(processor, Noted())
+    return found
+
+
 def vocabulary_of(tokenizer: Any) -> Vocabulary:
     """
     Raises:
@@ -203,8 +218,10 @@ def _template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _literals(template: str) -> list[str]:
     try:
-        tokens = list(jinja2.Environment().lex(template))
+        tokens = list(jinja2.Environment(trim_blocks=True, lstrip_blocks=True).lex(template))
     except jinja2.TemplateSyntaxError:  # blocks of transformers' own ({% generation %}) are no errors here
         return [template]
-    strings = [value[1:-1] for _, kind, value in tokens if kind == "string"]
+    raw = [value[1:-1] for _, kind, value in tokens if kind == "string"]
+    # as jinja2 reads them: "\\n" in a template is a line break
+    strings = [text.encode("ascii", "backslashreplace").decode("unicode-escape") for text in raw]
     return strings + [value for _, kind, value in tokens if kind == "data"]

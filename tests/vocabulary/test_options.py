@@ -14,6 +14,7 @@ from optimum_rmtkd import trim_vocabulary
 from optimum_rmtkd.errors import BudgetError, RMTKDError, UnsupportedArchitectureError
 from optimum_rmtkd.models import uncut_parameters
 from optimum_rmtkd.vocabulary import VocabularyReport
+from optimum_rmtkd.vocabulary.tokenizer import vocabulary_of
 
 from .conftest import CORPUS, DOMAIN, ELSEWHERE, WORDS, tiny
 
@@ -104,6 +105,30 @@ def test_what_the_config_names_stays_and_follows(tokenizers):
     assert cut.convert_ids_to_tokens(named) == tokenizer.convert_ids_to_tokens([odd - 1, odd])
 
 
+def test_an_id_of_padding_at_the_end_of_a_decoders_table_keeps_no_others(tokenizers):
+    """Only models that count positions from it (RoBERTa) need all ids up to that of padding."""
+    tokenizer = tokenizers("byte_fallback")
+    tokenizer.add_special_tokens({"pad_token": "<the padding>"})
+    model = tiny("llama", tokenizer, pad_token_id=tokenizer.pad_token_id)
+    assert model.config.pad_token_id == len(tokenizer) - 1
+    small, cut, report = trim_vocabulary(model, tokenizer, DOMAIN[:1])
+    assert report.rows_after < report.rows_before and small.config.vocab_size == len(cut)
+    assert cut.convert_ids_to_tokens(small.config.pad_token_id) == "<the padding>"
+
+
+def test_ids_that_the_file_alone_names_stay(tokenizers):
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = tokenizers("gpt2")
+    odd, pad = len(tokenizer) - 1, len(tokenizer) - 2
+    odd_token, pad_token = tokenizer.convert_ids_to_tokens([odd, pad])
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single=f"{odd_token} $A", special_tokens=[(odd_token, odd)])
+    backend.enable_padding(pad_id=pad, pad_token=pad_token)
+    kept = vocabulary_of(tokenizer).required()
+    assert {odd, pad} <= kept
+
+
 def test_rows_beyond_the_tokenizer_go(tokenizers):
     tokenizer = tokenizers("t5")
     model = tiny("t5", tokenizer, rows=len(tokenizer) + 28)
@@ -158,6 +183,8 @@ def test_the_report_is_plain_data_and_a_table(bert):
         ({"always": "word"}, "always is the string 'word'"),
         ({"always": ["Ж"]}, "always names 'Ж', which the tokenizer does not know"),
         ({"always": [10**6]}, "always names 1000000"),
+        ({"always": [None]}, "always names None"),
+        ({"always": [True]}, "always names True"),
         ({"validation_texts": iter(())}, "validation_texts holds no text"),
     ],
 )
