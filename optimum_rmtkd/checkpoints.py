@@ -73,13 +73,12 @@ def fault_of(folder: str | Path) -> str | None:
     missing = _lacking(folder) if written is None else [name for name in written if not (folder / name).is_file()]
     if missing:
         return f"{listed(missing)} missing"
-    for name in files_of(folder) if written is None else written:
-        if fault := _unreadable(folder / name):
-            return f"{name} cannot be read ({fault})"
-        size = (folder / name).stat().st_size
-        if written is not None and size != written[name]:
-            return f"{name} has {size} bytes, {written[name]} were written"
-    return None
+    if written is None:  # nobody wrote down how large the files were: they have to tell themselves
+        faults = ((name, _unreadable(folder / name)) for name in files_of(folder))
+        return next((f"{name} cannot be read ({fault})" for name, fault in faults if fault), None)
+    sizes = {name: (folder / name).stat().st_size for name in written}
+    wrong = (name for name in written if sizes[name] != written[name])
+    return next((f"{name} has {sizes[name]} bytes, {written[name]} were written" for name in wrong), None)
 
 
 def check_whole(folder: str | Path) -> None:
@@ -297,7 +296,7 @@ def discard(path: Path) -> None:
     place = pending_place(path)
     if place.parent.exists():
         remove(place.parent)
-    place.parent.mkdir()
+    place.parent.mkdir(exist_ok=True)
     path.rename(place)
     shutil.rmtree(place.parent, ignore_errors=True)
 
@@ -310,7 +309,7 @@ def tidy(folder: str | Path) -> None:
         return
     for entry in sorted(folder.glob(".*")):
         match = _PENDING.fullmatch(entry.name)
-        held = [path.name for path in entry.iterdir()] if match and entry.is_dir() and not entry.is_symlink() else None
+        held = _names_in(entry) if match and entry.is_dir() and not entry.is_symlink() else None
         if held is None or held not in ([], [match[1]]):
             continue  # none of ours
         if (lock := take_if_abandoned(entry)) is not None:
@@ -320,6 +319,14 @@ def tidy(folder: str | Path) -> None:
         for aside in abandoned(folder, name, "old"):
             if _NUMBERED.fullmatch(name):
                 _put_back(aside, folder / name)
+
+
+def _names_in(folder: Path) -> list[str] | None:
+    """None where the folder has gone meanwhile: another machine tidies as well."""
+    try:
+        return [path.name for path in folder.iterdir()]
+    except FileNotFoundError:
+        return None
 
 
 def _put_back(aside: Path, target: Path) -> None:

@@ -63,7 +63,8 @@ class NoticeBoard:
         try:
             yield
         except BaseException as error:  # an interrupt and an exit end a process as well
-            told = self._read() if self._store is not None and _is_cut_off(error) else None
+            asked = self._store is not None and isinstance(error, Exception)  # an interrupt is its own reason
+            told = self._read() if asked and _is_cut_off(error) else None
             if told is None:
                 self._write(error)
                 raise

@@ -73,7 +73,7 @@ class CheckpointHooks:
         self._saved_at = step
         if self._unpushed is not None:
             self._push_from_checkpoint(str(target))
-        if args.should_save and args.save_total_limit:
+        if args.should_save and (args.save_total_limit or 0) > 0:
             self._prune(run_dir, target)
 
     def _prune(self, run_dir: str, newest: Path) -> None:

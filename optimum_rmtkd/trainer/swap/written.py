@@ -75,7 +75,14 @@ def load_optimizer(model: nn.Module, optimizer: Any, folder: str | Path) -> None
     state = torch.load(folder / (BY_NAME if by_name else BY_NUMBER), map_location="cpu", weights_only=True)
     if not by_name:
         state = _named(state, _names(model, raw))
-    set_optimizer_state_dict(model, raw, state, options=StateDictOptions(full_state_dict=True))
+    if state["state"]:
+        set_optimizer_state_dict(model, raw, state, options=StateDictOptions(full_state_dict=True, strict=False))
+    else:  # none was needed (SGD), or none was made yet; torch takes that for a mistake
+        for group, saved in zip(raw.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+    parameters = model.state_dict(keep_vars=True)
+    for name in {name for group in state["param_groups"] for name in group["params"]} - state["state"].keys():
+        raw.state.pop(parameters[name], None)  # torch has made one, of a step that was none
 
 
 def _read(folder: Path, into: dict[str, Any]) -> None:
