@@ -102,11 +102,7 @@ BY_HOOKS = "steps inside the backward pass, by hooks on the parameters that a cu
 
 PRECISION = [
     Mode({"bf16": True}, quick=True),
-    Mode(
-        {"fp16": True},
-        refused=(ValueError, "fp16 mixed precision requires a GPU"),
-        note="without a GPU, by accelerate",
-    ),
+    Mode({"fp16": True}),
     Mode({"bf16_full_eval": True, **EVALUATED}),
     Mode({"fp16_full_eval": True, **EVALUATED}),
     Mode(shown="weights in bfloat16", dtype=torch.bfloat16, note="with a warning: steps are rounded"),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from transformers import AutoModelForSequenceClassification, TrainerCallback, TrainingArguments
 
 from .conftest import tiny_bert, toy_data
@@ -34,8 +35,9 @@ class Watched(TrainerCallback):
 
 @pytest.fixture(autouse=True)
 def nothing_stays():
-    """Some arguments reach beyond their run: into the environment, and into torch."""
+    """Some arguments reach beyond their run: into the environment, accelerate's state, and torch."""
     before = dict(os.environ)
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     os.environ.clear()
     os.environ.update(before)
