@@ -31,8 +31,8 @@ def site(name, before, after):
 def test_rounds_of_a_model_narrowed_before_go_on_from_there():
     shares = geometric_shares(0.9, 2, kept=0.4)
     assert [(1 - s) for s in shares] == pytest.approx([0.2, 0.1])
-    assert len(plan_cuts(RMTKDConfig(target_reduction=0.8), 100, kept=0.4)) == 1
-    assert len(plan_cuts(RMTKDConfig(target_reduction=0.8), 100)) == 2
+    plan = plan_cuts(RMTKDConfig(target_reduction=0.9, rounds=2), 100, kept=0.4)
+    assert [cut.target_reduction for cut in plan] == pytest.approx([0.8, 0.9])
 
 
 def test_geometric_rounds_keep_the_same_share_each():
