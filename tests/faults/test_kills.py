@@ -12,6 +12,7 @@ from .harness import Kill, assert_goes_on, digest, happened, log, start
 
 MOMENTS = 20
 RUNS = {"trainer": runs.trainer, "loop": runs.loop, "compress": runs.compress}
+LAUNCHES = [(name, 1) for name in RUNS] + [("trainer", 2), ("loop", 2)]  # compress runs in one process
 
 
 class Reference:
@@ -69,11 +70,8 @@ def test_a_run_killed_while_it_writes_a_checkpoint_goes_on(reference):
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "processes"), LAUNCHES)
 def test_killed_at_every_file_event_of_a_checkpoint(reference, name, processes):
-    if name == "compress" and processes > 1:
-        pytest.skip("compress runs in one process")
     whole = reference(name, processes)
     for rank in range(processes):
         for moment in whole.of_a_checkpoint(rank):
@@ -82,11 +80,8 @@ def test_killed_at_every_file_event_of_a_checkpoint(reference, name, processes):
 
 @pytest.mark.slow
 @pytest.mark.faults
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(("name", "processes"), LAUNCHES)
 def test_killed_at_seeded_moments_of_a_run(reference, name, processes):
-    if name == "compress" and processes > 1:
-        pytest.skip("compress runs in one process")
     whole = reference(name, processes)
     for moment in whole.passes():
         whole.assert_goes_on(Kill("pass", moment))
