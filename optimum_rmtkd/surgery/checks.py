@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..batches import batch_size, evaluating, run
+from ..batches import batch_size, evaluating, first_samples, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError
 from ..models import check_behaviour, check_structure, uncut_parameters
@@ -31,6 +31,8 @@ __all__ = [
     "check_recipe",
     "positions_of",
 ]
+
+LOOKED_AT = 4  # samples that show what a model computes, what its head reads, and at how many positions
 
 
 def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:
@@ -78,7 +80,7 @@ def check_data(model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig
     anatomy = anatomy_of(model, config)
     sites = select_sites(anatomy, config.sites)
     batches = checked_batches(model, dataloader, config.calibration_samples, anatomy, sites)
-    check_behaviour(model, batches[0])
+    check_behaviour(model, first_samples(batches[0], LOOKED_AT))
     if config.target_flops is not None:
         with evaluating(model):
             batches = by_length(model, batches, points_of(anatomy, sites))
@@ -109,7 +111,7 @@ def check_flops(
 def positions_of(model: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
     """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling length."""
     positions: dict[str, float] = {}
-    batch = batches[len(batches) // 2]
+    batch = first_samples(batches[len(batches) // 2], LOOKED_AT)  # all samples of a batch are as long
     size = batch_size(batch)
 
     def see(point: Point, x: torch.Tensor) -> None:

@@ -44,7 +44,7 @@ from .budget import (
 )
 from .calibration import Calibration, calibrate, points_of
 from .cautions import MUCH
-from .checks import anatomy_of, check_data, check_finite, check_flops, check_parameters, check_recipe
+from .checks import LOOKED_AT, anatomy_of, check_data, check_finite, check_flops, check_parameters, check_recipe
 from .checks import positions_of as _positions
 from .directions import Directions, site_directions
 from .divergence import answers_per_sample, mean_divergence
@@ -63,7 +63,6 @@ from .variety import check_variety, warn_of_few
 
 __all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
 
-LOOKED_AT = 4  # samples that show what a head reads
 TOO_NARROW = 12  # features under which no edge estimator finds a bulk to fit
 
 
@@ -108,7 +107,7 @@ class Surgeon:
             batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
         check_variety(batches, accelerator=accelerator)
         with one_for_all(accelerator):
-            check_behaviour(model, batches[0])
+            check_behaviour(model, first_samples(batches[0], LOOKED_AT))
             twin = twin_of(model)
             if any(site.kind == "hidden" for site in self.sites):
                 self.anatomy = with_traced_reads(twin, self.anatomy, first_samples(batches[0], LOOKED_AT))
