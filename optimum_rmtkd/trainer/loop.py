@@ -91,7 +91,8 @@ class RMTKDLoop:
         rmtkd_config: the recipe. None: `RMTKDConfig()`.
         max_steps: optimizer steps in the whole run, over which the cuts are spread.
         evaluate: () -> metrics of the validation data by name, a number each; called on all processes, before the
-            first cut, after each, and at the end. None: the stages are judged by no metric.
+            first cut, after each, and at the end. None: the stages are judged by how far the model's answers are from
+            the uncut model's on training rows.
         metric_for_best_model: which of them judges the stages. None: the loss, if it is there, else a known one.
         greater_is_better: its direction. None: unless its last word is loss, perplexity, error, wer, mse or the like.
         validation_rows: rows behind the metrics, for the noise that a verdict allows; None: unknown.
@@ -302,6 +303,13 @@ class RMTKDLoop:
     def stages(self) -> list[Stage]:
         """Records of the cuts so far, in order."""
         return list(self.run.stages)
+
+    @property
+    def cuts_to_come(self) -> bool:
+        """Whether a cut is still to be made: until then the model is larger than it will be, and none to keep as the
+        best one, or to stop early with."""
+        run = self.run
+        return run.cuts_to_come or run.plan is None and run.config.schedule != "none"
 
     @property
     def objectives(self) -> list[DistillationObjective]:

@@ -50,7 +50,8 @@ class Run:
         agenda, fit, judge, pace, keepsake, tutor, loss: what is due, the fine-tuning before the first cut, the
             verdicts, the learning rate, the model just after its cut, who teaches, and the loss of a step.
         initial: the uncut model, once it is fine-tuned: teacher "initial" and template of every architecture.
-        fingerprint: of the model that the user passed in.
+        fingerprint, layout: of the model that the user passed in: of its weights, and of their names, shapes and
+            dtypes alone.
         reports: spectra of each cut.
         evaluates: whether there are evaluations while training.
     """
@@ -76,7 +77,7 @@ class Run:
             part.reset()
         self.reports: list[Any] = []
         self.initial: nn.Module | None = None
-        self.fingerprint = ""
+        self.fingerprint = self.layout = ""
         self.restored: dict[str, torch.Tensor] | None = None  # tensors of a checkpoint not yet taken up
 
     # -- what others read ---------------------------------------------------------------------------------------------
@@ -142,7 +143,10 @@ class Run:
             load_transforms(self.parts.transforms, self.restored)
             self.restored = None
         self._disable_dropout()
+        self.agenda.ended = False
         if not resumed:
+            if self.agenda.open is not None and not self.pace.phases:
+                self._begin_again()
             self.host.reschedule()
         elif self.stages:
             self._write_journal()  # it may go on in another folder
@@ -155,7 +159,8 @@ class Run:
         memory)."""
         steps = self.host.max_steps
         if self.plan is None:
-            self.fit.decide(any(isinstance(objective, TaskLoss) for objective in self.tutor.objectives))
+            tasked = any(isinstance(objective, TaskLoss) for objective in self.tutor.objectives)
+            self.fit.decide(tasked, taught=self.tutor.given is not None)
             kept = self.parameters / self.reference_parameters
             self.agenda.plan, self.agenda.max_steps = planned(self.host, self.config, self.fit.steps, kept), steps
             if self.plan or self.fit.steps:
@@ -168,15 +173,23 @@ class Run:
             self.agenda.max_steps = steps
 
     def train_on(self) -> None:
-        """A training that is over is followed by another one, by the user's own schedule."""
+        """A training that is over is followed by another one, by the user's own schedule. (One that was broken off in
+        a stage begins that stage anew.)"""
         if self.plan is not None and not self.fit.going:
             self.pace.reset()
+
+    def _begin_again(self) -> None:
+        """The stage is open that a training before this one was broken off in: it has the steps that there are now."""
+        step = self.host.step
+        self.pace.begin(0)
+        self._suit(step)
+        self._begin_stage(step)
 
     def remember_initial(self) -> None:
         """Keep a copy of the model as the user passed it in."""
         if self.initial is None:
             self.initial = whole_copy(self.host.model)
-            self.fingerprint = fingerprint(self.initial)
+            self.fingerprint, self.layout = fingerprint(self.initial), fingerprint(self.initial, 0)
 
     def begin_batch(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches of an accumulated batch, transformed and counted."""
@@ -282,8 +295,8 @@ class Run:
             if judge.spoiled(measured):
                 self._repeat(step, measured)
                 return False
-            if not judge.come_back(value, self.fit.chance):
-                self._wait_or_stop(step, value)
+            if judge.come_back(measured, self.fit.chance) is False:
+                self._wait_or_stop(step, measured)
                 return False
         return self._settle(measured)
 
@@ -292,10 +305,10 @@ class Run:
             self.host.model_changed()
         self.agenda.retry_at = step + self.host.looks()
 
-    def _wait_or_stop(self, step: int, value: float) -> None:
+    def _wait_or_stop(self, step: int, measured: Measured) -> None:
         """A cut never follows a ruin: it waits, and no longer than leaves half of its own stage."""
-        last, name = self.agenda.latest(self.host.max_steps), self.judge.name
-        came_from = self.judge.baseline.value
+        last, name = self.agenda.latest(self.host.max_steps), self.judge.behind(measured, self.fit.chance)
+        value, came_from = measured.metrics[name], self.judge.baseline.metrics[name]
         if step + self.host.looks() <= last:
             words = (
                 "%s is %.4g at step %d, and was %.4g before the first cut: the next cut waits until it has come back"
@@ -307,11 +320,12 @@ class Run:
         logger.warning("No further cut is made: %s.", self.agenda.stopped)
 
     def _look(self, step: int) -> None:
-        """Once in a stage, early enough to mend it: is the model being ruined?"""
+        """Once in a stage, early enough to mend it: is the model being ruined, and not as good as it was all the
+        same?"""
         if not self.agenda.looks(step):
             return
         measured = self._measure()
-        if self.judge.spoiled(measured) and not self.judge.come_back(measured.value, self.fit.chance):
+        if self.judge.spoiled(measured) and not self.judge.come_back(measured, self.fit.chance):
             self._repeat(step, measured)
 
     def _repeat(self, step: int, measured: Measured) -> None:
@@ -384,15 +398,19 @@ class Run:
             self.keepsake.keep()
         self.stages.append(dataclasses.replace(stage, metric_cut=now.value, metrics_cut=now.metrics))
         self.agenda.repeats = 0
-        removed, steps = 1 - self.parameters / self.reference_parameters, self.host.max_steps
-        self.pace.suit(removed, self.agenda.stage_steps(step, steps))
-        self.agenda.change(learning_rate=self.pace.rate)
+        self._suit(step)
         self._begin_stage(step)
         self._disable_dropout()
         self.reports.append(reduction.report)
         self.records.spectra(cut.index, reduction.report)
         self._write_journal()
         self.records.log(self.stages[-1], self.parameters)
+
+    def _suit(self, step: int) -> None:
+        """The rate follows the size of the model and the steps of the open stage."""
+        removed = 1 - self.parameters / self.reference_parameters
+        self.pace.suit(removed, self.agenda.stage_steps(step, self.host.max_steps))
+        self.agenda.change(learning_rate=self.pace.rate)
 
     def _begin_stage(self, step: int) -> None:
         """The model just after its cut is at hand: the rate warms up."""
