@@ -156,8 +156,8 @@ def clean_copy(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(model: nn.Module, per_tensor: int = 256) -> str:
-    """Hash of names, shapes, dtypes and at most `per_tensor` evenly spaced raw values of each tensor; 0: of none, which
-    tells architectures apart.
+    """Hash of names, shapes, dtypes and at most `per_tensor` evenly spaced raw values of each tensor, or none
+    (0), which tells architectures apart.
 
     Milliseconds where a full hash takes seconds; any training step moves nearly every value, so two different sets of
     weights agree only if somebody edited single entries.

@@ -140,8 +140,8 @@ def same_weights_or_raise(expected: str, found: str, folder: str | Path) -> None
 
 
 def same_layout_or_raise(expected: str, found: str, folder: str | Path) -> None:
-    """The same of a run that fine-tunes its model first: all weights are in the checkpoint, and those of a new head are
-    others each time that the model is loaded.
+    """The same of a run that fine-tunes its model first: all weights are in the checkpoint, and those of a new head
+    are others each time that the model is loaded.
 
     Raises:
         RMTKDError: the model passed in has other tensors, by name, shape or dtype.

@@ -91,7 +91,7 @@ class Fit:
         if not found.can_teach:
             how = f"RMTKDConfig(fit_share={SHARE:g}) fine-tunes it first."
             if not tasked:
-                how = "Fine-tune it first, or give the task's loss a part (task_weight, TaskLoss) so that the run does."
+                how = "Fine-tune it first, or let the run do it: it needs the task's loss (task_weight, TaskLoss)."
             logger.warning(
                 "The model is cut at once, though it cannot teach: %s. What is distilled from it will know no more. "
                 "%s",

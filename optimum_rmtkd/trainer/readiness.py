@@ -71,8 +71,9 @@ def readiness(
 
     Not if its head was newly initialised, nor if its loss is no better than that of the labels' frequencies (of their
     mean, for regression; of uniform spans). Where there are no labels that are known here, a head that was not in the
-    checkpoint and shows no traces of training counts as new. Cross-entropy, that of each label, or the squared error is computed from
-    the logits, over the labels that count; label smoothing and the like do not enter. The model stays as it is.
+    checkpoint and shows no traces of training counts as new. Cross-entropy, that of each label, or the squared error
+    is computed from the logits, over the labels that count; label smoothing and the like do not enter. The model stays
+    as it is.
 
     Args:
         batches: collated, on the model's device, labels included; those of this process.
