@@ -154,9 +154,12 @@ class Judge:
         cut = self.just_cut
         if now.value is not None and cut.value is not None:
             return self._lost(now, cut)
-        if now.divergence is not None and cut.divergence is not None:
-            return verdicts.farther(now.divergence, cut.divergence)
-        return False
+        return self._farther(now, midst=False)
+
+    def _farther(self, now: Measured, midst: bool) -> bool:
+        """Where no metric judges."""
+        away = [moment.divergence for moment in (now, self.just_cut)]
+        return None not in away and verdicts.farther(*away, midst=midst)
 
     def _lost(self, now: Measured, cut: Measured) -> bool:
         """Of the metric that judges. A loss that nobody asked for grows with confidence, also where the model gets
@@ -188,7 +191,7 @@ class Judge:
         """Is a stage in its midst being ruined, by its loss, by the metric that judges, or by the second one?"""
         cut, loss = self.just_cut, self.host.loss_name
         if now.value is None or cut.value is None:
-            return self.worse(now)
+            return self._farther(now, midst=True)
         losses = [moment.metrics.get(loss) for moment in (now, cut)]
         if None not in losses and verdicts.spoiled(*losses, greater_is_better=False):
             return True

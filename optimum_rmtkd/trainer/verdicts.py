@@ -79,9 +79,12 @@ def fell(after: float, cut: float, rows: int | None = None) -> bool:
     return spoiled(after, cut, True, rows or FEW_ROWS)
 
 
-def farther(after: float, cut: float) -> bool:
-    """The same of the divergence from the uncut model, nats an answer, of which a few hundredths are nothing."""
-    return math.isfinite(cut) and not after - cut <= max(LEAST_NATS, LOSS_NOISE * cut)
+def farther(after: float, cut: float, midst: bool = False) -> bool:
+    """Is the distilled model farther from the uncut one than just after its cut, by their divergence in nats an
+    answer, of which a few hundredths are nothing? In the midst of a run a quarter, and a tenth of a nat, are allowed,
+    as of a loss."""
+    share, least = (SPOILED_LOSS, 2 * LEAST_NATS) if midst else (LOSS_NOISE, LEAST_NATS)
+    return math.isfinite(cut) and not after - cut <= max(least, share * cut)
 
 
 def come_back(value: float, baseline: float, greater_is_better: bool, chance: float | None = None) -> bool:
