@@ -171,10 +171,9 @@ def main() -> None:
                     raise SystemExit(143)
             if done >= max_steps:
                 break
-        # A script that keeps the best model so far, or stops early, begins with it where this is False: until its last
-        # cut the model is larger than it will be.
-        note = " (before the last cut)" if loop.cuts_to_come else ""  # (+)
-        accelerator.print(f"epoch {epoch}: {evaluate(model, eval_dataloader, accelerator)}{note}")
+        accelerator.print(f"epoch {epoch}: {evaluate(model, eval_dataloader, accelerator)}")
+        # A script that keeps the best model so far, or stops early, begins with it where loop.cuts_to_come is False:
+        # until its last cut the model is larger than it will be.
     results = loop.end()  # (+)
 
     results |= evaluate(model, eval_dataloader, accelerator)
