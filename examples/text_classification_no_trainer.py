@@ -172,6 +172,8 @@ def main() -> None:
             if done >= max_steps:
                 break
         accelerator.print(f"epoch {epoch}: {evaluate(model, eval_dataloader, accelerator)}")
+        # A script that keeps the best model so far, or stops early, begins with it where loop.cuts_to_come is False:
+        # until its last cut the model is larger than it will be.
     results = loop.end()  # (+)
 
     results |= evaluate(model, eval_dataloader, accelerator)

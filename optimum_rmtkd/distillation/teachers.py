@@ -156,16 +156,19 @@ def clean_copy(model: nn.Module) -> nn.Module:
 
 
 def fingerprint(model: nn.Module, per_tensor: int = 256) -> str:
-    """Hash of names, shapes, dtypes and at most `per_tensor` evenly spaced raw values of each tensor.
+    """Hash of names, shapes, dtypes and at most `per_tensor` evenly spaced raw values of each tensor, or none
+    (0), which tells architectures apart.
 
     Milliseconds where a full hash takes seconds; any training step moves nearly every value, so two different sets of
     weights agree only if somebody edited single entries.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        if not per_tensor:
+            continue
         flat = tensor.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // per_tensor)][:per_tensor].contiguous().cpu()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(picked.view(torch.uint8).numpy().tobytes() if picked.numel() else b"")
     return digest.hexdigest()
 

@@ -3,8 +3,8 @@
 
 The checkpoint's `config.json` already describes the architecture. Here lie the stages done, the projections between
 the teacher's stream and the student's, what the objectives learned from the calibration data, and those teachers that
-exist nowhere else (`previous`, `ema`). The initial teacher is not stored: it is the model that the user passes in
-again, and its fingerprint says whether it is the same one.
+exist nowhere else (`previous`, `ema`, one that the run has fine-tuned). The initial teacher of a run without a fit is
+not stored: it is the model that the user passes in again, and its fingerprint says whether it is the same one.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = [
     "flatten",
     "read_process_state",
     "read_state",
+    "same_layout_or_raise",
     "same_parts_or_raise",
     "same_recipe_or_raise",
     "same_weights_or_raise",
@@ -135,6 +136,20 @@ def same_weights_or_raise(expected: str, found: str, folder: str | Path) -> None
             f"The run in {folder} started from a model with fingerprint {expected[:12]}, the model passed in "
             f"has {found[:12]}. It is the teacher of the run and must be the same: pass the uncut model "
             "the run started from (the same weights and dtype), or start a new run."
+        )
+
+
+def same_layout_or_raise(expected: str, found: str, folder: str | Path) -> None:
+    """The same of a run that fine-tunes its model first: all weights are in the checkpoint, and those of a new head
+    are others each time that the model is loaded.
+
+    Raises:
+        RMTKDError: the model passed in has other tensors, by name, shape or dtype.
+    """
+    if expected != found:
+        raise RMTKDError(
+            f"The run in {folder} started from a model with other tensors, by name, shape or dtype, than the model "
+            "passed in has. Pass a model of the same architecture, number of labels and dtype, or start a new run."
         )
 
 

@@ -32,7 +32,8 @@ class Fit:
     why: so many, for people.
     going: whether the model is fine-tuned now.
     metrics: of the validation data, at its end.
-    chance: task loss of knowing nothing on the calibration labels, nats (or the labels' variance); None: unknown.
+    chance: task loss of knowing nothing on the calibration labels, nats (or the labels' variance); None: unknown, or
+        not on the scale of a loss of the user's own.
     """
 
     def __init__(self, host: Host, config: RMTKDConfig):
@@ -45,11 +46,12 @@ class Fit:
         self.metrics: dict[str, float] | None = None
         self.chance: float | None = None
 
-    def decide(self, tasked: bool = True) -> None:
+    def decide(self, tasked: bool = True, taught: bool = False) -> None:
         """How many steps, from the recipe and from what the model can do on the calibration data.
 
         Args:
             tasked: the task's loss is among the objectives. Without it there is nothing to fine-tune with.
+            taught: by another model, so that this one need not be able to teach.
 
         Raises:
             RMTKDError: a share of the steps for it all the same.
@@ -64,9 +66,11 @@ class Fit:
             self.why = f"fit_share={share:g}"
         if self.config.schedule != "none":
             found = self._readiness()
-            self.chance = found.chance
+            self.chance = None if host.columns.own_loss else found.chance
             if share is None:
                 share, self.why = SHARE if tasked and not found.can_teach else 0.0, found.why
+            if not share and not taught:
+                self._caution(found, tasked)
         most = host.max_steps - (self.config.rounds or CUTS)  # a step for each cut at least
         self.steps = max(0, min(max(1, round(share * host.max_steps)), most)) if share else 0
         self.going = self.steps > 0
@@ -79,6 +83,27 @@ class Fit:
                 self.steps,
                 host.max_steps,
                 self.why,
+            )
+
+    def _caution(self, found: Readiness, tasked: bool) -> None:
+        """Of a model that is cut before its first step: it cannot teach, or that could not be checked. Without the
+        task's loss nothing is to be checked; fit_share=0 is the user's word for a model that can."""
+        if not found.can_teach:
+            how = f"RMTKDConfig(fit_share={SHARE:g}) fine-tunes it first."
+            if not tasked:
+                how = "Fine-tune it first, or let the run do it: it needs the task's loss (task_weight, TaskLoss)."
+            logger.warning(
+                "The model is cut at once, though it cannot teach: %s. What is distilled from it will know no more. "
+                "%s",
+                found.why,
+                how,
+            )
+        elif not found.checked and tasked and self.config.fit_share is None:
+            logger.warning(
+                "The model is cut at once; %s. If it comes straight from pretraining, RMTKDConfig(fit_share=%g) "
+                "fine-tunes it first; fit_share=0 says that it can teach.",
+                found.why,
+                SHARE,
             )
 
     def _readiness(self) -> Readiness:
@@ -107,7 +132,7 @@ class Fit:
         shown = ", ".join(f"{name} {value:.4g}" for name, value in (metrics or {}).items())
         logger.warning("Fine-tuned for %d steps%s: the teacher from here on.", self.steps, shown and f" ({shown})")
         found = self._readiness()
-        if not found.can_teach:
+        if not found.can_teach and found.loss is not None:
             logger.warning(
                 "The teacher still knows nothing of the task: %s. What is distilled from it will not, either, "
                 "whatever the table says. Give it more steps (num_train_epochs, fit_share) or another learning rate.",

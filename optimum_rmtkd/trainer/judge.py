@@ -154,36 +154,57 @@ class Judge:
         cut = self.just_cut
         if now.value is not None and cut.value is not None:
             return self._lost(now, cut)
-        if now.divergence is not None and cut.divergence is not None:
-            return verdicts.farther(now.divergence, cut.divergence)
-        return False
+        return self._farther(now, midst=False)
+
+    def _farther(self, now: Measured, midst: bool) -> bool:
+        """Where no metric judges."""
+        away = [moment.divergence for moment in (now, self.just_cut)]
+        return None not in away and verdicts.farther(*away, midst=midst)
 
     def _lost(self, now: Measured, cut: Measured) -> bool:
         """Of the metric that judges. A loss that nobody asked for grows with confidence, also where the model gets
         better: another metric that did says so."""
-        if not verdicts.worse(now.value, cut.value, self.greater_is_better, self.host.validation_rows):
-            return False
-        if self.host.metric_asked_for or not self.name.endswith("loss"):
-            return True
-        others = [name for name in now.metrics if name in cut.metrics and verdicts.greater_is_better(name)]
         rows = self.host.validation_rows
+        if self._fell(now, cut):
+            return True
+        if not verdicts.worse(now.value, cut.value, self.greater_is_better, rows):
+            return False
+        others = self._others(now, cut)
         return not any(verdicts.worse(cut.metrics[name], now.metrics[name], True, rows) for name in others)
 
+    def _others(self, now: Measured, then: Measured) -> list[str]:
+        """Metrics, the greater the better, that have a say beside a loss that nobody asked for."""
+        if self.host.metric_asked_for or not self.name.endswith("loss"):
+            return []
+        known = then.metrics or {}
+        return [name for name in now.metrics or {} if name in known and verdicts.greater_is_better(name)]
+
+    def second(self, now: Measured, then: Measured) -> str | None:
+        """The one among them that says most of the model: a loss may stand where an accuracy falls."""
+        return verdicts.telling(self._others(now, then))
+
+    def _fell(self, now: Measured, then: Measured) -> bool:
+        name = self.second(now, then)
+        return name is not None and verdicts.fell(now.metrics[name], then.metrics[name], self.host.validation_rows)
+
     def spoiled(self, now: Measured) -> bool:
-        """Is a stage in its midst being ruined, by its loss or by the metric that judges?"""
+        """Is a stage in its midst being ruined, by its loss, by the metric that judges, or by the second one?"""
         cut, loss = self.just_cut, self.host.loss_name
         if now.value is None or cut.value is None:
-            return self.worse(now)
+            return self._farther(now, midst=True)
         losses = [moment.metrics.get(loss) for moment in (now, cut)]
         if None not in losses and verdicts.spoiled(*losses, greater_is_better=False):
             return True
-        return verdicts.spoiled(now.value, cut.value, self.greater_is_better, self.host.validation_rows)
+        if verdicts.spoiled(now.value, cut.value, self.greater_is_better, self.host.validation_rows):
+            return True
+        return self._fell(now, cut)
 
     def words(self, now: Measured) -> str:
         """A moment beside the one just after the cut, for people."""
         cut = self.just_cut
         if now.value is not None:
-            names = dict.fromkeys(name for name in (self.name, self.host.loss_name) if name in (now.metrics or {}))
+            wanted = (self.name, self.host.loss_name, self.second(now, cut))
+            names = dict.fromkeys(name for name in wanted if name in (now.metrics or {}))
             return ", ".join(f"{n} {now.metrics[n]:.4g}, {cut.metrics[n]:.4g} just after the cut" for n in names)
         return f"{now.divergence:.3g} nats an answer from the uncut model, {cut.divergence:.3g} just after the cut"
 
@@ -192,23 +213,37 @@ class Judge:
         if now.value is None and now.divergence is not None:
             return divergence_warning(now.divergence)
         before, after = self.baseline.metrics or {}, now.metrics or {}
-        for name, greater in ((self.name, self.greater_is_better), (self.host.loss_name, False)):
+        asked = [(self.name, self.greater_is_better), (self.host.loss_name, False)]
+        if second := self.second(now, self.baseline):
+            asked.append((second, True))
+        for name, greater in asked:
             if text := loss_warning(name, before.get(name), after.get(name), greater):
                 return text
         return None
 
-    def come_back(self, value: float | None, chance: float | None = None) -> bool:
-        """Is the model close enough to the uncut one to be cut again? Where the user has set `stage_threshold` or
-        `max_metric_drop`, that says it.
+    def come_back(self, now: Measured, chance: float | None = None) -> bool | None:
+        """Is the model close enough to the uncut one to be cut again? None where there is no metric to say it.
 
         Args:
-            chance: task loss of knowing nothing.
+            chance: task loss of knowing nothing, on the scale of the loss that judges.
         """
-        said = self.config.stage_threshold is not None or self.config.max_metric_drop is not None
-        if said or value is None or self.baseline.value is None:
-            return True
+        if now.value is None or self.baseline.value is None:
+            return None
+        return self.behind(now, chance) is None
+
+    def behind(self, now: Measured, chance: float | None = None) -> str | None:
+        """The metric that has not come back; None where all have. Where the user has set `stage_threshold` or
+        `max_metric_drop`, that says it."""
+        value, uncut = now.value, self.baseline
+        if self.config.stage_threshold is not None or self.config.max_metric_drop is not None:
+            return self.name if self.below_threshold(value) or self.dropped(value) else None
         scale = chance if self.name.endswith("loss") else None
-        return verdicts.come_back(value, self.baseline.value, self.greater_is_better, scale)
+        if not verdicts.come_back(value, uncut.value, self.greater_is_better, scale):
+            return self.name
+        name = self.second(now, uncut)
+        if name is None or not self._fell(now, uncut):
+            return None
+        return None if verdicts.come_back(now.metrics[name], uncut.metrics[name], True) else name
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""

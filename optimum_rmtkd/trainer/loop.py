@@ -34,10 +34,13 @@ from .loops.checkpoints import (
 from .loops.checks import (
     check_accelerator,
     check_batch,
+    check_evaluation,
     check_loader,
     check_model_is_whole,
     check_prepared,
+    check_steps,
     one_loss,
+    recipe_of,
 )
 from .loops.hosting import LoopHost
 from .loops.schedules import LoopSchedule
@@ -51,8 +54,6 @@ from .teaching import accept_teacher
 __all__ = ["RMTKDLoop"]
 
 logger = logging.getLogger(__name__)
-
-COMPARING = ("stage_threshold", "max_metric_drop")
 
 
 class RMTKDLoop:
@@ -91,7 +92,8 @@ class RMTKDLoop:
         rmtkd_config: the recipe. None: `RMTKDConfig()`.
         max_steps: optimizer steps in the whole run, over which the cuts are spread.
         evaluate: () -> metrics of the validation data by name, a number each; called on all processes, before the
-            first cut, after each, and at the end. None: the stages are judged by no metric.
+            first cut, after each, and at the end. None: the stages are judged by how far the model's answers are from
+            the uncut model's on training rows.
         metric_for_best_model: which of them judges the stages. None: the loss, if it is there, else a known one.
         greater_is_better: its direction. None: unless its last word is loss, perplexity, error, wer, mse or the like.
         validation_rows: rows behind the metrics, for the noise that a verdict allows; None: unknown.
@@ -130,14 +132,14 @@ class RMTKDLoop:
         reparameterization: Reparameterization | Mapping[str, Any] | str | None = None,
         transforms: BatchTransform | Sequence | Mapping[str, Any] | str | None = None,
     ):
-        config = _recipe(rmtkd_config)
+        config = recipe_of(rmtkd_config)
         parts = parts_of(config, objectives, reparameterization, transforms)
         check_accelerator(accelerator)
         check_prepared(accelerator, model, optimizer)
         check_loader(train_dataloader)
         check_data(train_dataloader.dataset)
-        _check_steps(max_steps)
-        _check_evaluation(config, evaluate, metric_for_best_model)
+        check_steps(max_steps)
+        check_evaluation(config, evaluate, metric_for_best_model)
         folder = output_dir if output_dir is not None else accelerator.project_dir
         host = LoopHost(
             accelerator,
@@ -159,14 +161,7 @@ class RMTKDLoop:
         self.run.evaluates = False
         if teacher_model is not None:
             self._accept(teacher_model)
-        check_parts(self.run, host.model)
-        size = train_dataloader.batch_size or config.calibration_samples
-        check_first_batch(
-            self.run,
-            min(size, config.calibration_samples),
-            labels_needed=task_loss is None and not _returns_loss(host.model),
-            classes_known=task_loss is None,
-        )
+        self._check_data(train_dataloader.batch_size)
         if lr_scheduler is not None:
             host.schedule = LoopSchedule(lr_scheduler, max_steps, lambda: self.run.pace.phases)
         self._begun = self._ended = self._due = False
@@ -182,6 +177,14 @@ class RMTKDLoop:
         else:
             host.config = run.config.replace(teacher="initial")
             run.follow(host.config)
+
+    def _check_data(self, batch_size: int | None) -> None:
+        """Do the parts of the run, the model and the first batch fit together?"""
+        run, model, most = self.run, self._host.model, self.run.config.calibration_samples
+        check_parts(run, model)
+        models_own = self._task_loss is None
+        needed = models_own and not _returns_loss(model)
+        check_first_batch(run, min(batch_size or most, most), labels_needed=needed, classes_known=models_own)
 
     def _register(self, raw: torch.optim.Optimizer) -> None:
         """From here on the optimizer tells of its steps, and the accelerator of its checkpoints."""
@@ -304,6 +307,13 @@ class RMTKDLoop:
         return list(self.run.stages)
 
     @property
+    def cuts_to_come(self) -> bool:
+        """Whether a cut is still to be made: until then the model is larger than it will be, and none to keep as the
+        best one, or to stop early with."""
+        run = self.run
+        return run.cuts_to_come or run.plan is None and run.config.schedule != "none"
+
+    @property
     def objectives(self) -> list[DistillationObjective]:
         """The terms of the loss."""
         return self.run.tutor.objectives
@@ -385,36 +395,6 @@ class RMTKDLoop:
 
 def _what_is_kept() -> str:
     return "The last checkpoint holds."
-
-
-def _recipe(given: Any) -> RMTKDConfig:
-    config = RMTKDConfig() if given is None else given
-    if not isinstance(config, RMTKDConfig):
-        raise RMTKDError(
-            f"rmtkd_config is a {type(given).__name__}; expected an RMTKDConfig: RMTKDConfig(**values), "
-            "RMTKDConfig.from_json_file(path)."
-        )
-    return config
-
-
-def _check_steps(max_steps: Any) -> None:
-    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
-        raise RMTKDError(
-            f"max_steps={max_steps!r}; expected the number of optimizer steps in the whole run, over which the cuts "
-            "are spread."
-        )
-
-
-def _check_evaluation(config: RMTKDConfig, evaluate: Any, metric: str | None) -> None:
-    if evaluate is not None and not callable(evaluate):
-        raise RMTKDError(
-            f"evaluate is a {type(evaluate).__name__}; expected a function without arguments that returns the metrics "
-            "by name: evaluate=lambda: evaluate(model)."
-        )
-    compared = [name for name in COMPARING if getattr(config, name) is not None]
-    compared += ["metric_for_best_model"] if metric is not None else []
-    if evaluate is None and compared:
-        raise RMTKDError(f"{compared[0]} is about validation metrics; expected evaluate=, got none. Pass it.")
 
 
 def _companions(accelerator: Any, optimizer: Any) -> Companions:

@@ -51,6 +51,11 @@ class Readiness:
     chance: float | None
     why: str
 
+    @property
+    def checked(self) -> bool:
+        """Whether its loss could be held against that of knowing nothing."""
+        return self.loss is not None and self.chance is not None
+
 
 @torch.no_grad()
 def readiness(
@@ -65,8 +70,10 @@ def readiness(
     """Can this model teach the labels of these batches?
 
     Not if its head was newly initialised, nor if its loss is no better than that of the labels' frequencies (of their
-    mean, for regression; of uniform spans). Cross-entropy, that of each label, or the squared error is computed from
-    the logits, over the labels that count; label smoothing and the like do not enter. The model stays as it is.
+    mean, for regression; of uniform spans). Where there are no labels that are known here, a head that was not in the
+    checkpoint and shows no traces of training counts as new. Cross-entropy, that of each label, or the squared error
+    is computed from the logits, over the labels that count; label smoothing and the like do not enter. The model stays
+    as it is.
 
     Args:
         batches: collated, on the model's device, labels included; those of this process.
@@ -86,8 +93,8 @@ def readiness(
         return accelerator.reduce(values.to(accelerator.device), reduction="sum").cpu()
 
     tallies = list(_tallies(model, batches, label_names, samples))
-    total, new = _of_all_processes(tallies, new_head(model), summed)
-    return _judged(total, new, own_loss)
+    total, new, absent = _of_all_processes(tallies, new_head(model), bool(_unloaded(model)), summed)
+    return _judged(total, new, absent, own_loss)
 
 
 def _tallies(
@@ -111,9 +118,10 @@ def _tallies(
 
 
 def _of_all_processes(
-    tallies: Sequence[Tally | None], new: bool | None, summed: Callable[[torch.Tensor], torch.Tensor]
-) -> tuple[Tally | None, bool | None]:
-    """The sum over all batches of all processes, None if any could not be read; and whether the head is new."""
+    tallies: Sequence[Tally | None], new: bool | None, absent: bool, summed: Callable[[torch.Tensor], torch.Tensor]
+) -> tuple[Tally | None, bool | None, bool]:
+    """The sum over all batches of all processes, None if any could not be read; whether the head is new; and whether
+    it was not in the checkpoint."""
     kinds = list(KINDS)
     alike = len({None if t is None else (t.kind, t.table.shape) for t in tallies}) == 1 and tallies[0] is not None
     own = functools.reduce(operator.add, tallies) if alike else None
@@ -122,24 +130,28 @@ def _of_all_processes(
         told[kinds.index(own.kind)] = 1.0
     size, sums = (own.table.numel(), (own.loss, own.count)) if own is not None else (0, (0.0, 0))
     unread = bool(tallies) and own is None
-    header = torch.tensor([new is True, new is None, unread, size, *sums, *told], dtype=torch.float64)
-    certain, doubtful, unread, size, loss, count, *told = summed(header).tolist()
+    header = torch.tensor([new is True, new is None, absent, unread, size, *sums, *told], dtype=torch.float64)
+    certain, doubtful, absent, unread, size, loss, count, *told = summed(header).tolist()
     state = True if certain else None if doubtful else False
     if unread or sum(number > 0 for number in told) != 1:
-        return None, state
+        return None, state, bool(absent)
     table = torch.zeros(round(size / sum(told)), dtype=torch.float64) if own is None else own.table.flatten()
     kind = next(name for name, number in zip(kinds, told, strict=True) if number)
     table = summed(table)
-    return Tally(kind, loss, round(count), table.reshape(2, -1) if kind == "numbers" else table), state
+    total = Tally(kind, loss, round(count), table.reshape(2, -1) if kind == "numbers" else table)
+    return total, state, bool(absent)
 
 
-def _judged(total: Tally | None, new: bool | None, own_loss: bool) -> Readiness:
+def _judged(total: Tally | None, new: bool | None, absent: bool, own_loss: bool) -> Readiness:
     known = total is not None and total.count > 0
     loss, chance = (total.mean_loss, total.chance) if known else (None, None)
     if chance is not None and not (math.isfinite(chance) and chance > 0):
         chance = None  # one label, or the same everywhere: nothing to be better than
     if new:
         return Readiness(False, loss, chance, "its head is newly initialised")
+    if loss is None and new is None and absent:
+        why = "its head was not in the checkpoint, and no labels that are known here show that it has learnt since"
+        return Readiness(False, None, None, why)
     if loss is None:
         return Readiness(True, None, None, "whether it can teach could not be checked: no labels that are known here")
     if chance is None:
@@ -164,10 +176,8 @@ def new_head(model: nn.Module) -> bool | None:
     """
     inner = unwrapped(model)
     within = {id(p) for p in getattr(inner, "base_model", inner).parameters()}
-    marked = any(getattr(p, LOADED, False) for p in inner.parameters())
-    head = [p for p in inner.parameters() if id(p) not in within]
-    fresh = {id(p) for p in head if not getattr(p, LOADED, False)} if marked else set()
-    looked_at = fresh or {id(p) for p in head}
+    fresh = _unloaded(model)
+    looked_at = fresh or {id(p) for p in inner.parameters() if id(p) not in within}
     owners = [m for m in inner.modules() if id(getattr(m, "bias", None)) in looked_at]
     zero = bool(owners) and not any(bool(m.bias.any()) for m in owners)
     if not fresh:
@@ -175,6 +185,16 @@ def new_head(model: nn.Module) -> bool | None:
     if zero:
         return True
     return False if owners and _starts_at_zero(inner, owners) else None
+
+
+def _unloaded(model: nn.Module) -> set[int]:
+    """The parameters outside the backbone, by id, that were not in the checkpoint which gave the others; none for a
+    copy, which has no marks."""
+    inner = unwrapped(model)
+    within = {id(p) for p in getattr(inner, "base_model", inner).parameters()}
+    if not any(getattr(p, LOADED, False) for p in inner.parameters()):
+        return set()
+    return {id(p) for p in inner.parameters() if id(p) not in within and not getattr(p, LOADED, False)}
 
 
 def _starts_at_zero(model: nn.Module, modules: Sequence[nn.Module]) -> bool:

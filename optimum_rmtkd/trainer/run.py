@@ -24,6 +24,7 @@ from . import checkpoint, plain
 from .agenda import Agenda
 from .companions import Companions
 from .cutting import planned, reduced
+from .distilling import begin_again, begin_stage, look, repeat, settle, suit, wait, wait_or_stop
 from .fit import Fit
 from .host import Host
 from .judge import Judge, Measured
@@ -50,7 +51,8 @@ class Run:
         agenda, fit, judge, pace, keepsake, tutor, loss: what is due, the fine-tuning before the first cut, the
             verdicts, the learning rate, the model just after its cut, who teaches, and the loss of a step.
         initial: the uncut model, once it is fine-tuned: teacher "initial" and template of every architecture.
-        fingerprint: of the model that the user passed in.
+        fingerprint, layout: of the model that the user passed in: of its weights, and of their names, shapes and
+            dtypes alone.
         reports: spectra of each cut.
         evaluates: whether there are evaluations while training.
     """
@@ -76,7 +78,7 @@ class Run:
             part.reset()
         self.reports: list[Any] = []
         self.initial: nn.Module | None = None
-        self.fingerprint = ""
+        self.fingerprint = self.layout = ""
         self.restored: dict[str, torch.Tensor] | None = None  # tensors of a checkpoint not yet taken up
 
     # -- what others read ---------------------------------------------------------------------------------------------
@@ -137,15 +139,18 @@ class Run:
         resumed = self.restored is not None
         self._plan()
         if resumed and not self.fit.going:
-            self._appoint_teacher()
+            self.appoint_teacher()
         elif resumed:
             load_transforms(self.parts.transforms, self.restored)
             self.restored = None
         self._disable_dropout()
+        self.agenda.ended = False
         if not resumed:
+            if self.agenda.open is not None and not self.pace.phases:
+                begin_again(self)
             self.host.reschedule()
         elif self.stages:
-            self._write_journal()  # it may go on in another folder
+            self.write_journal()  # it may go on in another folder
         if self.host.step < self.host.max_steps:
             self._advance(self.host.step)
         self._begin_distilling()
@@ -155,7 +160,8 @@ class Run:
         memory)."""
         steps = self.host.max_steps
         if self.plan is None:
-            self.fit.decide(any(isinstance(objective, TaskLoss) for objective in self.tutor.objectives))
+            tasked = any(isinstance(objective, TaskLoss) for objective in self.tutor.objectives)
+            self.fit.decide(tasked, taught=self.tutor.given is not None)
             kept = self.parameters / self.reference_parameters
             self.agenda.plan, self.agenda.max_steps = planned(self.host, self.config, self.fit.steps, kept), steps
             if self.plan or self.fit.steps:
@@ -168,7 +174,8 @@ class Run:
             self.agenda.max_steps = steps
 
     def train_on(self) -> None:
-        """A training that is over is followed by another one, by the user's own schedule."""
+        """A training that is over is followed by another one, by the user's own schedule. (One that was broken off in
+        a stage begins that stage anew.)"""
         if self.plan is not None and not self.fit.going:
             self.pace.reset()
 
@@ -176,7 +183,7 @@ class Run:
         """Keep a copy of the model as the user passed it in."""
         if self.initial is None:
             self.initial = whole_copy(self.host.model)
-            self.fingerprint = fingerprint(self.initial)
+            self.fingerprint, self.layout = fingerprint(self.initial), fingerprint(self.initial, 0)
 
     def begin_batch(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches of an accumulated batch, transformed and counted."""
@@ -206,9 +213,9 @@ class Run:
         if self.fit.going:
             logger.warning("Training ended in the %d steps of fine-tuning: nothing was cut.", self.fit.steps)
         if self.agenda.open is not None:
-            self._settle(self._measure())
+            self._settle(self.measure())
         elif self.stages and not self.agenda.ended:
-            self._measure()  # what was trained on after the last stage
+            self.measure()  # what was trained on after the last stage
             if self.stages[-1].accepted:
                 self.agenda.change(**self.judge.last.at_the_end())
         self.agenda.ended = True
@@ -217,7 +224,7 @@ class Run:
         if any(stage.accepted for stage in self.stages) and (text := self.judge.loss_of(self.judge.last)):
             logger.warning(text)
         self.dropout.restore()
-        self._write_journal()
+        self.write_journal()
 
     def _advance(self, step: int) -> None:
         """What is due after `step` optimizer steps: the end of the fit, a look, a cut."""
@@ -225,11 +232,11 @@ class Run:
             if step < self.fit.steps:
                 return
             self._end_fit()
-        self._look(step)
+        look(self, step)
         cut = self.agenda.due(step)
         if cut is None:
             return
-        measured = self._measure() if self.stages or self.judge.baseline.metrics is None else self.judge.baseline
+        measured = self.measure() if self.stages or self.judge.baseline.metrics is None else self.judge.baseline
         if self.judge.baseline.metrics is None:
             self.judge.baseline = measured
         if self._may_cut(measured, step) and not self._target_met():
@@ -251,7 +258,7 @@ class Run:
         if how is not None and not is_reparameterized(self.host.model):
             self.host.install(plain.put_on(how, whole_copy(self.host.model)))
         if self.teacher is None:
-            self._appoint_teacher()
+            self.appoint_teacher()
 
     # -- rules --------------------------------------------------------------------------------------------------------
 
@@ -266,93 +273,34 @@ class Run:
         self.agenda.stopped = "target met"
         return True
 
-    def _measure(self) -> Measured:
+    def measure(self) -> Measured:
+        """The model now; once it is cut, beside the uncut one."""
         return self.judge.measure(self.initial if self.stages else None)
 
     def _may_cut(self, measured: Measured, step: int) -> bool:
         """Judge the open stage before the next cut; False where that cut is not made now."""
         judge, value = self.judge, measured.value
         if self.stages and judge.below_threshold(value):
-            self._wait(step)
+            wait(self, step)
             return False
         self.agenda.retry_at = None
         if self.agenda.open is None:
             return True
         if not judge.dropped(value):
             if judge.spoiled(measured):
-                self._repeat(step, measured)
+                repeat(self, step, measured)
                 return False
-            if not judge.come_back(value, self.fit.chance):
-                self._wait_or_stop(step, value)
+            if judge.come_back(measured, self.fit.chance) is False:
+                wait_or_stop(self, step, measured)
                 return False
         return self._settle(measured)
 
-    def _wait(self, step: int) -> None:
-        if not self.agenda.waits:
-            self.host.model_changed()
-        self.agenda.retry_at = step + self.host.looks()
-
-    def _wait_or_stop(self, step: int, value: float) -> None:
-        """A cut never follows a ruin: it waits, and no longer than leaves half of its own stage."""
-        last, name = self.agenda.latest(self.host.max_steps), self.judge.name
-        came_from = self.judge.baseline.value
-        if step + self.host.looks() <= last:
-            words = (
-                "%s is %.4g at step %d, and was %.4g before the first cut: the next cut waits until it has come back"
-            )
-            self.judge.say_once(words, name, value, step, came_from)
-            self._wait(step)
-            return
-        self.agenda.stopped = f"{name} {value:.4g} had not come back to the {came_from:.4g} of the uncut model"
-        logger.warning("No further cut is made: %s.", self.agenda.stopped)
-
-    def _look(self, step: int) -> None:
-        """Once in a stage, early enough to mend it: is the model being ruined?"""
-        if not self.agenda.looks(step):
-            return
-        measured = self._measure()
-        if self.judge.spoiled(measured) and not self.judge.come_back(measured.value, self.fit.chance):
-            self._repeat(step, measured)
-
-    def _repeat(self, step: int, measured: Measured) -> None:
-        """The weights of just after the cut come back, and the stage begins anew at a lower rate."""
-        stage, spent = self.agenda.open, step - self.agenda.stage_from
-        lost = f"{self.judge.words(measured)}, after {spent} steps"
-        self._put_back()
-        rate = self.pace.slow_down()
-        if not self.agenda.again(spent, step, self.host.max_steps) or not self.pace.phases:
-            self.agenda.stopped = self.agenda.stopped or f"stage {stage.index} made the model worse ({lost})"
-        self.agenda.note(f"repeated at {rate} ({lost})")
-        end = " No further cut is made." if self.agenda.stopped else ""
-        logger.warning("Stage %d begins anew from its cut, at %s: %s.%s", stage.index, rate, lost, end)
-        self._begin_stage(step)
-        self._write_journal()
-
-    def _put_back(self) -> None:
-        """The model just after the cut, and a moving average that begins with it."""
-        self.keepsake.put_back()
-        if self.tutor.given is None and self.config.teacher == "ema":
-            self._appoint_teacher()
-
     def _settle(self, measured: Measured) -> bool:
         """Judge the open stage for good; False if it was rolled back."""
-        stage, value = self.agenda.open, measured.value
-        if self.judge.dropped(value):
-            uncut, allowed = self.judge.baseline.value, self.config.max_metric_drop
-            reason = f"{stage.metric_name} {value:.4f}, uncut {uncut:.4f}, max_metric_drop {allowed:g}"
-            self.agenda.change(**measured.at_the_end(), status="rolled_back", reason=reason)
+        reason = settle(self, measured)
+        if reason is not None:
             self._roll_back(reason)
-            return False
-        if self.judge.worse(measured):
-            self._put_back()
-            why = self.judge.words(measured)
-            self.agenda.note(f"distilling made it worse ({why}): the weights just after the cut stay")
-            logger.warning("Stage %d: %s.", stage.index, self.stages[-1].note)
-            self.judge.last = measured = self.judge.just_cut
-        self.agenda.change(**measured.at_the_end(), status="accepted")
-        self.keepsake.reset()
-        self._write_journal()
-        return True
+        return reason is None
 
     # -- the cut ------------------------------------------------------------------------------------------------------
 
@@ -376,7 +324,7 @@ class Run:
             self.stages.append(dataclasses.replace(stage, status="rejected", reason=reason))
             self.agenda.stopped = reason
             self._disable_dropout()
-            self._write_journal()
+            self.write_journal()
             return
         self._apply(reduction, before)
         self.judge.just_cut = now = self.judge.measure(self.initial)
@@ -384,20 +332,13 @@ class Run:
             self.keepsake.keep()
         self.stages.append(dataclasses.replace(stage, metric_cut=now.value, metrics_cut=now.metrics))
         self.agenda.repeats = 0
-        removed, steps = 1 - self.parameters / self.reference_parameters, self.host.max_steps
-        self.pace.suit(removed, self.agenda.stage_steps(step, steps))
-        self.agenda.change(learning_rate=self.pace.rate)
-        self._begin_stage(step)
+        suit(self, step)
+        begin_stage(self, step)
         self._disable_dropout()
         self.reports.append(reduction.report)
         self.records.spectra(cut.index, reduction.report)
-        self._write_journal()
+        self.write_journal()
         self.records.log(self.stages[-1], self.parameters)
-
-    def _begin_stage(self, step: int) -> None:
-        """The model just after its cut is at hand: the rate warms up."""
-        self.pace.warm_up(step, self.agenda.begin_stage(step, self.host.max_steps))
-        self.host.reschedule()
 
     def _apply(self, reduction: Any, before: nn.Module | None) -> None:
         self.host.install(plain.put_on(self.parts.reparameterization, reduction.model))
@@ -415,17 +356,18 @@ class Run:
         self._after_change()
         self._disable_dropout()
         self.records.log(self.stages[-1], self.parameters)
-        self._write_journal()
+        self.write_journal()
 
     def _after_change(self) -> None:
         self.host.model_changed()
-        self._appoint_teacher()
+        self.appoint_teacher()
 
     def _disable_dropout(self) -> None:
         if self.config.disable_dropout and any(stage.accepted for stage in self.stages):
             self.dropout.disable(self.host.model)
 
-    def _appoint_teacher(self) -> None:
+    def appoint_teacher(self) -> None:
+        """Who teaches from here on, by the recipe and the model at hand."""
         restored, self.restored = self.restored, None
         self.tutor.appoint(
             self.host.model,
@@ -461,5 +403,6 @@ class Run:
             how, model = self.parts.reparameterization, self.host.model
             self.host.install(plain.put_on(how, whole_copy(model), cores), prepare=False)
 
-    def _write_journal(self) -> None:
+    def write_journal(self) -> None:
+        """What is known so far."""
         self.records.journal(self.stages, self.reference_parameters, self.parameters, self.fit.to_dict())

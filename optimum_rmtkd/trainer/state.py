@@ -23,6 +23,7 @@ def run_state(run: Any) -> dict[str, Any]:
     same = keep and fingerprint(before) == fingerprint(initial)
     values = {
         "fingerprint": run.fingerprint,
+        "layout": run.layout,
         "recipe": run.config.to_dict(),
         "parts": _described(run),
         "architecture": run.host.model.config.to_dict(),
@@ -50,7 +51,11 @@ def load_run_state(run: Any, state: dict[str, Any], where: str) -> None:
         RMTKDError: another model, recipe or other parts than the run started with.
     """
     values, tensors = state["values"], state["tensors"]
-    checkpoint.same_weights_or_raise(values["fingerprint"], run.fingerprint, where)
+    if values["fit"]["steps"] and "layout" in values:
+        checkpoint.same_layout_or_raise(values["layout"], run.layout, where)
+        run.fingerprint = values["fingerprint"]
+    else:
+        checkpoint.same_weights_or_raise(values["fingerprint"], run.fingerprint, where)
     checkpoint.same_recipe_or_raise(values["recipe"], run.config.to_dict(), where)
     checkpoint.same_parts_or_raise(values["parts"], _described(run), where)
     for name in PARTS:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 
 
-__all__ = ["come_back", "farther", "greater_is_better", "noise", "spoiled", "telling", "worse"]
+__all__ = ["come_back", "farther", "fell", "greater_is_better", "noise", "spoiled", "telling", "worse"]
 
 SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "mse", "rmse", "mae", "wer", "cer")
 TELLING = ("loss", "f1", "exact_match", "exact", "accuracy", "matthews_correlation", "pearson", "spearmanr", "rougel")
@@ -19,6 +19,7 @@ LOSS_NOISE = 0.1  # of a loss: it moves that much between two equally good model
 LEAST_NOISE = 0.005  # of a metric
 SPOILED, SPOILED_LOSS = 0.03, 0.25  # of a metric, of a loss
 LEAST_NATS = 0.05  # of a divergence
+FEW_ROWS = 100  # of a validation set of unknown size, where a metric that nobody asked for is looked at
 NEAR = 0.9  # of a metric's way from nothing to the uncut model's value (the paper's threshold of a stage)
 NEAR_LOSS = 0.5  # of a loss's way from the uncut model's value to that of knowing nothing
 
@@ -72,9 +73,18 @@ def spoiled(after: float, cut: float, greater_is_better: bool, rows: int | None 
     return not cut - after <= max(points, 2 * noise(cut, greater_is_better, rows))
 
 
-def farther(after: float, cut: float) -> bool:
-    """The same of the divergence from the uncut model, nats an answer, of which a few hundredths are nothing."""
-    return math.isfinite(cut) and not after - cut <= max(LEAST_NATS, LOSS_NOISE * cut)
+def fell(after: float, cut: float, rows: int | None = None) -> bool:
+    """Has a metric that nobody asked for, the greater the better, fallen by what is no noise: 3 points, and twice the
+    standard error of a set of `FEW_ROWS`, where its size is unknown?"""
+    return spoiled(after, cut, True, rows or FEW_ROWS)
+
+
+def farther(after: float, cut: float, midst: bool = False) -> bool:
+    """Is the distilled model farther from the uncut one than just after its cut, by their divergence in nats an
+    answer, of which a few hundredths are nothing? In the midst of a run a quarter, and a tenth of a nat, are allowed,
+    as of a loss."""
+    share, least = (SPOILED_LOSS, 2 * LEAST_NATS) if midst else (LOSS_NOISE, LEAST_NATS)
+    return math.isfinite(cut) and not after - cut <= max(least, share * cut)
 
 
 def come_back(value: float, baseline: float, greater_is_better: bool, chance: float | None = None) -> bool:

@@ -45,6 +45,7 @@ def parse_args():
     parser.add_argument("--lr_scheduler_type", type=SchedulerType, default="linear")
     parser.add_argument("--num_warmup_steps", type=int, default=0)
     parser.add_argument("--mixed_precision", default=None)
+    parser.add_argument("--gradient_checkpointing", default=None)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpointing_steps", type=int, default=None)
     parser.add_argument("--resume_from_checkpoint", default=None)
@@ -71,6 +72,9 @@ def main():
     model = AutoModelForSequenceClassification.from_pretrained(args.model_name_or_path, config=config)
     model.config.label2id = {str(label): i for label, i in label_to_id.items()}
     model.config.id2label = {i: str(label) for label, i in label_to_id.items()}
+
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
 
     columns = raw_datasets["train"].column_names
     text_columns = ("sentence1", "sentence2") if "sentence2" in columns else ("sentence",)

@@ -183,8 +183,12 @@ def test_with_what_trainers_are_given(workshops, name, variant):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
-    [{"mixed_precision": "bf16"}, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8}],
-    ids=["bf16", "accumulation"],
+    [
+        {"mixed_precision": "bf16"},
+        {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8},
+        {"gradient_checkpointing": True},
+    ],
+    ids=["bf16", "accumulation", "checkpointing"],
 )
 def test_a_loop_with_what_loops_are_given(workshops, options):
     shop = workshops("glue_loop")
@@ -223,7 +227,7 @@ def test_in_two_processes(workshops, name):
 def test_two_cuts_from_a_raw_checkpoint(workshops):
     """The second one comes when the first has been distilled."""
     shop = workshops("glue")
-    out = shop.run("deep-run", shop.raw, {"target_reduction": 0.8})
+    out = shop.run("deep-run", shop.raw, {"target_reduction": 0.8, "rounds": 2})
     check_all(shop, out, 0.8)
     check_as_good_as_plain(shop, out)
     first, second = journal(out)["stages"]

@@ -198,6 +198,7 @@ def test_a_given_teacher_and_an_adapter_to_it_are_resumed(tmp_path):
         return script, looped(script, recipe, **parts)
 
     script, loop = make()
+    assert not loop.cuts_to_come
     start = prepared().model
     train(script, loop, save_to=tmp_path, save_every=2)
     (adapter,) = loop.run.tutor.companions.parameters
@@ -206,6 +207,15 @@ def test_a_given_teacher_and_an_adapter_to_it_are_resumed(tmp_path):
     train(other, again, resume=tmp_path / "step_2")
     assert same(other.model, script.model)
     assert torch.equal(again.run.tutor.companions.parameters[0], adapter)
+
+
+def test_a_run_that_fits_first_is_taken_up_with_another_random_head(tmp_path):
+    script = prepared()
+    train(script, looped(script, FITTED), save_to=tmp_path, save_every=1)
+    for step in (1, 4):
+        other = prepared(tiny_bert(seed=9))
+        train(other, looped(other, FITTED), resume=tmp_path / f"step_{step}")
+        assert same(other.model, script.model)
 
 
 def test_the_same_script_can_go_back_to_its_own_checkpoint(tmp_path):
@@ -319,14 +329,15 @@ def test_an_evaluation_leaves_no_trace():
 def test_step_does_at_once_what_is_due():
     script = prepared()
     loop = looped(script, {"fit_share": 0.125})
+    assert loop.cuts_to_come  # also before the first step
     batch = next(iter(script.train))
     script.accelerator.backward(loop.loss(batch))
     script.optimizer.step()
     script.scheduler.step()
     script.optimizer.zero_grad()
-    assert not loop.stages
+    assert not loop.stages and loop.cuts_to_come
     loop.step()
-    assert len(loop.stages) == 1
+    assert len(loop.stages) == 1 and not loop.cuts_to_come
     loop.step()
     assert len(loop.stages) == 1
 

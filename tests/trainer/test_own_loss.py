@@ -201,6 +201,7 @@ def test_a_subclass_may_replace_the_whole_loss(make_trainer):
     assert not any(key.startswith("loss/") for line in terms(trainer) for key in line)
     scaled = make_trainer(trainer_class=Scaled, out="scaled", max_steps=2)
     scaled.train()
+    assert scaled.run.fit.chance is None  # nats say nothing of what the evaluation returns
     for line in terms(scaled):
         assert line["loss"] == pytest.approx(10 * total(scaled, line), rel=1e-5)
 

@@ -386,6 +386,29 @@ def test_a_head_without_biases_that_start_at_zero_may_be_new(model, tmp_path):
     assert new_head(type(model).from_pretrained(tmp_path)) is None
 
 
+@pytest.mark.parametrize("labels", [False, True])
+def test_a_head_that_was_not_in_the_checkpoint_is_new_where_no_labels_speak_for_it(labels, tmp_path):
+    """A reward model from a language model: its head has no bias."""
+    MODELS[7].base_model.save_pretrained(tmp_path)
+    model = type(MODELS[7]).from_pretrained(tmp_path)
+    given = torch.arange(24) % 2
+    batch = {"input_ids": 1 + given[:, None].repeat(1, 4)}
+    with torch.no_grad():  # it has learnt: the one row gives the one label
+        hidden = model.base_model(batch["input_ids"]).last_hidden_state[:, -1]
+        model.score.weight.copy_(torch.stack([hidden[0] - hidden[1], hidden[1] - hidden[0]]))
+    found = readiness(model, [batch | ({"labels": given} if labels else {})])
+    assert found.can_teach is labels
+    assert labels or "was not in the checkpoint" in found.why
+
+
+def test_a_head_that_shows_traces_of_training_is_not_new_without_labels(tmp_path):
+    MODELS[0].base_model.save_pretrained(tmp_path)
+    model = type(MODELS[0]).from_pretrained(tmp_path)
+    model.classifier.bias.data += 0.1
+    found = readiness(model, [{"input_ids": torch.ones(4, 3, dtype=torch.long)}])
+    assert found.can_teach and not found.checked
+
+
 def test_a_copy_has_no_marks_and_may_be_new_while_its_biases_are_zero(tmp_path):
     BertModel(BertConfig(**BERT)).save_pretrained(tmp_path)
     model = copy.deepcopy(BertForSequenceClassification.from_pretrained(tmp_path))

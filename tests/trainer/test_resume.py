@@ -94,6 +94,27 @@ def test_another_model_than_the_run_started_from_is_refused(make_trainer):
         other.train(resume_from_checkpoint=str(folder(first, 4)))
 
 
+@pytest.mark.parametrize("step", [1, 4])  # in the fit, and after the cut
+def test_a_run_that_fits_first_is_taken_up_with_another_random_head(make_trainer, weights, step):
+    """Scripts that load their model before anything is seeded draw the head anew each time."""
+    recipe = {"fit_share": 0.4, "target_reduction": 0.4}
+    whole = make_trainer(recipe=recipe, out="whole", **SAVING)
+    whole.train()
+    model = tiny_bert()
+    torch.nn.init.normal_(model.classifier.weight)
+    resumed = make_trainer(model, recipe=recipe, out="resumed", **SAVING)
+    resumed.train(resume_from_checkpoint=str(folder(whole, step)))
+    ours, theirs = weights(resumed.model), weights(whole.model)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [s.to_dict() for s in resumed.stages] == [s.to_dict() for s in whole.stages]
+    assert resumed.run.fingerprint == whole.run.fingerprint  # of the model that the run started from
+    for other in (tiny_bert(num_labels=3), tiny_bert().double()):
+        with pytest.raises(RMTKDError, match="other tensors, by name, shape or dtype"):
+            make_trainer(other, recipe=recipe, out="other", **SAVING).train(
+                resume_from_checkpoint=str(folder(whole, step))
+            )
+
+
 def test_a_reduced_checkpoint_without_state_is_refused(make_trainer):
     first = make_trainer(recipe=ROUNDS, save_only_model=True, **SAVING)
     first.train()

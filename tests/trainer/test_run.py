@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from accelerate import Accelerator
 
 import optimum_rmtkd.trainer
 from optimum_rmtkd.config import RMTKDConfig
+from optimum_rmtkd.distillation import FrozenTeacher
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.trainer import fit as fitting
 from optimum_rmtkd.trainer import pace as pacing
@@ -208,6 +210,51 @@ def test_a_loss_that_nobody_asked_for_does_not_undo_what_another_metric_gained()
     assert run.stages[0].note is None and run.stages[0].metric_after == 0.6
 
 
+def judged_by_loss(pairs, rows=1000):
+    """A host whose user named no metric: (loss, accuracy) of each measurement, the last one again and again."""
+    host, pairs = FakeHost(), list(pairs)
+    host.metric_name, host.greater_is_better, host.validation_rows = "eval_loss", False, rows
+
+    def measure():
+        loss, accuracy = pairs.pop(0) if len(pairs) > 1 else pairs[0]
+        return {"eval_loss": loss, "eval_accuracy": accuracy, "eval_other": 1.0}
+
+    host.measure = measure
+    return host
+
+
+LOSES = [(0.45, 0.90), (0.52, 0.86), (0.50, 0.78)]  # uncut, just after the cut, and then: the loss mends, the rest not
+
+
+def test_a_metric_that_falls_beside_a_loss_is_seen_early_and_at_the_end(caplog):
+    run = live(run_of(judged_by_loss(LOSES)))
+    (stage,) = run.stages
+    assert stage.metric_name == "eval_loss" and stage.metrics_after["eval_accuracy"] == 0.86  # just after the cut
+    assert caplog.text.count("begins anew from its cut") == 2  # as often as a stage may be
+    assert "eval_accuracy 0.78, 0.86 just after the cut" in stage.note
+    assert "eval_accuracy fell from 0.9 to 0.86" in caplog.text
+
+
+@pytest.mark.parametrize(("rows", "after"), [(100, 0.80), (None, 0.80), (1000, 0.84)])
+def test_a_metric_beside_a_loss_undoes_nothing_by_noise(caplog, rows, after):
+    run = live(run_of(judged_by_loss([*LOSES[:2], (0.50, after)], rows)))
+    assert run.stages[0].metrics_after["eval_accuracy"] == after and run.stages[0].note is None
+    assert f"eval_accuracy fell from 0.9 to {after}" in caplog.text  # it is said
+
+
+def test_a_metric_that_the_user_named_judges_alone():
+    host = judged_by_loss(LOSES)
+    host.metric_asked_for = True
+    run = live(run_of(host))
+    assert run.stages[0].metrics_after["eval_accuracy"] == 0.78 and run.stages[0].note is None
+
+
+def test_no_cut_follows_where_a_metric_beside_the_loss_has_not_come_back(caplog):
+    ruined = [(0.45, 0.90), (0.55, 0.75), (0.46, 0.75)]
+    run = live(run_of(judged_by_loss(ruined), rounds=2))
+    assert len(run.stages) == 1 and "eval_accuracy 0.75 had not come back to the 0.9" in run.agenda.stopped
+
+
 def test_a_run_that_turns_out_longer_is_stretched(monkeypatch):
     monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, 0.69, 0.69, "a new head"))
     run = run_of(FakeHost([0.9, 0.8, 0.85, 0.9]), rounds=2)
@@ -225,6 +272,66 @@ def test_nothing_is_fine_tuned_without_the_tasks_loss(monkeypatch):
     assert live(run_of(FakeHost([0.9]), **terms)).stages[0].step == 0
     with pytest.raises(RMTKDError, match="fine-tuning needs the task's loss"):
         live(run_of(FakeHost([0.9]), fit_share=0.5, **terms))
+
+
+NEW = Readiness(False, 0.69, 0.69, "its head is newly initialised")
+UNKNOWN = Readiness(True, None, None, "whether it can teach could not be checked: no labels that are known here")
+
+
+@pytest.mark.parametrize(
+    ("found", "recipe", "said"),
+    [
+        (NEW, {"task_weight": 0.0}, r"though it cannot teach: its head is newly.*\(task_weight, TaskLoss\)"),
+        (NEW, {"fit_share": 0}, r"though it cannot teach: its head is newly.*fit_share=0\.4\) fine-tunes it first"),
+        (UNKNOWN, {}, r"could not be checked.*fit_share=0\.4\) fine-tunes it first; fit_share=0 says"),
+        (UNKNOWN, {"fit_share": 0}, None),
+        (UNKNOWN, {"task_weight": 0.0}, None),
+        (Readiness(True, 0.3, 0.69, "it can"), {}, None),
+    ],
+)
+def test_a_model_that_is_cut_at_once_and_may_know_nothing_draws_a_line(monkeypatch, caplog, found, recipe, said):
+    monkeypatch.setattr(fitting, "readiness", lambda *a, **k: found)
+    run = live(run_of(FakeHost([0.9]), **recipe))
+    assert run.stages[0].step == 0
+    assert re.search(said, caplog.text) if said else "The model is cut at once" not in caplog.text
+
+
+def test_another_model_that_teaches_makes_up_for_one_that_cannot(monkeypatch, caplog):
+    monkeypatch.setattr(fitting, "readiness", lambda *a, **k: UNKNOWN)
+    run = run_of(FakeHost([0.9]))
+    run.tutor.given = FrozenTeacher(tiny())
+    live(run)
+    assert len(run.stages) == 1 and "The model is cut at once" not in caplog.text
+
+
+def test_a_loss_of_the_users_own_is_not_held_against_that_of_knowing_nothing():
+    """A focal loss, for example, of which 0.69 nats say nothing: six times its value is a ruin."""
+    host = judged_by_loss([(0.05, 0.9), (0.32, 0.9), (0.30, 0.9)])
+    host.columns = Columns(host.model, own_loss=True)
+    run = live(run_of(host, rounds=2))
+    assert len(run.stages) == 1 and "eval_loss 0.3 had not come back to the 0.05" in run.agenda.stopped
+
+
+def test_a_second_training_is_measured_as_well():
+    run = live(run_of(FakeHost([0.9, 0.8, 0.85, 0.85, 0.95])))
+    assert run.stages[0].metric_after == 0.85
+    run.train_on()
+    run.host.step = 0
+    run.begin()
+    live(run)
+    assert run.stages[0].metric_after == 0.95 and len(run.stages) == 1
+
+
+def test_a_training_that_follows_one_that_was_broken_off_begins_its_stage_anew(monkeypatch):
+    monkeypatch.setattr(pacing, "distil_rate", lambda given, removed, steps: Rate(given * steps, "for the test"))
+    run = live(run_of(FakeHost([0.9, 0.8, 0.85])), steps=20)
+    run.train_on()
+    run.host.step, run.host.max_steps = 0, 60
+    run.begin()
+    assert run.stages[0].learning_rate == run.pace.rate == pytest.approx(0.06)
+    assert (run.agenda.stage_from, run.agenda.look_at) == (0, 30)
+    live(run)
+    assert run.stages[0].status == "accepted" and run.stages[0].metric_after == 0.85
 
 
 def test_a_correlation_that_was_none_just_after_the_cut_undoes_nothing():
@@ -278,6 +385,20 @@ def test_at_the_end_the_better_of_both_is_kept(caplog):
 def test_within_the_noise_the_distilled_model_is_kept():
     run = live(run_of(FakeHost([0.9, 0.8, 0.8, 0.795])))
     assert run.stages[0].metric_after == 0.795 and run.stages[0].note is None
+
+
+@pytest.mark.parametrize("recipe", [{}, {"stage_threshold": 0.99}, {"max_metric_drop": 0.05}])
+def test_a_ruin_is_begun_anew_also_without_a_metric_or_with_a_rule_of_the_user(monkeypatch, caplog, recipe):
+    host = FakeHost([0.9, 0.88, 0.5] if recipe else ())
+    away = iter([0.2, 5.0, 0.1, 0.1])
+    monkeypatch.setattr(life.Judge, "_divergence", lambda judge, uncut: None if uncut is None else next(away))
+    live(run_of(host, **recipe), steps=50)
+    assert caplog.text.count("begins anew from its cut") == 1 and "forget" in host.done
+
+
+def test_a_stage_that_a_rule_of_the_user_calls_good_is_not_begun_anew(caplog):
+    live(run_of(FakeHost([0.9, 0.88, 0.8]), max_metric_drop=0.2), steps=50)
+    assert "begins anew" not in caplog.text
 
 
 def test_a_stage_is_rolled_back():

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from optimum_rmtkd.trainer.schedule import Phase, factor_at
-from optimum_rmtkd.trainer.verdicts import come_back, farther, noise, spoiled, worse
+from optimum_rmtkd.trainer.verdicts import come_back, farther, fell, noise, spoiled, worse
 
 
 @pytest.mark.parametrize(
@@ -59,6 +59,26 @@ def test_spoiled_in_the_midst(after, cut, greater, expected):
 def test_farther_from_the_uncut_model(after, expected):
     assert farther(after, 0.5) is expected
     assert not farther(0.04, 1e-8)  # hundredths of a nat are nothing
+
+
+@pytest.mark.parametrize(("after", "cut", "expected"), [(0.6, 0.5, False), (0.65, 0.5, True), (0.09, 0.01, False)])
+def test_farther_from_the_uncut_model_in_the_midst(after, cut, expected):
+    assert farther(after, cut, midst=True) is expected and farther(after, cut)
+
+
+@pytest.mark.parametrize(
+    ("after", "cut", "rows", "expected"),
+    [
+        (0.80, 0.86, 1000, True),
+        (0.84, 0.86, 1000, False),  # 2 points
+        (0.80, 0.86, 100, False),  # twice a standard error is 0.069
+        (0.80, 0.86, None, False),  # as of a hundred rows
+        (0.75, 0.86, None, True),
+        (75.0, 86.0, None, True),
+    ],
+)
+def test_a_metric_that_nobody_asked_for_has_fallen_by_what_is_no_noise(after, cut, rows, expected):
+    assert fell(after, cut, rows) is expected
 
 
 @pytest.mark.parametrize(

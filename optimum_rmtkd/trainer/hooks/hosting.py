@@ -90,8 +90,8 @@ class TrainerHost:
     @property
     def columns(self) -> Columns:
         trainer = self.trainer
-        named_only = trainer.args.remove_unused_columns
-        return Columns(self.model, self.teacher, trainer.label_names, named_only, trainer.own_loss)
+        named_only, own_loss = trainer.args.remove_unused_columns, trainer.own_loss or trainer.replaces_loss
+        return Columns(self.model, self.teacher, trainer.label_names, named_only, own_loss)
 
     @property
     def rate(self) -> float | None:

@@ -8,15 +8,68 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...config import RMTKDConfig
 from ...errors import RMTKDError
 from ..checks import one_device, unsharded
 
 
-__all__ = ["check_accelerator", "check_batch", "check_loader", "check_model_is_whole", "check_prepared", "one_loss"]
+__all__ = [
+    "check_accelerator",
+    "check_batch",
+    "check_evaluation",
+    "check_loader",
+    "check_model_is_whole",
+    "check_prepared",
+    "check_steps",
+    "one_loss",
+    "recipe_of",
+]
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 OF_THE_SCRIPT = "model and optimizer have to be prepared together after a cut, and here they are the script's own"
+COMPARING = ("stage_threshold", "max_metric_drop")
 PREPARE = "model, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(...)"
+
+
+def recipe_of(given: Any) -> RMTKDConfig:
+    """The recipe that is given, or the default one.
+
+    Raises:
+        RMTKDError: something else.
+    """
+    config = RMTKDConfig() if given is None else given
+    if not isinstance(config, RMTKDConfig):
+        raise RMTKDError(
+            f"rmtkd_config is a {type(given).__name__}; expected an RMTKDConfig: RMTKDConfig(**values), "
+            "RMTKDConfig.from_json_file(path)."
+        )
+    return config
+
+
+def check_steps(max_steps: Any) -> None:
+    """Raises:
+    RMTKDError: no number of optimizer steps.
+    """
+    if not isinstance(max_steps, int) or isinstance(max_steps, bool) or max_steps < 1:
+        raise RMTKDError(
+            f"max_steps={max_steps!r}; expected the number of optimizer steps in the whole run, over which the cuts "
+            "are spread."
+        )
+
+
+def check_evaluation(config: RMTKDConfig, evaluate: Any, metric: str | None) -> None:
+    """Raises:
+    RMTKDError: no function, or none where a metric is named or compared.
+    """
+    if evaluate is not None and not callable(evaluate):
+        raise RMTKDError(
+            f"evaluate is a {type(evaluate).__name__}; expected a function without arguments that returns the metrics "
+            "by name: evaluate=lambda: evaluate(model)."
+        )
+    compared = [name for name in COMPARING if getattr(config, name) is not None]
+    compared += ["metric_for_best_model"] if metric is not None else []
+    if evaluate is None and compared:
+        raise RMTKDError(f"{compared[0]} is about validation metrics; expected evaluate=, got none. Pass it.")
 
 
 def check_accelerator(accelerator: Any) -> None:

@@ -1,0 +1,109 @@
+"""What is done to the stage that is being distilled: it begins, is looked at, waits, begins anew, and is settled.
+
+Plain functions over a `Run`; the model and its architecture are the run's own to change.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from .judge import Measured
+
+
+__all__ = ["begin_again", "begin_stage", "look", "repeat", "settle", "suit", "wait", "wait_or_stop"]
+
+logger = logging.getLogger(__name__)
+
+
+def suit(run: Any, step: int) -> None:
+    """The rate follows the size of the model and the steps of the stage."""
+    removed = 1 - run.parameters / run.reference_parameters
+    run.pace.suit(removed, run.agenda.stage_steps(step, run.host.max_steps))
+    run.agenda.change(learning_rate=run.pace.rate)
+
+
+def begin_stage(run: Any, step: int) -> None:
+    """The model just after its cut is at hand: the rate warms up."""
+    run.pace.warm_up(step, run.agenda.begin_stage(step, run.host.max_steps))
+    run.host.reschedule()
+
+
+def begin_again(run: Any) -> None:
+    """The training before this one was broken off in the stage: it has the steps that there are now."""
+    step = run.host.step
+    run.pace.begin(0)
+    suit(run, step)
+    begin_stage(run, step)
+
+
+def look(run: Any, step: int) -> None:
+    """Once in a stage, early enough to mend it: is the model being ruined, and not as good as it was all the same?"""
+    if not run.agenda.looks(step):
+        return
+    measured = run.measure()
+    if run.judge.spoiled(measured) and not run.judge.come_back(measured, run.fit.chance):
+        repeat(run, step, measured)
+
+
+def wait(run: Any, step: int) -> None:
+    """The next cut is not made yet; it is thought of again some steps later."""
+    if not run.agenda.waits:
+        run.host.model_changed()
+    run.agenda.retry_at = step + run.host.looks()
+
+
+def wait_or_stop(run: Any, step: int, measured: Measured) -> None:
+    """A cut never follows a ruin: it waits, and no longer than leaves half of its own stage."""
+    last, name = run.agenda.latest(run.host.max_steps), run.judge.behind(measured, run.fit.chance)
+    value, came_from = measured.metrics[name], run.judge.baseline.metrics[name]
+    if step + run.host.looks() <= last:
+        words = "%s is %.4g at step %d, and was %.4g before the first cut: the next cut waits until it has come back"
+        run.judge.say_once(words, name, value, step, came_from)
+        wait(run, step)
+        return
+    run.agenda.stopped = f"{name} {value:.4g} had not come back to the {came_from:.4g} of the uncut model"
+    logger.warning("No further cut is made: %s.", run.agenda.stopped)
+
+
+def repeat(run: Any, step: int, measured: Measured) -> None:
+    """The weights of just after the cut come back, and the stage begins anew at a lower rate."""
+    agenda, stage, spent = run.agenda, run.agenda.open, step - run.agenda.stage_from
+    lost = f"{run.judge.words(measured)}, after {spent} steps"
+    _put_back(run)
+    rate = run.pace.slow_down()
+    if not agenda.again(spent, step, run.host.max_steps) or not run.pace.phases:
+        agenda.stopped = agenda.stopped or f"stage {stage.index} made the model worse ({lost})"
+    agenda.note(f"repeated at {rate} ({lost})")
+    end = " No further cut is made." if agenda.stopped else ""
+    logger.warning("Stage %d begins anew from its cut, at %s: %s.%s", stage.index, rate, lost, end)
+    begin_stage(run, step)
+    run.write_journal()
+
+
+def settle(run: Any, measured: Measured) -> str | None:
+    """Judge the stage for good; why it has to be rolled back, or None: it stands, with the better of the distilled
+    weights and those of just after the cut."""
+    judge, agenda, stage = run.judge, run.agenda, run.agenda.open
+    if judge.dropped(measured.value):
+        uncut, allowed = judge.baseline.value, run.config.max_metric_drop
+        reason = f"{stage.metric_name} {measured.value:.4f}, uncut {uncut:.4f}, max_metric_drop {allowed:g}"
+        agenda.change(**measured.at_the_end(), status="rolled_back", reason=reason)
+        return reason
+    if judge.worse(measured):
+        _put_back(run)
+        why = judge.words(measured)
+        agenda.note(f"distilling made it worse ({why}): the weights just after the cut stay")
+        logger.warning("Stage %d: %s.", stage.index, agenda.stages[-1].note)
+        judge.last = measured = judge.just_cut
+    agenda.change(**measured.at_the_end(), status="accepted")
+    run.keepsake.reset()
+    run.write_journal()
+    return None
+
+
+def _put_back(run: Any) -> None:
+    """The model just after the cut, and a moving average that begins with it."""
+    run.keepsake.put_back()
+    if run.tutor.given is None and run.config.teacher == "ema":
+        run.appoint_teacher()
