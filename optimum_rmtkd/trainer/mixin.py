@@ -130,8 +130,6 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         super().__init__(*positional, **kwargs)
         check_length(self.args, self.train_dataset)
         self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
-        if not self.replaces_loss:
-            self.loss_is_scaled_for_ga = False  # the sum of the terms is not, whatever a subclass says of its own
         self._check_setting()
         self.optimizer_was_given = self.optimizer is not None
         if self.optimizer_was_given and self.reparameterization is not None:
