@@ -325,7 +325,9 @@ def test_a_loss_that_takes_no_number_of_items(make_trainer, placed):
         return F.cross_entropy(outputs.logits, labels, weight=WEIGHTS)
 
     results = []
-    for number, (cls, given) in enumerate([(Weighted, {}), (placed(DatedLoss), {}), (RMTKDTrainer, {"compute_loss_func": bare})]):
+    for number, (cls, given) in enumerate(
+        [(Weighted, {}), (placed(DatedLoss), {}), (RMTKDTrainer, {"compute_loss_func": bare})]
+    ):
         trainer = make_trainer(
             silent(tiny_bert()), out=str(number), trainer_class=cls, max_steps=2, eval_strategy="steps", eval_steps=1,
             trainer_kwargs=given,
