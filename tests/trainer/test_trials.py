@@ -47,19 +47,17 @@ class Backend:
         found = {}
         for number in range(n_trials):
             trainer.train(trial=SimpleNamespace(number=number, params={"learning_rate": self.rates[number]}))
-            loss = self.run_of(trainer)
             found[number] = trainer.evaluate()["eval_loss"]
-            assert loss.accelerator is trainer.accelerator is trainer.run.tutor.companions.accelerator
+            run = trainer.run
+            assert run.loss.accelerator is trainer.accelerator is run.tutor.companions.accelerator
         best = min(found, key=found.get)
         return BestRun(str(best), found[best], {"learning_rate": self.rates[best]})
-
-    def run_of(self, trainer):
-        return trainer.run.loss
 
 
 def test_each_trial_of_a_search_leaves_its_record_in_its_own_folder(trainer, tmp_path, monkeypatch):
     backends = {HPSearchBackend.OPTUNA: Backend}
     monkeypatch.setattr(transformers_trainer, "ALL_HYPERPARAMETER_SEARCH_BACKENDS", backends)
+    monkeypatch.setattr(transformers.integrations, "hp_params", lambda trial: trial.params)
     best = trainer.hyperparameter_search(
         hp_space=lambda trial: trial.params, n_trials=2, backend="optuna", direction="minimize"
     )
