@@ -20,6 +20,7 @@ from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import check_structure
 from . import plain
 from .host import Host
+from .rehearsal import outputs_on, rehearse
 from .run import Run
 
 
@@ -285,8 +286,8 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
         classes_known: it is the model's own, so that a class has to be one of the model's.
 
     Raises:
-        RMTKDError: nothing to train, too few rows, no labels for the task loss, or no cached answers for a
-            `CachedTeacher`.
+        RMTKDError: nothing to train, too few rows, no labels for the task loss, no cached answers for a
+            `CachedTeacher`, or no answers that a term could compare.
         CalibrationError: weights that are not finite; data that no cut can be calibrated with.
         BudgetError: a target that the model already meets, or that no widths can give, in however many cuts.
     """
@@ -315,6 +316,7 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
         if not isinstance(batch, Mapping):
             raise CalibrationError(no_mapping(batch))
         _check_batch(run, batch, labels_needed, classes_known)
+        rehearse(run, batch)
         if recipe.schedule != "none":
             surgery.check_data(model, [host.columns.for_calibration(batch)], recipe)
     if recipe.schedule != "none":  # now, and not after hours of fine-tuning
@@ -336,14 +338,27 @@ def _check_batch(run: Run, inputs: Mapping[str, Any], labels_needed: bool, class
         )
     needed = any(isinstance(objective, TaskLoss) for objective in tutor.objectives)
     if needed and labels_needed and not any(name in inputs for name in host.label_names):
-        raise RMTKDError(
-            f"The task loss needs {' or '.join(host.label_names)}; the batch holds {', '.join(inputs)}. Give "
-            "labels, or leave TaskLoss out of the objectives to distil on unlabelled data."
-        )
+        _check_loss(run, inputs)
     if classes_known:
         _check_classes(host.model, inputs)
     run.loss.look_at_labels(host.model, [inputs])
     _check_segments(tutor.given, host.model, inputs)
+
+
+def _check_loss(run: Run, inputs: Mapping[str, Any]) -> None:
+    """The task's loss of a batch in which nothing is known as a label."""
+    names, cure = list(run.host.label_names), "leave TaskLoss out of the objectives to distil on unlabelled data"
+    if names:
+        raise RMTKDError(
+            f"The task loss needs {' or '.join(names)}; the batch holds {', '.join(inputs)}. Give labels, or {cure}."
+        )
+    outputs = outputs_on(run, inputs)  # some models call what they learn from by other names (bool_masked_pos)
+    if not isinstance(outputs, Mapping) or outputs.get("loss") is None:
+        returned = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
+        raise RMTKDError(
+            f"{type(run.host.model).__name__} returns no loss on a batch of {', '.join(inputs)}, but {returned}; "
+            f"expected a task loss. Give what it is computed from, name its labels (label_names), or {cure}."
+        )
 
 
 def _check_classes(model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -25,19 +25,27 @@ class Companions:
     The trainer's optimizer is created before they exist (they follow the architecture and the calibration data), may
     be the user's, and DDP sees only the model's parameters: so their gradients are averaged over the processes here,
     clipped by themselves, and stepped with the trainer's schedule.
+
+    Args:
+        host: has the `accelerator` of the moment; a search over hyperparameters makes another one for each trial.
     """
 
     def __init__(
         self,
-        accelerator: Any,
+        host: Any,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_grad_norm: float | None = 1.0,
     ):
-        self.accelerator, self.betas, self.eps, self.max_grad_norm = accelerator, betas, eps, max_grad_norm
+        self.host, self.betas, self.eps, self.max_grad_norm = host, betas, eps, max_grad_norm
         self.parameters: list[nn.Parameter] = []
         self.optimizer: torch.optim.Optimizer | None = None
         self.base_rate: float | None = None  # what the schedule multiplies: the rate of an optimizer that was given
+
+    @property
+    def accelerator(self) -> Any:
+        """The processes of the run."""
+        return self.host.accelerator
 
     def collect(self, objectives: Iterable[DistillationObjective], teacher: Teacher, main: Any) -> None:
         """Take the parameters of the objectives and the teacher as they are now; moments of earlier ones are

@@ -157,7 +157,7 @@ class RMTKDLoop:
         check_model_is_whole(host.model)
         check_model(host.model, config, evaluated=evaluate is not None)
         self._host, self._task_loss, self._board = host, task_loss, NoticeBoard(accelerator)
-        self.run = Run(host, config, parts, _companions(accelerator, optimizer), reentrant=_reentrant(host.model))
+        self.run = Run(host, config, parts, _companions(host, optimizer), reentrant=_reentrant(host.model))
         self.run.evaluates = False
         if teacher_model is not None:
             self._accept(teacher_model)
@@ -397,9 +397,9 @@ def _what_is_kept() -> str:
     return "The last checkpoint holds."
 
 
-def _companions(accelerator: Any, optimizer: Any) -> Companions:
+def _companions(host: LoopHost, optimizer: Any) -> Companions:
     group = optimizer.param_groups[0]
-    return Companions(accelerator, **{name: group[name] for name in ("betas", "eps") if name in group})
+    return Companions(host, **{name: group[name] for name in ("betas", "eps") if name in group})
 
 
 def _reentrant(model: nn.Module) -> bool:

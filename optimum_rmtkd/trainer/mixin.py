@@ -45,7 +45,7 @@ from .hooks.results import ResultHooks
 from .hooks.schedules import ScheduleHooks
 from .hooks.sharding import ShardedTrainerHost, host_of
 from .inside import inside_of
-from .parts import answerable, parts_of
+from .parts import parts_of
 from .run import Run
 from .stages import Stage, stage_table
 from .stream import Stream, evaluated_again
@@ -87,10 +87,11 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     happened at each cut. Every term is a mean over the whole accumulated batch of all processes, however it is split
     and padded.
 
-    A subclass that overrides `compute_loss`, and a `compute_loss_func`, give the task's term (`loss/task`) and the
-    loss of evaluations; the other terms stay. They see one micro-batch and return its mean: `num_items_in_batch` is
-    the number of labels in it, and accumulation is weighed here. `replaces_loss = True` in the subclass says that its
-    `compute_loss` is the whole training loss; `super().compute_loss` then gives it the weighted sum of all terms.
+    A `compute_loss` of a class in front of this one or behind it, and a `compute_loss_func`, give the task's term
+    (`loss/task`) and the loss of evaluations; the other terms stay. They see one micro-batch and return its mean:
+    `num_items_in_batch` is the number of labels in it, and accumulation is weighed here. `replaces_loss = True` in the
+    class says that its `compute_loss` is the whole training loss; `super().compute_loss` of one in front then gives it
+    the weighted sum of all terms.
 
     A model that cannot teach yet (a new head) is fine-tuned first, see `RMTKDConfig.fit_share`. What a subclass
     overrides keeps its meaning: the stages are judged by what its `evaluate` returns, cuts are calibrated on what its
@@ -129,9 +130,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         self.run: Run | None = None
         super().__init__(*positional, **kwargs)
         check_length(self.args, self.train_dataset)
+        self._settle_direction()
         self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
-        if not self.replaces_loss:
-            self.loss_is_scaled_for_ga = False  # the sum of the terms is not, whatever a subclass says of its own
         self._check_setting()
         self.optimizer_was_given = self.optimizer is not None
         if self.optimizer_was_given and self.reparameterization is not None:
@@ -142,10 +142,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
                 self.reparameterization.lr_scale,
             )
         adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
-        companions = Companions(self.accelerator, **adam, max_grad_norm=self.args.max_grad_norm)
         self._host = host_of(self)
-        if objectives is None and self.rmtkd_config.objectives is None:
-            parts = parts._replace(objectives=answerable(parts.objectives, self._host.model))
+        companions = Companions(self._host, **adam, max_grad_norm=self.args.max_grad_norm)
         self.run = Run(self._host, self.rmtkd_config, parts, companions, reentrant=self._reentrant)
         self.run.evaluates = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
         if teacher_model is not None:
@@ -168,6 +166,20 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             check_modes(self.args)
         host = TrainerHost(self)
         check_model(host.model, self.rmtkd_config, evaluated=host.evaluates)
+
+    def _settle_direction(self) -> None:
+        """TrainingArguments takes greater for better in every metric whose name does not end in "loss". Best model and
+        early stopping go by that as well."""
+        if not self.args.greater_is_better or self.metric_name.endswith("loss") or greater_is_better(self.metric_name):
+            return
+        self.args.greater_is_better = False
+        logger.warning(
+            "greater_is_better=True for metric_for_best_model=%r, as transformers has it for every name that does not "
+            "end in 'loss': taken as False, by its name it is to be small. One that is to be large has another name "
+            "(neg_%s).",
+            self.args.metric_for_best_model,
+            self.metric_name.removeprefix("eval_"),
+        )
 
     @property
     def _reentrant(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import RMTKDConfig
 from .host import Host
-from .rates import distil_rate, warmup_steps
+from .rates import distil_rate, rate_band, warmup_steps
 from .schedule import Phase
 
 
@@ -60,10 +60,8 @@ class Pace:
         """
         given, wanted = self.host.rate, self.config.distil_learning_rate
         if not self.phases or not given:
-            if wanted is not None:
-                self._say(
-                    "distil_learning_rate=%.3g is not used: the schedule, or the optimizer, is your own.", wanted
-                )
+            if given != 0:
+                self._say_why_not(removed, steps)
             return
         chosen = wanted or given
         why = f"learning rate of {chosen:.3g}: {'distil_learning_rate' if wanted else 'nothing was removed'}"
@@ -74,6 +72,24 @@ class Pace:
         if self.lowering != 1.0:
             why = f"{why}, times {self.lowering:.2g} after repeated stages"
         self._say("Distilling at a peak %s.", why)
+
+    def _say_why_not(self, removed: float, steps: int) -> None:
+        """The rate is not ours to choose: which one stands, why, and what it would have been."""
+        wanted = self.config.distil_learning_rate
+        why = "the optimizer is not of Adam's kind, or its groups have rates of their own"
+        if not self.host.follows_phases:
+            why = "its schedule is not known as a function of the step (a LambdaLR)"
+        if wanted is not None:
+            self._say("distil_learning_rate=%.3g is not used: the learning rate stays yours, for %s.", wanted, why)
+        elif 0 < removed < 1:
+            self._say(
+                "The learning rate stays yours: %s. With an optimizer of Adam's kind, %.0f%% of the parameters "
+                "removed and %d steps to distil allow %.2g to %.2g.",
+                why,
+                100 * removed,
+                steps,
+                *rate_band(removed, steps),
+            )
 
     def rescale(self, ratio: float) -> None:
         """The run has `ratio` times as many steps as was thought."""

@@ -7,13 +7,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from ..config import RMTKDConfig
 from ..distillation import (
     BatchTransform,
     DistillationObjective,
-    KLDivergence,
     TensorAlignment,
     build_objectives,
     build_transforms,
@@ -25,13 +23,20 @@ from ..reparameterization import MatrixProductOperator, Reparameterization, buil
 from .checkpoint import flatten, subset
 
 
-__all__ = ["Parts", "answerable", "described", "load_transforms", "parts_of", "transforms_state"]
+__all__ = ["Parts", "described", "load_transforms", "parts_of", "transforms_state"]
 
 
 class Parts(NamedTuple):
+    """Of a run.
+
+    Attributes:
+        named: the objectives were chosen, by the recipe or an argument; else they are the usual three.
+    """
+
     objectives: list[DistillationObjective]
     reparameterization: Reparameterization | None
     transforms: list[BatchTransform]
+    named: bool = True
 
 
 def described(**kinds: Iterable[Part]) -> dict[str, list[str]]:
@@ -40,12 +45,6 @@ def described(**kinds: Iterable[Part]) -> dict[str, list[str]]:
         kind: [json.dumps(part.to_dict(), default=lambda value: type(value).__name__) for part in parts]
         for kind, parts in kinds.items()
     }
-
-
-def answerable(objectives: list[DistillationObjective], model: nn.Module) -> list[DistillationObjective]:
-    """Those of the recipe's terms that find something to compare in a model without a head, which has no logits."""
-    backbone = getattr(model, "base_model", None) is model
-    return [objective for objective in objectives if not (backbone and isinstance(objective, KLDivergence))]
 
 
 def parts_of(
@@ -70,6 +69,7 @@ def parts_of(
         default_objectives(recipe) if chosen is None else build_objectives(chosen),
         build_reparameterization(recipe.reparameterization if reparameterization is None else reparameterization),
         build_transforms(recipe.transforms if transforms is None else transforms),
+        named=chosen is not None,
     )
     aligned = any(isinstance(objective, TensorAlignment) for objective in parts.objectives)
     if aligned and not isinstance(parts.reparameterization, MatrixProductOperator):

@@ -60,7 +60,7 @@ class Run:
     def __init__(self, host: Host, config: RMTKDConfig, parts: Parts, companions: Companions, reentrant: bool = False):
         self.host, self.config, self.parts = host, config, parts
         self.tutor = Tutor(parts.objectives, companions, host.label_names, config)
-        self.loss = StepLoss(self.tutor, parts.transforms, host.accelerator, reentrant)
+        self.loss = StepLoss(self.tutor, parts.transforms, host, reentrant)
         self.judge, self.pace, self.fit = Judge(host, config), Pace(host, config), Fit(host, config)
         self.agenda, self.keepsake = Agenda(), Keepsake(host, parts.reparameterization)
         self.dropout, self.records = DropoutSwitch(), Records(host, config)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 
-__all__ = ["Phase", "factor_at", "stretched"]
+__all__ = ["Phase", "factor_at", "planned_steps", "stretched"]
 
 LOOKS = 64
 Shape = Callable[[int], Callable[[int], float]]
@@ -74,3 +74,10 @@ def _highest(run: Callable[[int], float], first: int, steps: int) -> float:
 def stretched(shape: Callable[[int], float], whole: int) -> Shape:
     """A schedule over `whole` steps as one over any number: each phase runs through all of it, warm-up and all."""
     return lambda steps: lambda step: shape(round(step * whole / steps))
+
+
+def planned_steps(shape: Callable[[int], float], steps: int) -> int:
+    """Steps in the user's schedule. One that was planned for fewer than there are (`num_training_steps` counted in
+    optimizer steps, in several processes) ends where it was planned to."""
+    planned = getattr(shape, "keywords", {}).get("num_training_steps")
+    return min(planned, steps) if planned else steps

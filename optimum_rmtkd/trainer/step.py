@@ -36,14 +36,19 @@ class StepLoss:
         reentrant: activations are recomputed by reentrant checkpointing, whose inner features carry no gradient.
     """
 
-    def __init__(self, tutor: Tutor, transforms: list[BatchTransform], accelerator: Any, reentrant: bool = False):
-        self.tutor, self.transforms, self.accelerator, self.reentrant = tutor, transforms, accelerator, reentrant
+    def __init__(self, tutor: Tutor, transforms: list[BatchTransform], host: Any, reentrant: bool = False):
+        self.tutor, self.transforms, self.host, self.reentrant = tutor, transforms, host, reentrant
         self._task = TaskLoss(1.0)
         self.totals: torch.Tensor | None = None
         self.parts = 1
         self.computed = 0
         self._terms: dict[str, list] = {}
         self._warned: set[str] = set()
+
+    @property
+    def accelerator(self) -> Any:
+        """The processes of the run: those of the moment, a search over hyperparameters makes others for each trial."""
+        return self.host.accelerator
 
     @property
     def objectives(self) -> list[DistillationObjective]:

@@ -25,8 +25,11 @@ NEAR_LOSS = 0.5  # of a loss's way from the uncut model's value to that of knowi
 
 
 def greater_is_better(name: str) -> bool:
-    """Direction of a metric by the last word of its name: losses, errors and perplexities are to be small."""
-    return name.rpartition("_")[2].lower() not in SMALLER_IS_BETTER
+    """Direction of a metric by the words of its name: losses, errors and perplexities are to be small, their negatives
+    (neg_mean_squared_error) are not."""
+    words = name.lower().split("_")
+    small = words[-1] in SMALLER_IS_BETTER or words[-2:] == ["error", "rate"]
+    return not small or bool({"neg", "negative"}.intersection(words))
 
 
 def telling(names: Iterable[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Fine-tune a model on rows of several text columns, joined, and a label, or a list of labels.
+"""Fine-tune a model on rows of several text columns, joined, and a label, a list of labels, or a number.
 
 In the shape of transformers' run_classification.py, with the class weights that its users ask for. Marked with (+) is
 what `--rmtkd` needs.
@@ -28,7 +28,7 @@ from optimum_rmtkd import RMTKDMixin, RMTKDTrainer  # (+)
 class DataTrainingArguments(shared.DataTrainingArguments):
     text_column_names: str = field(default="sentence", metadata={"help": "Columns to join, with commas between."})
     text_column_delimiter: str = field(default=" ", metadata={"help": "What joins them."})
-    metric_name: str = field(default="accuracy", metadata={"help": "accuracy or f1."})
+    metric_name: str = field(default="accuracy", metadata={"help": "accuracy, f1, or mse (labels that are numbers)."})
     class_weights: bool = field(default=False, metadata={"help": "Weigh each class by its rarity."})
 
 
@@ -61,18 +61,23 @@ def f1_scores(hits: np.ndarray, predicted: np.ndarray, real: np.ndarray) -> dict
 def main():
     model_args, data_args, training_args = parse(ModelArguments, DataTrainingArguments, TrainingArguments)
     raw_datasets = data_args.load()
+    is_regression = data_args.metric_name == "mse"
     is_multi_label = isinstance(raw_datasets["train"][0]["label"], list)
     labels = [label for row in raw_datasets["train"]["label"] for label in (row if is_multi_label else [row])]
-    label_list = sorted({str(label) for label in labels})
+    label_list = [] if is_regression else sorted({str(label) for label in labels})
 
-    config = AutoConfig.from_pretrained(model_args.model_name_or_path, num_labels=len(label_list))
+    num_labels = 1 if is_regression else len(label_list)
+    config = AutoConfig.from_pretrained(model_args.model_name_or_path, num_labels=num_labels)
     config.problem_type = "multi_label_classification" if is_multi_label else "single_label_classification"
+    if is_regression:
+        config.problem_type = "regression"
     tokenizer = AutoTokenizer.from_pretrained(model_args.tokenizer_name or model_args.model_name_or_path)
     model = AutoModelForSequenceClassification.from_pretrained(
         model_args.model_name_or_path, config=config, ignore_mismatched_sizes=model_args.ignore_mismatched_sizes
     )
     label_to_id = {label: i for i, label in enumerate(label_list)}
-    model.config.label2id, model.config.id2label = label_to_id, dict(enumerate(label_list))
+    if not is_regression:
+        model.config.label2id, model.config.id2label = label_to_id, dict(enumerate(label_list))
 
     def one_of_all(row: list[str]) -> list[float]:
         return [float(label in row) for label in label_list]
@@ -81,7 +86,9 @@ def main():
         columns = [examples[name] for name in data_args.text_column_names.split(",")]
         texts = [data_args.text_column_delimiter.join(parts) for parts in zip(*columns, strict=True)]
         result = tokenizer(texts, padding=data_args.padding, max_length=data_args.max_seq_length, truncation=True)
-        if is_multi_label:
+        if is_regression:
+            result["label"] = [float(label) for label in examples["label"]]
+        elif is_multi_label:
             result["label"] = [one_of_all(row) for row in examples["label"]]
         else:
             result["label"] = [label_to_id[str(label)] for label in examples["label"]]
@@ -97,6 +104,8 @@ def main():
 
     def compute_metrics(p: EvalPrediction):
         scores = p.predictions[0] if isinstance(p.predictions, tuple) else p.predictions
+        if is_regression:
+            return {"mse": float(((scores.squeeze() - p.label_ids) ** 2).mean())}
         if is_multi_label:
             predicted, real = scores > 0, p.label_ids > 0
             exact = (predicted == real).all(axis=1)

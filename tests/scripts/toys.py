@@ -69,6 +69,13 @@ def sentences(draw: random.Random, i: int) -> Row:
     return {"sentence": text, "label": label}
 
 
+def grades(draw: random.Random, i: int) -> Row:
+    """How many of three words praise."""
+    good = [draw.random() < 0.5 for _ in range(3)]
+    words = [draw.choice(GOOD if praises else BAD) for praises in good]
+    return {"sentence": f"the {draw.choice(NOUNS)} is {' and '.join(words)}", "label": float(sum(good))}
+
+
 def pairs(draw: random.Random, i: int) -> Row:
     """The second sentence decides; the first one tells nothing."""
     second, label = praise(draw, i)

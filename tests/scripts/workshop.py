@@ -75,6 +75,7 @@ class Script:
         options: of the script, beside those of its kind.
         recipe: beside `RECIPE`.
         kind: with a Trainer, or a loop of its own.
+        greater_is_better: the metric is to be large.
         exact: an evaluation gives the same metrics each time (False where it masks at random).
     """
 
@@ -89,6 +90,7 @@ class Script:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     exact: bool = True
     kind: Kind = TRAINER
+    greater_is_better: bool = True
 
     @property
     def judged_by(self) -> str:

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from optimum_rmtkd import RMTKDConfig, RMTKDError
@@ -190,14 +191,60 @@ def test_one_schedule_a_phase(make_trainer, plain_rate, caplog):
     assert trainer.stages[0].learning_rate == pytest.approx(half)
 
 
-def test_a_schedule_of_the_users_own_stays_whole(make_trainer, plain_rate):
+FIT = {"fit_share": 0.4, "distil_learning_rate": None}
+
+
+def linear(optimizer, steps):
+    return transformers.get_linear_schedule_with_warmup(optimizer, 0, steps)
+
+
+class OwnSchedule(RMTKDTrainer):
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        self.lr_scheduler = linear(self.optimizer if optimizer is None else optimizer, num_training_steps)
+        return self.lr_scheduler
+
+
+@pytest.mark.parametrize("whose", ["given", "of a subclass"])
+def test_a_schedule_of_the_users_own_has_phases(make_trainer, plain_rate, whose, caplog):
+    model, given = tiny_bert(), {}
+    if whose == "given":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        given = {"trainer_kwargs": {"optimizers": (optimizer, linear(optimizer, 10))}}
+    usual = make_trainer(max_steps=10, recipe=FIT, out="usual")
+    usual.train()
+    caplog.clear()
+    cls = RMTKDTrainer if given else OwnSchedule
+    trainer = make_trainer(model, max_steps=10, recipe=FIT, trainer_class=cls, **given)
+    trainer.train()
+    assert rates(trainer) == pytest.approx(rates(usual)) and "Distilling at a peak for the test" in caplog.text
+    if whose == "given":  # as it was where nothing is cut any more
+        trainer.lr_scheduler.last_epoch = 0
+        trainer.train()
+        assert rates(trainer)[-10:] == pytest.approx([1e-3 * (1 - step / 10) for step in range(10)])
+
+
+def test_a_schedule_that_is_no_function_of_the_step_stays_whole_and_is_told(make_trainer, plain_rate, caplog):
     model = tiny_bert()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
-    trainer = make_trainer(model, max_steps=4, trainer_kwargs={"optimizers": (optimizer, schedule)})
+    schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    recipe = {"distil_learning_rate": None}
+    trainer = make_trainer(model, max_steps=4, recipe=recipe, trainer_kwargs={"optimizers": (optimizer, schedule)})
     trainer.train()
     assert rates(trainer) == pytest.approx([1e-3 * 0.5**step for step in range(4)])
     assert trainer.stages[0].learning_rate is None
+    assert "The learning rate stays yours: its schedule is not known as a function of the step" in caplog.text
+
+
+def test_rates_that_differ_by_group_stay_and_are_told(make_trainer, plain_rate, caplog):
+    model = tiny_bert()
+    head = list(model.classifier.parameters())
+    groups = [{"params": list(model.bert.parameters()), "lr": 1e-4}, {"params": head, "lr": 1e-3}]
+    recipe = {"distil_learning_rate": None}
+    trainer = make_trainer(
+        model, max_steps=2, recipe=recipe, trainer_kwargs={"optimizers": (torch.optim.AdamW(groups), None)}
+    )
+    trainer.train()
+    assert "its groups have rates of their own" in caplog.text and "allow 2e-05 to" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["constant", "cosine", "polynomial", "inverse_sqrt"])
@@ -278,3 +325,36 @@ def test_arguments_keep_the_order_of_the_trainer_behind(tmp_path):
     args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
     with pytest.raises(RMTKDError, match="max_steps"):
         RMTKDOrdered(tiny_bert(), None, args, endless)
+
+
+# -- what judges ------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_is_to_be_small_whatever_the_arguments_make_of_its_name(make_trainer, caplog):
+    """TrainingArguments takes greater for better wherever a name does not end in "loss"."""
+    worth = iter([0.9, 0.8, 0.5, 0.5])
+    trainer = make_trainer(
+        max_steps=2,
+        metric_for_best_model="mse",
+        trainer_kwargs={"compute_metrics": lambda prediction: {"mse": next(worth)}},
+    )
+    assert caplog.text.count("greater_is_better=True for metric_for_best_model='mse'") == 1
+    assert trainer.greater_is_better is False and trainer.args.greater_is_better is False
+    trainer.train()
+    assert trainer.stages[0].metric_after == 0.5 and not trainer.stages[0].note
+    caplog.clear()
+    for name, greater in (("accuracy", True), ("neg_mean_squared_error", True), ("eval_loss", False)):
+        assert make_trainer(out=name, metric_for_best_model=name).args.greater_is_better is greater
+    assert "greater_is_better" not in caplog.text
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [RMTKDTrainer, type("Own", (RMTKDMixin, OwnData), {})], ids=["usual", "own loader"])
+def test_calibration_takes_no_larger_batches_than_training(make_trainer, cls):
+    """It has a backward pass, for which a batch of the evaluation may be too large."""
+    trainer = make_trainer(trainer_class=cls, per_device_train_batch_size=4, per_device_eval_batch_size=16)
+    assert {len(batch["input_ids"]) for batch in trainer.calibration_batches()} == {4}
+    trainer._train_batch_size = 2  # found by running out of memory
+    assert {len(batch["input_ids"]) for batch in trainer.calibration_batches()} == {2}

@@ -7,10 +7,10 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertForTokenClassification
+from transformers import BertForTokenClassification, Trainer
 
 from optimum_rmtkd.errors import RMTKDError
-from optimum_rmtkd.trainer import RMTKDTrainer
+from optimum_rmtkd.trainer import RMTKDMixin, RMTKDTrainer
 
 from .conftest import ragged, tiny_bert, toy_data
 from .test_accumulation import tiny_gpt2
@@ -20,7 +20,18 @@ NONE = {"schedule": "none", "target_reduction": None}
 WEIGHTS = torch.tensor([1.0, 5.0])
 
 
-class Weighted(RMTKDTrainer):
+@pytest.fixture(params=["in front", "behind"])
+def placed(request):
+    """placed(loss): a trainer with that `compute_loss` in front of the mixin, or behind it."""
+
+    def place(loss):
+        bases = (loss, RMTKDTrainer) if request.param == "in front" else (RMTKDMixin, loss, Trainer)
+        return type(loss.__name__, bases, {})
+
+    return place
+
+
+class WeightedLoss:
     """As the documentation of transformers weighs classes."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -30,7 +41,11 @@ class Weighted(RMTKDTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-class Doubled(RMTKDTrainer):
+class Weighted(WeightedLoss, RMTKDTrainer):
+    pass
+
+
+class DoubledLoss:
     """Builds on the loss of the parent."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -38,7 +53,7 @@ class Doubled(RMTKDTrainer):
         return (2 * loss, outputs) if return_outputs else 2 * loss
 
 
-class Summed(RMTKDTrainer):
+class SummedLoss:
     """A sum over the labels divided by the number that it is told, as transformers' own losses."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -47,6 +62,10 @@ class Summed(RMTKDTrainer):
         logits = outputs.logits.flatten(0, -2)
         loss = F.cross_entropy(logits, labels.flatten(), reduction="sum") / num_items_in_batch
         return (loss, outputs) if return_outputs else loss
+
+
+SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
+SPLITS += [("behind", "token"), ("behind", "causal")]
 
 
 def terms(trainer):
@@ -64,8 +83,8 @@ def silent(model):
     return model
 
 
-def test_class_weights_are_the_task_term_and_the_other_terms_stay(make_trainer):
-    trainer = make_trainer(trainer_class=Weighted, max_steps=3)
+def test_class_weights_are_the_task_term_and_the_other_terms_stay(make_trainer, placed):
+    trainer = make_trainer(trainer_class=placed(WeightedLoss), max_steps=3)
     trainer.train()
     for line in terms(trainer):
         assert line["loss"] == pytest.approx(total(trainer, line), rel=1e-5)
@@ -79,11 +98,11 @@ def test_class_weights_are_the_task_term_and_the_other_terms_stay(make_trainer):
     assert trainer.stages[-1].metric_after == pytest.approx(float(sum(halves) / 2), rel=1e-5)
 
 
-def test_an_override_that_calls_the_parent_distils_once(make_trainer):
+def test_an_override_that_calls_the_parent_distils_once(make_trainer, placed):
     plain, doubled = (
         make_trainer(silent(tiny_bert()), out=cls.__name__, trainer_class=cls, recipe=NONE, max_steps=1,
                      teacher_model=tiny_bert(3), objectives=["task", "kl"])
-        for cls in (RMTKDTrainer, Doubled)
+        for cls in (RMTKDTrainer, placed(DoubledLoss))
     )  # fmt: skip
     asked = []
     doubled.run.tutor.given.model.register_forward_hook(lambda *_: asked.append(1))
@@ -104,8 +123,7 @@ def test_a_function_set_on_the_trainer_counts_as_an_override(make_trainer):
     assert "loss/kl" in terms(trainer)[-1] and trainer.compute_loss is mine
 
 
-@pytest.mark.parametrize("given", ["override", "function"])
-@pytest.mark.parametrize("kind", ["three", "token", "causal"])
+@pytest.mark.parametrize(("given", "kind"), SPLITS)
 def test_the_split_of_a_batch_changes_nothing(make_trainer, weights, given, kind):
     """A sum over labels divided by their number, over ragged rows."""
 
@@ -115,13 +133,18 @@ def test_the_split_of_a_batch_changes_nothing(make_trainer, weights, given, kind
             logits, labels = logits[:, :-1], labels[:, 1:]
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten(), reduction="sum") / num_items_in_batch
 
-    class Causal(Summed):
+    class Ragged:
         def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
             labels = inputs.pop("labels")
             outputs = model(**inputs)
             loss = summed(outputs, labels, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
+    classes = {
+        "function": RMTKDTrainer,
+        "in front": type("Front", (Ragged, RMTKDTrainer), {}),
+        "behind": type("Behind", (RMTKDMixin, Ragged, Trainer), {}),
+    }
     models = {
         "three": lambda seed: tiny_bert(seed, num_labels=3),
         "token": lambda seed: tiny_bert(seed, BertForTokenClassification, num_labels=3),
@@ -135,7 +158,7 @@ def test_the_split_of_a_batch_changes_nothing(make_trainer, weights, given, kind
             recipe=NONE,
             teacher_model=models[kind](1),
             objectives=["task", "kl"],
-            trainer_class=Causal if given == "override" else RMTKDTrainer,
+            trainer_class=classes[given],
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             max_steps=2,
@@ -185,8 +208,8 @@ def test_two_passes_of_one_batch(make_trainer):
     assert {"loss/task", "loss/kl", "loss/hidden"} <= set(terms(trainer)[-1])
 
 
-def test_a_subclass_may_replace_the_whole_loss(make_trainer):
-    class Whole(Weighted):
+def test_a_subclass_may_replace_the_whole_loss(make_trainer, placed):
+    class Whole(SummedLoss):
         replaces_loss = True
 
     class Scaled(RMTKDTrainer):
@@ -196,9 +219,10 @@ def test_a_subclass_may_replace_the_whole_loss(make_trainer):
             loss, outputs = super().compute_loss(model, inputs, True)  # the weighted sum of all terms
             return (10 * loss, outputs) if return_outputs else 10 * loss
 
-    trainer = make_trainer(trainer_class=Whole, max_steps=2)
+    trainer = make_trainer(trainer_class=placed(Whole), max_steps=2)
     trainer.train()
     assert not any(key.startswith("loss/") for line in terms(trainer) for key in line)
+    assert trainer.evaluate()["eval_loss"] < 2  # a mean
     scaled = make_trainer(trainer_class=Scaled, out="scaled", max_steps=2)
     scaled.train()
     assert scaled.run.fit.chance is None  # nats say nothing of what the evaluation returns
@@ -236,12 +260,27 @@ def test_a_training_step_that_passes_us_by_draws_a_warning(make_trainer, caplog)
         assert ("loss/kl" in terms(trainer)[0]) is not warned
 
 
-def test_what_an_override_returns_is_checked(make_trainer):
-    class Alone(RMTKDTrainer):
+@pytest.mark.parametrize("said", [False, True])
+def test_a_loss_that_replaces_all_terms_weighs_accumulation_as_it_says(make_trainer, placed, said):
+    """A mean over the micro-batch, or a part of the accumulated batch that it says it is scaled for."""
+    losses = []
+    whole = type("Whole", (SummedLoss,), {"replaces_loss": True} | ({"loss_is_scaled_for_ga": True} if said else {}))
+    for size, steps in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            silent(tiny_bert()), recipe=NONE, teacher_model=tiny_bert(1), trainer_class=placed(whole), max_steps=1,
+            per_device_train_batch_size=size, gradient_accumulation_steps=steps, out=str(size),
+        )  # fmt: skip
+        trainer.train()
+        losses.append((terms(trainer)[0]["loss"], terms(trainer)[0]["grad_norm"]))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_what_an_override_returns_is_checked(make_trainer, placed):
+    class Alone:
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             return model(**inputs).loss
 
-    class Bare(RMTKDTrainer):
+    class Bare:
         def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
             outputs = model(**inputs)
             return outputs.loss, tuple(outputs.values())
@@ -249,7 +288,10 @@ def test_what_an_override_returns_is_checked(make_trainer):
     for cls, message in ((Alone, r"of Alone returned a Tensor; expected \(loss, outputs\)"), (Bare, "are a tuple")):
         with pytest.raises(RMTKDError, match=message):
             trainer_kwargs = {"eval_dataset": None}
-            make_trainer(trainer_class=cls, out=cls.__name__, trainer_kwargs=trainer_kwargs).train()
+            make_trainer(trainer_class=placed(cls), out=cls.__name__, trainer_kwargs=trainer_kwargs).train()
+    evaluated = make_trainer(trainer_class=placed(Alone), out="evaluated")
+    with pytest.raises(RMTKDError, match="of Alone returned a Tensor"):
+        evaluated.evaluate()
 
 
 def test_labels_under_another_name(make_trainer):
@@ -269,7 +311,7 @@ def test_labels_under_another_name(make_trainer):
     assert "loss/hidden" in terms(trainer)[-1] and trainer.stages[0].metric_after > 0
 
 
-class Dated(RMTKDTrainer):
+class DatedLoss:
     """Written before the Trainer told a loss how many items there are."""
 
     def compute_loss(self, model, inputs, return_outputs=False):
@@ -279,12 +321,14 @@ class Dated(RMTKDTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
-def test_a_loss_that_takes_no_number_of_items(make_trainer):
+def test_a_loss_that_takes_no_number_of_items(make_trainer, placed):
     def bare(outputs, labels):
         return F.cross_entropy(outputs.logits, labels, weight=WEIGHTS)
 
     results = []
-    for number, (cls, given) in enumerate([(Weighted, {}), (Dated, {}), (RMTKDTrainer, {"compute_loss_func": bare})]):
+    for number, (cls, given) in enumerate(
+        [(Weighted, {}), (placed(DatedLoss), {}), (RMTKDTrainer, {"compute_loss_func": bare})]
+    ):
         trainer = make_trainer(
             silent(tiny_bert()), out=str(number), trainer_class=cls, max_steps=2, eval_strategy="steps", eval_steps=1,
             trainer_kwargs=given,
@@ -296,13 +340,13 @@ def test_a_loss_that_takes_no_number_of_items(make_trainer):
     assert results[1] == results[0] and results[2] == pytest.approx(results[0], rel=1e-6)
 
 
-def test_a_loss_that_cannot_return_outputs_is_refused_at_once(make_trainer):
-    class Bare(RMTKDTrainer):
+def test_a_loss_that_cannot_return_outputs_is_refused_at_once(make_trainer, placed):
+    class Bare:
         def compute_loss(self, model, inputs):
             return model(**inputs).loss
 
     with pytest.raises(RMTKDError, match=r"compute_loss\(model, inputs\) of Bare does not take return_outputs"):
-        make_trainer(trainer_class=Bare)
+        make_trainer(trainer_class=placed(Bare))
 
 
 def test_a_loss_a_sample_is_refused_by_name(make_trainer):

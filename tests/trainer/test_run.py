@@ -100,7 +100,7 @@ def quick(monkeypatch):
 def run_of(host, **recipe):
     recipe = {"target_reduction": 0.2, "kl_weight": 1.0, "hidden_weight": 0.0, **recipe}
     config = RMTKDConfig(**recipe)
-    return Run(host, config, parts_of(config), Companions(host.accelerator))
+    return Run(host, config, parts_of(config), Companions(host))
 
 
 def live(run, steps=None):

@@ -66,6 +66,8 @@ class DistillationObjective(Part, nn.Module):
         needs_teacher: it reads the teacher's answers or features.
         needs_projection: it compares streams through the known projection between them, so it has nothing to say of
             a teacher that the student was not cut from, and is left out there.
+        reads_answers: it compares the models' answers, without features: computed once on a few rows before the run
+            begins, so that models without such answers are refused then.
         active: False where `setup` found that there is nothing to compare for these models; it is then left out.
     """
 
@@ -73,6 +75,7 @@ class DistillationObjective(Part, nn.Module):
 
     needs_teacher: bool = True
     needs_projection: bool = False
+    reads_answers: bool = False
     observes: bool = False
 
     def __init__(self, weight: Weight = 1.0):

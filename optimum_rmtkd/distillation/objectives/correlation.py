@@ -74,6 +74,8 @@ class CorrelationDistance(DistillationObjective):
 
     name = "correlation"
 
+    reads_answers = True
+
     def __init__(
         self,
         kind: Literal["pearson", "spearman"] = "pearson",

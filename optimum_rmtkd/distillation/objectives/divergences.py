@@ -58,6 +58,8 @@ def skew_kl(log_p: torch.Tensor, log_q: torch.Tensor, alpha: float) -> torch.Ten
 class _AnswerDivergence(DistillationObjective):
     """An objective that is a divergence of the softened answers; `Answers` says over what it is a mean."""
 
+    reads_answers = True
+
     def __init__(self, weight: Weight, temperature: Positive):
         super().__init__(weight)
         self.temperature = temperature

@@ -95,8 +95,8 @@ class TrainerHost:
 
     @property
     def rate(self) -> float | None:
-        """None where the schedule is the user's own, or the optimizer is not of Adam's kind: what is known of rates
-        was measured with it."""
+        """None where the schedule is no function of the step, or the optimizer is not of Adam's kind: what is known of
+        rates was measured with it."""
         trainer = self.trainer
         if trainer.optimizer is None or not trainer.schedule_is_known:
             return None
@@ -115,7 +115,8 @@ class TrainerHost:
 
     @property
     def folder(self) -> str | None:
-        return self.trainer.args.output_dir if self.trainer.args.should_save else None
+        trainer = self.trainer  # the folder of a trial, in a search over hyperparameters
+        return trainer._get_output_dir(getattr(trainer, "_trial", None)) if trainer.args.should_save else None
 
     def looks(self) -> int:
         args, state = self.trainer.args, self.trainer.state
@@ -211,9 +212,9 @@ class TrainerHost:
         return getattr(loader, "__func__", loader) is not Trainer.get_train_dataloader
 
     def _rows(self, wanted: int) -> tuple[Any, Any, int]:
-        """(rows, their collator, rows a batch)."""
+        """(rows, their collator, rows a batch): no more than fit where gradients are taken."""
         trainer, seed = self.trainer, self.trainer.rmtkd_config.seed
-        size = trainer.args.per_device_eval_batch_size
+        size = min(trainer._train_batch_size, trainer.args.per_device_eval_batch_size)
         if self.own_loader:
             return self._rows_of_loader(wanted, size)
         dataset, collate = trainer.train_dataset, trainer.data_collator

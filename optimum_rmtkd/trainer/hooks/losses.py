@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .own_loss import (
     counting,
     in_place_of,
     items_of,
+    standing_alone,
     told_what_it_takes,
     whole_head,
     whole_result,
@@ -29,34 +30,40 @@ __all__ = ["LossHooks"]
 class LossHooks:
     """In front of a trainer: `compute_loss` is the sum of all terms where the model trains, the task's elsewhere."""
 
-    # Our loss is averaged over the micro-batches. Inferred, it would be wrong: BERT & co. swallow `num_items_in_batch`
-    # through **kwargs and ignore it, so loss and gradients would grow with accumulation steps and processes
-    # (transformers #47688).
-    loss_is_scaled_for_ga = False
-
-    replaces_loss = False  # does a subclass's compute_loss stand for all terms, and not for the task's alone?
-
     _term = _blind = False  # the task's term is being computed; from outputs without gradient
 
     @property
-    def overrides_loss(self) -> bool:
-        """Does a subclass, or a function set on this object, compute the task's loss?"""
+    def whole_loss(self) -> bool:
+        """Does the `compute_loss` of a class in front of the mixin, or behind it, stand for all terms, and not for the
+        task's alone? `replaces_loss` says so, in either."""
+        return bool(getattr(self, "replaces_loss", False))
+
+    @property
+    def in_front(self) -> bool:
+        """Is `compute_loss` another one than ours: that of a subclass, or a function set on this object?"""
         own = self.compute_loss
-        return not self.replaces_loss and getattr(own, "__func__", own) is not LossHooks.compute_loss
+        return getattr(own, "__func__", own) is not LossHooks.compute_loss
+
+    @property
+    def overrides_loss(self) -> bool:
+        """Does what is in front compute the task's loss?"""
+        return self.in_front and not self.whole_loss
 
     @property
     def own_loss(self) -> bool:
         """Is the task's loss computed by other code than Trainer's: the user's, behind the mixin as well, or a
         library's? It may read columns that no model takes, and need no labels."""
-        behind = super().compute_loss
-        theirs = getattr(behind, "__func__", behind) is not Trainer.compute_loss
-        return self.overrides_loss or self.compute_loss_func is not None or theirs
+        return self.overrides_loss or self.compute_loss_func is not None or not _is_trainers(super().compute_loss)
 
     def _their_loss(self):
         """The `compute_loss` that gives the task's term."""
         return self.compute_loss if self.overrides_loss else super().compute_loss
 
     def _adapt_losses(self) -> None:
+        # Our loss is averaged over the micro-batches, whatever a class says of its own. Inferred, it would be wrong:
+        # BERT & co. swallow `num_items_in_batch` through **kwargs and ignore it, so loss and gradients would grow with
+        # accumulation steps and processes (transformers #47688).
+        self.loss_is_scaled_for_ga = self.whole_loss and bool(self.loss_is_scaled_for_ga)
         if (smooth := self.label_smoother) is not None:
             # transformers knows the causal models, whose labels are shifted, by the names of its own classes
             self.label_smoother = lambda outputs, labels, shift_labels=False, **rest: smooth(
@@ -71,14 +78,35 @@ class LossHooks:
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Evaluation, and what an override calls: the task loss. Training: sum over objectives of weight * term.
 
-        `num_items_in_batch` is withheld from the task loss: all terms alike are weighed by `DistillationStep.share`.
+        `num_items_in_batch` is withheld from the model's loss: all terms alike are weighed by
+        `DistillationStep.share`.
         """
-        if not model.training or not self.run.active or self._term:
+        behind = self._a_micro_batch(super().compute_loss)
+        whole = self.whole_loss and not self.in_front and not _is_trainers(super().compute_loss)
+        if not model.training or not self.run.active or self._term or whole:
             with whole_head(self._host.model):
                 inputs = self._host.columns.for_student(inputs)
-                return super().compute_loss(model, inputs, return_outputs=return_outputs)
-        loss, outputs = self._distil(model, inputs, super().compute_loss)
+                return behind(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+        loss, outputs = self._distil(model, inputs, behind)
         return (loss, outputs) if return_outputs else loss
+
+    def _a_micro_batch(self, compute_loss: Callable) -> Callable:
+        """A `compute_loss` that is told what the Trainer's is, of the micro-batch at hand: `num_items_in_batch` is the
+        number of its labels. One that replaces the whole loss, and says that it is scaled for accumulation, hears of
+        the accumulated batch. The Trainer's own is told of none."""
+        theirs, owner = told_what_it_takes(compute_loss), type(self).__name__
+
+        def told(model, inputs, return_outputs=False, num_items_in_batch=None):
+            if _is_trainers(compute_loss):
+                return compute_loss(model, inputs, return_outputs=return_outputs)
+            if self.loss_is_scaled_for_ga and model.training:
+                return theirs(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
+            items = items_of(inputs, self._shifted())
+            with standing_alone(self):
+                result = theirs(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
+            return whole_result(result, owner) if return_outputs else result
+
+        return told
 
     def _distil(self, model, inputs, task_loss_of) -> tuple[torch.Tensor, Any]:
         """(sum of all terms, outputs).
@@ -129,28 +157,23 @@ class LossHooks:
     def _in_charge(self) -> Iterator[None]:
         """While open, what `Trainer.training_step` calls as `compute_loss` is the whole loss; a subclass's own gives
         its task term."""
-        if not self.overrides_loss or not self.run.active:
+        if not self.in_front or not self.run.active:
             yield
             return
-        theirs, owner = told_what_it_takes(self.compute_loss), type(self).__name__
-
-        def task(model, inputs, return_outputs):
-            items = items_of(inputs.get("labels"), self._shifted())
-            result = theirs(model, inputs, return_outputs=return_outputs, num_items_in_batch=items)
-            return whole_result(result, owner) if return_outputs else result
+        theirs = self._a_micro_batch(self.compute_loss)
 
         def whole(model, inputs, return_outputs=False, num_items_in_batch=None):
-            loss, outputs = self._distil(model, inputs, task)
+            loss, outputs = self._distil(model, inputs, theirs)
             return (loss, outputs) if return_outputs else loss
 
-        with in_place_of(self, whole):
+        with in_place_of(self, theirs if self.whole_loss else whole):
             yield
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation):
         """As the trainer's own, without columns that are there for the teacher alone."""
         told = contextlib.nullcontext()
-        if self.overrides_loss:  # it may not take the number of items
-            told = in_place_of(self, told_what_it_takes(self.compute_loss))
+        if self.in_front:
+            told = in_place_of(self, self._a_micro_batch(self.compute_loss))
         with told:
             inputs = self._host.columns.for_student(inputs)
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generation)
@@ -168,8 +191,8 @@ class LossHooks:
         return batches
 
     def _get_num_items_in_batch(self, batch_samples, device):
-        # of which the model is not told, but a compute_loss of the user's own is
-        self.model_accepts_loss_kwargs = self.overrides_loss and self._model_takes_items
+        # of which the model is not told, but a compute_loss that is the whole loss is
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga and self._model_takes_items
         try:
             return super()._get_num_items_in_batch(batch_samples, device)
         finally:
@@ -178,12 +201,17 @@ class LossHooks:
     def _end_step(self) -> None:
         """An optimizer step is done: was it made on our loss?"""
         computed, self.run.loss.computed = self.run.loss.computed, 0
-        if not computed and not self.replaces_loss:
+        if not computed and not self.whole_loss:
             self.run.loss.warn_once(
                 "%s trains on a loss of its own: the step was made without the distillation terms. Its training_step "
                 "has to call self.compute_loss or super().training_step; or say replaces_loss = True.",
                 type(self).__name__,
             )
+
+
+def _is_trainers(compute_loss: Callable) -> bool:
+    """Is it that of transformers' Trainer itself?"""
+    return getattr(compute_loss, "__func__", compute_loss) is Trainer.compute_loss
 
 
 class _LateBatches(list):

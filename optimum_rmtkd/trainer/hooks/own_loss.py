@@ -23,6 +23,7 @@ __all__ = [
     "counting",
     "in_place_of",
     "items_of",
+    "standing_alone",
     "told_what_it_takes",
     "whole_head",
     "whole_result",
@@ -42,8 +43,11 @@ def told_what_it_takes(function: Callable) -> Callable:
     return told
 
 
-def items_of(labels: Any, shifted: bool) -> torch.Tensor | None:
+def items_of(batch: Mapping[str, Any], shifted: bool) -> torch.Tensor | None:
     """Labels that are not -100, as the Trainer counts them, of one micro-batch."""
+    if torch.is_tensor(aligned := batch.get("shift_labels")):
+        return (aligned != IGNORED).sum()
+    labels = batch.get("labels")
     if not torch.is_tensor(labels):
         return None
     return ((labels[..., 1:] if shifted and labels.dim() > 1 else labels) != IGNORED).sum()
@@ -54,7 +58,7 @@ def counting(compute_loss_func: Callable, shifted: Callable[[], bool]) -> Callab
     told = told_what_it_takes(compute_loss_func)
 
     def counted(outputs, labels, num_items_in_batch=None):
-        return told(outputs, labels, num_items_in_batch=items_of(labels, shifted()))
+        return told(outputs, labels, num_items_in_batch=items_of({"labels": labels}, shifted()))
 
     return counted
 
@@ -100,6 +104,21 @@ def whole_head(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         del head.whole
+
+
+@contextmanager
+def standing_alone(trainer: Any) -> Iterator[None]:
+    """While open, a loss that asks finds what goes with the number of items in one micro-batch: no accumulation, and
+    no other processes to make up for, as `Trainer.compute_loss` and TRL do."""
+    steps, args = "current_gradient_accumulation_steps", trainer.args
+    averaged, accumulated = args.average_tokens_across_devices, getattr(trainer, steps, 1)
+    args.average_tokens_across_devices = False
+    setattr(trainer, steps, 1)
+    try:
+        yield
+    finally:
+        args.average_tokens_across_devices = averaged
+        setattr(trainer, steps, accumulated)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class ResultHooks:
         same = ("max_steps", "gradient_accumulation_steps", "learning_rate", "weight_decay", "warmup_steps", "bf16")
         options |= {name: getattr(self.args, name) for name in same}
         write_results(
-            self.args.output_dir,
+            self._host.folder,
             base_model=public_name(self.run.initial.config._name_or_path),
             parameters=(before, after),
             log_history=self.state.log_history,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..schedule import factor_at, stretched
+from ..schedule import factor_at, planned_steps, stretched
 from ..swap import separate_cores
 
 
@@ -17,7 +17,7 @@ class ScheduleHooks:
     """In front of a trainer: groups for the tensors of a reparameterization, and the learning rate of the phases.
 
     Attributes:
-        schedule_is_known: it is transformers' own, a function of the step, made by `create_scheduler`.
+        schedule_is_known: it is a function of the step (a `LambdaLR`, as all of transformers' that look at no metric).
     """
 
     schedule_is_known = False
@@ -31,17 +31,19 @@ class ScheduleHooks:
             separate_cores(optimizer, self.model, self.reparameterization.lr_scale)
         return optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """As the trainer's own; a schedule that is a function of the step runs once a phase of the run."""
-        given = self.lr_scheduler is not None
-        options = {} if optimizer is None else {"optimizer": optimizer}
-        made = super().create_scheduler(num_training_steps, **options)
-        scheduler = self.lr_scheduler if made is None else made
-        self.schedule_is_known = not given and type(scheduler) is LambdaLR
-        if self.schedule_is_known:
-            shapes = scheduler.lr_lambdas  # one a group
-            scheduler.lr_lambdas = [self._in_phases(shape, num_training_steps) for shape in shapes]
-        return scheduler
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        self._follow_phases(max_steps)
+        return prepared
+
+    def _follow_phases(self, max_steps: int) -> None:
+        """A schedule that is a function of the step runs once a phase of the run, whoever made it: transformers, a
+        subclass, or the user (`optimizers=`)."""
+        scheduler = self.lr_scheduler
+        self.schedule_is_known = type(scheduler) is LambdaLR
+        if self.schedule_is_known:  # one that was given is here again in a second training
+            shapes = [getattr(shape, "whole_run", shape) for shape in scheduler.lr_lambdas]  # one a group
+            scheduler.lr_lambdas = [self._in_phases(shape, planned_steps(shape, max_steps)) for shape in shapes]
 
     def _in_phases(self, shape, whole: int):
         # A plain function: of anything else the scheduler's state would hold the attributes.
@@ -49,6 +51,7 @@ class ScheduleHooks:
             phases = self.run.pace.phases
             return factor_at(step, phases, stretched(shape, whole)) if phases else shape(step)
 
+        factor.whole_run = shape
         return factor
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch.optim.lr_scheduler import LambdaLR
 
 from ...errors import RMTKDError
-from ..schedule import Phase, factor_at, stretched
+from ..schedule import Phase, factor_at, planned_steps, stretched
 
 
 __all__ = ["LoopSchedule"]
@@ -33,7 +33,7 @@ class LoopSchedule:
         self._phases, self._since = phases, None
         if self.known:
             shapes = list(self.inner.lr_lambdas)
-            whole = [_whole(shape, max_steps * self.ticks) for shape in shapes]
+            whole = [planned_steps(shape, max_steps * self.ticks) for shape in shapes]
             self.inner.lr_lambdas = [self._factor(*pair) for pair in zip(shapes, whole, strict=True)]
 
     def _factor(self, shape: Callable[[int], float], whole: int) -> Callable[[int], float]:
@@ -87,10 +87,3 @@ def _ticks(scheduler: Any) -> int:
     if not isinstance(scheduler, AcceleratedScheduler) or not scheduler.step_with_optimizer or scheduler.split_batches:
         return 1
     return AcceleratorState().num_processes
-
-
-def _whole(shape: Callable[[int], float], ticks: int) -> int:
-    """Ticks in the user's schedule. One that was planned for fewer than there are (`num_training_steps` counted in
-    optimizer steps, in several processes) ends where it was planned to."""
-    planned = getattr(shape, "keywords", {}).get("num_training_steps")
-    return min(planned, ticks) if planned else ticks

@@ -1,0 +1,111 @@
+"""One pass over a few rows, before the first expensive step: is there what the terms on the models' answers compare?
+
+Knows a run, its models and batches; no trainer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..batches import evaluating, explained, first_samples, padding_mask, to_device
+from ..distillation import DistillationStep
+from ..distillation.objectives.answers import Answers
+from ..distillation.teachers import without_labels
+from ..errors import RMTKDError
+from . import plain
+from .data import isolated_rng
+from .run import Run
+from .step import named_outputs
+
+
+__all__ = ["outputs_on", "rehearse"]
+
+logger = logging.getLogger(__name__)
+
+ROWS = 4  # that are looked at
+
+
+def rehearse(run: Run, batch: Mapping[str, Any]) -> None:
+    """Compute the terms on answers once. Of the recipe's own choice those are left out that cannot be.
+
+    Args:
+        batch: on any device, with what is there for the teacher alone.
+
+    Raises:
+        RMTKDError: a term that was named, or nothing left, or a given teacher without such answers: why.
+        CalibrationError: the model cannot run on the batch.
+    """
+    tutor, model = run.tutor, plain.plain(run.host.model)
+    reading = [objective for objective in tutor.objectives if objective.reads_answers]
+    if not reading:
+        return
+    batch = first_samples(batch, ROWS)
+    ours = outputs_on(run, batch)
+    step = _step(run, batch, ours, ours)
+    for objective in reading:
+        objective.to(next(model.parameters()).device)
+        objective.setup(model, None if tutor.given is None else tutor.given.model, {})
+        try:
+            objective(step)
+        except RMTKDError as error:
+            if run.parts.named or len(tutor.objectives) == 1:
+                raise
+            tutor.objectives.remove(objective)
+            headless = getattr(model, "base_model", None) is model  # which nobody expects to answer
+            logger.log(
+                logging.INFO if headless else logging.WARNING,
+                "%s is left out, there is nothing that it could compare: %s What remains: %s.",
+                type(objective).__name__,
+                error,
+                ", ".join(objective.label for objective in tutor.objectives),
+            )
+    if tutor.given is not None and (reading := [o for o in tutor.objectives if o.reads_answers]):
+        step = _step(run, batch, ours, _taught(run, batch))
+        for objective in reading:
+            objective(step)
+
+
+@torch.no_grad()
+def outputs_on(run: Run, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the model returns by name where it is not told its labels.
+
+    Raises:
+        CalibrationError: it cannot run on the batch.
+    """
+    host = run.host
+    model = plain.plain(host.model)
+    inputs = without_labels(model, host.columns.for_calibration(first_samples(batch, ROWS)), host.label_names)
+    inputs = to_device(dict(inputs), next(model.parameters()).device)
+    with isolated_rng(run.config.seed), evaluating(model), named_outputs(model), host.accelerator.autocast():
+        with explained(model, inputs, 0):
+            return model(**inputs)
+
+
+@torch.no_grad()
+def _taught(run: Run, batch: Mapping[str, Any]) -> Any:
+    """Answers of the teacher that was given."""
+    given = run.tutor.given
+    weights = next((parameter for model in given.models for parameter in model.parameters()), None)
+    if weights is not None:
+        batch = to_device(dict(batch), weights.device)
+    with isolated_rng(run.config.seed), run.host.accelerator.autocast():
+        outputs, _ = given(batch, (), drop=run.host.label_names)
+    return to_device(outputs, next(plain.plain(run.host.model).parameters()).device)
+
+
+def _step(run: Run, batch: Mapping[str, Any], ours: Any, theirs: Any) -> DistillationStep:
+    model = plain.plain(run.host.model)
+    answers = Answers.of(model)
+    batch = to_device(dict(batch), next(model.parameters()).device)
+    return DistillationStep(
+        batch,
+        student_outputs=ours,
+        teacher_outputs=theirs,
+        mask=padding_mask(batch),
+        shifted=answers.shifted,
+        decoding=answers.decoding,
+    )
