@@ -40,7 +40,8 @@ examples:
   the texts of the domain, and the 20,000 most frequent tokens of a larger corpus
     optimum-cli rmtkd trim ./my-bert --texts train.csv --keep-texts wiki.txt --keep-size 20000 -o ./my-bert-trimmed
 
-Files: .txt (a text a line), csv, tsv, json, jsonl, parquet (all columns of strings, or --text-column).
+Files: .txt (a text a line), csv, tsv, json, jsonl, parquet (all columns of strings, or --text-column, also of nested
+values such as messages); all but parquet also packed as .gz, .bz2 or .xz. None is held in memory.
 reload:
   model = AutoModelForSequenceClassification.from_pretrained("./my-bert-trimmed")
   tokenizer = AutoTokenizer.from_pretrained("./my-bert-trimmed")
@@ -101,13 +102,13 @@ class TrimCommand(Command):
         check_texts(options.files)
         inputs = [("the model", args.model), *(("the texts", file) for file in options.files)]
         with writing_beside(args.output, args.overwrite, inputs) as folder:
-            text_columns(options.files, options.text_column)
-            table = _trim(args.model, options, folder, Path(args.output).absolute().name)
+            columns = text_columns(options.files, options.text_column)
+            table = _trim(args.model, options, columns, folder, Path(args.output).absolute().name)
         print(table)
         print(f"saved to {args.output}")
 
 
-def _trim(name: str, options: TrimOptions, folder: Path, title: str) -> str:
+def _trim(name: str, options: TrimOptions, columns: dict[str, list[str]], folder: Path, title: str) -> str:
     """Fill `folder` with the trimmed model and return what was done."""
     from ..hub import write_card, write_results
     from ..hub.loading import load_model
@@ -117,7 +118,7 @@ def _trim(name: str, options: TrimOptions, folder: Path, title: str) -> str:
 
     tokenizer = load_tokenizer(name)
     model = load_model(name)
-    columns, keep, held_out = options.text_column, None, None
+    keep = held_out = None
     if options.keep_texts is not None:
         keep = (texts_of(options.keep_texts, columns), options.keep_size)
     if options.validation_texts is not None:
