@@ -199,7 +199,7 @@ def _elements(path: Path, text: str, file: TextIO) -> Iterator[Any]:
         try:
             value, at = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:  # the element may go on behind what was read
-            more = file.read(max(CHUNK, len(text)))
+            more = file.read(max(CHUNK, len(text) - at))
             if not more:
                 raise RMTKDError(f"Cannot read {path}: row {number + 1} is no JSON ({error.msg}).") from error
             text, at = text[at:] + more, 0

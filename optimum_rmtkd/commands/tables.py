@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import lzma
 import math
 import re
 import struct
@@ -142,7 +143,7 @@ def readable(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise RMTKDError(f"Cannot read {path}: it is no UTF-8 text (byte {byte:#04x}). Save it as UTF-8.") from error
-    except (*UNREADABLE, csv.Error, pa.ArrowException) as error:
+    except (*UNREADABLE, csv.Error, lzma.LZMAError, pa.ArrowException) as error:
         if isinstance(error, RMTKDError):
             raise
         raise RMTKDError(f"Cannot read {path}: {type(error).__name__}: {error}") from error

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import RMTKDError
 from ..validation import Count, Length, check_fields
 from .base import Command, set_help
+from .carrying import carry_modules, carry_record, origin_of
 from .corpora import check_texts, text_columns, texts_of
 from .options import add_options, from_options, option
 from .output import OVERWRITE, comparison, format_table, weight_bytes, writing_beside
@@ -112,11 +113,12 @@ def _trim(name: str, options: TrimOptions, columns: dict[str, list[str]], folder
     """Fill `folder` with the trimmed model and return what was done."""
     from ..hub import write_card, write_results
     from ..hub.loading import load_model
-    from ..hub.run import public_name
     from ..vocabulary import trim_vocabulary
     from .task import weights_folder
 
     tokenizer = load_tokenizer(name)
+    carry_modules(name, folder)
+    run = carry_record(name, folder)
     model = load_model(name)
     keep = held_out = None
     if options.keep_texts is not None:
@@ -137,20 +139,29 @@ def _trim(name: str, options: TrimOptions, columns: dict[str, list[str]], folder
     small.save_pretrained(folder)
     tokens.save_pretrained(folder)
     sizes = weight_bytes(weights_folder(name)), weight_bytes(folder)
+    origin = origin_of(name, run, model, report, sizes[0])
     write_results(
         folder,
-        base_model=public_name(name),
-        parameters=(report.parameters_before, report.parameters_after),
-        bytes=sizes,
+        base_model=origin.name,
+        parameters=(origin.parameters, report.parameters_after),
+        bytes=None if origin.size is None else (origin.size, sizes[1]),
         vocabulary=report.to_dict(),
     )
     write_card(folder, title)
-    return told(report, sizes)
+    return told(report, sizes, origin.parameters)
 
 
-def told(report: VocabularyReport, sizes: tuple[int, int]) -> str:
-    """The table before / after, and what it means."""
-    rows = comparison((report.parameters_before, report.parameters_after), sizes, "", (None, None))
+def told(report: VocabularyReport, sizes: tuple[int, int], uncut: int) -> str:
+    """The table before / after, and what it means.
+
+    Args:
+        sizes: bytes of the weight files before and after.
+        uncut: parameters before the first reduction.
+    """
+    counts = report.parameters_before, report.parameters_after
+    rows = comparison(counts, sizes, "", (None, None))
+    if uncut > counts[0]:
+        rows.insert(1, ("removed of the uncut model", *(f"{1 - count / uncut:.1%}" for count in counts), ""))
     rows += [(*row, "") for row in report.rows() if row[0] != "parameters"]
     return "\n".join([format_table(("", "before", "after", "change"), rows), *report.notes()])
 

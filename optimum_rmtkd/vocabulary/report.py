@@ -11,6 +11,11 @@ from typing import Any
 __all__ = ["HeldOut", "VocabularyReport"]
 
 
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Texts that were not counted, before and after.
@@ -83,9 +88,10 @@ class VocabularyReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VocabularyReport:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; what a later version wrote beside is left out."""
         held_out = values.get("held_out")
-        return cls(**{**values, "held_out": HeldOut(**held_out) if held_out else None})
+        known = _known(cls, values)
+        return cls(**{**known, "held_out": HeldOut(**_known(HeldOut, held_out)) if held_out else None})
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, before, after) in words."""
