@@ -20,7 +20,7 @@ from .tables import MISSING, NUMBER, SEPARATORS, csv_rows, json_line, readable
 __all__ = ["NAMED", "PACKED", "TEXT", "columns_of", "contents_of", "opened", "rows_of", "suffix_of"]
 
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-CHUNK = 1 << 20  # characters
+CHUNK = 1 << 18  # characters
 BLANK = re.compile(r"\s*")
 COMMA = re.compile(r"\s*,?\s*")
 OTHER, NAMED, TEXT = range(3)  # what a column holds: no texts, something that may be read as texts, texts

@@ -49,7 +49,7 @@ def report_page(run: Run) -> str:
     if rows := comparison_rows(run):
         sections.append(_table("Before and after", ("", "before", "after", "change"), rows))
     if trimmings := run.vocabulary:
-        lines = [line for trimming in trimmings for line in (trimming.when, *trimming.notes)]
+        lines = [line for trimming in trimmings for line in (*([trimming.when] * run.narrowed), *trimming.notes)]
         sections.append({"title": "Vocabulary", "text": "\n".join(lines)})
     if run.stages:
         head = ("stage", "step", "parameters", "removed", "metric before", "just cut", "after", "status")

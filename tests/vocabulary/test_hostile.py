@@ -131,14 +131,14 @@ def test_truncation_and_padding_in_the_file_do_not_shorten_what_is_counted(token
 
 def test_a_tokenizer_without_an_unknown_token_is_trimmed(tokenizers):
     """It ends in an error of its own where a text holds something unknown; the texts that it can cut are as before."""
-    vocab = [("a", -1.0), ("b", -1.5), ("ab", -1.7), ("ba", -9.0)]
-    tokenizer = fast(models.Unigram(vocab), pad_token="a")
+    vocab = [("[PAD]", 0.0), ("a", -1.0), ("b", -1.5), ("ab", -1.7), ("ba", -9.0)]
+    tokenizer = fast(models.Unigram(vocab), pad_token="[PAD]")
     small, cut, report = trim_vocabulary(bert(tokenizer), tokenizer, ["ab", "aZb"], validation_texts=["abab", "Z"])
     assert cut.tokenize("abab") == tokenizer.tokenize("abab") and report.held_out.lost == 0
-    words = {piece: i for i, piece in enumerate(["a", "##a", "b", "##b", "ab", "ba"])}
-    tokenizer = fast(models.WordPiece(words, unk_token="[UNK]"), pad_token="a")
+    words = {piece: i for i, piece in enumerate(["[PAD]", "a", "##a", "b", "##b", "ab", "ba"])}
+    tokenizer = fast(models.WordPiece(words, unk_token="[UNK]"), pad_token="[PAD]")
     _, cut, report = trim_vocabulary(bert(tokenizer), tokenizer, ["ab", "Z"])
-    assert cut.tokenize("ab") == ["ab"] and report.rows_after == 5
+    assert cut.tokenize("ab") == ["ab"] and report.rows_after == 6
 
 
 def test_what_is_lost_is_counted_by_the_unknown_token_of_the_model(tokenizers):
@@ -181,8 +181,8 @@ def test_always_takes_words_of_several_pieces_and_spaces(tokenizers):
     for kind in ("wordpiece", "gpt2", "byte_fallback", "unigram"):
         tokenizer = tokenizers(kind)
         word = next(w for w in ("zezebatokelisi", "vuvunonosi") if len(tokenizer.tokenize(w)) > 1)
-        cut = trim_vocabulary(bert(tokenizer), tokenizer, DOMAIN[:1], always=[word, "two words"])[1]
-        for text in (word, f"{DOMAIN[0]} {word}", "two words"):
+        cut = trim_vocabulary(bert(tokenizer), tokenizer, DOMAIN[:1], always=[word, "bake limo"])[1]
+        for text in (word, f"{DOMAIN[0]} {word}", "bake limo"):
             assert cut.tokenize(text) == tokenizer.tokenize(text)
 
 
@@ -225,7 +225,7 @@ def test_an_adapter_is_refused_by_name(tokenizers):
     with pytest.raises(RMTKDError, match="got PeftModel.*merge_and_unload"):
         trim_vocabulary(wrapped, tokenizer, DOMAIN)
     model = bert(tokenizer)
-    model.add_adapter(config)
+    model._hf_peft_config_loaded = True  # as model.add_adapter leaves it, which needs a later PEFT
     with pytest.raises(UnsupportedArchitectureError, match="BertModel carries an adapter of PEFT"):
         trim_vocabulary(model, tokenizer, DOMAIN)
     merged = wrapped.merge_and_unload()
@@ -247,3 +247,35 @@ def test_no_id_of_padding_and_lists_of_ids(tokenizers):
     assert small.generation_config.eos_token_id == [at, 0]
     assert small.config.task_specific_params == {"x": {"decoder_start_token_id": at}}
     assert model.generation_config.suppress_tokens == [-1, odd]
+
+
+def test_tables_of_nested_configs_and_ids_beside_them_follow(tokenizers):
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tokenizer = tokenizers("byte_fallback")
+    odd = len(tokenizer) - 1
+    token, size = tokenizer.convert_ids_to_tokens(odd), SMALL | {"num_hidden_layers": 1}
+    text = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=2, **size)
+    sight = CLIPVisionConfig(image_size=16, patch_size=8, **size)
+    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=sight, image_token_index=odd))
+    small, cut, report = trim_vocabulary(model.eval(), tokenizer, DOMAIN)
+    assert small.config.text_config.vocab_size == small.get_output_embeddings().out_features == len(cut)
+    assert small.config.image_token_index == cut.convert_tokens_to_ids(token)
+    assert small.config.text_config.pad_token_id == small.model.language_model.config.pad_token_id == 2
+    assert report.difference is not None and model.config.text_config.vocab_size == len(tokenizer)
+
+
+def test_an_encoder_and_a_decoder_of_one_tokenizer_are_both_trimmed(tokenizers, tmp_path):
+    from transformers import EncoderDecoderConfig, EncoderDecoderModel
+
+    tokenizer = tokenizers("wordpiece")
+    parts = [BertConfig(vocab_size=len(tokenizer), **SMALL) for _ in range(2)]
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(*parts)
+    config.decoder_start_token_id, config.pad_token_id = tokenizer.cls_token_id, tokenizer.pad_token_id
+    small, cut, report = trim_vocabulary(EncoderDecoderModel(config).eval(), tokenizer, DOMAIN)
+    assert small.config.encoder.vocab_size == small.config.decoder.vocab_size == len(cut)
+    assert not [name for name, p in small.named_parameters() if report.rows_before in p.shape]
+    assert small.config.decoder_start_token_id == cut.cls_token_id
+    small.save_pretrained(tmp_path)
+    again = EncoderDecoderModel.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), small.parameters(), strict=True))
