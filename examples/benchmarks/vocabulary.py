@@ -2,12 +2,14 @@
 
     python examples/benchmarks/vocabulary.py sst2        a fine-tuned classifier on its own training rows
     python examples/benchmarks/vocabulary.py xlmr        a random model with a Unigram table of 250,002 rows
+    python examples/benchmarks/vocabulary.py characters  whether BERT needs both forms of every character
 
 Data and checkpoints are looked for in RMTKD_SHARED (default ../shared).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -30,6 +33,7 @@ from optimum_rmtkd import trim_vocabulary
 
 SHARED = Path(os.environ.get("RMTKD_SHARED", "../shared"))
 ROWS = 250_002
+SAMPLE = 2000  # training rows whose logits are compared
 
 
 def accuracy(model, tokenizer, rows: Dataset) -> tuple[float, torch.Tensor]:
@@ -52,7 +56,7 @@ def sst2() -> None:
     train, dev = (
         Dataset.from_parquet(str(SHARED / f"data/sst2_{split}.parquet")) for split in ("train", "validation")
     )
-    sample = train.shuffle(seed=0).select(range(512))
+    sample = train.shuffle(seed=0).select(range(SAMPLE))
     before, _ = accuracy(model, tokenizer, dev)
     _, expected = accuracy(model, tokenizer, sample)
     print(f"before: {len(tokenizer):,} rows, accuracy {100 * before:.2f} %")
@@ -72,10 +76,11 @@ def sst2() -> None:
         _, logits = accuracy(small, tokens, sample)
         held = report.held_out
         moved = float((logits - expected).abs().max())
+        unlike = int((logits != expected).any(-1).sum())
         print(
             f"{what}: {report.rows_after:,} rows, {report.removed_share:.1%} of all parameters gone in {seconds:.0f} "
             f"s, accuracy {100 * (after - before):+.2f} points; {held.changed} of {held.texts} dev texts changed, "
-            f"{held.lost} unknown; the logits of training rows differ by {moved:.2g} at most"
+            f"{held.lost} unknown; logits of {unlike} of {SAMPLE:,} training rows differ, by {moved:.2g} at most"
         )
 
 
@@ -102,9 +107,43 @@ def xlmr() -> None:
     start = time.perf_counter()
     _, _, report = trim_vocabulary(model, tokenizer, texts, validation_texts=texts[:2000])
     print(report.table())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{time.perf_counter() - start:.0f} s, {peak:.1f} GiB at most, with the model and its random start")
+    seconds, peak = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    print(f"{seconds:.0f} s, {peak:,.0f} MiB at most, with the model and its random start")
+
+
+def characters() -> None:
+    """How many of both forms of characters ("a" at the beginning of a word, "##a" inside it) any text can reach, and
+    what becomes of words if those inside it stay only where the training rows use them."""
+    backend = Tokenizer.from_file(str(SHARED / "models/minilm_l6_sst2/tokenizer.json"))
+    backend.no_truncation()
+    backend.no_padding()
+    model = json.loads(backend.to_str())
+    vocab = model["model"]["vocab"]
+    first = {piece for piece in vocab if len(piece) == 1}
+    inside = {piece for piece in vocab if piece.startswith("##") and len(piece) == 3}
+    reached = set()
+    points = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
+    for at in range(0, len(points), 5000):
+        text = backend.normalizer.normalize_str("".join(f"a{point}a {point}a " for point in points[at : at + 5000]))
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(text):
+            reached |= {word[0], *("##" + character for character in word[1:])}
+    texts = Dataset.from_parquet(str(SHARED / "data/sst2_train.parquet"))["sentence"][:]
+    used = {token for row in backend.encode_batch_fast(texts, add_special_tokens=False) for token in row.tokens}
+    special = {token["content"] for token in model["added_tokens"]}
+    kept = [*sorted(used | special | first, key=vocab.get)]
+    model["model"]["vocab"] = {piece: i for i, piece in enumerate(kept)}
+    model["added_tokens"] = [token | {"id": kept.index(token["content"])} for token in model["added_tokens"]]
+    model["post_processor"] = None
+    small = Tokenizer.from_str(json.dumps(model))
+    words = ["a" + piece[2:] for piece in inside & reached - used]
+    lost = sum("[UNK]" in small.encode(word).tokens and "[UNK]" not in backend.encode(word).tokens for word in words)
+    print(
+        f"{len(first)} characters at the beginning of a word and {len(inside)} inside it; no text reaches "
+        f"{len(first - reached)} and {len(inside - reached)} of them. With those inside it only where they are used "
+        f"{len(kept):,} rows stay instead of {len({*kept} | inside):,}, and of {len(words)} words of an a and one of "
+        f"the others that can be reached {lost} become unknown"
+    )
 
 
 if __name__ == "__main__":
-    {"sst2": sst2, "xlmr": xlmr}[sys.argv[1]]()
+    {"sst2": sst2, "xlmr": xlmr, "characters": characters}[sys.argv[1]]()

@@ -5,7 +5,7 @@ that the forward takes (flags, None, nested outputs of another model).
 """
 
 from .collecting import collect_batches, collected, from_loader, no_mapping
-from .explaining import POSITION_TABLES, explained, guarded_tables, position_limit, rows_before, too_long
+from .explaining import POSITION_TABLES, explained, guarded_tables, in_one_line, position_limit, rows_before, too_long
 from .reading import (
     INPUTS,
     LABELS,
@@ -41,6 +41,7 @@ __all__ = [
     "first_samples",
     "from_loader",
     "guarded_tables",
+    "in_one_line",
     "main_input",
     "model_inputs",
     "no_mapping",

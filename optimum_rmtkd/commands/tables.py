@@ -5,8 +5,10 @@ Words such as NA, None, null or nan are words; only an empty cell of a csv, and 
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import lzma
 import math
 import re
 import struct
@@ -23,7 +25,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-__all__ = ["KINDS", "UNREADABLE", "check_contents", "read_dataset", "read_table"]
+__all__ = [
+    "KINDS",
+    "MISSING",
+    "NUMBER",
+    "SEPARATORS",
+    "UNREADABLE",
+    "check_contents",
+    "csv_rows",
+    "json_line",
+    "read_dataset",
+    "read_table",
+    "readable",
+]
 
 KINDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
@@ -90,14 +104,13 @@ def read_table(path: Path, texts: Collection[str] = (), label: Collection[str] =
     Raises:
         RMTKDError: the file cannot be read; the message names it, and the line where that is known.
     """
-    import pyarrow as pa
     from datasets import Dataset
 
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         _check_parquet(path)
         return read_dataset(str(path), "parquet", data_files=str(path), split="train")
-    try:
+    with readable(path):
         if suffix in SEPARATORS:
             cells = _csv_columns(path, SEPARATORS[suffix])
             columns = {name: _typed(values, name in texts, name in label) for name, values in cells.items()}
@@ -110,6 +123,19 @@ def read_table(path: Path, texts: Collection[str] = (), label: Collection[str] =
                         "expected one object a row."
                     )
         return Dataset.from_dict({name: _array(name, values) for name, values in columns.items()})
+
+
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """What goes wrong inside is said of the file.
+
+    Raises:
+        RMTKDError: in place of what parsers and decoders raise.
+    """
+    import pyarrow as pa
+
+    try:
+        yield
     except RecursionError as error:
         raise RMTKDError(
             f"Cannot read {path}: its values are nested too deeply; expected one object a row."
@@ -117,7 +143,7 @@ def read_table(path: Path, texts: Collection[str] = (), label: Collection[str] =
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise RMTKDError(f"Cannot read {path}: it is no UTF-8 text (byte {byte:#04x}). Save it as UTF-8.") from error
-    except (*UNREADABLE, csv.Error, pa.ArrowException) as error:
+    except (*UNREADABLE, csv.Error, lzma.LZMAError, pa.ArrowException) as error:
         if isinstance(error, RMTKDError):
             raise
         raise RMTKDError(f"Cannot read {path}: {type(error).__name__}: {error}") from error
@@ -172,36 +198,53 @@ def read_dataset(what: str, *args: Any, **kwargs: Any):
 
 def _csv_columns(path: Path, separator: str) -> dict[str, list[str | None]]:
     """Cells by column, in the order of the header; an empty cell is None."""
-    csv.field_size_limit(FIELD_LIMIT)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        plain = separator == "\t" and _quotes_are_text(file)
-        file.seek(0)
-        # strict: a quote that closes in the middle of a cell has swallowed the rows before it
-        reader = csv.reader(file, delimiter=separator, strict=True, **({"quoting": csv.QUOTE_NONE} if plain else {}))
-        try:
-            header = _header(next(_filled(reader), None), path)
-            columns: list[list[str | None]] = [[] for _ in header]
-            for row in _filled(reader):
-                if len(row) != len(header):
-                    raise RMTKDError(
-                        f"Cannot read {path}: line {reader.line_num} ends a row of {len(row)} fields; the header has "
-                        f"{len(header)} ({', '.join(header[:5])}). Quote texts with separators or line breaks in them."
-                    )
-                if any("\0" in cell for cell in row):  # blocks that a full disk or a broken copy left
-                    raise RMTKDError(f"Cannot read {path}: line {reader.line_num} holds a NUL byte; expected text.")
-                for column, cell in zip(columns, row, strict=True):
-                    column.append(cell or None)
-        except csv.Error as error:
-            raise RMTKDError(
-                f"Cannot read {path}: the cell that ends in line {reader.line_num} is not quoted as a table has it "
-                f"({error}). Quote texts with quotes in them, and double those."
-            ) from error
+        rows = csv_rows(path, separator, file)
+        header = next(rows)
+        columns: list[list[str | None]] = [[] for _ in header]
+        for row in rows:
+            for column, cell in zip(columns, row, strict=True):
+                column.append(cell or None)
     if not columns[0]:
         raise RMTKDError(f"Cannot read {path}: it holds no rows")
     return dict(zip(header, columns, strict=True))
 
 
-def _quotes_are_text(file: TextIO) -> bool:
+def csv_rows(path: Path, separator: str, file: TextIO) -> Iterator[list[str]]:
+    """The header, and then each row that is not empty, with as many cells.
+
+    Args:
+        path: name of the file, for messages.
+        file: the file, opened with newline="".
+
+    Raises:
+        RMTKDError: a row of another length, with a NUL byte, or not quoted as a table is.
+    """
+    csv.field_size_limit(FIELD_LIMIT)
+    plain = separator == "\t" and _quotes_are_text(path, file)
+    file.seek(0)
+    # strict: a quote that closes in the middle of a cell has swallowed the rows before it
+    reader = csv.reader(file, delimiter=separator, strict=True, **({"quoting": csv.QUOTE_NONE} if plain else {}))
+    try:
+        header = _header(next(_filled(reader), None), path)
+        yield header
+        for row in _filled(reader):
+            if len(row) != len(header):
+                raise RMTKDError(
+                    f"Cannot read {path}: line {reader.line_num} ends a row of {len(row)} fields; the header has "
+                    f"{len(header)} ({', '.join(header[:5])}). Quote texts with separators or line breaks in them."
+                )
+            if any("\0" in cell for cell in row):  # blocks that a full disk or a broken copy left
+                raise RMTKDError(f"Cannot read {path}: line {reader.line_num} holds a NUL byte; expected text.")
+            yield row
+    except csv.Error as error:
+        raise RMTKDError(
+            f"Cannot read {path}: the cell that ends in line {reader.line_num} is not quoted as a table has it "
+            f"({error}). Quote texts with quotes in them, and double those."
+        ) from error
+
+
+def _quotes_are_text(path: Path, file: TextIO) -> bool:
     """Whether a tsv is written without quoting, as those of GLUE are: every line is a row by itself, and some cell has
     a quote at one end alone.
 
@@ -221,7 +264,7 @@ def _quotes_are_text(file: TextIO) -> bool:
         return True
     if quoted == counts:
         raise RMTKDError(
-            f"Cannot read {file.name}: its quotes may be text, or hold cells of several lines together; both readings "
+            f"Cannot read {path}: its quotes may be text, or hold cells of several lines together; both readings "
             "fit. Quote every text and double the quotes in it, or save it as jsonl."
         )
     return True
@@ -268,7 +311,7 @@ def _json_columns(path: Path) -> dict[str, list]:
     except json.JSONDecodeError as error:
         if "Extra data" not in error.msg:
             raise
-        rows = [_json_line(line, number, path) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [json_line(line, number, path) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if isinstance(rows, dict):
         if not rows or not all(isinstance(values, list) for values in rows.values()):
             rows = [rows]  # one line of json lines
@@ -299,7 +342,11 @@ def _deeper(values: list | dict, levels: int) -> bool:
     return levels < 0 or any(isinstance(value, (list, dict)) and _deeper(value, levels - 1) for value in inside)
 
 
-def _json_line(line: str, number: int, path: Path) -> Any:
+def json_line(line: str, number: int, path: Path) -> Any:
+    """
+    Raises:
+        RMTKDError: it is no JSON.
+    """
     try:
         return json.loads(line)
     except json.JSONDecodeError as error:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from ..errors import RMTKDError
 from ..validation import Count, Length, check_fields
 from .base import Command, set_help
+from .carrying import carry_modules, carry_record, origin_of
 from .corpora import check_texts, text_columns, texts_of
 from .options import add_options, from_options, option
 from .output import OVERWRITE, comparison, format_table, weight_bytes, writing_beside
@@ -40,7 +41,8 @@ examples:
   the texts of the domain, and the 20,000 most frequent tokens of a larger corpus
     optimum-cli rmtkd trim ./my-bert --texts train.csv --keep-texts wiki.txt --keep-size 20000 -o ./my-bert-trimmed
 
-Files: .txt (a text a line), csv, tsv, json, jsonl, parquet (all columns of strings, or --text-column).
+Files: .txt (a text a line), csv, tsv, json, jsonl, parquet (all columns of strings, or --text-column, also of nested
+values such as messages); all but parquet also packed as .gz, .bz2 or .xz. None is held in memory.
 reload:
   model = AutoModelForSequenceClassification.from_pretrained("./my-bert-trimmed")
   tokenizer = AutoTokenizer.from_pretrained("./my-bert-trimmed")
@@ -101,23 +103,24 @@ class TrimCommand(Command):
         check_texts(options.files)
         inputs = [("the model", args.model), *(("the texts", file) for file in options.files)]
         with writing_beside(args.output, args.overwrite, inputs) as folder:
-            text_columns(options.files, options.text_column)
-            table = _trim(args.model, options, folder, Path(args.output).absolute().name)
+            columns = text_columns(options.files, options.text_column)
+            table = _trim(args.model, options, columns, folder, Path(args.output).absolute().name)
         print(table)
         print(f"saved to {args.output}")
 
 
-def _trim(name: str, options: TrimOptions, folder: Path, title: str) -> str:
+def _trim(name: str, options: TrimOptions, columns: dict[str, list[str]], folder: Path, title: str) -> str:
     """Fill `folder` with the trimmed model and return what was done."""
     from ..hub import write_card, write_results
     from ..hub.loading import load_model
-    from ..hub.run import public_name
     from ..vocabulary import trim_vocabulary
     from .task import weights_folder
 
     tokenizer = load_tokenizer(name)
+    carry_modules(name, folder)
+    run = carry_record(name, folder)
     model = load_model(name)
-    columns, keep, held_out = options.text_column, None, None
+    keep = held_out = None
     if options.keep_texts is not None:
         keep = (texts_of(options.keep_texts, columns), options.keep_size)
     if options.validation_texts is not None:
@@ -136,20 +139,29 @@ def _trim(name: str, options: TrimOptions, folder: Path, title: str) -> str:
     small.save_pretrained(folder)
     tokens.save_pretrained(folder)
     sizes = weight_bytes(weights_folder(name)), weight_bytes(folder)
+    origin = origin_of(name, run, model, report, sizes[0])
     write_results(
         folder,
-        base_model=public_name(name),
-        parameters=(report.parameters_before, report.parameters_after),
-        bytes=sizes,
+        base_model=origin.name,
+        parameters=(origin.parameters, report.parameters_after),
+        bytes=None if origin.size is None else (origin.size, sizes[1]),
         vocabulary=report.to_dict(),
     )
     write_card(folder, title)
-    return told(report, sizes)
+    return told(report, sizes, origin.parameters)
 
 
-def told(report: VocabularyReport, sizes: tuple[int, int]) -> str:
-    """The table before / after, and what it means."""
-    rows = comparison((report.parameters_before, report.parameters_after), sizes, "", (None, None))
+def told(report: VocabularyReport, sizes: tuple[int, int], uncut: int) -> str:
+    """The table before / after, and what it means.
+
+    Args:
+        sizes: bytes of the weight files before and after.
+        uncut: parameters before the first reduction.
+    """
+    counts = report.parameters_before, report.parameters_after
+    rows = comparison(counts, sizes, "", (None, None))
+    if uncut > counts[0]:
+        rows.insert(1, ("removed of the uncut model", *(f"{1 - count / uncut:.1%}" for count in counts), ""))
     rows += [(*row, "") for row in report.rows() if row[0] != "parameters"]
     return "\n".join([format_table(("", "before", "after", "change"), rows), *report.notes()])
 

@@ -136,7 +136,11 @@ def model_card(
         figures=figures,
         auto_class=identifier(run.auto_class, "AutoModel"),
         loaded_as=identifier(run.architecture or run.auto_class, "AutoModel"),
-        vocabulary=[markdown(line) for line in run.vocabulary],
+        vocabulary=[
+            {"when": trimming.when, "notes": [markdown(note) for note in trimming.notes]}
+            for trimming in run.vocabulary
+        ],
+        trimmed_last=any(trimming.narrowed for trimming in run.vocabulary),
         recipe=json.dumps(run.recipe, indent=2),
         training_options=_training_options(run),
         dataset=markdown(_dataset(run)),

@@ -48,8 +48,9 @@ def report_page(run: Run) -> str:
     sections = []
     if rows := comparison_rows(run):
         sections.append(_table("Before and after", ("", "before", "after", "change"), rows))
-    if run.vocabulary:
-        sections.append({"title": "Vocabulary", "text": "\n".join(run.vocabulary)})
+    if trimmings := run.vocabulary:
+        lines = [line for trimming in trimmings for line in (*([trimming.when] * run.narrowed), *trimming.notes)]
+        sections.append({"title": "Vocabulary", "text": "\n".join(lines)})
     if run.stages:
         head = ("stage", "step", "parameters", "removed", "metric before", "just cut", "after", "status")
         figure = plots.new_figure()

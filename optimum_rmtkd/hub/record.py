@@ -30,6 +30,12 @@ POINT = {"cost": numbers.Real, "predicted_loss": NUMBER}
 FIT = {"steps": int | None, "share": NUMBER, "why": NAME, "metrics": dict | None}
 RESULTS = {"base_model": NAME, "parameters": list[int], "bytes": list[int], "metric": dict, "dataset": dict}
 RESULTS |= {"log_history": list[dict[str, Any]], "training": dict, "recipe": dict, "card": dict}
+RESULTS |= {"vocabulary": dict | None, "earlier_vocabularies": list[dict]}
+TRIMMED = dict.fromkeys(("texts", "rows_before", "rows_after", "used", "required"), int)
+TRIMMED |= {"tokenizer": str, "parameters_before": int, "parameters_after": int}
+TRIMMED_MAY = {"held_out": dict | None, "caution": NAME, "difference": NUMBER, "uncompared": NAME, "left_out": int}
+TRIMMED_MAY |= {"narrowed": bool}
+HELD_OUT = dict.fromkeys(("texts", "changed", "tokens_before", "tokens_after", "longest_growth", "lost"), int)
 METRIC = {"name": str, "before": NUMBER, "after": NUMBER}
 BENCH = {"setting": str, "rows": list[list]}
 
@@ -70,6 +76,13 @@ def check_record(
             _check(point, POINT, {}, f"{where}.budget[{number}]")
     _check(results, {}, RESULTS, files[2])
     _check(results.get("metric") or {}, METRIC if results.get("metric") else {}, {}, f"{files[2]}: metric")
+    trimmings = [("vocabulary", results.get("vocabulary"))]
+    trimmings += [(f"earlier_vocabularies[{n}]", v) for n, v in enumerate(results.get("earlier_vocabularies", []))]
+    for where, trimmed in trimmings:
+        if trimmed:
+            _check(trimmed, TRIMMED, TRIMMED_MAY, f"{files[2]}: {where}")
+            if trimmed.get("held_out"):
+                _check(trimmed["held_out"], HELD_OUT, {}, f"{files[2]}: {where}.held_out")
     _check(bench, {}, BENCH, files[3])
 
 

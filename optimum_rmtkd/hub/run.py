@@ -45,6 +45,25 @@ SIGNIFICANT = 7  # digits of a number in the record: eigenvalues are most of it
 
 
 @dataclass(frozen=True)
+class Trimming:
+    """A trimming of the vocabulary.
+
+    Attributes:
+        narrowed: whether layers had been narrowed before.
+        notes: sentences about it.
+    """
+
+    narrowed: bool
+    notes: list[str]
+
+    @property
+    def when(self) -> str:
+        """A sentence."""
+        moment = "After the layers were narrowed" if self.narrowed else "Before any layer was narrowed"
+        return f"{moment}, tokens that the texts do not use were dropped from the table and the tokenizer."
+
+
+@dataclass(frozen=True)
 class Run:
     """Everything that is known about a finished reduction.
 
@@ -110,15 +129,17 @@ class Run:
         return bool(self.config.get("rmtkd") or self.stages or self.spectra)
 
     @property
-    def vocabulary(self) -> list[str]:
-        """Sentences about a trimming of the vocabulary; [] without one."""
+    def vocabulary(self) -> list[Trimming]:
+        """The trimmings of the vocabulary, in their order."""
         from ..vocabulary import VocabularyReport
 
-        known = self.results.get("vocabulary")
-        if not known:
-            return []
-        report = VocabularyReport.from_dict(known)
-        return [f"{what}: {before} before, {after} after" for what, before, after in report.rows()] + report.notes()
+        found = []
+        for known in (*self.results.get("earlier_vocabularies", []), self.results.get("vocabulary")):
+            if known:
+                report = VocabularyReport.from_dict(known)
+                rows = [f"{what}: {before} before, {after} after" for what, before, after in report.rows()]
+                found.append(Trimming(report.narrowed, [*rows, *report.notes()]))
+        return found
 
     @property
     def recipe(self) -> dict[str, Any]:

@@ -13,7 +13,8 @@ __all__ = ["configs_in", "renumber", "token_ids"]
 ENDINGS = ("_token_id", "_token_ids", "_token_index", "_tokens_ids")
 NAMES = frozenset(
     "suppress_tokens begin_suppress_tokens bad_words_ids force_words_ids forced_decoder_ids sequence_bias "
-    "lang_to_id task_to_id lang_code_to_id".split()
+    "lang_to_id task_to_id lang_code_to_id bos_index eos_index pad_index unk_index mask_index image_start_id "
+    "image_end_id image_patch_id slice_start_id slice_end_id im_start_id im_end_id im_newline_id".split()
 )
 Turn = Callable[[int], int]
 

@@ -42,8 +42,17 @@ class Pieces:
     def fixed(self) -> set[int]:
         """Ids of what stays: the unknown token, single bytes and characters, and what else no text may lose."""
         found = {i for piece, i in self.ids.items() if len(self.bare(piece)) == 1 or BYTE.fullmatch(piece)}
-        unknown = self.ids.get(self.model.get("unk_token"))
-        return found if unknown is None else found | {unknown}
+        return found if self.unknown is None else found | {self.unknown}
+
+    @property
+    def unknown(self) -> int | None:
+        """Id of the piece that stands for what the model does not know; None where it has none."""
+        return self.ids.get(self.model.get("unk_token"))
+
+    @cached_property
+    def has_all_bytes(self) -> bool:
+        """Whether nothing is unknown, because what is no piece falls into bytes."""
+        return bool(self.model.get("byte_fallback")) and all(f"<0x{i:02X}>" in self.ids for i in range(256))
 
     def bare(self, piece: str) -> str:
         """The text that a piece stands for, without the mark of its place in a word."""
@@ -61,6 +70,10 @@ class Pieces:
         """
         return None
 
+    def counting(self) -> dict[str, Any]:
+        """The JSON of the model with some piece for what is unknown where it has none, and would end in an error."""
+        return dict(self.model)
+
     def renumbered(self, new: Mapping[int, int]) -> dict[str, Any]:
         """The JSON of the model with the pieces of `new` alone, {old id: new id}."""
         return {**self.model, "vocab": {piece: new[i] for piece, i in self.ids.items() if i in new}}
@@ -70,11 +83,11 @@ class WordLevel(Pieces):
     """One piece a word. There is nothing smaller: a word that goes becomes the unknown token."""
 
     def fixed(self) -> set[int]:
-        unknown = self.model.get("unk_token")
-        if unknown not in self.ids:
+        if self.unknown is None:
             raise RMTKDError(
-                f"A word-level tokenizer without an unknown token (unk_token is {unknown!r}) has nothing to stand for "
-                "a word that goes: expected one in its vocabulary. Add it, or keep the vocabulary."
+                "A word-level tokenizer without an unknown token (unk_token is "
+                f"{self.model.get('unk_token')!r}) has nothing to stand for a word that goes: expected one in its "
+                "vocabulary. Add it, or keep the vocabulary."
             )
         return super().fixed()
 
@@ -110,6 +123,12 @@ class WordPiece(Pieces):
         # "##bc", and then there is no "##x".
         return _stranded_words(len(self._stranded.difference(apart)))
 
+    def counting(self) -> dict[str, Any]:
+        return {
+            **self.model,
+            "unk_token": self.model["unk_token"] if self.unknown is not None else next(iter(self.ids)),
+        }
+
 
 class Unigram(Pieces):
     """The most probable path of pieces through a text (Viterbi).
@@ -125,6 +144,10 @@ class Unigram(Pieces):
     def ids(self) -> dict[str, int]:
         return {piece: i for i, (piece, _) in enumerate(self.model["vocab"])}
 
+    @property
+    def unknown(self) -> int | None:
+        return self.model.get("unk_id")
+
     @cached_property
     def _stranded(self) -> set[int]:
         return {i for piece, i in self.ids.items() if any(character not in self.ids for character in piece)}
@@ -132,21 +155,22 @@ class Unigram(Pieces):
     def fixed(self) -> set[int]:
         scores = [score for _, score in self.model["vocab"]]
         lowest = min(range(len(scores)), key=scores.__getitem__)
-        unknown = self.model.get("unk_id")
         # Classes of transformers write the id of the unknown token into their code: it and those below it stay.
-        below = set() if unknown is None else set(range(unknown + 1))
+        below = set() if self.unknown is None else set(range(self.unknown + 1))
         return super().fixed() | self._stranded | below | {lowest}
 
     def loses(self, apart: Collection[int]) -> str | None:
         # Another path through the rest of the text may score better with such a character left over.
-        return _stranded_words(len(self._stranded.difference(apart)))
+        return None if self.has_all_bytes else _stranded_words(len(self._stranded.difference(apart)))
+
+    def counting(self) -> dict[str, Any]:
+        return {**self.model, "unk_id": self.unknown or 0}
 
     def renumbered(self, new: Mapping[int, int]) -> dict[str, Any]:
-        unknown = self.model.get("unk_id")
         return {
             **self.model,
             "vocab": [entry for i, entry in enumerate(self.model["vocab"]) if i in new],
-            "unk_id": None if unknown is None else new[unknown],
+            "unk_id": None if self.unknown is None else new[self.unknown],
         }
 
 
@@ -167,7 +191,8 @@ class BPE(Pieces):
     rank in its span. So each piece has one derivation, wherever it occurs. It stays with all pieces and merges of its
     derivation (`needs`). Then in a text whose pieces all stay every merge that was carried out is there, and nothing
     competes with it that did not before: by induction over the steps it is cut as before. Words that are pieces
-    themselves (`ignore_merges`) are looked up, before and after.
+    themselves (`ignore_merges`) are looked up, before and after; those with a character that is no piece stay, since
+    that character would be lost. Of all other pieces that are ever produced each character is a piece.
 
     Merges whose parts and result all stay are kept, whether a derivation uses them or not: a piece that goes then
     falls into the largest parts that the old merges allow.
@@ -196,6 +221,19 @@ class BPE(Pieces):
         for pair in self._ranks:
             makers.setdefault(self._merged(*pair), []).append(pair)
         return makers
+
+    def fixed(self) -> set[int]:
+        if self.model.get("dropout"):
+            raise RMTKDError(
+                f"The tokenizer leaves out merges at random (dropout is {self.model['dropout']}): which tokens a text "
+                "has cannot be told. Expected none: tokenizer.backend_tokenizer.model.dropout = None."
+            )
+        looked_up = self.ids.items() if self.model.get("ignore_merges") and not self.has_all_bytes else ()
+        stranded = {i for piece, i in looked_up if any(s not in self.ids for s in self._symbols(piece))}
+        return super().fixed() | stranded
+
+    def counting(self) -> dict[str, Any]:
+        return {**self.model, "unk_token": None if self.unknown is None else self.model["unk_token"]}
 
     def _merged(self, left: str, right: str) -> str:
         return left + (right[len(self.prefix) :] if self.prefix else right)

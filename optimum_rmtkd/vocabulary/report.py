@@ -11,6 +11,11 @@ from typing import Any
 __all__ = ["HeldOut", "VocabularyReport"]
 
 
+def _known(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {name: value for name, value in values.items() if name in names}
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Texts that were not counted, before and after.
@@ -20,7 +25,7 @@ class HeldOut:
         changed: how many of them are cut into other tokens.
         tokens_before, tokens_after: of all of them, without special tokens.
         longest_growth: the most tokens that one of them gained.
-        lost: tokens that became the unknown one, where there was none.
+        lost: unknown tokens that the texts gained.
     """
 
     texts: int
@@ -47,11 +52,14 @@ class VocabularyReport:
         used: tokens that occur in the texts often enough.
         required: rows that stay whatever the texts hold: special, added and chat-template tokens, single characters
             and bytes, what `always` and the config name, and their parts.
+        left_out: those of the used tokens for which `max_size` had no room.
         parameters_before, parameters_after: of the whole model.
         held_out: what changes on the `validation_texts`; None without.
         caution: what may become the unknown token although it was not; None where nothing can.
-        difference: largest difference of an output on one of the texts, over the largest output; None where the model
-            takes more than token ids, and was not run.
+        difference: largest difference of an output on one of the texts, over the largest output; None where the
+            outputs were not compared.
+        uncompared: why they were not.
+        narrowed: whether the layers had been narrowed before.
     """
 
     tokenizer: str
@@ -65,6 +73,9 @@ class VocabularyReport:
     held_out: HeldOut | None = None
     caution: str | None = None
     difference: float | None = None
+    uncompared: str | None = None
+    left_out: int = 0
+    narrowed: bool = False
 
     @property
     def removed_share(self) -> float:
@@ -77,9 +88,10 @@ class VocabularyReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VocabularyReport:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; what a later version wrote beside is left out."""
         held_out = values.get("held_out")
-        return cls(**{**values, "held_out": HeldOut(**held_out) if held_out else None})
+        known = _known(cls, values)
+        return cls(**{**known, "held_out": HeldOut(**_known(HeldOut, held_out)) if held_out else None})
 
     def rows(self) -> list[tuple[str, str, str]]:
         """(what, before, after) in words."""
@@ -99,6 +111,8 @@ class VocabularyReport:
             f"{self.used:,} tokens occur in the {self.texts:,} texts; {self.required:,} rows stay whatever they hold",
             f"{self.removed_share:.1%} of all parameters are gone",
         ]
+        if self.left_out:
+            found.append(f"{self.left_out:,} tokens that occur in the texts went: there was no room for more rows")
         if (held := self.held_out) is not None:
             found.append(
                 f"{held.changed:,} of {held.texts:,} held-out texts ({held.changed_share:.2%}) are cut into other "
@@ -106,6 +120,8 @@ class VocabularyReport:
             )
         if self.caution:
             found.append(f"caution: {self.caution}")
+        if self.uncompared:
+            found.append(f"the outputs of both models were not compared: {self.uncompared}")
         return found
 
     def table(self) -> str:

@@ -122,8 +122,16 @@ def find_tables(model: Any, size: int) -> TokenTables:
     """
     if not isinstance(model, PreTrainedModel):
         cure = "Merge the adapter first: model.merge_and_unload()." if hasattr(model, "merge_and_unload") else ""
+        inner = getattr(model, "transformers_model", None)  # of a SentenceTransformer
+        if isinstance(inner, PreTrainedModel):
+            cure = "Pass model.transformers_model and model.tokenizer, or trim its folder with optimum-cli rmtkd trim."
         raise RMTKDError(f"Expected a transformers PreTrainedModel, got {type(model).__name__}. {cure}".rstrip())
     name = type(model).__name__
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise UnsupportedArchitectureError(
+            f"{name} carries an adapter of PEFT: expected a model without one. Merge it into the weights first (load "
+            "the model as a PeftModel, then merge_and_unload), or trim the model and train an adapter on the result."
+        )
     sizes = {c.vocab_size for c in configs_in(model.config) if isinstance(getattr(c, "vocab_size", None), int)}
     fitting = {rows for rows in sizes if rows >= size}
     if not sizes:

@@ -29,7 +29,8 @@ class Vocabulary:
         pieces: those of its model.
         added: {token: id} of the tokens added to the model's.
         names: {id: token} of all.
-        backend: a copy that neither cuts nor pads.
+        written: ids that the post-processor and the padding of its file write.
+        backend: a copy that neither cuts nor pads, and knows no error.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
@@ -39,12 +40,16 @@ class Vocabulary:
         self.added = {token["content"]: token["id"] for token in self.json["added_tokens"]}
         self.ids = self.pieces.ids | self.added
         self.names = {i: token for token, i in self.ids.items()}
-        self.backend = Tokenizer.from_str(json.dumps(self.json | {"truncation": None, "padding": None}))
+        self.written = _ids_of(self.json["post_processor"])
+        if self.json["padding"]:
+            self.written.add(self.json["padding"]["pad_id"])
+        bare = {"truncation": None, "padding": None, "model": self.pieces.counting()}
+        self.backend = Tokenizer.from_str(json.dumps(self.json | bare))
 
     @property
     def size(self) -> int:
         """Highest id + 1."""
-        return max(self.names) + 1
+        return max(*self.names, *self.written, 0) + 1
 
     def needs(self, i: int) -> set[int]:
         """Ids of the pieces without which that of this id would not be built."""
@@ -53,11 +58,9 @@ class Vocabulary:
 
     def required(self) -> set[int]:
         """Ids of special, added and chat-template tokens, single bytes and characters, and what the model needs."""
-        special = {*self.tokenizer.all_special_ids, *_ids_of(self.json["post_processor"])}
-        if self.json["padding"]:
-            special.add(self.json["padding"]["pad_id"])
-        written = self._of_texts(_template_texts(self.tokenizer))
-        return self.pieces.fixed() | set(self.added.values()) | (special & set(self.names)) | written
+        special = set(self.tokenizer.all_special_ids) & set(self.names)
+        said = self._of_texts(_template_texts(self.tokenizer))
+        return self.pieces.fixed() | set(self.added.values()) | special | self.written | said
 
     def named(self, always: Iterable[str | int]) -> set[int]:
         """Ids of what a user names: an id, a token, or a text, all tokens of which stay, at the beginning of a text
@@ -72,8 +75,7 @@ class Vocabulary:
         for item in always:
             if isinstance(item, str):
                 ids = self._of_texts([item, f" {item}"]) | ({self.ids[item]} if item in self.ids else set())
-                unknown = self.tokenizer.unk_token_id
-                known = bool(item) and (item in self.ids or (bool(ids) and unknown not in ids))
+                known = bool(item) and (item in self.ids or (bool(ids) and self.pieces.unknown not in ids))
             else:
                 known = type(item) is int and item in self.names
                 ids = {item} if known else set()
@@ -123,7 +125,7 @@ class Vocabulary:
         changed["post_processor"] = _with_ids(self.json["post_processor"], new)
         if self.json["padding"]:
             padding = self.json["padding"]
-            changed["padding"] = padding | {"pad_id": new.get(padding["pad_id"], padding["pad_id"])}
+            changed["padding"] = padding | {"pad_id": new[padding["pad_id"]]}
         return changed
 
 
@@ -211,7 +213,7 @@ def _template_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
                         talk, chat_template=template, tokenize=False, add_generation_prompt=roles[-1] == "user"
                     )
                 )
-            except (jinja2.TemplateError, TypeError, ValueError, KeyError):
+            except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError):
                 continue  # a template may refuse such a conversation; its literals stay all the same
     return texts
 

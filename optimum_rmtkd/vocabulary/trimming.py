@@ -11,14 +11,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RMTKDError
-from ..models import count_parameters
+from ..models import count_parameters, is_narrowed
 from ..validation import Count, check_value
-from .choice import choose
+from .choice import begun, choose
 from .report import VocabularyReport
 from .tables import find_tables
 from .texts import Texts, count_tokens
-from .tokenizer import Vocabulary, vocabulary_of
-from .verifying import difference, held_out
+from .tokenizer import vocabulary_of
+from .verifying import check_cut, difference, held_out
 
 
 __all__ = ["trim_vocabulary"]
@@ -56,7 +56,8 @@ def trim_vocabulary(
             every string counts.
         keep: (texts, n): the n most frequent tokens of a second, larger corpus stay as well.
         min_count: tokens that occur less often in `texts` go.
-        max_size: at most so many rows stay: tokens of `texts` by their counts, then those of `keep`.
+        max_size: at most so many rows stay: tokens of `texts` by their counts, then those of `keep`. With
+            `pad_to_multiple_of`, the largest multiple below.
         always: tokens, words or ids that stay.
         validation_texts: texts that were held out; the report says how many of them are cut otherwise now.
         pad_to_multiple_of: the number of rows is a multiple of this, as GPUs like it; the most frequent tokens that
@@ -68,7 +69,7 @@ def trim_vocabulary(
     Raises:
         RMTKDError: arguments that do not go together; a slow tokenizer; no texts; a tokenizer that is not the model's.
         UnsupportedArchitectureError: no table of tokens, or one that does not follow the config.
-        BudgetError: `max_size` has no room for what must stay.
+        BudgetError: `max_size` has no room for what must stay, or the table none for a multiple.
     """
     min_count = check_value(min_count, Count, "min_count")
     max_size = check_value(max_size, Count | None, "max_size")
@@ -77,6 +78,7 @@ def trim_vocabulary(
     vocabulary = vocabulary_of(tokenizer)
     tables = find_tables(model, vocabulary.size)
     required = vocabulary.required() | vocabulary.named(always) | tables.named | tables.anchored
+    least = len(begun(required, vocabulary.needs, tables.rows, max_size, multiple).kept)  # or an error, before reading
     counts, read, first = count_tokens(vocabulary.backend, texts, vocabulary.size)
     second = np.zeros_like(counts)
     if other is not None:
@@ -95,18 +97,25 @@ def trim_vocabulary(
     new = {int(old): i for i, old in enumerate(kept)}
     made = tables.trimmed(torch.from_numpy(kept))
     small = vocabulary.trimmed(new)
+    backend = vocabulary_of(small).backend
+    check_cut(vocabulary, backend, new, first)
+    compared, uncompared = difference(tables, made, vocabulary, new, first)
+    used = np.flatnonzero(counts >= min_count)
     report = VocabularyReport(
         tokenizer=vocabulary.json["model"]["type"],
         texts=read,
         rows_before=tables.rows,
         rows_after=len(kept),
-        used=int((counts >= min_count).sum()),
-        required=_closure(required, vocabulary),
+        used=len(used),
+        required=least,
+        left_out=len(np.setdiff1d(used, kept)),
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(made),
-        held_out=None if validation_texts is None else held_out(vocabulary, small, new, validation_texts),
+        held_out=None if validation_texts is None else held_out(vocabulary, backend, new, validation_texts),
         caution=vocabulary.pieces.loses(set(vocabulary.added.values())) if len(kept) < tables.rows else None,
-        difference=difference(tables, made, vocabulary, new, first),
+        difference=compared,
+        uncompared=uncompared,
+        narrowed=is_narrowed(model.config.model_type),
     )
     if report.caution:
         logger.warning("Trimmed vocabulary: %s.", report.caution)
@@ -128,7 +137,3 @@ def _second(keep: Any) -> tuple[Texts | None, int]:
 def _shown(value: Any) -> str:
     kind = type(value).__name__
     return f"a {kind} of {len(value)}" if isinstance(value, (tuple, list)) else f"a {kind}"
-
-
-def _closure(ids: Iterable[int], vocabulary: Vocabulary) -> int:
-    return len(set(ids).union(*(vocabulary.needs(i) for i in ids)))

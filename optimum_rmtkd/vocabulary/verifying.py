@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
+from tokenizers import Tokenizer
 from torch.utils._pytree import tree_leaves
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from ..batches import evaluating, run
+from ..batches import evaluating, in_one_line, run
 from ..errors import RMTKDError
 from ..models import nearly_equal
 from .report import HeldOut
 from .tables import TokenTables
 from .texts import Texts, encoded, in_batches
-from .tokenizer import Vocabulary, vocabulary_of
+from .tokenizer import Vocabulary
 
 
-__all__ = ["difference", "held_out"]
+__all__ = ["check_cut", "difference", "held_out"]
 
 SAMPLE, LENGTH = 4, 32  # texts that the models are compared on, and tokens of each at most
-CANNOT_RUN = (RuntimeError, TypeError, ValueError, LookupError, AttributeError)
+CANNOT_RUN = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, MemoryError)
 
 
-def held_out(vocabulary: Vocabulary, small: PreTrainedTokenizerBase, new: Mapping[int, int], texts: Texts) -> HeldOut:
+def held_out(vocabulary: Vocabulary, backend: Tokenizer, new: Mapping[int, int], texts: Texts) -> HeldOut:
     """What changes on texts that were not counted.
 
     Args:
-        small: the trimmed tokenizer.
+        backend: of the trimmed tokenizer, as `Vocabulary.backend`.
         new: {old id: new id} of the tokens that stayed.
 
     Raises:
         RMTKDError: no text; or one whose tokens all stayed is cut otherwise.
     """
-    backend = vocabulary_of(small).backend
-    unknown, now_unknown = vocabulary.tokenizer.unk_token_id, small.unk_token_id
+    unknown = vocabulary.pieces.unknown
     read = changed = before = after = growth = lost = 0
     for batch in in_batches(texts, "validation_texts"):
-        for text, old, now in zip(batch, encoded(vocabulary.backend, batch), encoded(backend, batch), strict=True):
+        for old, now in _cut(vocabulary, backend, new, batch):
             read, before, after = read + 1, before + len(old), after + len(now)
-            if [new.get(i) for i in old] == now:
-                continue
-            if all(i in new for i in old):
-                raise RMTKDError(
-                    f"The text {text[:80]!r} is cut otherwise although all its tokens stay: the tokenizer does more "
-                    "than its model says. Its vocabulary cannot be trimmed; please report which tokenizer this is."
-                )
-            changed, growth = changed + 1, max(growth, len(now) - len(old))
-            lost += max(0, now.count(now_unknown) - old.count(unknown))
-    if not read:
-        raise RMTKDError("validation_texts holds no text: expected at least one, or None.")
+            if [new.get(i) for i in old] != now:
+                changed, growth = changed + 1, max(growth, len(now) - len(old))
+                lost += 0 if unknown is None else max(0, now.count(new[unknown]) - old.count(unknown))
     return HeldOut(read, changed, before, after, growth, lost)
+
+
+def check_cut(vocabulary: Vocabulary, backend: Tokenizer, new: Mapping[int, int], texts: list[str]) -> None:
+    """
+    Raises:
+        RMTKDError: a text whose tokens all stayed is cut otherwise.
+    """
+    for _ in _cut(vocabulary, backend, new, texts):
+        pass
+
+
+def _cut(
+    vocabulary: Vocabulary, backend: Tokenizer, new: Mapping[int, int], batch: list[str]
+) -> Iterator[tuple[list[int], list[int]]]:
+    """(old ids, new ids) of each text."""
+    for text, old, now in zip(batch, encoded(vocabulary.backend, batch), encoded(backend, batch), strict=True):
+        if all(i in new for i in old) and [new[i] for i in old] != now:
+            raise RMTKDError(
+                f"The text {text[:80]!r} is cut otherwise although all its tokens stay: the tokenizer does more than "
+                "its model says. Its vocabulary cannot be trimmed; please report which tokenizer this is."
+            )
+        yield old, now
 
 
 def difference(
     tables: TokenTables, made: PreTrainedModel, vocabulary: Vocabulary, new: Mapping[int, int], texts: list[str]
-) -> float | None:
+) -> tuple[float | None, str | None]:
     """Largest difference of an output on tokens that stay, over the largest output: a model that does something else
     with ids than to look them up would show here.
 
@@ -63,19 +77,27 @@ def difference(
         made: the trimmed model.
 
     Returns:
-        None where the model takes more than token ids, or no token of the texts stays.
+        The difference, or None and why the outputs were not compared.
 
     Raises:
-        RMTKDError: the outputs are not the same.
+        RMTKDError: the outputs are not the same, or there is no memory to compute them.
     """
     model, ids = tables.model, _sample(vocabulary, new, texts)
-    if model.main_input_name != "input_ids" or not ids:
-        return None
+    if model.main_input_name != "input_ids":
+        return None, f"{type(model).__name__} reads {model.main_input_name}, not token ids"
+    if not ids:
+        return None, "no token of the first texts stays"
     try:
         ours = _outputs(model, ids)
-    except CANNOT_RUN:  # it wants images, boxes, ... as well
-        return None
-    theirs = _outputs(made, [[new[i] for i in row] for row in ids])
+    except CANNOT_RUN as error:  # it wants images, boxes, ... as well
+        _check_memory(error, model)
+        told = in_one_line(error)[:200]
+        return None, f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {told})"
+    try:
+        theirs = _outputs(made, [[new[i] for i in row] for row in ids])
+    except RuntimeError as error:
+        _check_memory(error, model)
+        raise
     kept, worst = torch.tensor(sorted(new), device=model.device), 0.0
     for old, now in zip(ours, theirs, strict=True):
         if old.shape != now.shape and old.shape[-1:] == (tables.rows,):
@@ -89,7 +111,19 @@ def difference(
         if old.is_floating_point() and old.numel():
             a, b = torch.nan_to_num(old.float()), torch.nan_to_num(now.float())
             worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp_min(torch.finfo(torch.float32).tiny)))
-    return worst
+    return worst, None
+
+
+def _check_memory(error: Exception, model: PreTrainedModel) -> None:
+    """
+    Raises:
+        RMTKDError: `error` says that there is no memory left.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error):
+        raise RMTKDError(
+            f"No memory is left to compare the outputs of {type(model).__name__} before and after, on "
+            f"{model.device}: expected room for both models. Free some, or trim on the CPU and move the result."
+        ) from error
 
 
 def _sample(vocabulary: Vocabulary, new: Mapping[int, int], texts: list[str]) -> list[list[int]]:

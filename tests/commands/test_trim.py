@@ -129,6 +129,85 @@ def test_compress_trims_first_and_counts_both(cli, letters, tmp_path):
     assert "rows of the token table" in said and "## Vocabulary" in (out / "README.md").read_text()
 
 
+def test_trimming_a_narrowed_folder_keeps_its_record_and_tells_the_order(cli, letters, tmp_path):
+    """Two trimmings behind a cut: sizes count from the uncut model, and each is told."""
+    import shutil
+
+    table = write_csv(tmp_path / "train.csv", sentence_rows(60))
+    data = ("--train-file", table, "--validation-file", table)
+    size = ("--target-reduction", 0.3, "--round-to", 1, "--min-width", 4, "--no-train")
+    code, _, err = cli("compress", "--model", letters, *data, *size, "-o", tmp_path / "small")
+    assert code == 0, err
+    (tmp_path / "corpus.txt").write_text("the film is great\n", encoding="utf8")
+    code, said, err = cli("trim", tmp_path / "small", "--texts", table, "-o", tmp_path / "trimmed")
+    assert code == 0, err
+    shutil.rmtree(tmp_path / "small")
+    code, _, err = cli("trim", tmp_path / "trimmed", "--texts", tmp_path / "corpus.txt", "-o", tmp_path / "again")
+    assert code == 0, err
+
+    assert "removed of the uncut model" in said
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "again")
+    results = json.loads((tmp_path / "again" / "rmtkd_results.json").read_text())
+    uncut = sum(p.numel() for p in AutoModelForSequenceClassification.from_pretrained(letters).parameters())
+    assert results["base_model"] == "model" and results["metric"]["name"] == "accuracy"
+    assert results["parameters"] == [uncut, sum(p.numel() for p in model.parameters())]
+    assert results["vocabulary"]["narrowed"] and len(results["earlier_vocabularies"]) == 1
+    assert results["earlier_vocabularies"][0]["rows_after"] == results["vocabulary"]["rows_before"]
+    assert results["bytes"][0] > results["bytes"][1]
+    for file in ("rmtkd_stages.json", "rmtkd_spectra.json", "rmtkd_recipe.json"):
+        assert (tmp_path / "again" / file).is_file()
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert card.count("After the layers were narrowed, tokens") == 2 and "Before any layer" not in card
+    assert f"| parameters | {uncut:,} |" in card and "## Stages" in card
+    assert card.index("rmtkd compress") < card.index("rmtkd trim OUT")
+    assert "again" in card and "AutoModelForSequenceClassification.from_pretrained" in card
+    code, _, err = cli("report", tmp_path / "again")
+    assert code == 0, err
+
+
+def test_a_trimmed_folder_trimmed_again_counts_from_the_first(cli, letters, tmp_path):
+    table = write_csv(tmp_path / "train.csv", sentence_rows(60))
+    (tmp_path / "corpus.txt").write_text("the film is great\n", encoding="utf8")
+    assert cli("trim", letters, "--texts", table, "-o", tmp_path / "one")[0] == 0
+    code, _, err = cli("trim", tmp_path / "one", "--texts", tmp_path / "corpus.txt", "-o", tmp_path / "two")
+    assert code == 0, err
+    one, two = (json.loads((tmp_path / n / "rmtkd_results.json").read_text()) for n in ("one", "two"))
+    assert two["base_model"] == one["base_model"] == "model"
+    assert two["parameters"][0] == one["parameters"][0] and two["parameters"][1] < one["parameters"][1]
+    assert (tmp_path / "two" / "README.md").read_text().count("rows of the token table") == 2
+
+
+def test_the_other_modules_of_sentence_transformers_come_along(cli, letters, tmp_path):
+    modules = [{"idx": i, "name": str(i), "path": path, "type": "x"} for i, path in enumerate(("", "1_P", "2_N"))]
+    (letters / "modules.json").write_text(json.dumps(modules))
+    (letters / "config_sentence_transformers.json").write_text("{}")
+    (letters / "1_P").mkdir()
+    (letters / "1_P" / "config.json").write_text('{"pooling_mode": "mean"}')
+    (tmp_path / "corpus.txt").write_text("the film is great\n", encoding="utf8")
+    args = ("--texts", tmp_path / "corpus.txt")
+    code, _, err = cli("trim", letters, *args, "-o", tmp_path / "out")
+    assert code == 0, err
+    for file in ("modules.json", "config_sentence_transformers.json", "1_P/config.json"):
+        assert (tmp_path / "out" / file).read_text() == (letters / file).read_text()
+    assert (tmp_path / "out" / "2_N").is_dir()
+    (letters / "modules.json").write_text(json.dumps([modules[0], {"path": "../../elsewhere"}]))
+    code, _, err = cli("trim", letters, *args, "-o", tmp_path / "two")
+    assert code == 2 and "a module lies elsewhere" in err
+
+
+@pytest.mark.slow
+def test_a_trimmed_sentence_encoder_is_one(cli, letters, tmp_path):
+    import numpy as np
+
+    st = pytest.importorskip("sentence_transformers")
+    st.SentenceTransformer(str(letters)).save(str(tmp_path / "encoder"))
+    (tmp_path / "corpus.txt").write_text("the film is great\n", encoding="utf8")
+    code, _, err = cli("trim", tmp_path / "encoder", "--texts", tmp_path / "corpus.txt", "-o", tmp_path / "out")
+    assert code == 0, err
+    old, new = (st.SentenceTransformer(str(tmp_path / n)).encode(["the film is great"]) for n in ("encoder", "out"))
+    assert np.array_equal(old, new)
+
+
 def test_compress_refuses_to_trim_for_images(cli, tmp_path):
     from PIL import Image
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor

@@ -174,17 +174,39 @@ def families() -> dict:
     }
 
 
+def further_families() -> dict:
+    """Those with tables of more kinds, or ids of more names: for slow tests."""
+    import transformers as t
+
+    xlm = {"emb_dim": 32, "n_layers": 2, "n_heads": 4}
+    mobile = {"embedding_size": 16, "true_hidden_size": 32, "intra_bottleneck_size": 32}
+    opt = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48}
+    return {
+        "xlm": (t.XLMWithLMHeadModel, xlm | {"n_langs": 3, "use_lang_emb": True}),
+        "mobilebert": (t.MobileBertForMaskedLM, SMALL | mobile),
+        "deberta": (t.DebertaForMaskedLM, SMALL),
+        "mpnet": (t.MPNetForMaskedLM, SMALL),
+        "rembert": (t.RemBertForMaskedLM, SMALL | {"input_embedding_size": 16, "output_embedding_size": 24}),
+        "xlnet": (t.XLNetLMHeadModel, {"d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48}),
+        "modernbert": (t.ModernBertForMaskedLM, SMALL | {"local_attention": 8}),
+        "gpt_neox": (t.GPTNeoXForCausalLM, SMALL),
+        "opt": (t.OPTForCausalLM, opt | {"word_embed_proj_dim": 16}),
+        "gemma": (t.GemmaForCausalLM, SMALL | {"num_key_value_heads": 2, "head_dim": 8}),
+        "mamba": (t.MambaForCausalLM, {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}),
+    }
+
+
 def tiny(name: str, tokenizer, rows: int | None = None, **changes):
     """A random model of a family with a row for each token (or `rows`), in eval mode."""
     import torch
 
-    cls, options = families()[name]
+    cls, options = (families() | further_families())[name]
     special = {
         f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id", None)
         for kind in ("bos", "eos", "pad", "sep", "cls")
     }
     special = {name: i for name, i in special.items() if i is not None}
-    if "d_model" in options:
+    if cls.config_class().is_encoder_decoder:
         special["decoder_start_token_id"] = special.get("pad_token_id", 0)
     torch.manual_seed(0)
     config = cls.config_class(vocab_size=rows or len(tokenizer), **(options | special | changes))

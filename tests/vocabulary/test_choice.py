@@ -46,11 +46,14 @@ def test_a_multiple_is_filled_up_with_what_would_go_and_never_exceeds_the_limit(
     assert chosen(multiple=3) == [0, 1, 2, 3, 4, 5, 6, 7, 9]
     assert chosen(multiple=4, max_size=7, min_count=9) == [0, 2, 4, 5]
     assert len(chosen(multiple=4, max_size=11)) == 8
+    assert chosen(multiple=6, max_size=11) == [0, 2, 4, 6, 7, 9]  # 3 and 5 would have made it eight
     assert chosen(multiple=12) == list(range(12))  # two rows have no token
 
 
 def test_a_limit_below_what_must_stay_is_refused():
     with pytest.raises(BudgetError, match="3 rows stay in any case .* max_size of 3 or more"):
         chosen(required=[9], max_size=2)
-    with pytest.raises(BudgetError, match="a multiple that fits"):
+    with pytest.raises(BudgetError, match="8 rows stay, and the table has 12.*max_size of 7, for which the rarest"):
+        chosen(multiple=7)  # rounding down would lose what occurs
+    with pytest.raises(BudgetError, match="no multiple of 16 lies between. Expected a multiple that fits"):
         chosen(multiple=16)

@@ -174,7 +174,10 @@ def test_the_report_is_plain_data_and_a_table(bert):
     ("given", "message"),
     [
         ({"texts": "one text"}, "texts is a str; expected an iterable"),
-        ({"texts": []}, "texts holds no text"),
+        ({"texts": []}, "texts holds no text: expected at least one string, got nothing"),
+        ({"texts": [[101, 2054, 102], {"label": 1}]}, "texts holds no text.* got 2 items without a string"),
+        ({"texts": ["", " "]}, "texts holds no token: expected texts, got 2 strings that are empty or blank"),
+        ({"keep": ([""], 5)}, "keep holds no token"),
         ({"texts": ["a", None]}, "Item 2 of texts is a NoneType"),
         ({"min_count": 0}, "min_count"),
         ({"max_size": 1.5}, "max_size"),

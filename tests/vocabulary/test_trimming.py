@@ -27,7 +27,20 @@ PAIRS = [  # each tokenizer kind and each family once; all pairs are slow
     ("word_level", "bert_mlm_untied"),
 ]
 ALL = [(kind, family) for kind in TOKENIZERS for family in families()]
-SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in ALL if pair not in PAIRS]
+FURTHER = [
+    ("unigram", "xlm"),
+    ("wordpiece", "mobilebert"),
+    ("byte_level", "deberta"),
+    ("wordpiece", "mpnet"),
+    ("unigram", "rembert"),
+    ("unigram", "xlnet"),
+    ("byte_level", "modernbert"),
+    ("gpt2", "gpt_neox"),
+    ("gpt2", "opt"),
+    ("byte_fallback", "gemma"),
+    ("gpt2", "mamba"),
+]
+SLOW = [pytest.param(*pair, marks=pytest.mark.slow) for pair in (*ALL, *FURTHER) if pair not in PAIRS]
 
 
 def outputs(model, inputs: dict) -> torch.Tensor:
