@@ -38,6 +38,7 @@ from .companions import Companions
 from .failures import NoticeBoard
 from .hooks.callbacks import Patience, StageCallback
 from .hooks.checkpoints import CheckpointHooks
+from .hooks.engines import EngineTrainerHost
 from .hooks.hosting import TrainerHost
 from .hooks.losses import LossHooks
 from .hooks.modes import check_modes
@@ -49,7 +50,7 @@ from .parts import answerable, parts_of
 from .run import Run
 from .stages import Stage, stage_table
 from .stream import Stream, evaluated_again
-from .swap import is_sharded
+from .swap import is_sharded, made_whole
 from .teaching import accept_teacher, check_cached
 from .verdicts import greater_is_better
 
@@ -162,6 +163,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     def _check_setting(self) -> None:
         check_sharding(self.accelerator, self.args, self.model, self.reparameterization, self.transforms)
+        made_whole(self.model)
         if self.args.n_gpu > 1 or self.is_model_parallel:
             raise one_device(self.args.n_gpu)
         if self.rmtkd_config.schedule != "none" or self.reparameterization is not None:
@@ -257,6 +259,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         host.keep_stream()
         self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
         self._check_first_batch()
+        if isinstance(host, EngineTrainerHost):
+            host.release()
         given, self.train_dataset = self.train_dataset, self._training_data()
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             run.reset()
@@ -339,7 +343,12 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         host = self._host
-        if isinstance(host, ShardedTrainerHost) and not is_sharded(self.model):
+        if isinstance(host, EngineTrainerHost):
+            if resume_from_checkpoint is not None:
+                self._load_from_checkpoint(resume_from_checkpoint)
+            self.run.remember_initial()  # in its own precision: the engine may compute, and keep it, in another one
+            host.engine.remember(self.model)
+        elif isinstance(host, ShardedTrainerHost) and not is_sharded(self.model):
             if resume_from_checkpoint is not None:  # as unsharded training does: a plain model takes it up
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self._taken_up = resume_from_checkpoint

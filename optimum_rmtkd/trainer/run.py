@@ -195,8 +195,8 @@ class Run:
         Args:
             leaving: what is due is left to the run that goes on from here.
         """
-        if self.teacher is not None:
-            self.teacher.update(self.host.model)
+        if self.teacher is not None and type(self.teacher).update is not Teacher.update:
+            self.teacher.update(plain.readable(self.host.model))
         if step < self.host.max_steps and not leaving:  # a cut after the last step could not be distilled
             self._advance(step)
             self._begin_distilling()
@@ -330,7 +330,9 @@ class Run:
 
     def _put_back(self) -> None:
         """The model just after the cut, and a moving average that begins with it."""
+        self.dropout.restore()
         self.keepsake.put_back()
+        self._disable_dropout()
         if self.tutor.given is None and self.config.teacher == "ema":
             self._appoint_teacher()
 

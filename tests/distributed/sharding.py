@@ -31,3 +31,10 @@ def whole(model) -> dict[str, torch.Tensor]:
     """Its tensors on every process."""
     tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in tensors.items()}
+
+
+def tensors(model) -> dict[str, torch.Tensor]:
+    """The same, of a model that a run holds in whatever way. Collective."""
+    from optimum_rmtkd.trainer.swap import whole as made_whole
+
+    return whole(made_whole(model))

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..swap import Sharding, enable_checkpointing, is_sharded
+from .engines import EngineTrainerHost
 from .hosting import TrainerHost
 
 
@@ -15,6 +16,8 @@ __all__ = ["ShardedTrainerHost", "host_of"]
 
 def host_of(trainer: Any) -> TrainerHost:
     """The host that suits the way in which the trainer's processes hold the model."""
+    if trainer.is_deepspeed_enabled:
+        return EngineTrainerHost(trainer)
     return ShardedTrainerHost(trainer) if trainer.is_fsdp_enabled else TrainerHost(trainer)
 
 

@@ -1,0 +1,57 @@
+"""The `Host` that a Trainer is under DeepSpeed, where each cut has another engine built around the same model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ..swap import Engine, enable_checkpointing, in_engine
+from .hosting import TrainerHost
+
+
+__all__ = ["EngineTrainerHost"]
+
+
+class EngineTrainerHost(TrainerHost):
+    """A `Host` over a trainer whose Accelerator prepares models with DeepSpeed.
+
+    Attributes:
+        engine: how it holds them.
+    """
+
+    def __init__(self, trainer: Any):
+        super().__init__(trainer)
+        self.engine = Engine(trainer.accelerator)
+        self.engine.remember(trainer.model)  # an evaluation before the training makes an engine as well
+
+    def release(self) -> None:
+        """The model is plain again: a training begins with one."""
+        trainer = self.trainer
+        if in_engine(trainer.model):
+            self.engine.release(trainer.model)
+            trainer.model_wrapped, trainer.deepspeed = trainer.model, None
+
+    def install(self, replacement: nn.Module, prepare: bool = True) -> None:
+        trainer = self.trainer
+        if not in_engine(trainer.model):  # a resumed run, before its model is prepared
+            super().install(replacement, prepare=False)
+            return
+
+        def ready() -> None:
+            enable_checkpointing(trainer.model, trainer.args)
+            self._add_noise()
+
+        live = self.engine.install(trainer.model, replacement, trainer.optimizer, self._fresh_optimizer, ready)
+        trainer.model_wrapped = trainer.deepspeed = live
+
+    def _fresh_optimizer(self) -> Any:
+        trainer = self.trainer
+        kept, trainer.optimizer = trainer.optimizer, None
+        try:
+            return trainer.create_optimizer()
+        finally:
+            trainer.optimizer = kept
+
+    def forget_moments(self) -> None:
+        """Nothing to do: the weights were put back with a new optimizer."""
