@@ -46,6 +46,7 @@ KNOWN_ZERO = {
     "stage3_gather_16bit_weights_on_model_save",
     "stage3_gather_fp16_weights_on_model_save",
 }
+KNOWN_BF16 = {"enabled"}
 WHY = {
     "optimizer": "a cut makes a new optimizer as the training arguments say. Leave it out: optim, learning_rate, "
     "weight_decay and adam_* say the same",
@@ -65,17 +66,19 @@ def check_engine_config(config: Mapping[str, Any]) -> None:
     Raises:
         RMTKDError: another stage of ZeRO than 1 to 3, or an entry that is not known to work; names it.
     """
-    zero = config.get("zero_optimization") or {}
+    zero, half = config.get("zero_optimization") or {}, config.get("bf16") or {}
     stage = zero.get("stage", 0)
     if stage not in STAGES:
         raise RMTKDError(
-            f"DeepSpeed with zero_optimization.stage={stage!r}; expected 1, 2 or 3. Set one of them, or use DDP (without "
-            "deepspeed)."
+            f"DeepSpeed with zero_optimization.stage={stage!r}; expected 1, 2 or 3. Set one of them, or use DDP "
+            "(without deepspeed)."
         )
     found = list(_unknown(config, KNOWN)) + [f"zero_optimization.{name}" for name in _unknown(zero, KNOWN_ZERO)]
+    found += [f"bf16.{name}" for name in _unknown(half, KNOWN_BF16)]
     if found:
         raise RMTKDError(
-            f"DeepSpeed's {', '.join(found)} does not work with cuts inside training: {WHY.get(found[0], UNKNOWN)}, {ELSE}."
+            f"DeepSpeed's {', '.join(found)} does not work with cuts inside training: "
+            f"{WHY.get(found[0], UNKNOWN)}, {ELSE}."
         )
 
 

@@ -20,10 +20,10 @@ from .shard_script import AUTO
 from .sharding import open_the_door, options, whole
 
 
-def zero(stage):
+def configured(stage):
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     values = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
-    return {name: "auto" for name in AUTO} | {"zero_optimization": values}
+    return dict.fromkeys(AUTO, "auto") | {"zero_optimization": values}
 
 
 def gathered(trainer):
@@ -63,7 +63,7 @@ def main():
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        **(options() if asked.stage is None else {"deepspeed": zero(asked.stage)}),
+        **(options() if asked.stage is None else {"deepspeed": configured(asked.stage)}),
     )
     model = AutoModelForSequenceClassification.from_pretrained(asked.model)  # in partitions under ZeRO-3
     trainer = Trainer(model, args, train_dataset=toy_data())

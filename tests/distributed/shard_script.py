@@ -33,7 +33,9 @@ def parsed(given=None):
     parser.add_argument("--deepspeed", type=json.loads, default=None, help="its configuration, in place of fsdp")
     parser.add_argument("--parts", type=json.loads, default={}, help="of the trainer")
     parser.add_argument("--ruined", action="store_true", help="the metric falls in every stage")
-    parser.add_argument("--loaded", type=Path, help="by from_pretrained from this folder, after the arguments are made")
+    parser.add_argument(
+        "--loaded", type=Path, help="by from_pretrained from this folder, after the arguments are made"
+    )
     parser.add_argument("--partitioned", action="store_true", help="it has to be, under ZeRO-3")
     parser.add_argument("--again", action="store_true", help="evaluated before, and trained once more after")
     parser.add_argument("--double", action="store_true", help="in fp64, where rounding hides nothing")
@@ -69,7 +71,7 @@ def trainer_of(asked):
     arguments |= asked.arguments
     if asked.deepspeed is not None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        arguments["deepspeed"] = {name: "auto" for name in AUTO} | {"bf16": {"enabled": "auto"}} | asked.deepspeed
+        arguments["deepspeed"] = dict.fromkeys(AUTO, "auto") | {"bf16": {"enabled": "auto"}} | asked.deepspeed
     if asked.ruined:
         arguments |= {"metric_for_best_model": "score", "greater_is_better": True}
         asked.parts["compute_metrics"] = lambda _: falling(trainer.run)

@@ -35,9 +35,7 @@ def patience():
         yield
 
 
-def told(
-    stage=None, resume=None, batch_size=4, ruined=False, loaded=None, partitioned=False, again=False, **options
-):
+def told(stage=None, resume=None, batch_size=4, ruined=False, loaded=None, partitioned=False, again=False, **options):
     """Options of the script."""
     words = ["--batch-size", str(batch_size), *["--ruined"] * ruined, *["--partitioned"] * partitioned]
     words += ["--again"] * again
@@ -127,7 +125,9 @@ def test_another_kind_of_run_refuses_its_checkpoints(adam, stage, tmp_path):
         done = start(
             tmp_path / str(number), processes, *told(other, resume=checkpoint, batch_size=8, **options), module=SCRIPT
         )
-        assert done.returncode and f"was written under DeepSpeed (ZeRO-{'3' if stage == 3 else '1 or 2'})" in done.stderr
+        assert (
+            done.returncode and f"was written under DeepSpeed (ZeRO-{'3' if stage == 3 else '1 or 2'})" in done.stderr
+        )
 
 
 def test_it_refuses_those_of_a_plain_run(stage, tmp_path):

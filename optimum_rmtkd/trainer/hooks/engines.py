@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -31,6 +32,15 @@ class EngineTrainerHost(TrainerHost):
         if in_engine(trainer.model):
             self.engine.release(trainer.model)
             trainer.model_wrapped, trainer.deepspeed = trainer.model, None
+
+    def _read(self, batch: Mapping[str, Any], strip: bool) -> Mapping[str, Any]:
+        """As ever: the trainer would round pixels to what the engine computes in, and whole models keep their own
+        precision."""
+        self.trainer.is_deepspeed_enabled = False
+        try:
+            return super()._read(batch, strip)
+        finally:
+            self.trainer.is_deepspeed_enabled = True
 
     def install(self, replacement: nn.Module, prepare: bool = True) -> None:
         trainer = self.trainer

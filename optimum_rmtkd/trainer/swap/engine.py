@@ -90,8 +90,9 @@ class Engine(Holder):
         groups = raw_optimizer(made).param_groups
         if len(groups) != len(settings):
             raise RMTKDError(
-                f"The optimizer {type(raw_optimizer(made)).__name__} has {len(settings)} parameter groups, the reduced "
-                f"model needs {len(groups)}: the groups depend on the architecture. Use one whose groups do not."
+                f"The optimizer {type(raw_optimizer(made)).__name__} has {len(settings)} parameter groups, the "
+                f"reduced model needs {len(groups)}: the groups depend on the architecture. Use one whose groups do "
+                "not."
             )
         for group, setting in zip(groups, settings, strict=True):
             group.update({name: value for name, value in setting.items() if name != "params"})
