@@ -116,9 +116,9 @@ def unsharded(what: str, why: str = "a cut inside training needs whole ones on e
         why: it cannot be cut inside training.
     """
     return RMTKDError(
-        f"{what} shards the parameters; {why}. Use FSDP2 (fsdp=True, fsdp_config={{'version': 2}}), DeepSpeed's ZeRO or "
-        "DDP (torchrun) with RMTKDTrainer, or cut first with optimum_rmtkd.narrow and train the result sharded with "
-        "transformers' own Trainer."
+        f"{what} shards the parameters; {why}. Use FSDP2 (fsdp=True, fsdp_config={{'version': 2}}), DeepSpeed (ZeRO) "
+        "or DDP (torchrun) with RMTKDTrainer, or cut first with optimum_rmtkd.narrow and train the result sharded "
+        "with transformers' own Trainer."
     )
 
 

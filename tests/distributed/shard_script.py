@@ -33,9 +33,7 @@ def parsed(given=None):
     parser.add_argument("--deepspeed", type=json.loads, default=None, help="its configuration, in place of fsdp")
     parser.add_argument("--parts", type=json.loads, default={}, help="of the trainer")
     parser.add_argument("--ruined", action="store_true", help="the metric falls in every stage")
-    parser.add_argument(
-        "--loaded", type=Path, help="by from_pretrained from this folder, after the arguments are made"
-    )
+    parser.add_argument("--loaded", type=Path, help="model to load once the arguments are made")
     parser.add_argument("--partitioned", action="store_true", help="it has to be, under ZeRO-3")
     parser.add_argument("--again", action="store_true", help="evaluated before, and trained once more after")
     parser.add_argument("--double", action="store_true", help="in fp64, where rounding hides nothing")

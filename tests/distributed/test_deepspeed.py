@@ -57,7 +57,7 @@ def alone(out, **options):
     return json.loads((out / "result-0.json").read_text())
 
 
-@pytest.fixture(scope="module", params=[1, 2, 3], ids="ZeRO-{}".format)
+@pytest.fixture(scope="module", params=[2, 3], ids="ZeRO-{}".format)
 def stage(request):
     return request.param
 
@@ -87,6 +87,13 @@ def test_cuts_inside_training_are_those_of_one_process(two, one):
     assert ours["reduction"] == one["reduction"] and ours["evaluated"] == pytest.approx(one["evaluated"], rel=1e-4)
 
 
+def test_stage_1_cuts_as_stage_2(tmp_path, one):
+    results, weights = owned(tmp_path / "two", 1)
+    same(*weights)
+    assert [widths(stage) for stage in results[0]["stages"]] == [widths(stage) for stage in one["stages"]]
+    assert results[0]["losses"] == pytest.approx(one["losses"], rel=1e-4, abs=1e-4)
+
+
 def test_what_is_saved_is_a_model_of_ours(two):
     from transformers import AutoModelForSequenceClassification
 
@@ -109,7 +116,7 @@ def adam(tmp_path_factory, stage):
     return (*owned(folder, stage, **options), folder / "run", options)
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
+@pytest.mark.parametrize("step", [1, 2, 4])
 def test_a_run_resumes_to_the_same_bits(adam, stage, tmp_path, step):
     results, weights, folder, options = adam
     again, tensors = owned(tmp_path / "again", stage, resume=folder / f"checkpoint-{step}", **options)
@@ -120,14 +127,11 @@ def test_a_run_resumes_to_the_same_bits(adam, stage, tmp_path, step):
 
 def test_another_kind_of_run_refuses_its_checkpoints(adam, stage, tmp_path):
     _, _, folder, options = adam
-    checkpoint = folder / "checkpoint-3"
+    options = {"resume": folder / "checkpoint-3", "batch_size": 8, **options}
+    said = f"was written under DeepSpeed (ZeRO-{'3' if stage == 3 else '1 or 2'})"
     for number, (processes, other) in enumerate([(1, None), (2, 2 if stage == 3 else 3), (1, stage)]):
-        done = start(
-            tmp_path / str(number), processes, *told(other, resume=checkpoint, batch_size=8, **options), module=SCRIPT
-        )
-        assert (
-            done.returncode and f"was written under DeepSpeed (ZeRO-{'3' if stage == 3 else '1 or 2'})" in done.stderr
-        )
+        done = start(tmp_path / str(number), processes, *told(other, **options), module=SCRIPT)
+        assert done.returncode and said in done.stderr
 
 
 def test_it_refuses_those_of_a_plain_run(stage, tmp_path):
