@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..swap import Engine, enable_checkpointing, in_engine
+from ...errors import RMTKDError
+from ..swap import Engine, enable_checkpointing, in_engine, made_whole
 from .hosting import TrainerHost
 
 
@@ -19,19 +20,34 @@ class EngineTrainerHost(TrainerHost):
 
     Attributes:
         engine: how it holds them.
+
+    Raises:
+        RMTKDError: an optimizer or a scheduler was given.
     """
 
     def __init__(self, trainer: Any):
         super().__init__(trainer)
+        if given := [name for name in ("optimizer", "lr_scheduler") if getattr(trainer, name) is not None]:
+            raise RMTKDError(
+                f"optimizers= holds an {given[0]}, which transformers does not use under DeepSpeed, and a cut makes a "
+                "new one. Leave it out: optim and lr_scheduler_type with their arguments, or optimizer_cls_and_kwargs."
+            )
         self.engine = Engine(trainer.accelerator)
         self.engine.remember(trainer.model)  # an evaluation before the training makes an engine as well
 
-    def release(self) -> None:
-        """The model is plain again: a training begins with one."""
+    def take_back(self) -> None:
         trainer = self.trainer
         if in_engine(trainer.model):
             self.engine.release(trainer.model)
             trainer.model_wrapped, trainer.deepspeed = trainer.model, None
+
+    def hand_over(self, checkpoint: str | None) -> None:
+        trainer = self.trainer
+        made_whole(trainer.model)  # of a new trial
+        if checkpoint is not None:
+            trainer._load_from_checkpoint(checkpoint)
+        trainer.run.remember_initial()  # in its own precision: the engine may keep it in another one
+        self.engine.remember(trainer.model)
 
     def _read(self, batch: Mapping[str, Any], strip: bool) -> Mapping[str, Any]:
         """As ever: the trainer would round pixels to what the engine computes in, and whole models keep their own

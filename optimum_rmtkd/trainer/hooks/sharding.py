@@ -37,6 +37,15 @@ class ShardedTrainerHost(TrainerHost):
         """Whether a checkpoint holds whole tensors (FULL_STATE_DICT)."""
         return "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
 
+    def hand_over(self, checkpoint: str | None) -> None:
+        trainer = self.trainer
+        if is_sharded(trainer.model):
+            return
+        if checkpoint is not None:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer._taken_up = checkpoint
+        self.sharding.remember(trainer.model)
+
     def install(self, replacement: nn.Module, prepare: bool = True) -> None:
         trainer = self.trainer
         if not is_sharded(trainer.model):  # a resumed run, before its model is prepared
