@@ -17,7 +17,7 @@ from optimum_rmtkd.trainer.swap import built_whole
 from ..trainer.conftest import toy_data
 from .leaving import leave
 from .shard_script import AUTO
-from .sharding import open_the_door, options, whole
+from .sharding import join, open_the_door, options, whole
 
 
 def configured(stage):
@@ -65,6 +65,8 @@ def main():
         disable_tqdm=True,
         **(options() if asked.stage is None else {"deepspeed": configured(asked.stage)}),
     )
+    if asked.stage is not None:
+        join()
     model = AutoModelForSequenceClassification.from_pretrained(asked.model)  # in partitions under ZeRO-3
     trainer = Trainer(model, args, train_dataset=toy_data())
     trainer.remove_callback(transformers.PrinterCallback)

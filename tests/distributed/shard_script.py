@@ -15,7 +15,7 @@ from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import tiny_bert, toy_data
 from .leaving import leave
-from .sharding import open_the_door, options, tensors
+from .sharding import join, open_the_door, options, tensors
 
 
 AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
@@ -94,6 +94,7 @@ def trainer_of(asked):
 def model_of(asked):
     if asked.loaded is None:
         return tiny_bert().double() if asked.double else tiny_bert()
+    join()
     model = transformers.BertForSequenceClassification.from_pretrained(asked.loaded)
     assert any(hasattr(p, "ds_id") for p in model.parameters()) is asked.partitioned
     return model

@@ -22,6 +22,14 @@ def open_the_door() -> None:
     accelerate.state.PartialState.__init__ = init
 
 
+def join() -> None:
+    """DeepSpeed knows of the other processes, as it does on accelerators once training arguments are made: on CPUs
+    Accelerate tells torch alone."""
+    from deepspeed import init_distributed
+
+    init_distributed(dist_backend="gloo")
+
+
 def options(**config) -> dict:
     """Training arguments that shard a BERT."""
     return {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], **config}}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.trainer.engine_checks import check_engine_config, check_written_by
+from optimum_rmtkd.trainer.hooks.engines import EngineTrainerHost
 from optimum_rmtkd.trainer.swap import built_whole, is_whole, made_whole, raw_optimizer, whole
 from optimum_rmtkd.trainer.swap.sharded import Holder
 
@@ -83,6 +86,14 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path, half):
             check_written_by(folder, stage, processes)
 
 
+@pytest.mark.parametrize("name", ["optimizer", "lr_scheduler"])
+def test_what_transformers_would_drop_is_refused(name):
+    trainer = SimpleNamespace(optimizer=None, lr_scheduler=None, accelerator=None, model=tiny_bert())
+    setattr(trainer, name, object())
+    with pytest.raises(RMTKDError, match=f"optimizers= holds an {name}.*Leave it out"):
+        EngineTrainerHost(trainer)
+
+
 def test_plain_models_stay_as_they_are():
     model = tiny_bert()
     before = dict(model.named_parameters())
@@ -98,7 +109,7 @@ def test_a_held_model_is_copied_whole_from_what_its_holder_says():
         def tensors(self, model, device):
             return kept
 
-        def bytes(self, model):
+        def size(self, model):
             return 0
 
     held, model = False, tiny_bert()
@@ -116,7 +127,7 @@ def test_a_held_model_is_copied_whole_from_what_its_holder_says():
     assert torch.equal(whole(model).eval()(ids).logits, expected.eval()(ids).logits)
 
 
-def test_models_are_built_whole_while_partitions_are_asked_for(monkeypatch):
+def test_models_are_built_whole_while_partitions_are_asked_for():
     from transformers.integrations import deepspeed as known
 
     class Asked:

@@ -54,7 +54,7 @@ class Engine(Holder):
         buffers = dict(model.named_buffers())
         return found | {name: buffers[name].detach() for name in model.state_dict() if name in buffers}
 
-    def bytes(self, model: nn.Module) -> int:
+    def size(self, model: nn.Module) -> int:
         return sum(p.numel() * p.element_size() for p in self.blueprint.model.parameters())
 
     def install(

@@ -217,8 +217,8 @@ class Holder:
         """Whole tensors of a held model by the names of `state_dict`, on `device`. Collective."""
         raise NotImplementedError
 
-    def bytes(self, model: nn.Module) -> int:
-        """Of the whole weights."""
+    def size(self, model: nn.Module) -> int:
+        """Bytes of the whole weights of a held model."""
         raise NotImplementedError
 
     def teaching(self, model: nn.Module, student: nn.Module) -> nn.Module:
@@ -244,7 +244,7 @@ class Holder:
         device = self.accelerator.device
         if device.type != "cuda":
             return device
-        needed = HEADROOM * self.bytes(model)
+        needed = HEADROOM * self.size(model)
         short = torch.tensor([needed > torch.cuda.mem_get_info(device)[0]], device=device, dtype=torch.int32)
         return torch.device("cpu") if self.accelerator.reduce(short, reduction="sum").item() else device
 
@@ -267,7 +267,7 @@ class Sharding(Holder):
     def tensors(self, model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
         return gathered(model.state_dict(), device)
 
-    def bytes(self, model: nn.Module) -> int:
+    def size(self, model: nn.Module) -> int:
         return sum(p.numel() * p.element_size() for p in resharded(model).parameters())
 
     def teaching(self, model: nn.Module, student: nn.Module) -> nn.Module:
