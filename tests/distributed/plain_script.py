@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -16,22 +15,15 @@ from optimum_rmtkd.trainer.swap import built_whole
 
 from ..trainer.conftest import toy_data
 from .leaving import leave
-from .shard_script import AUTO
-from .sharding import join, open_the_door, options, whole
-
-
-def configured(stage):
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    values = {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}
-    return dict.fromkeys(AUTO, "auto") | {"zero_optimization": values}
+from .sharding import join, open_the_door, options, whole, zero
 
 
 def gathered(trainer):
     """What the engine holds, on every process."""
-    from deepspeed import zero
+    import deepspeed
 
     parameters = list(trainer.model.parameters())
-    with zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
+    with deepspeed.zero.GatheredParameters([p for p in parameters if hasattr(p, "ds_id")]):
         return {name: tensor.detach().clone() for name, tensor in trainer.model.state_dict().items()}
 
 
@@ -63,7 +55,7 @@ def main():
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
-        **(options() if asked.stage is None else {"deepspeed": configured(asked.stage)}),
+        **(options() if asked.stage is None else {"deepspeed": zero(asked.stage)}),
     )
     if asked.stage is not None:
         join()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -15,10 +14,7 @@ from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import tiny_bert, toy_data
 from .leaving import leave
-from .sharding import join, open_the_door, options, tensors
-
-
-AUTO = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+from .sharding import join, open_the_door, options, tensors, zero
 
 
 def parsed(given=None):
@@ -30,7 +26,7 @@ def parsed(given=None):
     parser.add_argument("--recipe", type=json.loads, default={})
     parser.add_argument("--arguments", type=json.loads, default={})
     parser.add_argument("--config", type=json.loads, default={}, help="of fsdp")
-    parser.add_argument("--deepspeed", type=json.loads, default=None, help="its configuration, in place of fsdp")
+    parser.add_argument("--stage", type=int, help="of DeepSpeed's ZeRO, in place of fsdp")
     parser.add_argument("--parts", type=json.loads, default={}, help="of the trainer")
     parser.add_argument("--ruined", action="store_true", help="the metric falls in every stage")
     parser.add_argument("--loaded", type=Path, help="model to load once the arguments are made")
@@ -41,7 +37,7 @@ def parsed(given=None):
 
 
 def trainer_of(asked):
-    fsdp = not asked.plain and asked.deepspeed is None
+    fsdp = not asked.plain and asked.stage is None
     if fsdp:
         open_the_door()
     uniform = torch.ones(10, dtype=torch.long)  # means over tokens are then the same however a batch is split
@@ -67,9 +63,8 @@ def trainer_of(asked):
         "round_to": 4,
     }
     arguments |= asked.arguments
-    if asked.deepspeed is not None:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        arguments["deepspeed"] = dict.fromkeys(AUTO, "auto") | {"bf16": {"enabled": "auto"}} | asked.deepspeed
+    if asked.stage is not None:
+        arguments["deepspeed"] = zero(asked.stage)
     if asked.ruined:
         arguments |= {"metric_for_best_model": "score", "greater_is_better": True}
         asked.parts["compute_metrics"] = lambda _: falling(trainer.run)

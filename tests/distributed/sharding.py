@@ -5,6 +5,8 @@ Import this before anything makes an Accelerator.
 
 from __future__ import annotations
 
+import os
+
 import accelerate.state
 import torch.distributed
 from accelerate.utils import DistributedType
@@ -20,6 +22,14 @@ def open_the_door() -> None:
             self.distributed_type = DistributedType.MULTI_GPU
 
     accelerate.state.PartialState.__init__ = init
+
+
+def zero(stage: int, **entries) -> dict:
+    """A configuration of DeepSpeed that follows the training arguments."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    values = {"zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True}}
+    return dict.fromkeys((*batches, "gradient_clipping"), "auto") | values | {"bf16": {"enabled": "auto"}} | entries
 
 
 def join() -> None:

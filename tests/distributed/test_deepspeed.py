@@ -41,7 +41,7 @@ def told(stage=None, resume=None, batch_size=4, ruined=False, loaded=None, parti
     words += ["--again"] * again
     words += [] if resume is None else ["--resume", str(resume)]
     words += [] if loaded is None else ["--loaded", str(loaded)]
-    words += ["--plain"] if stage is None else ["--deepspeed", json.dumps({"zero_optimization": {"stage": stage}})]
+    words += ["--plain"] if stage is None else ["--stage", str(stage)]
     return words + [text for name, value in options.items() for text in (f"--{name}", json.dumps(value))]
 
 
@@ -229,6 +229,19 @@ def test_a_model_is_fine_tuned_first(stage, tmp_path):
         checkpoint = tmp_path / "two" / "run" / f"checkpoint-{step}"
         _, tensors = owned(tmp_path / f"again-{step}", stage, resume=checkpoint, **options)
         same(tensors[0], weights[0])
+
+
+def test_what_is_trained_beside_the_student_is_that_of_one_process(stage, tmp_path):
+    script, parts = "tests.distributed.distil_script", ("--parts", "beside")
+    (theirs,), (weights,) = launch(tmp_path / "one", 1, "--batch-size", "8", *parts, module=script)
+    options = ("--batch-size", "2", "--accumulation", "2", "--stage", str(stage))
+    results, ranks = launch(tmp_path / "two", 2, *options, *parts, module=script)
+    assert results[0]["wrapped"] == "DeepSpeedEngine" and results[0]["adapters"] == results[1]["adapters"]
+    assert results[0]["losses"] == pytest.approx(theirs["losses"], rel=2e-3, abs=1e-5)
+    assert len(results[0]["adapters"]) == len(theirs["adapters"]) > 2
+    for name, tensor in ranks[0].items():
+        assert torch.equal(tensor, ranks[1][name]), name
+        assert torch.allclose(tensor, weights[name], atol=5e-3), name
 
 
 def test_a_training_follows_another_and_an_evaluation(stage, tmp_path):
