@@ -19,6 +19,7 @@ from .test_two_processes import launch, start, widths
 
 SCRIPT = "tests.distributed.shard_script"
 ADAM = {"optim": "adamw_torch", "learning_rate": 1e-3}
+THIRD = 3  # the stage that leaves least to a process
 
 pytestmark = [
     pytest.mark.slow,
@@ -167,9 +168,9 @@ def test_a_model_that_was_loaded_in_partitions_is_made_whole(stage, tmp_path, tw
 
 
 @pytest.mark.parametrize("activations", [True, False], ids=["recomputed", "kept"])
-def test_gradients_of_an_accumulated_batch_are_those_of_one_process(stage, tmp_path, activations):
+def test_gradients_of_an_accumulated_batch_are_those_of_one_process(tmp_path, activations):
     arguments = {"gradient_accumulation_steps": 2, "max_steps": 4, "gradient_checkpointing": activations}
-    results, weights = owned(tmp_path / "two", stage, batch_size=2, arguments=arguments)
+    results, weights = owned(tmp_path / "two", THIRD, batch_size=2, arguments=arguments)
     same(*weights)
     (theirs,), _ = launch(tmp_path / "one", 1, *told(batch_size=4, arguments=arguments), module=SCRIPT)
     assert [widths(s) for s in results[0]["stages"]] == [widths(s) for s in theirs["stages"]]
@@ -186,55 +187,55 @@ def test_the_best_model_is_loaded_at_the_end(stage, tmp_path):
     assert results[0]["evaluated"] == pytest.approx(journal["best_metric"], rel=1e-5)
 
 
-def test_a_stage_is_rolled_back(stage, tmp_path):
+def test_a_stage_is_rolled_back(tmp_path):
     options = {"recipe": {"max_metric_drop": 0.1, "rounds": 1}, "arguments": {**ADAM, "save_steps": 1}}
-    results, weights = owned(tmp_path / "two", stage, ruined=True, **options)
+    results, weights = owned(tmp_path / "two", THIRD, ruined=True, **options)
     assert [s["status"] for s in results[0]["stages"]] == ["rolled_back"]
     same(*weights)
     assert results[0]["reduction"] == 0.0 and results[0]["class"] == "BertForSequenceClassification"
     checkpoint = tmp_path / "two" / "run" / "checkpoint-2"
-    again, tensors = owned(tmp_path / "again", stage, resume=checkpoint, ruined=True, **options)
+    again, tensors = owned(tmp_path / "again", THIRD, resume=checkpoint, ruined=True, **options)
     assert again[0]["stages"] == results[0]["stages"]
     same(tensors[0], weights[0])
 
 
-def test_what_distilling_made_worse_is_put_back(stage, tmp_path):
+def test_what_distilling_made_worse_is_put_back(tmp_path):
     """Also after a checkpoint: the weights just after the cut lie whole in it."""
     options = {"recipe": {"rounds": 1}, "arguments": {**ADAM, "max_steps": 12, "save_steps": 1}}
-    results, weights = owned(tmp_path / "two", stage, ruined=True, **options)
+    results, weights = owned(tmp_path / "two", THIRD, ruined=True, **options)
     assert "the weights just after the cut stay" in results[0]["stages"][0]["note"]
     same(*weights)
     checkpoint = tmp_path / "two" / "run" / "checkpoint-1"
-    again, tensors = owned(tmp_path / "again", stage, resume=checkpoint, ruined=True, **options)
+    again, tensors = owned(tmp_path / "again", THIRD, resume=checkpoint, ruined=True, **options)
     assert again[0]["stages"] == results[0]["stages"]
     same(tensors[0], weights[0])
 
 
 @pytest.mark.parametrize("teacher", ["previous", "ema"])
-def test_other_teachers(stage, tmp_path, teacher):
+def test_other_teachers(tmp_path, teacher):
     options = {"recipe": {"teacher": teacher, "ema_decay": 0.5}, "arguments": {"save_steps": 1}}
-    results, weights = owned(tmp_path / "two", stage, **options)
+    results, weights = owned(tmp_path / "two", THIRD, **options)
     (theirs,), _ = launch(tmp_path / "one", 1, *told(batch_size=8, **options), module=SCRIPT)
     assert results[0]["losses"] == pytest.approx(theirs["losses"], rel=1e-4, abs=1e-4)
-    again, tensors = owned(tmp_path / "again", stage, resume=tmp_path / "two" / "run" / "checkpoint-4", **options)
+    again, tensors = owned(tmp_path / "again", THIRD, resume=tmp_path / "two" / "run" / "checkpoint-4", **options)
     same(tensors[0], weights[0])
 
 
-def test_a_model_is_fine_tuned_first(stage, tmp_path):
+def test_a_model_is_fine_tuned_first(tmp_path):
     options = {"recipe": {"fit_share": 0.4, "rounds": 1}, "arguments": {"max_steps": 8, "save_steps": 1}}
-    results, weights = owned(tmp_path / "two", stage, **options)
+    results, weights = owned(tmp_path / "two", THIRD, **options)
     assert len(results[0]["stages"]) == 1
     same(*weights)
     for step in (2, 5):
         checkpoint = tmp_path / "two" / "run" / f"checkpoint-{step}"
-        _, tensors = owned(tmp_path / f"again-{step}", stage, resume=checkpoint, **options)
+        _, tensors = owned(tmp_path / f"again-{step}", THIRD, resume=checkpoint, **options)
         same(tensors[0], weights[0])
 
 
-def test_what_is_trained_beside_the_student_is_that_of_one_process(stage, tmp_path):
+def test_what_is_trained_beside_the_student_is_that_of_one_process(tmp_path):
     script, parts = "tests.distributed.distil_script", ("--parts", "beside")
     (theirs,), (weights,) = launch(tmp_path / "one", 1, "--batch-size", "8", *parts, module=script)
-    options = ("--batch-size", "2", "--accumulation", "2", "--stage", str(stage))
+    options = ("--batch-size", "2", "--accumulation", "2", "--stage", str(THIRD))
     results, ranks = launch(tmp_path / "two", 2, *options, *parts, module=script)
     assert results[0]["wrapped"] == "DeepSpeedEngine" and results[0]["adapters"] == results[1]["adapters"]
     assert results[0]["losses"] == pytest.approx(theirs["losses"], rel=2e-3, abs=1e-5)
@@ -244,8 +245,8 @@ def test_what_is_trained_beside_the_student_is_that_of_one_process(stage, tmp_pa
         assert torch.allclose(tensor, weights[name], atol=5e-3), name
 
 
-def test_a_training_follows_another_and_an_evaluation(stage, tmp_path):
-    results, weights = owned(tmp_path / "two", stage, again=True)
+def test_a_training_follows_another_and_an_evaluation(tmp_path):
+    results, weights = owned(tmp_path / "two", THIRD, again=True)
     same(*weights)
     assert len(results[0]["stages"]) == 2 and results[0]["engine"] == "DeepSpeedEngine"
 
