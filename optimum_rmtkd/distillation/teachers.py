@@ -62,9 +62,7 @@ class Teacher:
     def accepted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Those that the model's forward takes; pixels and the like in the precision of its weights."""
         kept = {k: v for k, v in inputs.items() if self._accepted is None or k in self._accepted}
-        measured = [k for k in INPUTS if torch.is_tensor(kept.get(k)) and kept[k].is_floating_point()]
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), None) if measured else None
-        return kept if dtype is None else kept | {k: kept[k].to(dtype) for k in measured}
+        return in_precision_of(self.model, kept)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -135,6 +133,13 @@ class EMATeacher(SnapshotTeacher):
             old.lerp_(new[name].to(old.dtype), 1.0 - self.decay)
         for old, fresh in zip(self.model.buffers(), student.buffers(), strict=True):
             old.copy_(fresh)
+
+
+def in_precision_of(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs, pixels and the like in the precision of the model's weights."""
+    measured = [k for k in INPUTS if torch.is_tensor(inputs.get(k)) and inputs[k].is_floating_point()]
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None) if measured else None
+    return dict(inputs) if dtype is None else dict(inputs) | {k: inputs[k].to(dtype) for k in measured}
 
 
 def without_labels(model: nn.Module, inputs: Mapping[str, Any], labels: Iterable[str]) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from ..distillation.signatures import named_inputs
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import check_structure
 from . import plain
+from .engine_checks import check_engine_config
 from .host import Host
 from .rehearsal import outputs_on, rehearse
 from .run import Run
@@ -42,7 +43,6 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 FSDP1 = "it flattens them into one tensor, which a cut cannot take apart; FSDP2 keeps each by itself"
-DEEPSPEED = "its engine, which owns optimizer and checkpoints, would have to be made anew at each cut, and is not"
 
 
 def one_device(count: int) -> RMTKDError:
@@ -117,9 +117,9 @@ def unsharded(what: str, why: str = "a cut inside training needs whole ones on e
         why: it cannot be cut inside training.
     """
     return RMTKDError(
-        f"{what} shards the parameters; {why}. Use FSDP2 (fsdp=True, fsdp_config={{'version': 2}}) or DDP (torchrun) "
-        "with RMTKDTrainer, or cut first with optimum_rmtkd.narrow and train the result sharded with transformers' "
-        "own Trainer."
+        f"{what} shards the parameters; {why}. Use FSDP2 (fsdp=True, fsdp_config={{'version': 2}}), DeepSpeed (ZeRO) "
+        "or DDP (torchrun) with RMTKDTrainer, or cut first with optimum_rmtkd.narrow and train the result sharded "
+        "with transformers' own Trainer."
     )
 
 
@@ -130,10 +130,8 @@ def check_sharding_arguments(args: Any) -> None:
         args: training arguments, before anything is built from them.
 
     Raises:
-        RMTKDError: DeepSpeed, FSDP1 or that of XLA.
+        RMTKDError: FSDP1 or that of XLA.
     """
-    if getattr(args, "deepspeed", None):
-        raise unsharded("deepspeed", DEEPSPEED)
     if not getattr(args, "fsdp", None):
         return
     plugin = getattr(args, "fsdp_plugin_args", None)
@@ -151,8 +149,12 @@ def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameteriza
     """
     state = accelerator.state
     plugin, kind = getattr(state, "fsdp_plugin", None), accelerator.distributed_type.name
-    if getattr(state, "deepspeed_plugin", None) is not None:
-        raise unsharded("deepspeed", DEEPSPEED)
+    if (engine := getattr(state, "deepspeed_plugin", None)) is not None:
+        check_engine_config(engine.deepspeed_config)
+        _check_parts_held("DeepSpeed", accelerator, args, model, reparameterization, transforms)
+        return
+    if getattr(args, "deepspeed", None):
+        raise unsharded("deepspeed", f"Accelerate has made {kind} of it here")
     if any(type(parameter.data).__name__ == "DTensor" for parameter in model.parameters()):
         raise RMTKDError(
             f"The parameters of {type(model).__name__} lie in shards already; expected a plain one, which the trainer "
@@ -164,8 +166,6 @@ def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameteriza
         return
     if plugin.fsdp_version != 2:
         raise unsharded(f"fsdp (version {plugin.fsdp_version})", FSDP1)
-    if getattr(accelerator, "parallelism_config", None) is not None:
-        raise unsharded("parallelism_config", "only FSDP2 over all processes is known here")
     from torch.distributed.fsdp import CPUOffloadPolicy
 
     refused = {
@@ -173,10 +173,25 @@ def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameteriza
         and "the other processes have no weights yet when the first batch is looked at. Set it False",
         "cpu_offload=True": isinstance(plugin.cpu_offload, CPUOffloadPolicy)
         and "batches and parameters would lie on different devices while a cut is made. Set it False",
+    }
+    _check_parts_held("FSDP2", accelerator, args, model, reparameterization, transforms, refused)
+
+
+def _check_parts_held(how, accelerator, args, model, reparameterization, transforms, refused=None) -> None:
+    """What does not work where the processes hold a model together, in whatever way.
+
+    Args:
+        how: they hold it.
+        refused: {what: why, or False}, of that way alone.
+    """
+    if getattr(accelerator, "parallelism_config", None) is not None:
+        raise unsharded("parallelism_config", f"only {how} over all processes is known here")
+    refused = {
+        **(refused or {}),
         "torch_compile=True": getattr(args, "torch_compile", False)
         and "what is compiled cannot take over another architecture shard by shard. Set it False",
         "auto_find_batch_size=True": getattr(args, "auto_find_batch_size", False)
-        and "torch shards no model twice, and a second attempt would. Set it False",
+        and "the model cannot be taken back from them for a second attempt. Set it False",
         f"reparameterization={getattr(reparameterization, 'name', None)!r}": reparameterization is not None
         and "its cores would be sharded and could not be folded. Leave it out",
     }
@@ -190,7 +205,7 @@ def check_sharding(accelerator: Any, args: Any, model: nn.Module, reparameteriza
     )
     for what, why in refused.items():
         if why:
-            raise RMTKDError(f"{what} does not work with cuts under FSDP2: {why}, or use DDP (without fsdp).")
+            raise RMTKDError(f"{what} does not work with cuts under {how}: {why}, or use DDP.")
 
 
 def check_parts(run: Run, model: nn.Module) -> None:

@@ -104,6 +104,8 @@ def settle(run: Any, measured: Measured) -> str | None:
 
 def _put_back(run: Any) -> None:
     """The model just after the cut, and a moving average that begins with it."""
+    run.dropout.restore()
     run.keepsake.put_back()
+    run.disable_dropout()
     if run.tutor.given is None and run.config.teacher == "ema":
         run.appoint_teacher()

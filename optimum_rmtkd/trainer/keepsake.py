@@ -7,7 +7,7 @@ import torch
 from ..reparameterization import Reparameterization
 from . import plain
 from .host import Host
-from .swap import assign
+from .swap import assign, in_engine
 
 
 __all__ = ["Keepsake"]
@@ -22,19 +22,24 @@ class Keepsake:
         self.host, self.how = host, how
         self.tensors: dict[str, torch.Tensor] | None = None
 
+    @property
+    def _written_over(self) -> bool:
+        """Whether values can be copied into the very tensors that are trained."""
+        return self.how is None and not in_engine(self.host.model)
+
     def reset(self) -> None:
         """Keep nothing."""
         self.tensors = None
 
     def keep(self) -> None:
         """The model as it is now."""
-        model = self.host.model if self.how is None else plain.plain(self.host.model)
+        model = self.host.model if self._written_over else plain.plain(self.host.model)
         self.tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
     @torch.no_grad()
     def put_back(self) -> None:
         """The model becomes what it was; the optimizer's state, which came after, is dropped."""
-        if self.how is None:
+        if self._written_over:
             for name, tensor in self.host.model.state_dict().items():
                 assign(tensor, self.tensors[name])
         else:

@@ -43,13 +43,13 @@ from .hooks.losses import LossHooks
 from .hooks.modes import check_modes
 from .hooks.results import ResultHooks
 from .hooks.schedules import ScheduleHooks
-from .hooks.sharding import ShardedTrainerHost, host_of
+from .hooks.sharding import host_of
 from .inside import inside_of
 from .parts import parts_of
 from .run import Run
 from .stages import Stage, stage_table
 from .stream import Stream, evaluated_again
-from .swap import is_sharded
+from .swap import made_whole
 from .teaching import accept_teacher, check_cached
 from .verdicts import greater_is_better
 
@@ -160,6 +160,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     def _check_setting(self) -> None:
         check_sharding(self.accelerator, self.args, self.model, self.reparameterization, self.transforms)
+        made_whole(self.model)
         if self.args.n_gpu > 1 or self.is_model_parallel:
             raise one_device(self.args.n_gpu)
         if self.rmtkd_config.schedule != "none" or self.reparameterization is not None:
@@ -269,6 +270,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         host.keep_stream()
         self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
         self._check_first_batch()
+        host.take_back()
         given, self.train_dataset = self.train_dataset, self._training_data()
         if self.model_init is not None:  # a new trial: the model of the last one is thrown away
             run.reset()
@@ -350,12 +352,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     # DDP, autocast or torch.compile it is a stale one. Each override below puts the live wrapper in its place.
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        host = self._host
-        if isinstance(host, ShardedTrainerHost) and not is_sharded(self.model):
-            if resume_from_checkpoint is not None:  # as unsharded training does: a plain model takes it up
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self._taken_up = resume_from_checkpoint
-            host.sharding.remember(self.model)
+        self._host.hand_over(resume_from_checkpoint)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
     def _run_epoch(self, model, *positional, **kwargs):

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from ..reparameterization import Reparameterization, core_parameters, fold, is_reparameterized, plain_parameters
-from .swap import whole, whole_copy
+from .swap import in_engine, outline, whole, whole_copy
 
 
-__all__ = ["at_hand", "parameters", "plain", "plain_copy", "put_on", "state_of"]
+__all__ = ["at_hand", "parameters", "plain", "plain_copy", "put_on", "readable", "state_of"]
 
 
 def parameters(model: nn.Module) -> int:
     """Parameters of the model as it would be saved, tied ones once."""
     from .. import surgery
 
-    cores = core_parameters(model)
+    cores, model = core_parameters(model), outline(model)
     named = {name for name, _ in model.named_parameters()}
     inner = sum(t.numel() for name, t in plain_parameters(model).items() if name not in named) if cores else 0
     return surgery.count_parameters(model) - sum(p.numel() for p in cores.values()) + inner
@@ -29,6 +29,11 @@ def parameters(model: nn.Module) -> int:
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy of the model with plain, whole weights, in evaluation mode."""
     return fold(whole_copy(model))
+
+
+def readable(model: nn.Module) -> nn.Module:
+    """The model itself, unless an engine holds its weights: then a whole copy."""
+    return whole(model) if in_engine(model) else model
 
 
 def plain(model: nn.Module) -> nn.Module:

@@ -143,7 +143,7 @@ class Run:
         elif resumed:
             load_transforms(self.parts.transforms, self.restored)
             self.restored = None
-        self._disable_dropout()
+        self.disable_dropout()
         self.agenda.ended = False
         if not resumed:
             if self.agenda.open is not None and not self.pace.phases:
@@ -202,8 +202,8 @@ class Run:
         Args:
             leaving: what is due is left to the run that goes on from here.
         """
-        if self.teacher is not None:
-            self.teacher.update(self.host.model)
+        if self.teacher is not None and type(self.teacher).update is not Teacher.update:
+            self.teacher.update(plain.readable(self.host.model))
         if step < self.host.max_steps and not leaving:  # a cut after the last step could not be distilled
             self._advance(step)
             self._begin_distilling()
@@ -316,14 +316,14 @@ class Run:
             self.agenda.stopped = f"the spectra say nothing of a further cut ({error.message})"
             self.agenda.change(reason=self.agenda.stopped)
             logger.warning("No further cut is made: %s.", self.agenda.stopped)
-            self._disable_dropout()
+            self.disable_dropout()
             return
         stage = stage_of(cut, step, reduction, measured, self.judge.name)
         if reason := too_narrow(stage.sites, self.config.min_rank_ratio):
             logger.warning("Stage %d is not cut: %s.", cut.index, reason)
             self.stages.append(dataclasses.replace(stage, status="rejected", reason=reason))
             self.agenda.stopped = reason
-            self._disable_dropout()
+            self.disable_dropout()
             self.write_journal()
             return
         self._apply(reduction, before)
@@ -334,7 +334,7 @@ class Run:
         self.agenda.repeats = 0
         suit(self, step)
         begin_stage(self, step)
-        self._disable_dropout()
+        self.disable_dropout()
         self.reports.append(reduction.report)
         self.records.spectra(cut.index, reduction.report)
         self.write_journal()
@@ -354,7 +354,7 @@ class Run:
         self.agenda.stopped = reason
         self.keepsake.reset()
         self._after_change()
-        self._disable_dropout()
+        self.disable_dropout()
         self.records.log(self.stages[-1], self.parameters)
         self.write_journal()
 
@@ -362,7 +362,7 @@ class Run:
         self.host.model_changed()
         self.appoint_teacher()
 
-    def _disable_dropout(self) -> None:
+    def disable_dropout(self) -> None:
         if self.config.disable_dropout and any(stage.accepted for stage in self.stages):
             self.dropout.disable(self.host.model)
 

@@ -22,6 +22,7 @@ from ..distillation import (
 )
 from ..distillation.cached import CLASSES
 from ..errors import RMTKDError
+from .swap import made_whole
 from .tutor import Tutor
 
 
@@ -37,7 +38,7 @@ def accept_teacher(tutor: Tutor, teacher: Any, model: nn.Module, device: torch.d
         RMTKDError: no teacher at all, of other labels or another vocabulary, one that would move with the student, or
             no objective that could use it.
     """
-    given = as_teacher(teacher)
+    given = as_teacher(_all_whole(teacher))
     if any(isinstance(member, EMATeacher) for member in getattr(given, "members", [given])):
         raise RMTKDError(
             "teacher_model is an EMATeacher: an average has to be made anew at every cut and lies in the checkpoints. "
@@ -61,6 +62,16 @@ def accept_teacher(tutor: Tutor, teacher: Any, model: nn.Module, device: torch.d
     if not itself:
         _drop_projected(tutor, type(teacher).__name__)
     return True
+
+
+def _all_whole(teacher: Any) -> Any:
+    """The same, its models whole on every process."""
+    for part in teacher if isinstance(teacher, (list, tuple)) else [teacher]:
+        if isinstance(part, nn.Module):
+            made_whole(part)
+        elif isinstance(part, (list, tuple)):
+            _all_whole(part)
+    return teacher
 
 
 def _drop_projected(tutor: Tutor, teacher: str) -> None:

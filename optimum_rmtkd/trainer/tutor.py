@@ -24,7 +24,7 @@ from ..distillation import (
     compose,
 )
 from ..distillation.objectives.answers import Answers
-from ..distillation.teachers import without_labels
+from ..distillation.teachers import in_precision_of, without_labels
 from ..errors import RMTKDError
 from . import checkpoint, plain
 from .companions import Companions
@@ -218,7 +218,7 @@ class Tutor:
         step = self.side(inputs, objectives, model)
         paths = dict.fromkeys(path for objective in objectives for path in objective.features().student)
         with evaluating(model), capture(model, paths) as features, self.companions.accelerator.autocast():
-            model(**without_labels(model, strip(step.inputs), self.label_names))
+            model(**in_precision_of(model, without_labels(model, strip(step.inputs), self.label_names)))
         return dataclasses.replace(step, student_features=features)
 
 

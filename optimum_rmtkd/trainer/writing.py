@@ -18,6 +18,7 @@ from ..checkpoints import begin, pending_place, put_in_place
 from ..disks import check_room, full_disk_named
 from ..locks import let_go
 from ..surgery.processes import one_for_all
+from .swap import outline
 
 
 __all__ = ["bytes_of", "written_whole"]
@@ -73,7 +74,7 @@ def written_whole(
 def bytes_of(model: nn.Module, optimizer: Any) -> int:
     """What weights and optimizer take on a disk, at least: tensors that several names share once."""
     state = getattr(optimizer, "state", None) or {}
-    tensors = [*model.parameters(), *model.buffers()]
+    tensors = [*outline(model).parameters(), *model.buffers()]
     held = [values for values in state.values() if isinstance(values, Mapping)]
     tensors += [value for values in held for value in values.values() if torch.is_tensor(value)]
     return sum(

@@ -14,6 +14,7 @@ from optimum_rmtkd.distillation import (
     compose,
     fingerprint,
 )
+from optimum_rmtkd.distillation.teachers import in_precision_of
 from optimum_rmtkd.errors import RMTKDError
 
 
@@ -134,3 +135,12 @@ def test_composed_projection_is_one_after_the_other():
     assert torch.equal(compose(first, {})["hidden"], first["hidden"])
     assert torch.equal(compose({}, second)["hidden"], second["hidden"])
     assert compose({}, {}) == {}
+
+
+def test_pixels_come_in_the_precision_of_the_model_and_labels_as_they_are():
+    model, batch = nn.Linear(2, 2).bfloat16(), {"pixel_values": torch.rand(2), "labels": torch.rand(2)}
+    read = in_precision_of(model, batch)
+    assert read["pixel_values"].dtype == torch.bfloat16 and read["labels"] is batch["labels"]
+    assert batch["pixel_values"].dtype == torch.float32
+    ids = {"input_ids": torch.arange(3)}
+    assert in_precision_of(model, ids)["input_ids"] is ids["input_ids"]

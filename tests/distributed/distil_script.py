@@ -15,7 +15,8 @@ from optimum_rmtkd.distillation import CachedTeacher, OnlineTeacher, cache_answe
 from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import ragged, tiny_bert
-from .leaving import wait
+from .leaving import leave, wait
+from .sharding import tensors, zero
 
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": 3}
@@ -63,7 +64,20 @@ def several():
     return {"objectives": objectives, "teacher_model": [(teacher(3), 2.0), (teacher(4), 1.0)]}
 
 
-PARTS = {part.__name__: part for part in (features, divergences, cached, several)}
+def beside():
+    """All that is trained beside a student, and nothing in its place."""
+    student = tiny_bert(cls=transformers.BertForTokenClassification, **STILL)
+    objectives = {
+        "task": {},
+        "skew_kl": {},
+        "projected_feature": {"projection": {"name": "pca", "dim": 8}, "layers": "uniform"},
+        "attention_relation": {},
+    }
+    online = OnlineTeacher(student, rank=2, learning_rate=1e-2)
+    return {"objectives": objectives, "teacher_model": online, "model": student}
+
+
+PARTS = {part.__name__: part for part in (features, divergences, cached, several, beside)}
 
 
 def main():
@@ -72,6 +86,7 @@ def main():
     parser.add_argument("--parts", choices=PARTS, default="features")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--stage", type=int, help="of DeepSpeed's ZeRO")
     options = parser.parse_args()
     torch.set_num_threads(1)
     parts = {
@@ -94,6 +109,7 @@ def main():
             use_cpu=True,
             report_to=[],
             disable_tqdm=True,
+            deepspeed=None if options.stage is None else zero(options.stage),
         ),
         rmtkd_config=RMTKDConfig(schedule="none", calibration_samples=32),
         **parts,
@@ -101,7 +117,7 @@ def main():
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     rank = trainer.args.process_index
-    torch.save(trainer.model.state_dict(), options.out / f"weights-{rank}.pt")
+    torch.save(tensors(trainer.model), options.out / f"weights-{rank}.pt")
     values = {
         "processes": trainer.args.world_size,
         "wrapped": type(trainer.model_wrapped).__name__,
@@ -111,7 +127,9 @@ def main():
         "adapters": [p.detach().tolist() for p in trainer.run.tutor.companions.parameters],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    wait(trainer.accelerator)  # and end as a script does that leaves its group behind
+    (wait if options.stage is None else leave)(
+        trainer.accelerator
+    )  # and end as a script does that leaves its group behind
 
 
 if __name__ == "__main__":

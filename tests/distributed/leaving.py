@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 
 def wait(accelerator):
@@ -19,8 +20,13 @@ def wait(accelerator):
 
 def leave(accelerator):
     """The same, and end the group as `Accelerator.end_training` does. The meshes of FSDP2 hold the group until the
-    process is gone, and with it the threads of gloo: there they may outlive the script."""
+    process is gone, and with it the threads of gloo: there they may outlive the script. So do the groups of DeepSpeed,
+    whose scripts end without a goodbye."""
     wait(accelerator)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     if getattr(accelerator, "is_fsdp2", False):
         atexit.unregister(_alone)
     PartialState().destroy_process_group()

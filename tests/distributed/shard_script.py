@@ -14,7 +14,7 @@ from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import tiny_bert, toy_data
 from .leaving import leave
-from .sharding import open_the_door, options, whole
+from .sharding import join, open_the_door, options, tensors, zero
 
 
 def parsed(given=None):
@@ -26,14 +26,19 @@ def parsed(given=None):
     parser.add_argument("--recipe", type=json.loads, default={})
     parser.add_argument("--arguments", type=json.loads, default={})
     parser.add_argument("--config", type=json.loads, default={}, help="of fsdp")
+    parser.add_argument("--stage", type=int, help="of DeepSpeed's ZeRO, in place of fsdp")
     parser.add_argument("--parts", type=json.loads, default={}, help="of the trainer")
     parser.add_argument("--ruined", action="store_true", help="the metric falls in every stage")
+    parser.add_argument("--loaded", type=Path, help="model to load once the arguments are made")
+    parser.add_argument("--partitioned", action="store_true", help="it has to be, under ZeRO-3")
+    parser.add_argument("--again", action="store_true", help="evaluated before, and trained once more after")
     parser.add_argument("--double", action="store_true", help="in fp64, where rounding hides nothing")
     return parser.parse_args(given)
 
 
 def trainer_of(asked):
-    if not asked.plain:
+    fsdp = not asked.plain and asked.stage is None
+    if fsdp:
         open_the_door()
     uniform = torch.ones(10, dtype=torch.long)  # means over tokens are then the same however a batch is split
     arguments = {
@@ -58,17 +63,20 @@ def trainer_of(asked):
         "round_to": 4,
     }
     arguments |= asked.arguments
+    if asked.stage is not None:
+        arguments["deepspeed"] = zero(asked.stage)
     if asked.ruined:
         arguments |= {"metric_for_best_model": "score", "greater_is_better": True}
         asked.parts["compute_metrics"] = lambda _: falling(trainer.run)
     if arguments["learning_rate"]:  # what is known of rates was measured on real models
         recipe["distil_learning_rate"] = arguments["learning_rate"]
+    args = RMTKDTrainingArguments(
+        str(asked.out / "run"),
+        **(arguments | (options(**asked.config) if fsdp else {})),
+    )
     trainer = RMTKDTrainer(
-        model=tiny_bert().double() if asked.double else tiny_bert(),
-        args=RMTKDTrainingArguments(
-            str(asked.out / "run"),
-            **(arguments | ({} if asked.plain else options(**asked.config))),
-        ),
+        model=model_of(asked),
+        args=args,
         rmtkd_config=RMTKDConfig(**(recipe | asked.recipe)),
         train_dataset=[dict(sample, attention_mask=uniform) for sample in toy_data()],
         eval_dataset=toy_data(16, seed=2),
@@ -76,6 +84,15 @@ def trainer_of(asked):
     )
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def model_of(asked):
+    if asked.loaded is None:
+        return tiny_bert().double() if asked.double else tiny_bert()
+    join()
+    model = transformers.BertForSequenceClassification.from_pretrained(asked.loaded)
+    assert any(hasattr(p, "ds_id") for p in model.parameters()) is asked.partitioned
+    return model
 
 
 def falling(run) -> dict[str, float]:
@@ -100,17 +117,24 @@ def run(asked):
     trainer = trainer_of(asked)
     given, look = trainer.model, Look(trainer)
     trainer.add_callback(look)
+    if asked.again:
+        before = trainer.evaluate()["eval_loss"] if trainer.args.deepspeed_plugin.zero_stage == 3 else None
     output = trainer.train(resume_from_checkpoint=asked.resume)
+    if asked.again:
+        assert before is None or abs(before - trainer.stages[0].metric_before) < 1e-5
+        trainer.train()
     trainer.save_model(str(asked.out / "final"))
     rank = trainer.args.process_index
-    weights = whole(trainer.model)
+    weights = tensors(trainer.model)
     torch.save(weights, asked.out / f"weights-{rank}.pt")
     values = {
         "processes": trainer.args.world_size,
         "class": type(trainer.model).__name__,
+        "engine": type(trainer.model_wrapped).__name__,
         "sharded": sum(hasattr(p, "full_tensor") for p in trainer.model.parameters()),
         "teachers": sorted(look.teachers),
         "alias": set(given.state_dict()) == set(weights),
+        "kept": trainer.model is given,
         "stages": [stage.to_dict() for stage in trainer.stages],
         "spectra": [{s.name: s.subspace.eigenvalues.tolist() for s in report.sites} for report in trainer.reports],
         "losses": {

@@ -14,6 +14,7 @@ import torch
 
 
 ROOT = Path(__file__).resolve().parents[2]
+LIMIT = 300  # seconds
 SCRIPT = "tests.distributed.train_script"
 SLOW = partial(pytest.param, marks=pytest.mark.slow)
 SHARES = pytest.mark.parametrize(("batch", "accumulation"), [(2, 2), SLOW(4, 1)])  # of a batch of 8, in two processes
@@ -24,8 +25,9 @@ def start(out: Path, processes: int, *options: str, module: str = SCRIPT) -> sub
     out.mkdir()
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--standalone", "-m", module]
     command = [sys.executable, *(torchrun if processes > 1 else ["-m", module]), str(out), *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT)
 
 
 def launch(out: Path, processes: int, *options: str, module: str = SCRIPT):

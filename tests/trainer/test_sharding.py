@@ -23,7 +23,7 @@ from .conftest import tiny_bert
 
 def accelerator(kind="FSDP", parallelism=None, **plugin):
     values = {"fsdp_version": 2, "cpu_ram_efficient_loading": False, "cpu_offload": None} | plugin
-    engine = SimpleNamespace() if kind == "DEEPSPEED" else None
+    engine = SimpleNamespace(deepspeed_config={"zero_optimization": plugin}) if kind == "DEEPSPEED" else None
     state = SimpleNamespace(deepspeed_plugin=engine, fsdp_plugin=SimpleNamespace(**values) if kind == "FSDP" else None)
     distributed = SimpleNamespace(name=kind)
     return SimpleNamespace(state=state, distributed_type=distributed, parallelism_config=parallelism)
@@ -33,8 +33,9 @@ def checked(acc, args=None, model=None, how=None, transforms=()):
     check_sharding(acc, SimpleNamespace(**(args or {})), model or tiny_bert(), how, list(transforms))
 
 
-def test_fsdp2_alone_is_accepted():
+def test_fsdp2_and_zero_are_accepted():
     checked(accelerator())
+    checked(accelerator("DEEPSPEED", stage=3))
     checked(accelerator("MULTI_GPU"))
 
 
@@ -42,7 +43,10 @@ def test_fsdp2_alone_is_accepted():
     ("acc", "given", "said"),
     [
         (accelerator("MULTI_CPU"), {"args": {"fsdp": True}}, "made MULTI_CPU of it"),
-        (accelerator("DEEPSPEED"), {}, "deepspeed shards the parameters; its engine"),
+        (accelerator("MULTI_CPU"), {"args": {"deepspeed": True}}, "made MULTI_CPU"),
+        (accelerator("DEEPSPEED", stage=0), {}, "stage=0; expected 1, 2 or 3"),
+        (accelerator("DEEPSPEED", stage=3), {"args": {"torch_compile": True}}, "under DeepSpeed.*Set it False"),
+        (accelerator("DEEPSPEED", stage=3), {"how": MatrixProductOperator()}, "reparameterization='mpo'.*use DDP"),
         (accelerator(fsdp_version=1), {}, r"fsdp \(version 1\) shards the parameters; it flattens"),
         (accelerator(parallelism="tensor"), {}, "parallelism_config"),
         (accelerator(cpu_ram_efficient_loading=True), {}, "cpu_ram_efficient_loading=True.*Set it False"),
@@ -68,9 +72,8 @@ def test_a_model_in_shards_is_refused():
         checked(accelerator(), model=model)
 
 
-def test_deepspeed_and_old_fsdp_are_refused_before_anything_is_built():
+def test_old_fsdp_is_refused_before_anything_is_built():
     for args, said in (
-        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "deepspeed shards the parameters; its engine"),
         ({"fsdp": True, "fsdp_plugin_args": None}, "FSDP of XLA"),
         ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, r"fsdp \(version 1\)"),
     ):

@@ -19,14 +19,18 @@ from ...folders import writing_into
 from ...reparameterization import fold, is_reparameterized
 from ...surgery.processes import from_main, one_for_all
 from ..checkpoint import read_process_state, read_state, write_process_state, write_state
+from ..engine_checks import check_written_by
 from ..parts import transforms_state
 from ..swap import (
     complete_state,
     foreign_optimizer,
+    in_engine,
     is_sharded,
     load_optimizer,
     load_skeleton,
     load_weights,
+    whole,
+    whole_copy,
 )
 from ..writing import bytes_of, written_whole
 
@@ -133,6 +137,8 @@ class CheckpointHooks:
         with one_for_all(self.accelerator):
             if asked and asked is not True:
                 check_whole(asked)
+                plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+                check_written_by(asked, plugin and plugin.zero_stage, self.args.world_size)
         return asked
 
     def _newest(self) -> str | None:
@@ -178,7 +184,9 @@ class CheckpointHooks:
 
     def save_model(self, output_dir=None, _internal_call=False):
         """As the trainer's own. Under FSDP2 a whole model, also with SHARDED_STATE_DICT, which is for checkpoints:
-        transformers would write none. Collective there."""
+        transformers would write none; under DeepSpeed in fp32, whatever is computed in. Collective there."""
+        if self.is_deepspeed_enabled:
+            return self._save_from_engine(output_dir, _internal_call)
         if not is_sharded(self.model):
             return super().save_model(output_dir, _internal_call)
         plugin = self.accelerator.state.fsdp_plugin
@@ -192,6 +200,16 @@ class CheckpointHooks:
             return super().save_model(output_dir, _internal_call)
         finally:
             plugin.set_state_dict_type(kind)
+
+    def _save_from_engine(self, output_dir, internal: bool) -> None:
+        trained = self.model
+        self.model = whole(trained)
+        try:
+            self._save(output_dir)
+        finally:
+            self.model = trained
+        if self.args.push_to_hub and not internal:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save(self, output_dir=None, state_dict=None):
         """Plain weights of the real class, whatever they are trained as: every checkpoint loads with stock
@@ -221,9 +239,14 @@ class CheckpointHooks:
         self._fold()
         host, best = self._host, self.state.best_model_checkpoint
         fresh = load_skeleton(host.model, self.run.initial, best)
+        logger.info("Loading the best model from %s (%s).", best, self.state.best_metric)
+        if in_engine(host.model):
+            fresh = whole_copy(host.model) if fresh is None else fresh
+            load_weights(fresh, best)
+            host.install(fresh)
+            return
         if fresh is not None:
             host.install(fresh)
-        logger.info("Loading the best model from %s (%s).", best, self.state.best_metric)
         self._load_weights(best)
 
     def _load_weights(self, folder) -> None:

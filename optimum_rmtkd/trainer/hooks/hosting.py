@@ -250,6 +250,13 @@ class TrainerHost:
 
     # -- changing the model -------------------------------------------------------------------------------------------
 
+    def take_back(self) -> None:
+        """A training begins, with a model that may be held from an earlier one."""
+
+    def hand_over(self, checkpoint: str | None) -> None:
+        """The trainer is about to have its model prepared. What is held by several processes afterwards takes up a
+        checkpoint now, as a plain model does."""
+
     def install(self, replacement: nn.Module, prepare: bool = True) -> None:
         trainer, wrapped = self.trainer, self.trainer.model_wrapped
         fresh = None if trainer.optimizer_was_given else self._fresh_groups

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..swap import Sharding, enable_checkpointing, is_sharded
+from .engines import EngineTrainerHost
 from .hosting import TrainerHost
 
 
@@ -15,6 +16,8 @@ __all__ = ["ShardedTrainerHost", "host_of"]
 
 def host_of(trainer: Any) -> TrainerHost:
     """The host that suits the way in which the trainer's processes hold the model."""
+    if trainer.is_deepspeed_enabled:
+        return EngineTrainerHost(trainer)
     return ShardedTrainerHost(trainer) if trainer.is_fsdp_enabled else TrainerHost(trainer)
 
 
@@ -33,6 +36,15 @@ class ShardedTrainerHost(TrainerHost):
     def whole_checkpoints(self) -> bool:
         """Whether a checkpoint holds whole tensors (FULL_STATE_DICT)."""
         return "FULL" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def hand_over(self, checkpoint: str | None) -> None:
+        trainer = self.trainer
+        if is_sharded(trainer.model):
+            return
+        if checkpoint is not None:
+            trainer._load_from_checkpoint(checkpoint)
+            trainer._taken_up = checkpoint
+        self.sharding.remember(trainer.model)
 
     def install(self, replacement: nn.Module, prepare: bool = True) -> None:
         trainer = self.trainer

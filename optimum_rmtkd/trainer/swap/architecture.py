@@ -11,7 +11,8 @@ from torch import nn
 from ...errors import RMTKDError
 from ...models import is_narrowed, match_precision, pinned, widest_dtype
 from ..data import isolated_rng
-from .sharded import load_state, real_class, whole
+from .engine import built_whole
+from .sharded import load_state, outline, real_class, whole
 from .written import load_shards, weight_shards
 
 
@@ -88,9 +89,10 @@ def load_weights(model: PreTrainedModel, folder: str | Path) -> None:
         load_shards(shards, plain)
         load_state(model, plain.state_dict())
         return
-    saved, found = real_class(model).from_pretrained(
-        folder, config=model.config, dtype=widest_dtype(model), output_loading_info=True
-    )
+    with built_whole():
+        saved, found = real_class(model).from_pretrained(
+            folder, config=model.config, dtype=widest_dtype(model), output_loading_info=True
+        )
     if found["missing_keys"]:
         raise RMTKDError(
             f"The checkpoint {folder} lacks {len(found['missing_keys'])} tensor(s) of {type(model).__name__}, the "
@@ -105,4 +107,5 @@ def same_architecture(one: nn.Module, other: nn.Module) -> bool:
 
 
 def _architecture(model: nn.Module) -> tuple[str, dict[str, tuple[int, ...]]]:
-    return model.config.model_type, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in outline(model).state_dict().items()}
+    return model.config.model_type, shapes

@@ -90,8 +90,9 @@ def adam_rate(optimizer: Any, but_last: bool = False) -> float | None:
 
 
 def raw_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The torch optimizer inside accelerate's wrapper."""
-    return getattr(optimizer, "optimizer", optimizer)
+    """The torch optimizer inside accelerate's wrapper, and inside DeepSpeed's."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, torch.optim.Optimizer) else getattr(inner, "optimizer", inner)
 
 
 def groups_by_name(raw, old: dict[str, nn.Parameter], new: dict[str, nn.Parameter]) -> list[list[nn.Parameter]]:

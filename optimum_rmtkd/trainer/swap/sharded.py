@@ -27,12 +27,16 @@ from .optimizer import raw_optimizer, regroup
 
 
 __all__ = [
+    "Blueprint",
+    "Holder",
     "Sharding",
     "assign",
     "gathered",
     "hold",
     "is_sharded",
+    "is_whole",
     "load_state",
+    "outline",
     "real_class",
     "whole",
     "whole_copy",
@@ -40,7 +44,7 @@ __all__ = [
 
 HEADROOM = 4  # a cut holds the weights, their gradients, the narrow model, and what passes through a block
 
-_SHARDED: weakref.WeakKeyDictionary[nn.Module, Sharding] = weakref.WeakKeyDictionary()  # by live model and aliases
+_HELD: weakref.WeakKeyDictionary[nn.Module, Holder] = weakref.WeakKeyDictionary()  # by live model and aliases
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -52,21 +56,37 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
+def holder_of(model: nn.Module) -> Holder | None:
+    """Who holds the model's weights now; None where they are at hand, and its own to change."""
+    holder = _HELD.get(model)
+    return holder if holder is not None and holder.holds(model) else None
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether the model's weights are at hand: neither in shards, nor an engine's."""
+    return holder_of(model) is None
+
+
 def whole(model: nn.Module) -> nn.Module:
     """The model with all of its parameters: itself, or a plain model of its real class with the gathered ones.
-    Collective, where it is sharded."""
-    return _SHARDED[model].whole(model) if is_sharded(model) else model
+    Collective, where it is held."""
+    return model if is_whole(model) else _HELD[model].whole(model)
 
 
 def whole_copy(model: nn.Module) -> nn.Module:
-    """A whole copy in evaluation mode, to be kept: in the memory of the processor, where the model is sharded for
-    want of another one. Collective there."""
-    return whole(model).eval().to("cpu") if is_sharded(model) else clean_copy(model)
+    """A whole copy in evaluation mode, to be kept: in the memory of the processor, where the model is held for want of
+    another one. Collective there."""
+    return clean_copy(model) if is_whole(model) else whole(model).eval().to("cpu")
+
+
+def outline(model: nn.Module) -> nn.Module:
+    """A model that tells the class and the sizes of all tensors: itself, or one without memory for its parameters."""
+    return model if is_whole(model) else _HELD[model].blueprint.model
 
 
 def real_class(model: nn.Module) -> type:
     """Of the model, without what torch makes of it (`FSDP<its name>`)."""
-    return type(_SHARDED[model].blueprint.model) if is_sharded(model) else type(model)
+    return type(outline(model))
 
 
 def load_state(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -152,23 +172,19 @@ def _like(parameter: nn.Parameter, data: torch.Tensor) -> nn.Parameter:
 
 
 def hold(teacher: Teacher, student: nn.Module) -> Callable[[], None]:
-    """Shard what a teacher asks, where the student is sharded: a copy of each model, but of those that have trained
-    parts, which stay whole. Collective there.
+    """Hold what a teacher asks as the student is held, but for models that have trained parts, which stay whole.
+    Collective there.
 
     Returns:
         Puts the teacher's own models back.
     """
-    if not is_sharded(student):
+    holder, own = holder_of(student), []
+    if holder is None:
         return lambda: None
-    sharding, own = _SHARDED[student], []
     for member in _members(teacher):
-        if not isinstance(member.model, nn.Module) or member.parameters():
-            continue
-        if sharding.shards_teachers:
+        if isinstance(member.model, nn.Module) and not member.parameters():
             own.append((member, member.model))
-            member.model = sharding.shard(clean_copy(member.model), student)
-        else:
-            member.model.to(sharding.accelerator.device)
+            member.model = holder.teaching(member.model, student)
 
     def let_go() -> None:
         for member, model in own:
@@ -182,27 +198,42 @@ def _members(teacher: Teacher) -> list[Teacher]:
     return [teacher] if inner is None else [m for member in inner for m in _members(member)]
 
 
-class Sharding:
-    """How Accelerate shards a model over its processes.
+class Holder:
+    """A way in which several processes hold a model whose weights are not at hand.
 
-    Args:
-        shards_teachers: teachers are sharded as well; else each process holds them whole.
+    Attributes:
+        blueprint: of the model that was remembered last.
     """
 
-    def __init__(self, accelerator: Any, shards_teachers: bool = True):
-        self.accelerator, self.shards_teachers = accelerator, shards_teachers
+    def __init__(self, accelerator: Any):
+        self.accelerator = accelerator
         self.blueprint: Blueprint | None = None
-        self._former: list[nn.Module] = []
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether a model that was remembered is held now."""
+        raise NotImplementedError
+
+    def tensors(self, model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+        """Whole tensors of a held model by the names of `state_dict`, on `device`. Collective."""
+        raise NotImplementedError
+
+    def size(self, model: nn.Module) -> int:
+        """Bytes of the whole weights of a held model."""
+        raise NotImplementedError
+
+    def teaching(self, model: nn.Module, student: nn.Module) -> nn.Module:
+        """A teacher's model as it is asked beside a held student: itself, or a copy."""
+        return model.to(self.accelerator.device)
 
     def remember(self, model: nn.Module) -> None:
-        """The model is about to be sharded."""
-        if not is_sharded(model):
+        """The model is about to be held."""
+        if not self.holds(model):
             self.blueprint = Blueprint(model)
-            _SHARDED[model] = self
+            _HELD[model] = self
 
     def whole(self, model: nn.Module) -> nn.Module:
         """See `whole`."""
-        twin = self.blueprint.filled(gathered(model.state_dict(), self._bench(model)))
+        twin = self.blueprint.filled(self.tensors(model, self._bench(model)))
         flags = {_plain_name(name): p.requires_grad for name, p in model.named_parameters()}
         for name, parameter in twin.named_parameters():
             parameter.requires_grad_(flags[name])
@@ -213,9 +244,34 @@ class Sharding:
         device = self.accelerator.device
         if device.type != "cuda":
             return device
-        needed = HEADROOM * sum(p.numel() * p.element_size() for p in resharded(model).parameters())
+        needed = HEADROOM * self.size(model)
         short = torch.tensor([needed > torch.cuda.mem_get_info(device)[0]], device=device, dtype=torch.int32)
         return torch.device("cpu") if self.accelerator.reduce(short, reduction="sum").item() else device
+
+
+class Sharding(Holder):
+    """How Accelerate shards a model over its processes (FSDP2).
+
+    Args:
+        shards_teachers: teachers are sharded as well; else each process holds them whole.
+    """
+
+    def __init__(self, accelerator: Any, shards_teachers: bool = True):
+        super().__init__(accelerator)
+        self.shards_teachers = shards_teachers
+        self._former: list[nn.Module] = []
+
+    def holds(self, model: nn.Module) -> bool:
+        return is_sharded(model)
+
+    def tensors(self, model: nn.Module, device: torch.device) -> dict[str, torch.Tensor]:
+        return gathered(model.state_dict(), device)
+
+    def size(self, model: nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in resharded(model).parameters())
+
+    def teaching(self, model: nn.Module, student: nn.Module) -> nn.Module:
+        return self.shard(clean_copy(model), student) if self.shards_teachers else super().teaching(model, student)
 
     def shard(self, model: nn.Module, like: nn.Module) -> nn.Module:
         """Shard a model that does not learn (a teacher), in place, over the processes of one that does.
