@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from transformers import PreTrainedModel
+
+from ..surgery.native import NativeExport, plain_form
+from .loading import example_inputs
 
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..surgery.native import NativeExport
-
-__all__ = ["to_native"]
+__all__ = ["NativeExport", "to_native"]
 
 
 def to_native(model: PreTrainedModel, pad: bool = False) -> NativeExport:
-    """`surgery.native.plain_form`, judged on random inputs."""
-    from ..surgery.native import plain_form
-    from .loading import example_inputs
+    """The plain checkpoint of a reduced model.
 
+    Args:
+        pad: fill narrower layers up with zeros and multiply factored layers out where that makes the model
+            expressible.
+
+    Raises:
+        RMTKDError: not a reduced model; widths that the base's config cannot express; padding needed but not asked for
+            (the message states its cost); or outputs that differ on random inputs.
+    """
     return plain_form(model, example_inputs(model, batch=3), pad)
