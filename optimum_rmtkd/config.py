@@ -60,6 +60,13 @@ class RMTKDConfig(Recipe):
         "layer (the paper's inserted projection); works for every architecture.",
         ("absorbed", "factored"),
     )
+    shape: str = _option(
+        "free",
+        "free: every layer gets a width of its own; the model is of a class of this library. native: only widths that "
+        "the config of the base can state (one for the stream, one for all feed-forward parts, one for all heads), "
+        "and no factorised table: the result is a plain checkpoint of the base, without any code of this library.",
+        ("free", "native"),
+    )
 
     # Spectra
     edge_estimator: str = _option(
@@ -233,6 +240,12 @@ class RMTKDConfig(Recipe):
         if self.schedule == "none" and (self.target_reduction is not None or self.target_flops is not None):
             raise RMTKDError(
                 "schedule='none' cuts nothing, but a target was given: drop the target, or use schedule='rounds'."
+            )
+        if self.shape == "native" and (self.form == "factored" or self.schedule == "layerwise"):
+            what = "form='factored'" if self.form == "factored" else "schedule='layerwise'"
+            raise RMTKDError(
+                f"shape='native' and {what}: a plain config states one width for all layers, and no factors. Drop one "
+                "of them."
             )
         if self.sites is not None and not self.sites:
             raise RMTKDError(

@@ -171,7 +171,7 @@ def _other_base(dense: PreTrainedModel, small: PreTrainedModel) -> str:
     from ..surgery import count_parameters, uncut_parameters
 
     uncut, found = uncut_parameters(small), count_parameters(dense)
-    if uncut == found or not getattr(small.config, "rmtkd", None):
+    if uncut in (found, count_parameters(small)):  # nothing is known of another one
         return ""
     return f"; against a model of {found:,} parameters, not the uncut one of {uncut:,}"
 

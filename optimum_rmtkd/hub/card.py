@@ -134,6 +134,7 @@ def model_card(
         notes=[markdown(note) for note in stage_notes(run.stages)],
         fitted=markdown(sentence(fit_text(run.fit, run.stages))),
         figures=figures,
+        plain=run.plain,
         auto_class=identifier(run.auto_class, "AutoModel"),
         loaded_as=identifier(run.architecture or run.auto_class, "AutoModel"),
         vocabulary=[

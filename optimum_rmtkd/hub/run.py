@@ -75,6 +75,7 @@ class Run:
         results: what `write_results` was given, or {}.
         bench: what `optimum-cli rmtkd bench` wrote, or {}.
         fit: {"steps", "share", "why"} of the fine-tuning before the first cut, or {}.
+        journal_recipe: the recipe as the journal of the stages has it, or {}.
         metrics: {"before": ..., "after": ...}, all metrics of the evaluations then, or {}.
     """
 
@@ -85,6 +86,7 @@ class Run:
     results: dict[str, Any] = field(default_factory=dict)
     bench: dict[str, Any] = field(default_factory=dict)
     fit: dict[str, Any] = field(default_factory=dict)
+    journal_recipe: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -120,6 +122,7 @@ class Run:
             results=found[RESULTS],
             bench=found[BENCH],
             fit=found[STAGES].get("fit") or {},
+            journal_recipe=found[STAGES].get("recipe") or {},
             metrics=found[STAGES].get("metrics") or {},
         )
 
@@ -127,6 +130,11 @@ class Run:
     def narrowed(self) -> bool:
         """Whether layers were narrowed; else the vocabulary alone was trimmed."""
         return bool(self.config.get("rmtkd") or self.stages or self.spectra)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the model is one of a stock class, which transformers alone loads."""
+        return bool(self.config) and not self.config.get("rmtkd")
 
     @property
     def vocabulary(self) -> list[Trimming]:
@@ -144,7 +152,7 @@ class Run:
     @property
     def recipe(self) -> dict[str, Any]:
         """Fields of the `RMTKDConfig`."""
-        return (self.config.get("rmtkd") or {}).get("recipe") or self.results.get("recipe", {})
+        return (self.config.get("rmtkd") or {}).get("recipe") or self.results.get("recipe") or self.journal_recipe
 
     @property
     def parameters(self) -> tuple[int, int] | None:

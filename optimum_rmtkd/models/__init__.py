@@ -12,7 +12,18 @@ from torch import nn
 from ..modeling_rmtkd import TYPE_PREFIX
 from .behaviour import check_behaviour, nearly_equal
 from .identity import check_structure
-from .rebuilding import blank, carry_over, copied, is_plain, match_precision, pinned, rebuilt, twin_of, widest_dtype
+from .rebuilding import (
+    blank,
+    carry_over,
+    copied,
+    is_plain,
+    match_precision,
+    outline,
+    pinned,
+    rebuilt,
+    twin_of,
+    widest_dtype,
+)
 
 
 __all__ = [
@@ -27,6 +38,7 @@ __all__ = [
     "is_plain",
     "match_precision",
     "nearly_equal",
+    "outline",
     "pinned",
     "provenance_of",
     "rebuilt",
@@ -37,8 +49,8 @@ __all__ = [
 
 
 UNCUT = "uncut_parameters"
-"""Field of the config of a plain model with a trimmed vocabulary: its parameters before. transformers keeps it and
-ignores it."""
+"""Field of the config of a plain model that was made smaller: its parameters before. transformers keeps it and ignores
+it."""
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -175,6 +175,18 @@ def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, 
     Args:
         fields: fields of the config that change.
     """
+    rmtkd = rmtkd | {"spec": _with_pinned(model, rmtkd["spec"])}
+    student = match_precision(outline(model, rmtkd, fields).to(device=model.device), model).eval()
+    old = dict(_tensors(model))  # not its state dict, whose hooks may rename tensors
+    with torch.no_grad():
+        for name, tensor in _tensors(student):
+            if name in old and old[name].shape == tensor.shape:
+                tensor.copy_(old[name])
+    return student
+
+
+def outline(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """The same without anything of `model` but its config: its weights are as initialised, on the default device."""
     model_class = reduced_class(type(model))
     values = model.config.to_dict()
     for name in ("model_type", "transformers_version", "architectures", "auto_map"):
@@ -182,15 +194,9 @@ def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, 
     config = model_class.config_class(**values)
     for name, value in (fields or {}).items():
         setattr(config, name, value)
-    config.rmtkd = rmtkd | {"spec": _with_pinned(model, rmtkd["spec"])}
+    config.rmtkd = rmtkd
     config._attn_implementation = model.config._attn_implementation
-    student = match_precision(model_class(config).to(device=model.device), model).eval()
-    old = dict(_tensors(model))  # not its state dict, whose hooks may rename tensors
-    with torch.no_grad():
-        for name, tensor in _tensors(student):
-            if name in old and old[name].shape == tensor.shape:
-                tensor.copy_(old[name])
-    return student
+    return model_class(config)
 
 
 def _with_pinned(model: PreTrainedModel, spec: Mapping[str, Any]) -> dict[str, Any]:

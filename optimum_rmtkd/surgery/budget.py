@@ -104,14 +104,21 @@ def couple_grid(site: Site, config: RMTKDConfig) -> tuple[int, int, int]:
     """(floor, step, stride) of the widths of one group of a site.
 
     Heads are cut in multiples of `round_to` where they are at least four times as wide, else of a quarter of their
-    width, so that narrow heads can be cut at all; none is narrower than an eighth of `min_width`.
+    width, so that narrow heads can be cut at all; none is narrower than an eighth of `min_width`. Where one width is
+    that of a head and, times their number, that of the stream, the stream is a multiple of `round_to`.
     """
     full = site.group_width
+    if site.kind == "hidden" and site.groups > 1:
+        step = min(config.round_to // math.gcd(config.round_to, site.groups), max(1, full // 4))
+        least = max(-(-config.min_width // HEADS), -(-config.min_width // site.groups))
+        return _grid(full, step, least)
     step = min(config.round_to, max(1, full // 4)) if site.groups > 1 else min(config.round_to, full)
     least = -(-config.min_width // HEADS) if site.groups > 1 else config.min_width
-    floor = min(full, -(-least // step) * step)
-    stride = max(step, full // 64 // step * step)
-    return floor, step, stride
+    return _grid(full, step, least)
+
+
+def _grid(full: int, step: int, least: int) -> tuple[int, int, int]:
+    return min(full, -(-least // step) * step), step, max(step, full // 64 // step * step)
 
 
 def speed_weight_of(config: RMTKDConfig) -> float:

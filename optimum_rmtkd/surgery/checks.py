@@ -18,6 +18,7 @@ from .calibration import features_last, observed, points_of
 from .families import family_of
 from .grouping import by_length
 from .layouts import factored_anatomy
+from .native import check_expressible, native_anatomy
 from .sites import Anatomy, Point, Site, get_module, linear_layers, select_sites
 from .tryout import checked_batches
 
@@ -28,6 +29,7 @@ __all__ = [
     "check_finite",
     "check_flops",
     "check_parameters",
+    "check_shape",
     "check_recipe",
     "positions_of",
 ]
@@ -36,9 +38,12 @@ LOOKED_AT = 4  # samples that show what a model computes, what its head reads, a
 
 
 def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:
-    """Sites and units of a model in the form of the recipe; raises UnsupportedArchitectureError."""
+    """Sites and units of a model in the form and shape of the recipe; raises UnsupportedArchitectureError, and
+    RMTKDError for a model that cannot have that shape."""
     if config.form == "factored":
         return factored_anatomy(model)
+    if config.shape == "native":
+        return native_anatomy(model)
     return family_of(model).layout.anatomy(model)
 
 
@@ -54,9 +59,16 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
     check_structure(model)
     anatomy = anatomy_of(model, config)
     sites = select_sites(anatomy, config.sites)
+    check_shape(model, anatomy, sites, config)
     find_estimator(config.edge_estimator)
     check_finite(model)
     check_parameters(model, anatomy, sites, config, config.target_reduction)
+
+
+def check_shape(model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], config: RMTKDConfig) -> None:
+    """Refuse a model that cannot be narrowed in the shape of the recipe; raises UnsupportedArchitectureError."""
+    if config.shape == "native":  # at three quarters: a half may be the width of something else by chance
+        check_expressible(model, anatomy, {site.couple: max(1, 3 * site.group_width // 4) for site in sites})
 
 
 def check_finite(model: PreTrainedModel) -> None:

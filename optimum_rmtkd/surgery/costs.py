@@ -27,8 +27,8 @@ def site_widths(couples: Mapping[str, int], anatomy: Anatomy) -> dict[str, int]:
         if width is None or (factored and width >= min(site.width, stream if site.kind == "embedding" else width + 1)):
             continue
         widths[site.name] = width * site.groups
-    if "hidden" in couples:
-        widths["pooler"] = couples["hidden"]
+    if "hidden" in widths:
+        widths["pooler"] = widths["hidden"]
     return widths
 
 

@@ -337,10 +337,16 @@ KINDS: dict[str, Callable[..., Directions]] = {
     "embedding": table_directions,
     "linear": factored_directions,
 }
+PER_HEAD = ("attention_vo", "attention_qk")  # kinds whose directions are those of each head
 
 
 def site_directions(
     model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
 ) -> Directions:
     """Directions of one site, by its kind. `basis`: "signal", or "random" for the control."""
-    return KINDS[site.kind](model, site, anatomy, calibration, basis)
+    found = KINDS[site.kind](model, site, anatomy, calibration, basis)
+    if site.groups == 1 or site.kind in PER_HEAD:
+        return found
+    # one width with the heads: so many features go at a time
+    cut = found.cut
+    return Directions(site, found.damage[:: site.groups], lambda width, stream=None: cut(width * site.groups, stream))

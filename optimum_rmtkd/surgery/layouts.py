@@ -35,6 +35,8 @@ class EncoderLayout:
             where it is there, and the stream where it is not, are named in `pooled_by`.
         head_reads: layers of any task head that read the stream with their input features.
         decoder: an output layer tied to the word table.
+        dense_head: a layer of a task head that reads the stream and is as wide, with an element-wise activation, and
+            the layer that reads it: where the config states one width, the former follows the stream.
         width_field: field of the config that states the hidden width.
     """
 
@@ -61,6 +63,7 @@ class EncoderLayout:
     pooled_by: tuple[str, ...] = ()
     head_reads: tuple[str, ...] = ()
     decoder: str | None = None
+    dense_head: tuple[str, str] | None = None
     width_field: str = "hidden_size"
 
     def anatomy(self, model: nn.Module) -> Anatomy:

@@ -20,7 +20,7 @@ from .directions import dense_table, dense_weight
 from .sites import Anatomy, Unit, get_module, has_module, is_layer, unit_delta
 
 
-__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_spec"]
+__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_fields", "narrow_spec"]
 
 
 class Cuts:
@@ -147,6 +147,12 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
     return spec
 
 
+def narrow_fields(anatomy: Anatomy, couples: Mapping[str, int]) -> dict[str, int]:
+    """{field of the config: the width it states} of the narrowed model."""
+    widths = site_widths(couples, anatomy)
+    return {name: widths[site] for name, site in anatomy.config_fields.items() if site in widths}
+
+
 def _refuse_ternary(model: PreTrainedModel, unit: Unit, widths: Mapping[str, int]) -> None:
     if not {unit.reads, unit.writes} & set(widths) or not has_module(model, unit.path):
         return
@@ -164,9 +170,8 @@ def build_student(
     """The narrow architecture, in the dtype and on the device of `model`; what did not change is copied, the rest is
     still to be initialised."""
     spec = narrow_spec(model, anatomy, couples)
-    widths = site_widths(couples, anatomy)
-    fields = {name: widths[site] for name, site in anatomy.config_fields.items() if site in widths}
-    return rebuilt(model, {"version": VERSION, "spec": spec, "recipe": recipe, "provenance": provenance}, fields)
+    record = {"version": VERSION, "spec": spec, "recipe": recipe, "provenance": provenance}
+    return rebuilt(model, record, narrow_fields(anatomy, couples))
 
 
 def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: Cuts) -> None:

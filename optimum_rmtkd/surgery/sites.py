@@ -54,7 +54,8 @@ class Site:
             element-wise width of a pooler, which follows the hidden width and is never chosen on its own.
         width: number of features now.
         points: where its activation is observed.
-        groups: number of attention heads the width is split into, 1 elsewhere; groups are cut alike.
+        groups: number of attention heads the width is split into, 1 elsewhere; groups are cut alike. That of the
+            heads where the width of the stream is tied to theirs.
         depth: index of the block, -1 for the stream and the tables, the number of blocks for heads.
         couple: sites with the same couple share one width a group.
     """

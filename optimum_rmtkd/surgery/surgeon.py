@@ -18,6 +18,7 @@ from ..batches import evaluating, first_samples, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import (
+    UNCUT,
     carry_over,
     check_behaviour,
     check_structure,
@@ -44,13 +45,23 @@ from .budget import (
 )
 from .calibration import Calibration, calibrate, points_of
 from .cautions import MUCH
-from .checks import LOOKED_AT, anatomy_of, check_data, check_finite, check_flops, check_parameters, check_recipe
+from .checks import (
+    LOOKED_AT,
+    anatomy_of,
+    check_data,
+    check_finite,
+    check_flops,
+    check_parameters,
+    check_recipe,
+    check_shape,
+)
 from .checks import positions_of as _positions
 from .directions import Directions, site_directions
 from .divergence import answers_per_sample, mean_divergence
 from .grouping import by_length
 from .likelihood import answers, gives_likelihood
 from .narrowing import Cuts, build_student, fold_norms, initialise
+from .native import check_expressible, plain_form
 from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
@@ -100,6 +111,7 @@ class Surgeon:
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
         self.sites = select_sites(self.anatomy, wanted)
+        check_shape(model, self.anatomy, self.sites, config)
         check_parameters(model, self.anatomy, self.sites, config, target_reduction)
         with one_for_all(accelerator):
             check_finite(model)
@@ -112,6 +124,7 @@ class Surgeon:
             if any(site.kind == "hidden" for site in self.sites):
                 self.anatomy = with_traced_reads(twin, self.anatomy, first_samples(batches[0], LOOKED_AT))
                 self.sites = select_sites(self.anatomy, wanted)
+                check_shape(twin, self.anatomy, self.sites, config)
             self.teacher = fold_norms(twin, self.anatomy)
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
@@ -347,6 +360,8 @@ class Surgeon:
             last: nothing else will be asked of the moments: they are let go on the way, before the student and the
                 refit need memory.
         """
+        if self.config.shape == "native":
+            check_expressible(self.source, self.anatomy, couples)
         cuts = self._cuts(couples, last)
         former = provenance_of(self.source)
         provenance = {
@@ -361,7 +376,15 @@ class Surgeon:
         self._try_out(student)
         if self.config.refit and self.config.form == "absorbed":
             refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
+        if self.config.shape == "native":
+            student = self._plain(student)
         return carry_over(self.source, student), self._stream_projection(cuts)
+
+    def _plain(self, student: PreTrainedModel) -> PreTrainedModel:
+        """The same as an instance of the stock class, whose config remembers the size before."""
+        plain = plain_form(student, first_samples(self.batches[0], LOOKED_AT)).model
+        setattr(plain.config, UNCUT, uncut_parameters(self.source))
+        return plain
 
     def _try_out(self, student: PreTrainedModel) -> None:
         """A head that reads the stream but is not declared shows at its first forward pass."""

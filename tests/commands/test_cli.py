@@ -365,3 +365,16 @@ def test_interrupted_training_says_how_to_continue(compress, tmp_path, monkeypat
     code, _, err = compress("--max-steps", 8, "--batch-size", 8, *options)
     assert code == 130 and told in err
     assert err.strip().splitlines()[-1] == "optimum-cli rmtkd compress: interrupted, no output was written"
+
+
+def test_the_native_shape_gives_a_plain_checkpoint(compress, tmp_path):
+    out = tmp_path / "work" / "out"
+    code, _, err = compress("--shape", "native", "--no-train")
+    assert code == 0, err
+    assert not list(out.glob("*.py"))
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "bert" and not {"rmtkd", "auto_map"} & set(config)
+    card = (out / "README.md").read_text()
+    assert "BertForSequenceClassification.from_pretrained" in card and "trust_remote_code" not in card
+    kind, parameters, _ = reload_here(out)
+    assert kind == "bert" and parameters == parameters_of(out)

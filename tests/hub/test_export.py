@@ -92,10 +92,18 @@ def test_what_has_no_plain_form_is_refused():
         to_native(reduced("bert", "ForMaskedLM", {"hidden": 24}), pad=True)
     with pytest.raises(RMTKDError, match=r"classifier.dense.weight is \(32, 24\).* builds it as \(24, 24\)"):
         to_native(reduced("roberta", widths=UNIFORM))
+    coarse = reduced("distilbert", widths=UNIFORM)
+    for module in coarse.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 1e-5
     with pytest.raises(RMTKDError, match="epsilon"):
-        to_native(reduced("distilbert", widths=UNIFORM))
+        to_native(coarse)
     with pytest.raises(RMTKDError, match="heads of width 8 on a stream of 12.*--sites intermediate"):
         to_native(reduced(widths={"hidden": 12}), pad=True)
+
+
+def test_epsilons_that_no_variance_comes_near_may_differ():
+    assert to_native(reduced("distilbert", widths=UNIFORM)).difference < 1e-5
 
 
 def test_half_precision(tmp_path):

@@ -42,6 +42,8 @@ def losses(trainer):
         ({"importance": "fisher"}, 1),
         ({"max_metric_drop": -1.0}, 2),  # rolled back at step 3, after the resumption
         ({"max_metric_drop": 5.0}, 4),  # the model before the stage lies in the checkpoint
+        ({"shape": "native"}, 2),
+        ({"shape": "native", "teacher": "previous"}, 4),
     ],
 )
 def test_a_resumed_run_ends_with_the_same_bits(make_trainer, weights, recipe, step):

@@ -36,6 +36,7 @@ register_family(
                 "discriminator_predictions.dense",
             ),
             decoder="generator_lm_head",
+            dense_head=("classifier.dense", "classifier.out_proj"),
         ),
         inert_padding=True,
     )

@@ -30,6 +30,7 @@ register_family(
             pooled_by=("classifier",),  # of multiple choice; that of token classification has no pooler before it
             head_reads=("classifier.dense", "qa_outputs", "lm_head.dense"),
             decoder="lm_head.decoder",
+            dense_head=("classifier.dense", "classifier.out_proj"),
         ),
         inert_padding=True,
     )

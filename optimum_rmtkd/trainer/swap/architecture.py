@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ...errors import RMTKDError
-from ...models import is_narrowed, match_precision, pinned, widest_dtype
+from ...models import blank, is_narrowed, match_precision, pinned, widest_dtype
 from ..data import isolated_rng
 from .engine import built_whole
 from .sharded import load_state, outline, real_class, whole
@@ -36,7 +36,7 @@ def skeleton(template: PreTrainedModel, config: dict[str, Any]) -> PreTrainedMod
     with isolated_rng(0):
         fresh = cls(built)
     if _spec_of(built) == _spec_of(template.config):  # else the spec states the numbers of single layers
-        for path, numbers in pinned(template, fresh).items():
+        for path, numbers in pinned(template, blank(template)).items():
             vars(fresh.get_submodule(path)).update(numbers)
     return match_precision(fresh.to(device=template.device), template)
 
