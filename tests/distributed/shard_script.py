@@ -28,6 +28,7 @@ def parsed(given=None):
     parser.add_argument("--config", type=json.loads, default={}, help="of fsdp")
     parser.add_argument("--parts", type=json.loads, default={}, help="of the trainer")
     parser.add_argument("--ruined", action="store_true", help="the metric falls in every stage")
+    parser.add_argument("--model", type=json.loads, default={}, help="its config, where it is another one")
     parser.add_argument("--double", action="store_true", help="in fp64, where rounding hides nothing")
     return parser.parse_args(given)
 
@@ -64,7 +65,7 @@ def trainer_of(asked):
     if arguments["learning_rate"]:  # what is known of rates was measured on real models
         recipe["distil_learning_rate"] = arguments["learning_rate"]
     trainer = RMTKDTrainer(
-        model=tiny_bert().double() if asked.double else tiny_bert(),
+        model=tiny_bert(**asked.model).double() if asked.double else tiny_bert(**asked.model),
         args=RMTKDTrainingArguments(
             str(asked.out / "run"),
             **(arguments | ({} if asked.plain else options(**asked.config))),
