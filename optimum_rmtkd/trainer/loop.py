@@ -201,7 +201,7 @@ class RMTKDLoop:
             *register_checkpoints(LoopCheckpoints(self.run, self.step, self._taken_up)),
         ]
         accelerator.register_for_checkpointing(self)
-        self._states = WholeStates(self.run)
+        self._states = WholeStates(self.run, self._board)
         self._states.put_on()
 
     def _withdraw(self) -> None:

@@ -246,8 +246,12 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
                 checkpoint of a run that started from another model or with other parts.
             BudgetError: the model is already as small as the target.
         """
-        with NoticeBoard(self.accelerator).watching():
-            return self._train_watched(resume_from_checkpoint, *positional, **kwargs)
+        self._board = NoticeBoard(self.accelerator)
+        try:
+            with self._board.watching():
+                return self._train_watched(resume_from_checkpoint, *positional, **kwargs)
+        finally:
+            self._board = None
 
     def _train_watched(self, resume_from_checkpoint, *positional, **kwargs):
         run, host = self.run, self._host

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -107,12 +108,35 @@ def test_a_store_that_is_gone_hides_no_error():
     ],
 )
 def test_both_processes_of_two_name_the_cause(tmp_path, driver, rank, moment):
+    told = told_by_two(tmp_path, driver, rank, moment)
+    assert told[rank] == f"OSError: the {moment} broke"
+    assert told[1 - rank] == f"RMTKDError: Another process failed, so all stop. process {rank}: {told[rank]}"
+
+
+def told_by_two(tmp_path, driver: str, rank: int, moment: str) -> list[str]:
+    """What each of two processes ends with, of which one breaks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command += ["--monitor-interval", "5"]  # else it may end the other one before that has spoken
     command += ["-m", "tests.trainer.failing", str(tmp_path), driver, str(rank), moment]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
-    told = [(tmp_path / f"error-{r}.txt").read_text() for r in range(2)]
-    assert told[rank] == f"OSError: the {moment} broke"
-    assert told[1 - rank] == f"RMTKDError: Another process failed, so all stop. process {rank}: {told[rank]}"
+    assert (tmp_path / "error-0.txt").is_file() and (tmp_path / "error-1.txt").is_file(), done.stderr[-3000:]
+    return [(tmp_path / f"error-{r}.txt").read_text() for r in range(2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("driver", ["trainer", "loop", "FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_a_disk_that_is_full_for_one_process_ends_both_in_seconds(tmp_path, driver, rank):
+    """Also where the other one waits in a collective operation: the gathering of a whole state dict, the end of
+    sharded writing."""
+    told = told_by_two(tmp_path, driver, rank, "disk")
+    name = "step_2" if driver == "loop" else "checkpoint-2"
+    full = f"DiskFullError: Checkpoint {name} could not be written to the end"
+    assert told[rank].startswith(full)
+    other = f"RMTKDError: Another process failed, so all stop. process {rank}: {full}"
+    assert told[1 - rank].startswith((full, other) if driver == "SHARDED_STATE_DICT" else other)
+    moments = [json.loads((tmp_path / f"moments-{r}.json").read_text()) for r in range(2)]
+    assert max(ends for *_, ends in moments) - moments[rank][0] < 30
+    assert [path.name for path in (tmp_path / "run").iterdir() if "2" in path.name] == []
