@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,12 +33,15 @@ __all__ = [
     "begin",
     "check_whole",
     "checkpoints_in",
+    "checkpoints_of_loop",
     "discard",
     "fault_of",
+    "first_whole",
     "newest_checkpoint",
     "newest_whole",
     "pending_place",
     "put_in_place",
+    "step_of",
     "tell_passed",
     "tidy",
 ]
@@ -173,10 +176,19 @@ def newest_whole(folder: str | Path, like: str = "checkpoint-0") -> Found:
     Args:
         like: a name of the same kind; what is before its number, the others have, too.
     """
-    kind = re.split(r"\d+$", like)[0]
+    return first_whole(reversed(checkpoints_in(folder, re.split(r"\d+$", like)[0])))
+
+
+def first_whole(paths: Iterable[Path], fault_in: Callable[[Path], str | None] = fault_of) -> Found:
+    """The first of several checkpoints that a run can be continued from.
+
+    Args:
+        paths: newest first.
+        fault_in: as `fault_of`.
+    """
     passed = []
-    for path in reversed(checkpoints_in(folder, kind)):
-        fault = fault_of(path)
+    for path in paths:
+        fault = fault_in(path)
         if fault is None:
             return Found(path, tuple(passed))
         passed.append((path, fault))
@@ -184,9 +196,11 @@ def newest_whole(folder: str | Path, like: str = "checkpoint-0") -> Found:
 
 
 def tell_passed(found: Found) -> None:
-    """A line for each newer checkpoint that is not whole."""
+    """A line for each newer checkpoint that is not whole. It stays: another trainer's, or an earlier version's, may be
+    of use to somebody."""
     for path, fault in found.passed:
         instead = "" if found.newest is None else f"; the run continues from {found.newest.name}"
+        instead += "; it stays until one of its name is written, or you delete it"
         logger.warning("%s is passed over (%s)%s.", path, fault, instead)
 
 
@@ -197,16 +211,15 @@ def newest_checkpoint(folder: str | Path) -> str | None:
 
     Which step one is of stands in its manifest; that of a checkpoint of an earlier version is the number in its name.
     """
+    found = first_whole(checkpoints_of_loop(folder))
+    tell_passed(found)
+    return None if found.newest is None else str(found.newest)
+
+
+def checkpoints_of_loop(folder: str | Path) -> list[Path]:
+    """Folders whose manifest or state says that they are checkpoints, newest first."""
     places = [path for path in _folders(folder) if (path / STATE).is_file() or (path / MANIFEST).is_file()]
-    passed = []
-    for path in sorted(places, key=lambda path: (_step(path), path.stat().st_mtime), reverse=True):
-        fault = fault_of(path)
-        if fault is None:
-            tell_passed(Found(path, tuple(passed)))
-            return str(path)
-        passed.append((path, fault))
-    tell_passed(Found(None, tuple(passed)))
-    return None
+    return sorted(places, key=lambda path: (step_of(path), path.stat().st_mtime), reverse=True)
 
 
 def checkpoints_in(folder: str | Path, kind: str = "checkpoint-") -> list[Path]:
@@ -221,7 +234,9 @@ def _folders(folder: str | Path) -> list[Path]:
     return [p for p in place.iterdir() if p.is_dir() and not p.name.startswith(".")] if place.is_dir() else []
 
 
-def _step(path: Path) -> int:
+def step_of(path: str | Path) -> int:
+    """Optimizer steps that were done, as the manifest says, or the number in the name; -1 without either."""
+    path = Path(path)
     try:
         return int(json.loads((path / MANIFEST).read_text(encoding="utf8"))["step"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,15 +49,16 @@ def full_disk_named(folder: str | Path, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, ValueError, _safetensors_error()) as found:
+    except (OSError, RuntimeError, ValueError, _safetensors_error(), *_sharded_writing_error()) as found:
         error = found.__cause__ if isinstance(found, DiskFullError) else found  # the outermost block says what it is
-        if error is None or not _is_full(error):
+        cause = _full_in(error)
+        if cause is None:
             raise
-        file = getattr(error, "filename", None)
+        file = getattr(cause, "filename", None)
         folder = file or folder
         raise DiskFullError(
             f"{what} could not be written to the end{f', at {file}' if file else ''}: {disk_of(folder)} has "
-            f"{readable(_free(folder))} free, or a limit on the size of files is reached ({_words(error)}). What was "
+            f"{readable(_free(folder))} free, or a limit on the size of files is reached ({_words(cause)}). What was "
             "begun is removed, what was there before is as it was. Free some, or choose a folder on another disk."
         ) from error
 
@@ -77,14 +79,24 @@ def readable(size: int) -> str:
     return f"{size} bytes"
 
 
+def _full_in(error: BaseException | None) -> BaseException | None:
+    """What says that a disk is full: the error, one that led to it, or one that any process had while all of them
+    wrote shards; None where nothing does."""
+    if error is None or _is_full(error):
+        return error
+    of_processes = (failure[0] for failure in getattr(error, "failures", {}).values())
+    return next(filter(None, map(_full_in, (error.__cause__, *of_processes))), None)
+
+
 def _is_full(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno in FULL:
         return True
+    if hasattr(error, "failures"):  # its text is that of all errors below it
+        return False
     text = str(error)
     if isinstance(error, RuntimeError) and any(words in text for words in TORCH):
         return True
-    cause = error.__cause__
-    return any(words in text for words in TOLD) or (cause is not None and _is_full(cause))
+    return any(words in text for words in TOLD)
 
 
 def _words(error: BaseException) -> str:
@@ -106,3 +118,10 @@ def _safetensors_error() -> type[Exception]:
     from safetensors import SafetensorError
 
     return SafetensorError
+
+
+def _sharded_writing_error() -> tuple[type[BaseException], ...]:
+    """What `torch.distributed.checkpoint` raises in all processes where one fails; no `Exception`. Nothing raises it
+    that has not loaded it."""
+    api = sys.modules.get("torch.distributed.checkpoint.api")
+    return () if api is None else (api.CheckpointException,)

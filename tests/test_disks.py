@@ -8,6 +8,7 @@ from collections import namedtuple
 
 import pytest
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 
 from optimum_rmtkd.disks import check_room, full_disk_named, readable
 from optimum_rmtkd.errors import DiskFullError
@@ -45,8 +46,42 @@ def test_what_a_writer_says_of_a_full_disk_is_said_plainly(tmp_path, error):
     assert getattr(error, "filename", None) is None or "/data/run/optimizer.pt" in str(caught.value)
 
 
+def sharded(error):
+    """What torch makes of an error that process 1 had while all wrote their shards."""
+    return CheckpointException("write", {1: (error, None)})
+
+
+def led_to(error, cause):
+    error.__cause__ = cause
+    return error
+
+
 @pytest.mark.parametrize(
-    "error", [OSError(errno.EACCES, "no"), RuntimeError("shape mismatch"), ValueError("no"), KeyError("x")]
+    "cause",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "/data/run/__1_0.distcp"),
+        led_to(RuntimeError("the writer failed"), OSError(errno.EDQUOT, "Disk quota exceeded")),
+        RuntimeError("PytorchStreamWriter failed writing file data/3: file write failed"),
+    ],
+)
+def test_a_disk_that_is_full_for_one_of_several_writers_of_shards_is_said_by_all(tmp_path, cause):
+    error = sharded(cause)
+    with pytest.raises(DiskFullError, match="^checkpoint-5 could not be written.*the disk mounted at /") as caught:
+        with full_disk_named(tmp_path, "checkpoint-5"):
+            raise error
+    assert caught.value.__cause__ is error and "Traceback" not in str(caught.value)
+    assert getattr(cause, "filename", None) is None or "/data/run/__1_0.distcp" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        sharded(KeyError("x")),
+        OSError(errno.EACCES, "no"),
+        RuntimeError("shape mismatch"),
+        ValueError("no"),
+        KeyError("x"),
+    ],
 )
 def test_other_errors_stay_what_they_are(tmp_path, error):
     with pytest.raises(type(error)) as caught:

@@ -259,8 +259,12 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
                 checkpoint of a run that started from another model or with other parts.
             BudgetError: the model is already as small as the target.
         """
-        with NoticeBoard(self.accelerator).watching():
-            return self._train_watched(resume_from_checkpoint, *positional, **kwargs)
+        self._board = NoticeBoard(self.accelerator)
+        try:
+            with self._board.watching():
+                return self._train_watched(resume_from_checkpoint, *positional, **kwargs)
+        finally:
+            self._board = None
 
     def _train_watched(self, resume_from_checkpoint, *positional, **kwargs):
         run, host = self.run, self._host
@@ -340,7 +344,10 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         return metrics
 
     def _maybe_log_save_evaluate(self, *positional, **kwargs):
+        took_long = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*positional, **kwargs)
+        if took_long and not self._termination.leaving:  # it may have come meanwhile: no further step is made
+            self._termination.agreed(self.accelerator)
         if self._termination.leaving:
             self._save_before_leaving()
             step = self.state.global_step

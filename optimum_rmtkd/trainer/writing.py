@@ -1,4 +1,5 @@
-"""How several processes write one checkpoint: each its part, beside the place; the name comes when all are done.
+"""How several processes write one checkpoint: each its part, beside the place; the name comes when all are done. And
+which one all of them can go on from.
 
 Knows processes and folders; no trainer, no loop, no run.
 """
@@ -6,7 +7,7 @@ Knows processes and folders; no trainer, no loop, no run.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints import begin, pending_place, put_in_place
+from ..checkpoints import Found, begin, fault_of, first_whole, pending_place, put_in_place
 from ..disks import check_room, full_disk_named
 from ..locks import let_go
-from ..surgery.processes import one_for_all
+from ..surgery.processes import from_main, one_for_all, several
+from .failures import NoticeBoard
 from .swap import outline
 
 
-__all__ = ["bytes_of", "written_whole"]
+__all__ = ["bytes_of", "newest_everywhere", "written_whole"]
 
 
 @contextmanager
 def written_whole(
     target: str | Path,
     accelerator: Any,
+    board: NoticeBoard,
     step: int,
     wanted: int = 0,
     sealed: Callable[[Path], None] | None = None,
@@ -38,6 +41,7 @@ def written_whole(
     Where machines share no disk, each has its own part under the same name.
 
     Args:
+        board: where a process that fails says so. In the block there may be collective operations.
         step: of the run.
         wanted: bytes that it will have, at least.
         sealed: called by whoever names it, just before.
@@ -57,7 +61,7 @@ def written_whole(
                 if leads and (main or not pending_place(target).is_dir()):
                     lock, begun = begin(target), True
                     check_room(target.parent, wanted, f"checkpoint {target.name}")
-        with one_for_all(accelerator), full_disk_named(target.parent, what):
+        with board.together(), full_disk_named(target.parent, what):
             yield pending_place(target)
         for leads in (main, local):
             with one_for_all(accelerator), full_disk_named(target.parent, what):
@@ -69,6 +73,27 @@ def written_whole(
         raise
     finally:
         let_go(lock)
+
+
+def newest_everywhere(paths: Sequence[Path], accelerator: Any) -> Found:
+    """The newest of several checkpoints that is whole for every process: a run may have been killed when one machine
+    had given it its name on its own disk, and another one had not yet. Collective.
+
+    Args:
+        paths: newest first; those of the main process count.
+    """
+
+    def fault_anywhere(path: Path) -> str | None:
+        looks = accelerator.is_main_process or accelerator.is_local_main_process
+        fault = fault_of(path) if looks else None
+        if not several(accelerator):
+            return fault
+        from accelerate.utils import gather_object
+
+        told = {rank: fault for rank, fault in enumerate(gather_object([fault])) if fault is not None}
+        return next((fault if rank == 0 else f"process {rank}: {fault}" for rank, fault in told.items()), None)
+
+    return first_whole(from_main(paths, accelerator), fault_anywhere)
 
 
 def bytes_of(model: nn.Module, optimizer: Any) -> int:

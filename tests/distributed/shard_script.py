@@ -32,6 +32,7 @@ def parsed(given=None):
     parser.add_argument("--loaded", type=Path, help="model to load once the arguments are made")
     parser.add_argument("--partitioned", action="store_true", help="it has to be, under ZeRO-3")
     parser.add_argument("--again", action="store_true", help="evaluated before, and trained once more after")
+    parser.add_argument("--model", type=json.loads, default={}, help="its config, where it is another one")
     parser.add_argument("--double", action="store_true", help="in fp64, where rounding hides nothing")
     return parser.parse_args(given)
 
@@ -88,7 +89,8 @@ def trainer_of(asked):
 
 def model_of(asked):
     if asked.loaded is None:
-        return tiny_bert().double() if asked.double else tiny_bert()
+        model = tiny_bert(**asked.model)
+        return model.double() if asked.double else model
     join()
     model = transformers.BertForSequenceClassification.from_pretrained(asked.loaded)
     assert any(hasattr(p, "ds_id") for p in model.parameters()) is asked.partitioned

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import resource
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,8 +15,12 @@ import transformers
 from optimum_rmtkd.config import RMTKDConfig
 from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
+from ..distributed.sharding import open_the_door, options
 from .conftest import RECIPE, tiny_bert, toy_data
 from .looping import looped, prepared, train
+
+
+SHARDED = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 
 
 class Breaking(transformers.TrainerCallback):
@@ -24,18 +32,30 @@ class Breaking(transformers.TrainerCallback):
             self.raise_it()
 
 
-def by_trainer(out: Path, breaks, moment: str):
+def fill_the_disk():
+    """From here on this process can write no file of a size."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+    BEGUN.append(time.time())
+
+
+BEGUN = []
+
+
+def by_trainer(out: Path, breaks, moment: str, kind: str | None = None):
+    if kind is not None:
+        open_the_door()
+    sharded = {} if kind is None else options(state_dict_type=kind)
     arguments = {"max_steps": 4, "per_device_train_batch_size": 4, "save_steps": 2, "use_cpu": True, "report_to": []}
     trainer = RMTKDTrainer(
         model=tiny_bert(),
-        args=RMTKDTrainingArguments(str(out / "run"), disable_tqdm=True, **arguments),
+        args=RMTKDTrainingArguments(str(out / "run"), disable_tqdm=True, **arguments, **sharded),
         rmtkd_config=RMTKDConfig(**RECIPE),
         train_dataset=toy_data(),
         eval_dataset=toy_data(16, seed=2),
     )
     if breaks(trainer.args.process_index):
-        if moment == "callback":
-            trainer.add_callback(Breaking(raising(moment)))
+        if moment in ("callback", "disk"):
+            trainer.add_callback(Breaking(raising(moment) if moment == "callback" else fill_the_disk))
         else:
             owner, name = {
                 "journal": (trainer.run.records, "journal"),
@@ -53,9 +73,11 @@ def by_loop(out: Path, breaks, moment: str):
     if breaks(rank):
         if moment == "measure":
             loop._host.evaluate = raising(moment)
-        else:
+        elif moment == "journal":
             loop.run.records.journal = raising(moment)
-    return rank, lambda: train(script, loop)
+        else:
+            script.optimizer.optimizer.register_step_post_hook(lambda *_: fill_the_disk())
+    return rank, lambda: train(script, loop, save_to=out / "run", save_every=2)
 
 
 def raising(moment: str):
@@ -68,11 +90,14 @@ def raising(moment: str):
 def main():
     out, driver, broken, moment = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
     torch.set_num_threads(1)
-    rank, run = {"trainer": by_trainer, "loop": by_loop}[driver](out, lambda rank: rank == broken, moment)
+    made = {"trainer": by_trainer, "loop": by_loop} | {kind: partial(by_trainer, kind=kind) for kind in SHARDED}
+    rank, run = made[driver](out, lambda rank: rank == broken, moment)
     try:
         run()
     except Exception as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         (out / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        (out / f"moments-{rank}.json").write_text(json.dumps([*BEGUN[:1], time.time()]))
         raise
 
 

@@ -16,7 +16,7 @@ from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.reparameterization import MatrixProductOperator
 from optimum_rmtkd.trainer.checks import check_sharding, check_sharding_arguments
 from optimum_rmtkd.trainer.swap import complete_state, foreign_optimizer, load_optimizer
-from optimum_rmtkd.trainer.swap.sharded import Blueprint
+from optimum_rmtkd.trainer.swap.sharded import Blueprint, gathered
 
 from .conftest import tiny_bert
 
@@ -146,3 +146,29 @@ def test_a_blueprint_holds_no_memory_and_gives_the_model_back():
     assert not twin.classifier.weight.requires_grad and twin.classifier.weight.mark == "kept"
     ids = torch.arange(10)[None]
     assert torch.equal(twin.eval()(ids).logits, model.eval()(ids).logits)
+
+
+class Shard:
+    """A tensor in shards that writes down when it is whole on the device, and when it leaves it."""
+
+    def __init__(self, name: str, journal: list[str]):
+        self.name, self.journal = name, journal
+
+    def detach(self):
+        return self
+
+    def full_tensor(self):
+        self.journal.append(f"{self.name} whole")
+        return self
+
+    def to(self, device):
+        self.journal.append(f"{self.name} to {device}")
+        return device
+
+
+def test_tensors_leave_the_device_one_by_one():
+    """All of them together may not fit there: that is why the model is sharded."""
+    journal = []
+    tensors = {name: Shard(name, journal) for name in "ab"}
+    assert gathered(tensors, "cpu") == {"a": "cpu", "b": "cpu"}
+    assert journal == ["a whole", "a to cpu", "b whole", "b to cpu"]

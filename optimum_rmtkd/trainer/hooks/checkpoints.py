@@ -11,7 +11,7 @@ import torch
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, sort_checkpoints
 
-from ...checkpoints import LAST, check_whole, discard, newest_whole, tell_passed, tidy
+from ...checkpoints import LAST, check_whole, checkpoints_in, discard, newest_whole, tell_passed, tidy
 from ...disks import full_disk_named
 from ...distillation.teachers import clean_copy
 from ...errors import IncompleteCheckpointError
@@ -20,6 +20,7 @@ from ...reparameterization import fold, is_reparameterized
 from ...surgery.processes import from_main, one_for_all
 from ..checkpoint import read_process_state, read_state, write_process_state, write_state
 from ..engine_checks import check_written_by
+from ..failures import NoticeBoard
 from ..parts import transforms_state
 from ..swap import (
     complete_state,
@@ -32,7 +33,7 @@ from ..swap import (
     whole,
     whole_copy,
 )
-from ..writing import bytes_of, written_whole
+from ..writing import bytes_of, newest_everywhere, written_whole
 
 
 __all__ = ["CheckpointHooks"]
@@ -48,6 +49,7 @@ class CheckpointHooks:
     """
 
     sealed: Callable[[Path], None] | None = None
+    _board: NoticeBoard | None = None  # of the training at hand
     _pending: Path | None = None  # folder in which a checkpoint is being written
     _unpushed: str | None = None  # the checkpoint that is to be pushed once it has its name
     _saved_at: int | None = None  # step of the last checkpoint
@@ -65,7 +67,8 @@ class CheckpointHooks:
         target = Path(run_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         best, self._unpushed = state.best_global_step, None
         wanted = bytes_of(self.model, None if args.save_only_model else self.optimizer)
-        with written_whole(target, self.accelerator, step, wanted, self.sealed) as folder:
+        board = self._board or NoticeBoard(self.accelerator)
+        with written_whole(target, self.accelerator, board, step, wanted, self.sealed) as folder:
             self._pending, state.best_global_step = folder.parent, None
             try:
                 super()._save_checkpoint(model, trial)
@@ -130,10 +133,9 @@ class CheckpointHooks:
         Raises:
             IncompleteCheckpointError: the one that is named is not whole, or none is.
         """
-        with one_for_all(self.accelerator):
-            if asked is True and self.is_world_process_zero():
-                asked = self._newest() or True  # without any, the trainer says so
         asked = from_main(asked, self.accelerator)
+        if asked is True:
+            asked = self._newest() or True  # without any, the trainer says so
         with one_for_all(self.accelerator):
             if asked and asked is not True:
                 check_whole(asked)
@@ -143,8 +145,9 @@ class CheckpointHooks:
 
     def _newest(self) -> str | None:
         folder = self.args.output_dir
-        found = newest_whole(folder)
-        tell_passed(found)
+        found = newest_everywhere(checkpoints_in(folder)[::-1], self.accelerator)
+        if self.is_world_process_zero():
+            tell_passed(found)
         if found.newest is None and found.passed:
             path, fault = found.passed[0]
             raise IncompleteCheckpointError(

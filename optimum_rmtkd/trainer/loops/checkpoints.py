@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ...checkpoints import check_whole, discard, newest_checkpoint, tidy
+from ...checkpoints import check_whole, checkpoints_of_loop, discard, step_of, tell_passed, tidy
 from ...errors import RMTKDError
-from ...surgery.processes import from_main, one_for_all
+from ...surgery.processes import one_for_all, several
 from ..checkpoint import STATE, read_process_state, read_state, write_process_state, write_state
+from ..failures import NoticeBoard
 from ..parts import transforms_state
 from ..run import Run
-from ..writing import bytes_of, written_whole
+from ..writing import bytes_of, newest_everywhere, written_whole
 
 
 __all__ = ["LoopCheckpoints", "WholeStates", "random_state", "register_checkpoints", "set_random_state"]
@@ -61,27 +62,46 @@ class LoopCheckpoints:
         IncompleteCheckpointError: it is not whole; names what is missing, and an intact one beside it.
         RMTKDError: no state of a run there, or that of another model or recipe.
         """
-        if not (Path(folder) / STATE).is_file():
-            raise RMTKDError(
-                f"{folder} holds no {STATE}: accelerator.save_state wrote it in a script without RMTKDLoop. Load a "
-                "checkpoint of a run with it, or start a new run from that model."
-            )
-        check_whole(folder)
         accelerator, run = self.accelerator, self.run
-        values, tensors = read_state(folder)
+        with one_for_all(accelerator):
+            if not (Path(folder) / STATE).is_file():
+                raise RMTKDError(
+                    f"{folder} holds no {STATE}: accelerator.save_state wrote it in a script without RMTKDLoop. Load "
+                    "a checkpoint of a run with it, or start a new run from that model."
+                )
+            check_whole(folder)
+            values, tensors = read_state(folder)
+        self._check_same_step(folder)
         own = read_process_state(folder, accelerator.process_index, accelerator.num_processes)
         run.dropout.restore()  # or the rates of 0 would be taken for the user's
         run.load_state_dict({"values": values, "tensors": tensors | own}, str(folder))
         run.restore_cores()
         self.loaded()
 
+    def _check_same_step(self, folder: str) -> None:
+        """On disks of their own, `newest_checkpoint` may have found another one on each machine.
+
+        Raises:
+            RMTKDError: it is not of the same step in all processes.
+        """
+        if not several(self.accelerator):
+            return
+        from accelerate.utils import gather_object
+
+        steps = gather_object([step_of(folder)])
+        if len(set(steps)) > 1:
+            raise RMTKDError(
+                f"accelerator.load_state({str(folder)!r}): the processes load checkpoints of steps "
+                f"{', '.join(map(str, steps))}; expected one of the same step. Name one that all machines have."
+            )
+
 
 class WholeStates:
     """`save_state` and `load_state` of an accelerator, in front of its own: a checkpoint gets its name when all
     processes have written it, older ones are deleted after that, and the newest whole one is loaded."""
 
-    def __init__(self, run: Run):
-        self.run, self.accelerator = run, run.host.accelerator
+    def __init__(self, run: Run, board: NoticeBoard):
+        self.run, self.accelerator, self.board = run, run.host.accelerator, board
         self._save, self._load = self.accelerator.save_state, self.accelerator.load_state
 
     def put_on(self) -> None:
@@ -95,7 +115,16 @@ class WholeStates:
                 delattr(self.accelerator, name)
 
     def save_state(self, output_dir: str | None = None, *positional, **kwargs) -> Path:
-        """As the accelerator's own."""
+        """As the accelerator's own.
+
+        Raises:
+            DiskFullError: no room for a checkpoint; the earlier ones are intact.
+            RMTKDError: another process failed.
+        """
+        with self.board.watching():
+            return self._save_whole(output_dir, *positional, **kwargs)
+
+    def _save_whole(self, output_dir: str | None, *positional, **kwargs) -> Path:
         accelerator, how = self.accelerator, self.accelerator.project_configuration
         if not how.automatic_checkpoint_naming:
             target = Path(output_dir)
@@ -107,7 +136,7 @@ class WholeStates:
             if accelerator.is_local_main_process:
                 tidy(target.parent)
         wanted = bytes_of(self.run.host.model, self.run.host.optimizer)
-        with written_whole(target, accelerator, self.run.host.step, wanted) as folder, _named(how):
+        with written_whole(target, accelerator, self.board, self.run.host.step, wanted) as folder, _named(how):
             self._save(str(folder), *positional, **kwargs)
         if how.automatic_checkpoint_naming and how.total_limit is not None and accelerator.is_main_process:
             for old in _by_number(target.parent)[: -how.total_limit]:
@@ -121,12 +150,16 @@ class WholeStates:
             RMTKDError: no folder was named, and there is no whole checkpoint of its own naming.
         """
         accelerator = self.accelerator
-        if input_dir is None and accelerator.project_configuration.automatic_checkpoint_naming:
-            folder = Path(accelerator.project_dir, "checkpoints")
-            input_dir = from_main(newest_checkpoint(folder), accelerator)
-            if input_dir is None:
-                raise RMTKDError(f"accelerator.load_state(): {folder} holds no whole checkpoint of an RMTKDLoop.")
-        self._load(input_dir, *positional, **kwargs)
+        with self.board.watching():
+            if input_dir is None and accelerator.project_configuration.automatic_checkpoint_naming:
+                folder = Path(accelerator.project_dir, "checkpoints")
+                found = newest_everywhere(checkpoints_of_loop(folder), accelerator)
+                if accelerator.is_main_process:
+                    tell_passed(found)
+                if found.newest is None:
+                    raise RMTKDError(f"accelerator.load_state(): {folder} holds no whole checkpoint of an RMTKDLoop.")
+                input_dir = str(found.newest)
+            self._load(input_dir, *positional, **kwargs)
 
 
 @contextmanager

@@ -113,10 +113,16 @@ def gathered(tensors: Mapping[str, torch.Tensor], device: torch.device | str | N
     """The same tensors whole. Collective, where any is sharded.
 
     Args:
-        device: where to; None: where they are.
+        device: where to, each as soon as it is whole: all of them together may not fit where they are. None: where
+            they are.
     """
-    full = {n: t.detach().full_tensor() if _in_shards(t) else t.detach() for n, t in tensors.items()}
-    return full if device is None else {name: tensor.to(device) for name, tensor in full.items()}
+    return {
+        name: _moved(t.detach().full_tensor() if _in_shards(t) else t.detach(), device) for name, t in tensors.items()
+    }
+
+
+def _moved(tensor: torch.Tensor, device: torch.device | str | None) -> torch.Tensor:
+    return tensor if device is None else tensor.to(device)
 
 
 @torch.no_grad()
