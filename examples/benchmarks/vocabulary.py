@@ -128,7 +128,8 @@ def characters() -> None:
         for word, _ in backend.pre_tokenizer.pre_tokenize_str(text):
             reached |= {word[0], *("##" + character for character in word[1:])}
     texts = Dataset.from_parquet(str(SHARED / "data/sst2_train.parquet"))["sentence"][:]
-    used = {token for row in backend.encode_batch_fast(texts, add_special_tokens=False) for token in row.tokens}
+    names = {i: piece for piece, i in vocab.items()}
+    used = {names[i] for row in backend.encode_batch_fast(texts, add_special_tokens=False) for i in row.ids}
     special = {token["content"] for token in model["added_tokens"]}
     kept = [*sorted(used | special | first, key=vocab.get)]
     model["model"]["vocab"] = {piece: i for i, piece in enumerate(kept)}
