@@ -196,9 +196,11 @@ def first_whole(paths: Iterable[Path], fault_in: Callable[[Path], str | None] = 
 
 
 def tell_passed(found: Found) -> None:
-    """A line for each newer checkpoint that is not whole."""
+    """A line for each newer checkpoint that is not whole. It stays: another trainer's, or an earlier version's, may be
+    of use to somebody."""
     for path, fault in found.passed:
         instead = "" if found.newest is None else f"; the run continues from {found.newest.name}"
+        instead += "; it stays until one of its name is written, or you delete it"
         logger.warning("%s is passed over (%s)%s.", path, fault, instead)
 
 

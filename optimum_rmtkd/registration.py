@@ -124,8 +124,11 @@ def _register_ternary() -> None:
 def _register_ternary_models() -> None:
     from transformers import AutoModel
 
+    from .hub.saving import saving_into
     from .ternary import modeling_ternary as ternary
 
+    if saving_into not in ternary.WRITERS:
+        ternary.WRITERS.append(saving_into)
     classes = (ternary.TernaryMLPForClassification, ternary.TernaryMLPForRegression)
     AutoModel.register(ternary.TernaryMLPConfig, classes, exist_ok=True)  # told apart by the config's `architectures`
     for cls in classes:

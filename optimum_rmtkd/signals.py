@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 __all__ = ["EXIT_TERMINATED", "Terminated", "Termination", "terminable"]
 
 EXIT_TERMINATED = 143  # 128 + SIGTERM, as shells have it
+DELAY = 500  # milliseconds of training between two questions to the other processes
+RARELY = 64  # steps between them, at most
 
 
 class Terminated(SystemExit):
@@ -44,6 +47,7 @@ class Termination:
         self.at_once, self.speaks = at_once, speaks
         self._earlier = None
         self._listens = False
+        self._passed, self._every, self._since = 0, 1, None  # steps since all were asked, until, and when that was
 
     def listen(self) -> None:
         """From here on."""
@@ -66,32 +70,65 @@ class Termination:
             Terminated: it came when there was no step to come, and the block went on to its end.
         """
         self.asked = self.leaving = False
+        self._passed, self._every, self._since = 0, 1, None
         self.listen()
         try:
             yield
         finally:
             self.stop()
         if self.asked:
-            raise Terminated
+            self._end()
 
     @contextmanager
     def busy(self, really: bool = True) -> Iterator[None]:
-        """No step ends for long in this block: a SIGTERM ends the process at once."""
+        """No step ends for long in this block: a SIGTERM ends the process at once, also one that came when all had
+        agreed to go on."""
         soon, self.soon = self.soon, self.soon and not really
         try:
+            if really and self.asked and not self.leaving:
+                self._end()
             yield
         finally:
             self.soon = soon
 
-    def agreed(self, accelerator) -> bool:
-        """Whether it has come to one of the processes; all of them call this at the end of a step."""
-        self.leaving = self.asked
-        if accelerator.num_processes > 1:
-            import torch
+    def over(self) -> None:
+        """No step is to come.
 
-            asked = torch.tensor([float(self.asked)], device=accelerator.device)
-            self.leaving = bool(accelerator.reduce(asked, "sum").item() > 0)
+        Raises:
+            Terminated: it has come.
+        """
+        self.soon = False
+        if self.asked:
+            self._end()
+
+    def agreed(self, accelerator, now: bool = True) -> bool:
+        """Whether it has come to one of the processes; all of them call this at the end of a step.
+
+        Args:
+            now: all are asked, as something that takes long follows, or has come before. Else, of several processes,
+                about every half second, and after `RARELY` steps at the latest: to sum a number over two processes on
+                CPUs (gloo) takes up to 2.5 ms, a GPU has to come to its end for it.
+        """
+        if accelerator.num_processes == 1:
+            self.leaving = self.asked
+            return self.leaving
+        self._passed += 1
+        self.leaving = (now or self._passed >= self._every) and self._ask_all(accelerator)
         return self.leaving
+
+    def _ask_all(self, accelerator) -> bool:
+        import torch
+
+        moment = time.monotonic()
+        took = round(1000 * (moment - (moment if self._since is None else self._since)))
+        # whole numbers: their sum, and the steps until the next question, are the same in all processes
+        asked = torch.tensor([int(self.asked), took], device=accelerator.device)
+        asking, total = accelerator.reduce(asked, "sum").tolist()
+        if self._since is not None:
+            fitting = DELAY * accelerator.num_processes * self._passed // max(1, total)
+            self._every = max(1, min(fitting, 2 * self._every, RARELY))
+        self._passed, self._since = 0, moment
+        return asking > 0
 
     def say(self, words: str) -> None:
         """One line for whoever reads the log of a job that ends. Not through `logging`: its locks may be held."""
@@ -103,7 +140,8 @@ class Termination:
         self.asked = True
         if not self.soon:
             self._end()
-        self.say("SIGTERM: training stops at the end of this step; a second one ends it at once.")
+        at_hand = "at the end of this step, or of the evaluation or checkpoint at hand"
+        self.say(f"SIGTERM: training stops {at_hand}; a second one ends it at once.")
 
     def _end(self) -> None:
         self.say(f"SIGTERM: no step ends soon, so that training stops here. {self.at_once()}")

@@ -8,6 +8,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from optimum_rmtkd.signals import Terminated, Termination, terminable
 
@@ -46,6 +47,72 @@ def test_where_no_step_ends_soon_the_process_ends(capfd):
                 terminate()
             pytest.fail("training went on")
     assert "checkpoint-4 is whole" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("then", ["busy", "over", "nothing"])
+def test_one_that_comes_when_all_have_agreed_to_go_on_is_not_forgotten(then, capfd):
+    """Between the question at the end of a step and a cut, the end of training, or the end of all."""
+    termination = Termination(lambda: "checkpoint-4 is whole")
+    with pytest.raises(Terminated):
+        with termination.listening():
+            termination.soon = True
+            assert not termination.agreed(ALONE)
+            terminate()
+            if then == "busy":
+                with termination.busy(False):
+                    pass
+                with termination.busy():
+                    pytest.fail("the cut was made")
+            if then == "over":
+                termination.over()
+                pytest.fail("the last stage was judged")
+    assert "checkpoint-4 is whole" in capfd.readouterr().err
+
+
+def test_what_is_due_and_left_to_the_next_run_ends_nothing():
+    termination = Termination(str)
+    with pytest.raises(Terminated):
+        with termination.listening():
+            termination.soon = True
+            terminate()
+            assert termination.agreed(ALONE)
+            with termination.busy():
+                saved = True
+    assert saved
+
+
+class Pair:
+    """Two processes that do the same; the other one may have got a SIGTERM."""
+
+    num_processes, device = 2, "cpu"
+
+    def __init__(self):
+        self.asked, self.other = 0, 0
+
+    def reduce(self, tensor, how):
+        self.asked += 1
+        return 2 * tensor + torch.tensor([self.other, 0])
+
+
+@pytest.mark.parametrize(("milliseconds", "most"), [(1, 64), (40, 13), (700, 1)])
+def test_several_processes_ask_each_other_every_half_second(monkeypatch, milliseconds, most):
+    clock = [0.0]
+    monkeypatch.setattr("optimum_rmtkd.signals.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    pair, termination = Pair(), Termination(str)
+
+    def step(**how):
+        clock[0] += milliseconds / 1000
+        return termination.agreed(pair, **how)
+
+    assert not any(step(now=False) for _ in range(1000))
+    assert 1000 / most <= pair.asked <= 1000 / most + 12  # it begins with each step
+    pair.other = 1
+    waited = next(number for number in range(1, 1001) if step(now=False))
+    assert waited <= most
+    pair.other = 0
+    assert not step(now=True)
+    pair.other = 1
+    assert step(now=True)  # something long is due: nothing is put off
 
 
 def test_the_earlier_handler_comes_back():

@@ -4,6 +4,8 @@ The layers are those of narrowed models. A saved repository carries the files si
 `trust_remote_code=True` runs them without this package; they import torch and transformers alone.
 """
 
+import contextlib
+import os
 import re
 import sys
 from pathlib import Path
@@ -19,6 +21,9 @@ from optimum_rmtkd.spec_rmtkd import check_fields, check_network
 from .configuration_ternary import CHECKS, TernaryMLPConfig
 
 
+# A context that yields a folder beside another one, and lets its files take their places there if all went well: lent
+# by the package. Without it files are written in place, as transformers does.
+WRITERS = []
 UPLOAD_OPTIONS = ("repo_id", "commit_message", "private", "create_pr")  # of `push_to_hub`
 
 
@@ -66,8 +71,11 @@ class _TernaryMLPModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, push_to_hub=False, **kwargs):
         upload = {name: kwargs.pop(name) for name in UPLOAD_OPTIONS if name in kwargs}
-        super().save_pretrained(save_directory, *args, **kwargs)
-        _lay_beside(save_directory)
+        is_main_process = args[0] if args else kwargs.get("is_main_process", True)
+        whole = bool(WRITERS) and is_main_process and not os.path.isfile(save_directory)
+        with WRITERS[-1](save_directory) if whole else contextlib.nullcontext(save_directory) as folder:
+            super().save_pretrained(folder, *args, **kwargs)
+            _lay_beside(folder)
         if push_to_hub:  # not left to transformers, which would upload before the files are laid beside each other
             shared = {name: kwargs[name] for name in ("token", "max_shard_size") if name in kwargs}
             self.push_to_hub(**{"repo_id": Path(save_directory).absolute().name, **upload, **shared})

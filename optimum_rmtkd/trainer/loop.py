@@ -254,14 +254,22 @@ class RMTKDLoop:
             with self._board.watching(), self._termination.busy(not leaving and self.run.is_due(step)):
                 self.run.after_step(step, leaving)
 
-    def should_stop(self) -> bool:
+    def should_stop(self, now: bool = False) -> bool:
         """Whether SIGTERM has come, to any process: then save a checkpoint and exit. What is due after the step is
         left to the run that goes on from there. Call it after each optimizer step, on all processes; only with the
-        first call the signal is listened to. A cut that is being made is not waited for: the process ends (143), and
-        the last checkpoint holds. A second signal ends it at once. A handler of your own stays in its place."""
+        first call the signal is listened to. A cut that is being made, or `end`, is not waited for: the process ends
+        (143), and the last checkpoint holds. A second signal ends it at once. A handler of your own stays in its
+        place.
+
+        Args:
+            now: ask all processes. Else several processes ask each other about every half second, and after 64 calls
+                at the latest. For what takes long, such as an evaluation of your own: before and after it.
+        """
+        run, host = self.run, self._host
         self._termination.listen()
         self._termination.soon = True
-        return self._termination.agreed(self._host.accelerator)
+        now = now or self._due and run.is_due(host.step) or host.step >= host.max_steps
+        return self._termination.agreed(host.accelerator, now)
 
     def end(self) -> dict[str, float]:
         """Training is over: the last stage is judged, dropout comes back, and the model has plain weights. Call it
@@ -279,7 +287,7 @@ class RMTKDLoop:
                 "loop.end() without a single loop.loss(batch): the model was neither cut nor distilled. Train on "
                 "loop.loss(batch) in place of model(**batch).loss."
             )
-        with self._board.watching():
+        with self._board.watching(), self._termination.busy(not self._ended and not self._termination.leaving):
             if not self._begun:  # resumed from the last step
                 self._begin()
             self.step()

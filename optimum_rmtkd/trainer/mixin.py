@@ -330,7 +330,10 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         return metrics
 
     def _maybe_log_save_evaluate(self, *positional, **kwargs):
+        took_long = self.control.should_evaluate or self.control.should_save
         super()._maybe_log_save_evaluate(*positional, **kwargs)
+        if took_long and not self._termination.leaving:  # it may have come meanwhile: no further step is made
+            self._termination.agreed(self.accelerator)
         if self._termination.leaving:
             self._save_before_leaving()
             step = self.state.global_step

@@ -13,7 +13,7 @@ from ..errors import RMTKDError
 from .data import isolated_rng
 
 
-__all__ = ["Stream", "evaluated_again", "is_stream"]
+__all__ = ["Stream", "evaluated_again", "is_stream", "rewindable"]
 
 _END = object()
 COMPARED = 8  # rows that tell whether data begins anew: one alone may be there twice
@@ -100,6 +100,27 @@ class Stream:
         first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
         yield from self.held[first::step]
         yield from itertools.islice(begun, first, None, step)  # each worker has a copy of the whole rest
+
+
+def rewindable(dataset: Any, seed: int, name: str, wanted: int = 1) -> Stream:
+    """The first rows of the data of a loader that somebody else makes and trains on.
+
+    Args:
+        name: of the loader, in errors.
+
+    Raises:
+        RMTKDError: they can be read once; not a single row.
+    """
+    whole = dataset.dataset if type(dataset).__name__ == "IterableDatasetShard" else dataset
+    stream = Stream(whole, seed, name)
+    stream.samples(wanted)
+    stream.settle()
+    if stream.data is not whole:
+        raise RMTKDError(
+            f"{name} reads a {type(whole).__name__} that can be read once: the rows that calibrate the cuts would be "
+            "missing in training. Give it a dataset that begins anew at every iter()."
+        )
+    return stream
 
 
 def evaluated_again(dataset: Any, seed: int) -> Any:

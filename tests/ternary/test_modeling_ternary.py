@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, Trainer, TrainingArguments
 
 from optimum_rmtkd import SpecMismatchError, TernaryConfig, compress_features, pack_model
+from optimum_rmtkd.errors import DiskFullError
 from optimum_rmtkd.layers_rmtkd import CentredActivation, StepActivation
 from optimum_rmtkd.ternary.configuration_ternary import TernaryMLPConfig
 from optimum_rmtkd.ternary.modeling_ternary import TernaryMLPForClassification, TernaryMLPForRegression
@@ -356,3 +359,27 @@ def test_unknown_activation_in_a_config():
     }
     with pytest.raises(ValueError, match="Unknown activation 'swoosh'.*cos, .*relu"):
         TernaryMLPForClassification(TernaryMLPConfig(network=network))
+
+
+# Saving
+
+
+def test_a_disk_that_is_full_leaves_the_folder_as_it_was(model, tmp_path, monkeypatch):
+    """Never a config without weights, nor new weights under old code."""
+    place = tmp_path / "net"
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for there in (False, True):
+        before = {path.name: path.read_bytes() for path in place.iterdir()} if there else None
+        with monkeypatch.context() as patch:
+            patch.setattr(transformers.modeling_utils, "safe_save_file", full)
+            with pytest.raises(DiskFullError, match="The model in .*net could not be written"):
+                model.save_pretrained(place)
+        if there:
+            assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+        else:
+            assert list(tmp_path.iterdir()) == []
+            model.save_pretrained(place)
+            assert {"config.json", "model.safetensors", "layers_rmtkd.py"} <= {path.name for path in place.iterdir()}

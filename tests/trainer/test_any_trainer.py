@@ -12,6 +12,7 @@ from optimum_rmtkd import RMTKDConfig, RMTKDError
 from optimum_rmtkd.trainer import RMTKDMixin, RMTKDTrainer, pace
 
 from .conftest import tiny_bert, toy_data
+from .test_stream import Rows
 from .test_trainer import history
 
 
@@ -134,6 +135,45 @@ def test_batches_of_a_loader_without_rows_calibrate_a_cut(make_trainer):
     assert [len(batch["input_ids"]) for batch in batches] == [8] * 4  # calibration_samples is 32
     again = list(own.calibration_batches())
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(batches, again, strict=True))
+    own.train()
+    assert own.stages[0].accepted
+
+
+class OwnGenerator(Trainer):
+    """Batches that come once, and anew for each loader that is asked for."""
+
+    def get_train_dataloader(self):
+        rows, collate = self.train_dataset, self.data_collator
+        return (collate(rows[i : i + 8]) for i in range(0, len(rows), 8))
+
+
+def test_a_second_look_begins_at_the_first_row(make_trainer):
+    """A few batches were looked at before, of a loader that is one generator."""
+    own = make_trainer(trainer_class=type("Own", (RMTKDMixin, OwnGenerator), {}))
+    few = list(own.calibration_batches(samples=8))
+    batches = list(own.calibration_batches())
+    assert [len(batch["input_ids"]) for batch in batches] == [8] * 4
+    assert torch.equal(batches[0]["input_ids"], few[0]["input_ids"])
+    assert len({tuple(row.tolist()) for batch in batches for row in batch["input_ids"]}) == 32
+
+
+class OwnStream(Trainer):
+    """A loader over data that are iterated."""
+
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.train_dataset, batch_size=8, collate_fn=self.data_collator)
+
+
+@pytest.mark.parametrize("once", [False, True])
+def test_rows_that_come_once_do_not_get_lost_in_a_loader_of_a_subclass(make_trainer, once):
+    """The calibration would take them from the training, without a word."""
+    rows, kind = Rows(1000, once), type("Own", (RMTKDMixin, OwnStream), {})
+    own = make_trainer(trainer_class=kind, max_steps=2, trainer_kwargs={"train_dataset": rows})
+    if once:
+        with pytest.raises(RMTKDError, match=r"get_train_dataloader\(\) reads a Rows that can be read once"):
+            own.train()
+        assert rows.read < 16 and not own.stages
+        return
     own.train()
     assert own.stages[0].accepted
 

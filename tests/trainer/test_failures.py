@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import torch.distributed as dist
 
 from optimum_rmtkd.errors import RMTKDError
+from optimum_rmtkd.trainer import failures
 from optimum_rmtkd.trainer.failures import NoticeBoard
 
 
@@ -93,6 +95,64 @@ def test_a_store_that_is_gone_hides_no_error():
     gone._store = Gone()
     for mine in (ValueError("mine"), LOST):
         assert fail(gone, mine) is mine
+
+
+def both(store: dist.Store, *works) -> list[BaseException | None]:
+    """What each process leaves a block with in which it does its work together with the other."""
+    boards, left = [board(rank, store) for rank in range(2)], [None, None]
+
+    def part(rank):
+        try:
+            with boards[rank].together():
+                works[rank]()
+        except BaseException as error:
+            left[rank] = error
+
+    threads = [threading.Thread(target=part, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return left
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_what_fails_in_one_of_those_that_work_together_fails_in_all(first):
+    mine = ValueError("no room")
+    works = [lambda: None, lambda: None]
+    assert both(dist.HashStore(), *works) == [None, None]
+    works[first] = raising(mine)
+    left = both(dist.HashStore(), *works)
+    assert left[first] is mine
+    assert str(left[1 - first]) == f"Another process failed, so all stop. process {first}: ValueError: no room"
+
+
+def test_who_waits_in_a_collective_operation_is_freed_and_hears_why(monkeypatch):
+    """The one that fails breaks the connections before it goes."""
+    broken = threading.Event()
+    monkeypatch.setattr(failures, "GRACE", 0.1)
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", broken.set)
+
+    def in_a_collective():
+        assert broken.wait(10)
+        raise LOST
+
+    mine = OSError("full")
+    left = both(dist.HashStore(), in_a_collective, raising(mine))
+    assert left[1] is mine and isinstance(left[0], RMTKDError) and left[0].__cause__ is LOST
+    assert str(left[0]).endswith("process 1: OSError: full")
+
+
+def test_each_of_two_that_fail_has_its_own_error():
+    errors = [RMTKDError("mine"), RMTKDError("mine as well")]
+    assert both(dist.HashStore(), *map(raising, errors)) == errors
 
 
 @pytest.mark.slow

@@ -82,6 +82,72 @@ def test_sigterm_in_a_cut_is_not_made_to_wait(make_trainer, monkeypatch, capfd):
     assert not list(folder(trainer, 3).parent.glob("*checkpoint-3*"))
 
 
+class TerminateAfter(TrainerCallback):
+    """SIGTERM in the evaluation, or when the checkpoint has its name, after step 2."""
+
+    def __init__(self, moment: str):
+        self.moment = moment
+
+    def _come(self, moment, state):
+        if self.moment == moment and state.global_step == 2:
+            self.moment = None
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self._come("evaluation", state)
+
+    def on_save(self, args, state, control, **kwargs):
+        self._come("checkpoint", state)
+
+
+@pytest.mark.parametrize(("moment", "every"), [("evaluation", 100), ("checkpoint", 2)])
+def test_after_an_evaluation_or_a_checkpoint_no_further_step_is_made(make_trainer, capfd, moment, every):
+    options = {"eval_strategy": "steps", "eval_steps": 2} | SAVING | {"save_steps": every}
+    whole = make_trainer(recipe=ROUNDS, out="whole", **options)
+    whole.train()
+    broken = make_trainer(recipe=ROUNDS, out="broken", **options)
+    broken.add_callback(TerminateAfter(moment))
+    with pytest.raises(Terminated):
+        broken.train()
+    told = capfd.readouterr().err
+    assert "training stopped after step 2" in told and "checkpoint-2 is whole" in told
+    assert [entry["step"] for entry in broken.state.log_history if "eval_loss" in entry] == [2]
+    again = make_trainer(recipe=ROUNDS, out="broken", **options)
+    again.train(resume_from_checkpoint=True)
+    assert same(again.model, whole.model)
+
+
+def test_sigterm_between_the_question_and_a_cut_is_not_forgotten(make_trainer, monkeypatch, capfd):
+    trainer = make_trainer(recipe=ROUNDS, **SAVING)
+    agreed, termination = trainer._termination.agreed, trainer._termination
+
+    def and_then_it_comes(accelerator, now=True):
+        answer = agreed(accelerator, now)
+        if trainer.stages and trainer.run.is_due(trainer.state.global_step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    monkeypatch.setattr(termination, "agreed", and_then_it_comes)
+    with pytest.raises(Terminated):
+        trainer.train()
+    assert "no step ends soon" in capfd.readouterr().err and len(trainer.stages) == 1
+
+
+@pytest.mark.parametrize("moment", ["before", "within"])
+def test_sigterm_in_the_end_of_a_loop_ends_it(capfd, moment):
+    script = prepared()
+    loop = looped(script, ROUNDS)
+    loop.should_stop()
+    train(script, loop, end=False)
+    if moment == "before":
+        os.kill(os.getpid(), signal.SIGTERM)
+    else:
+        loop._host.evaluate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Terminated):
+        loop.end()
+    assert "The last checkpoint holds" in capfd.readouterr().err
+
+
 def test_sigterm_without_checkpoints_saves_none(make_trainer, capfd):
     trainer = make_trainer(recipe=ROUNDS, max_steps=6)
     trainer.add_callback(TerminateAt(1))
@@ -215,6 +281,28 @@ def test_a_model_that_does_not_fit_the_disk_leaves_no_folder_without_weights(mak
                 save()
         assert (final / "model.safetensors").read_bytes() == before and (final / "config.json").is_file()
         shutil.rmtree(final)
+
+
+def test_what_is_uploaded_or_sharded_is_written_whole_first(make_trainer, monkeypatch):
+    """An upload begins when the model is in its place; shards of one process appear together."""
+    trainer = make_trainer(recipe=ROUNDS, max_steps=2)
+    trainer.train()
+    model, final, uploads = trainer.model, folder(trainer, 1).with_name("final"), []
+    monkeypatch.setattr(type(model), "push_to_hub", lambda self, **told: uploads.append(told))
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.modeling_utils, "safe_save_file", full)
+        patch.setattr(type(model), "save_distributed_checkpoint", full)
+        for how in ({"push_to_hub": True}, {"distributed_checkpoint": True}):
+            with pytest.raises(DiskFullError, match="The model in .*final could not be written"):
+                model.save_pretrained(final, **how)
+            assert not final.exists() and not uploads
+    model.save_pretrained(final, push_to_hub=True, commit_message="first", token="t")
+    assert (final / "model.safetensors").is_file()
+    assert uploads == [{"repo_id": "final", "commit_message": "first", "token": "t"}]
 
 
 def test_a_half_checkpoint_of_a_loop_is_refused_and_older_ones_go_last(tmp_path):

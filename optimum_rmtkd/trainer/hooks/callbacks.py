@@ -47,13 +47,14 @@ class StageCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control: TrainerControl, **kwargs):
         self.ended()
-        step, termination = state.global_step, self.termination
-        leaving = termination.agreed(self.run.host.accelerator)
-        with _flags_kept(control), termination.busy(not leaving and self.run.is_due(step)):
+        step, termination, due = state.global_step, self.termination, self.run.is_due(state.global_step)
+        long = due or control.should_evaluate or control.should_save or step >= state.max_steps
+        leaving = termination.agreed(self.run.host.accelerator, now=long)
+        with _flags_kept(control), termination.busy(not leaving and due):
             self.run.after_step(step, leaving)
 
     def on_train_end(self, args, state, control: TrainerControl, **kwargs):
-        self.termination.soon = False
+        self.termination.over()
 
 
 class _flags_kept:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, IterableDataset
 from transformers import Trainer
 
 from ...batches import batch_size
@@ -17,7 +17,7 @@ from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from ..inside import Inside, inside_of
-from ..stream import Stream, is_stream
+from ..stream import Stream, is_stream, rewindable
 from ..swap import adam_rate, enable_checkpointing, forget_moments, install, raw_optimizer, rewrapped
 from .schedules import count_anew
 
@@ -230,7 +230,7 @@ class TrainerHost:
         """The same of a loader that the user makes: its rows and collator where it has them, else its batches."""
         with isolated_rng(self.trainer.rmtkd_config.seed):
             if self._loaded is None:
-                self._loaded = (self.trainer.get_train_dataloader(), [])
+                self._loaded = (self._train_loader(), [])
             loader, held = self._loaded
             rows = getattr(loader, "dataset", None)
             indexed = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
@@ -238,14 +238,24 @@ class TrainerHost:
             if indexed and mixed and hasattr(loader, "collate_fn"):
                 return pick_samples(rows, wanted, self.trainer.rmtkd_config.seed), loader.collate_fn, size
             if sum(map(batch_size, held)) < wanted:
-                held.clear()
-                for batch in loader:
-                    held.append(batch)
-                    if sum(map(batch_size, held)) >= wanted:
-                        break
+                if held:  # from the first row on: what was asked before may be one generator, and used up
+                    loader = self._train_loader()
+                held = list(_until(loader, wanted))
+                self._loaded = (loader, held)
         # Each process's loader gives it batches of its own: they are not dealt out again.
         processes = self.trainer.args.world_size
         return [batch for batch in held for _ in range(processes)], lambda batches: batches[0], 1
+
+    def _train_loader(self) -> Any:
+        """A loader that the user makes.
+
+        Raises:
+            RMTKDError: its data can be read once: the rows that calibrate would be missing in training.
+        """
+        loader = self.trainer.get_train_dataloader()
+        if isinstance(getattr(loader, "dataset", None), IterableDataset):
+            rewindable(loader.dataset, self.trainer.rmtkd_config.seed, "get_train_dataloader()")
+        return loader
 
     # -- changing the model -------------------------------------------------------------------------------------------
 
@@ -304,3 +314,13 @@ class TrainerHost:
 
     def log(self, logs: Mapping[str, float]) -> None:
         self.trainer.log(dict(logs))
+
+
+def _until(loader: Iterable[Any], wanted: int) -> Iterator[Any]:
+    """Batches of so many samples together, or all there are."""
+    seen = 0
+    for batch in loader:
+        yield batch
+        seen += batch_size(batch)
+        if seen >= wanted:
+            return

@@ -17,7 +17,7 @@ from ...hub.measures import of_quality
 from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, pick_samples
-from ..stream import Stream, is_stream
+from ..stream import Stream, is_stream, rewindable
 from ..swap import adam_rate, forget_moments, install, renew_wrapper
 from ..verdicts import greater_is_better
 from .schedules import LoopSchedule
@@ -181,15 +181,8 @@ class LoopHost:
         if not is_stream(dataset):
             return pick_samples(dataset, wanted, self.config.seed)
         if self._stream is None:
-            whole = dataset.dataset if type(dataset).__name__ == "IterableDatasetShard" else dataset
-            self._stream = Stream(whole, self.config.seed, "train_dataloader")
-            self._stream.samples(max(wanted, self.config.calibration_samples))
-            self._stream.settle()
-            if self._stream.data is not whole:
-                raise RMTKDError(
-                    f"train_dataloader reads a {type(whole).__name__} that can be read once: the rows that calibrate "
-                    "the cuts would be missing in training. Give it a dataset that begins anew at every iter()."
-                )
+            held = max(wanted, self.config.calibration_samples)
+            self._stream = rewindable(dataset, self.config.seed, "train_dataloader", held)
         return self._stream.samples(wanted)
 
     # -- changing the model -------------------------------------------------------------------------------------------
