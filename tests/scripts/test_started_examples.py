@@ -87,7 +87,7 @@ def test_a_language_model_learns_from_a_larger_one(tmp_path, texts):
     out = tmp_path / "out"
     options = {"model": tmp_path / "base", "teacher": tmp_path / "large", "output_dir": out, "max_length": 32}
     told = run("sft", options | texts, tmp_path)
-    assert "removed 0.0%" in told and not (out / "rmtkd_stages.json").exists()
+    assert "removed 0.0%" in told and not journal(out)["stages"]
 
 
 def test_a_sentence_encoder_is_narrowed(tmp_path):
@@ -114,4 +114,4 @@ def test_a_sentence_encoder_is_narrowed(tmp_path):
     told = run("sentence_trainer", {"model": tmp_path / "encoder", "output_dir": out} | tables, tmp_path)
     assert journal(out)["reduction"] == pytest.approx(0.5, abs=0.05) and "dev_spearman_cosine" in told
     features = st.SentenceTransformer(str(out), device="cpu").encode("w1 w2").shape[-1]
-    assert f"{features} features an embedding" in told and features < 64
+    assert f"{features} features an embedding" in told
