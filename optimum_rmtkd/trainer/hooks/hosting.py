@@ -90,7 +90,7 @@ class TrainerHost:
     @property
     def columns(self) -> Columns:
         trainer = self.trainer
-        named_only, own_loss = trainer.args.remove_unused_columns, trainer.own_loss or trainer.replaces_loss
+        named_only, own_loss = trainer.args.remove_unused_columns, trainer.own_loss or trainer.whole_loss
         return Columns(self.model, self.teacher, trainer.label_names, named_only, own_loss)
 
     @property
