@@ -159,7 +159,7 @@ class RMTKDConfig(Recipe):
     fit_share: Annotated[float, _share("the training steps", "left")] | None = _option(
         None,
         "Share of the training steps in which the model is fine-tuned on the task alone, before the first cut. None: "
-        "0 for a model that can teach, about 0.4 for one that cannot (a new head, a loss no better than that of the "
+        "0 for a model that can teach, 0.4 to 0.6 for one that cannot (a new head, a loss no better than that of the "
         "label frequencies).",
     )
     distil_learning_rate: Positive | None = _option(

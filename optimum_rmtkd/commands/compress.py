@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["CompressCommand"]
 
 RECIPE_NAME = "rmtkd_recipe.json"
-FIT_SHARE = 0.4  # of the steps, for --fit alone: trainer.fit.SHARE, without torch
+FIT_SHARE = 0.4  # of the steps, for --fit alone: trainer.rates.FIT_SHARE, without torch
 
 USAGE = "optimum-cli rmtkd compress --model MODEL (--train-file FILE | --dataset NAME) -o OUT [options]"
 

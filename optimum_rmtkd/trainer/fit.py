@@ -13,6 +13,7 @@ from ..surgery.processes import one_for_all
 from . import plain
 from .data import isolated_rng
 from .host import Host
+from .rates import FIT_SHARE, fit_pace
 from .readiness import Readiness, readiness
 
 
@@ -20,10 +21,9 @@ __all__ = ["Fit"]
 
 logger = logging.getLogger(__name__)
 
-SHARE = 0.4  # of the steps, for a model that cannot teach yet
 SEEN = 256  # samples of each process that say whether a model can teach
 CUTS = 1  # of a recipe that does not say how many
-STATE = ("steps", "why", "going", "metrics", "chance")
+STATE = {"steps": 0, "why": "", "going": False, "metrics": None, "chance": None, "quicker": 1.0}
 
 
 class Fit:
@@ -32,6 +32,7 @@ class Fit:
     why: so many, for people.
     going: whether the model is fine-tuned now.
     metrics: of the validation data, at its end.
+    quicker: what the given learning rate is multiplied by in it.
     chance: task loss of knowing nothing on the calibration labels, nats (or the labels' variance); None: unknown, or
         not on the scale of a loss of the user's own.
     """
@@ -43,6 +44,7 @@ class Fit:
     def reset(self) -> None:
         """Forget the run."""
         self.steps, self.why, self.going = 0, "", False
+        self.quicker = 1.0
         self.metrics: dict[str, float] | None = None
         self.chance: float | None = None
 
@@ -68,7 +70,9 @@ class Fit:
             found = self._readiness()
             self.chance = None if host.columns.own_loss else found.chance
             if share is None:
-                share, self.why = SHARE if tasked and not found.can_teach else 0.0, found.why
+                share, self.why = 0.0, found.why
+                if tasked and not found.can_teach:
+                    share, self.quicker = fit_pace(host.max_steps)
             if not share and not taught:
                 self._caution(found, tasked)
         most = host.max_steps - (self.config.rounds or CUTS)  # a step for each cut at least
@@ -78,10 +82,11 @@ class Fit:
             logger.warning("%d steps are too few to fine-tune the model first (%s).", host.max_steps, self.why)
         if self.going:
             logger.warning(
-                "The model is fine-tuned for %d of %d steps before its first cut: %s. RMTKDConfig(fit_share=0) cuts "
+                "The model is fine-tuned for %d of %d steps before its first cut%s: %s. RMTKDConfig(fit_share=0) cuts "
                 "at once.",
                 self.steps,
                 host.max_steps,
+                f", at {self.quicker:.2g} times the learning rate" if self.quicker != 1 and host.rate else "",
                 self.why,
             )
 
@@ -89,7 +94,7 @@ class Fit:
         """Of a model that is cut before its first step: it cannot teach, or that could not be checked. Without the
         task's loss nothing is to be checked; fit_share=0 is the user's word for a model that can."""
         if not found.can_teach:
-            how = f"RMTKDConfig(fit_share={SHARE:g}) fine-tunes it first."
+            how = f"RMTKDConfig(fit_share={FIT_SHARE:g}) fine-tunes it first."
             if not tasked:
                 how = "Fine-tune it first, or let the run do it: it needs the task's loss (task_weight, TaskLoss)."
             logger.warning(
@@ -103,7 +108,7 @@ class Fit:
                 "The model is cut at once; %s. If it comes straight from pretraining, RMTKDConfig(fit_share=%g) "
                 "fine-tunes it first; fit_share=0 says that it can teach.",
                 found.why,
-                SHARE,
+                FIT_SHARE,
             )
 
     def _readiness(self) -> Readiness:
@@ -152,5 +157,5 @@ class Fit:
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        for name in STATE:
-            setattr(self, name, values[name])
+        for name, usual in STATE.items():  # checkpoints of earlier versions have not all of them
+            setattr(self, name, values.get(name, usual))

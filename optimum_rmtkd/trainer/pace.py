@@ -36,12 +36,16 @@ class Pace:
         self.lowering = 1.0
         self._said = ""
 
-    def begin(self, fit_steps: int) -> None:
-        """One schedule for the fit, if there is one, and one for the distillation."""
+    def begin(self, fit_steps: int, quicker: float = 1.0) -> None:
+        """One schedule for the fit, if there is one, and one for the distillation.
+
+        Args:
+            quicker: what the given rate is multiplied by in the fit.
+        """
         if not self.host.follows_phases:
             self.phases = ()
             return
-        fit = (Phase("fit", 0, fit_steps),) if fit_steps else ()
+        fit = (Phase("fit", 0, fit_steps, quicker),) if fit_steps else ()
         self.phases = (*fit, Phase("distil", fit_steps, self.host.max_steps - fit_steps))
 
     @property

@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from ..errors import RMTKDError
 
 
-__all__ = ["Rate", "distil_rate", "rate_band", "warmup_steps"]
+__all__ = ["FIT_SHARE", "Rate", "distil_rate", "fit_pace", "rate_band", "warmup_steps"]
 
 CENTRE, CENTRE_STEPS = 1e-4, 512  # the middle of the band from four fifths removed on
 WIDTH = 1.25  # from the middle to either border, as a factor
 FLOOR, CEILING = 2e-5, 3e-4  # of every band: no rate outside was ever the best
 WARMUP_SHARE, WARMUP_LIMITS = 0.06, (5, 200)  # of a stage; its least and greatest
+FIT_SHARE, LONGEST_FIT = 0.4, 0.6  # of the steps, to fine-tune a model that cannot teach yet: of many, and of few
+FIT_STEPS = 500  # so many are worth a larger share
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,22 @@ def distil_rate(given: float, removed: float, steps: int) -> Rate:
     side = "lowest" if given < low else "highest"
     why = f"learning rate {value:.2g} instead of {given:.2g}: the {side} that {cut} allow"
     return Rate(value, f"{why}; distil_learning_rate={given:.2g} would keep it")
+
+
+def fit_pace(steps: int) -> tuple[float, float]:
+    """(share of the steps of a run that fine-tune a model first, what the given learning rate is multiplied by there).
+
+    A fit has to do in a part of the steps what the script would have done in all of them. Where there are thousands,
+    0.4 of them at the given rate do; where there are few, more of them at a higher rate: up to 0.6 at 1.5 times the
+    rate (docs/guides/rates.md).
+
+    Raises:
+        RMTKDError: fewer than one step.
+    """
+    if steps < 1:
+        raise RMTKDError(f"steps = {steps}: expected the number of optimizer steps of the run, at least 1.")
+    share = min(max(FIT_SHARE, FIT_STEPS / steps), LONGEST_FIT)
+    return share, share / FIT_SHARE
 
 
 def warmup_steps(steps: int) -> int:

@@ -165,7 +165,7 @@ class Run:
             kept = self.parameters / self.reference_parameters
             self.agenda.plan, self.agenda.max_steps = planned(self.host, self.config, self.fit.steps, kept), steps
             if self.plan or self.fit.steps:
-                self.pace.begin(self.fit.steps)
+                self.pace.begin(self.fit.steps, self.fit.quicker)
             if self.fit.going:
                 self.judge.measure()  # a metric that is not there is said before the training, not after it
         elif steps != self.agenda.max_steps and self.pace.phases:

@@ -99,7 +99,7 @@ def test_what_does_not_go_together_is_refused(cli, raw, table, tmp_path, options
 
 
 def test_the_share_is_that_of_a_trainer():
-    from optimum_rmtkd.trainer.fit import SHARE
+    from optimum_rmtkd.trainer.rates import FIT_SHARE as SHARE
 
     assert FIT_SHARE == SHARE
 

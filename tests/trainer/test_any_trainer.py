@@ -324,7 +324,10 @@ def test_a_run_that_fits_first_resumes_with_the_same_bits(make_trainer, weights,
 def test_a_new_head_is_fine_tuned_first_without_being_asked(make_trainer, caplog):
     trainer = make_trainer(max_steps=10, recipe={"fit_share": None})
     trainer.train()
-    assert trainer.stages[0].step == 4 and "fine-tuned for 4 of 10 steps before its first cut" in caplog.text
+    assert trainer.stages[0].step == 6
+    assert "fine-tuned for 6 of 10 steps before its first cut, at 1.5 times the learning rate" in caplog.text
+    highest = max(entry["learning_rate"] for entry in trainer.state.log_history[:6] if "learning_rate" in entry)
+    assert highest > 1.2 * trainer.args.learning_rate
 
 
 def test_what_a_run_lost_is_said_at_its_end(make_trainer, caplog):

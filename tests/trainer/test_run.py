@@ -137,16 +137,17 @@ def test_a_model_that_cannot_teach_is_fine_tuned_first(monkeypatch):
     monkeypatch.setattr(fitting, "readiness", lambda *a, **k: Readiness(False, 0.69, 0.69, "a new head"))
     host = FakeHost([0.5, 0.9, 0.8, 0.85])
     run = run_of(host)
-    live(run, steps=39)
+    live(run, steps=59)
     assert run.fit.going and run.active and run.teacher is None and not run.stages
     assert [objective.label for objective in run.loss.objectives] == ["task"]
-    run.host.step = 40
+    run.host.step = 60
     fitted = [p.detach().clone() for p in host.model.parameters()]
-    run.after_step(40)
-    assert [s.step for s in run.stages] == [40] and not run.fit.going and run.fit.metrics["eval_accuracy"] == 0.9
+    run.after_step(60)
+    assert [s.step for s in run.stages] == [60] and not run.fit.going and run.fit.metrics["eval_accuracy"] == 0.9
     teacher = list(run.teacher.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(teacher, fitted, strict=True))  # as it is at the end of the fit
-    assert [(p.name, p.start, p.steps) for p in run.pace.phases] == [("fit", 0, 40), ("distil", 40, 60)]
+    assert [(p.name, p.start, p.steps) for p in run.pace.phases] == [("fit", 0, 60), ("distil", 60, 40)]
+    assert run.pace.phases[0].factor == 1.5  # few steps
 
 
 def test_a_fit_that_taught_nothing_is_said(monkeypatch, caplog):
