@@ -263,8 +263,8 @@ def test_a_run_that_turns_out_longer_is_stretched(monkeypatch):
     run.host.max_steps = 200  # half the batch, after running out of memory
     run.begin()
     live(run)
-    assert [s.step for s in run.stages] == [80, 116]
-    assert [(p.start, p.steps) for p in run.pace.phases] == [(0, 80), (80, 120)]
+    assert [s.step for s in run.stages] == [120, 144]
+    assert [(p.start, p.steps) for p in run.pace.phases] == [(0, 120), (120, 80)]
 
 
 def test_nothing_is_fine_tuned_without_the_tasks_loss(monkeypatch):
