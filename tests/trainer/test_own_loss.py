@@ -68,14 +68,6 @@ SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("thre
 SPLITS += [("behind", "token"), ("behind", "causal")]
 
 
-SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
-SPLITS += [("behind", "token"), ("behind", "causal")]
-
-
-SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
-SPLITS += [("behind", "token"), ("behind", "causal")]
-
-
 def terms(trainer):
     return [e for e in trainer.state.log_history if "loss" in e]
 
@@ -148,16 +140,6 @@ def test_the_split_of_a_batch_changes_nothing(make_trainer, weights, given, kind
             loss = summed(outputs, labels, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
-    classes = {
-        "function": RMTKDTrainer,
-        "in front": type("Front", (Ragged, RMTKDTrainer), {}),
-        "behind": type("Behind", (RMTKDMixin, Ragged, Trainer), {}),
-    }
-    classes = {
-        "function": RMTKDTrainer,
-        "in front": type("Front", (Ragged, RMTKDTrainer), {}),
-        "behind": type("Behind", (RMTKDMixin, Ragged, Trainer), {}),
-    }
     classes = {
         "function": RMTKDTrainer,
         "in front": type("Front", (Ragged, RMTKDTrainer), {}),
@@ -243,7 +225,6 @@ def test_a_subclass_may_replace_the_whole_loss(make_trainer, placed):
     assert trainer.evaluate()["eval_loss"] < 2  # a mean
     scaled = make_trainer(trainer_class=Scaled, out="scaled", max_steps=2)
     scaled.train()
-    assert scaled.run.fit.chance is None  # nats say nothing of what the evaluation returns
     for line in terms(scaled):
         assert line["loss"] == pytest.approx(10 * total(scaled, line), rel=1e-5)
 
