@@ -78,6 +78,13 @@ class SignalSubspace:
         """Number of channels d."""
         return len(self.eigenvalues)
 
+    @property
+    def over_edge(self) -> torch.Tensor:
+        """(width,) fp64 eigenvalues in units of the noise edge. Where there is no edge (a site too narrow for a bulk,
+        or a rule that takes everything as signal) the mean variance stands for it, which an edge lies a little
+        above."""
+        return self.eigenvalues / (self.edge if self.edge > 0 else self.eigenvalues.mean())
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: everything but the basis; NaN and infinities become None."""
         values = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "basis"}

@@ -222,7 +222,7 @@ class Surgeon:
         damage = self._damage(members)
         if spectra:
             subspaces = [self.subspace_of(site) for site in own]
-            score = torch.stack([_group_means(_over_edge(s), lead) for s in subspaces]).mean(0)
+            score = torch.stack([_group_means(s.over_edge, lead) for s in subspaces]).mean(0)
             rank = max(math.ceil(s.rank / lead.groups) for s in subspaces)
             rank = min(lead.group_width, max(floor, -(-rank // step) * step))
         return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
@@ -439,13 +439,6 @@ def _naming(site: Site) -> Iterator[None]:
 def _origin(name: str) -> str:
     """Name of the uncut model; of a folder its last part, for paths of somebody's machine do not belong on the Hub."""
     return Path(name).name if Path(name).exists() else name
-
-
-def _over_edge(subspace: SignalSubspace) -> torch.Tensor:
-    """(width,) eigenvalues in units of the noise edge. Where there is no edge (a site too narrow for a bulk, or a rule
-    that takes everything as signal) the mean variance stands for it, which an edge lies a little above."""
-    values = subspace.eigenvalues
-    return values / (subspace.edge if subspace.edge > 0 else values.mean())
 
 
 def _group_means(values: torch.Tensor, site: Site) -> torch.Tensor:

@@ -383,16 +383,15 @@ def test_every_edge_ranks_directions_for_a_budget(bert, estimator):
 def test_directions_of_a_site_too_narrow_for_a_bulk_have_a_place_among_the_others():
     """Its edge is 0, as everything is taken for signal; a dead channel has no part in it."""
     from optimum_rmtkd.spectra import SecondMoments, signal_subspace
-    from optimum_rmtkd.surgery.surgeon import _over_edge
 
     x = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) * torch.arange(8.0)
     moments = SecondMoments(8)
     moments.update(x)
     found = signal_subspace(moments, estimator="energy", share=1.0, compare=False)
-    score = _over_edge(found)
+    score = found.over_edge
     assert score.isfinite().all() and float(score.mean()) == pytest.approx(1) and float(score[-1]) < 1e-6
     wide = signal_subspace(moments, estimator="fixed", rank=3, compare=False)
-    assert torch.equal(_over_edge(wide), wide.eigenvalues / wide.edge)
+    assert torch.equal(wide.over_edge, wide.eigenvalues / wide.edge)
 
 
 def test_token_ids_of_another_tokenizer(bert):
