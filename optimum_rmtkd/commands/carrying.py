@@ -87,7 +87,8 @@ def origin_of(name: str, run: Run | None, model: PreTrainedModel, report: Vocabu
         return Origin(base, run.parameters[0], run.results.get("bytes", [None])[0])
     if base := provenance_of(model).get("base_model"):
         return Origin(public_name(base), uncut_parameters(model), None)
-    return Origin(public_name(name), report.parameters_before, size)
+    uncut = uncut_parameters(model)
+    return Origin(public_name(name), uncut, size if uncut == report.parameters_before else None)
 
 
 def carry_modules(name: str, folder: Path) -> list[str]:

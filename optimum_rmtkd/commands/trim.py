@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -139,6 +140,7 @@ def _trim(name: str, options: TrimOptions, columns: dict[str, list[str]], folder
     small.save_pretrained(folder)
     tokens.save_pretrained(folder)
     sizes = weight_bytes(weights_folder(name)), weight_bytes(folder)
+    report = dataclasses.replace(report, narrowed=report.narrowed or (run is not None and run.narrowed))
     origin = origin_of(name, run, model, report, sizes[0])
     write_results(
         folder,

@@ -29,6 +29,7 @@ from ..batches import run
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import VERSION, LowRankLinear
 from ..models import blank, count_parameters, is_narrowed, match_precision, outline, pinned
+from ..spectra.products import exact_matmul
 from .families import family_of
 from .layouts import EncoderLayout
 from .narrowing import narrow_fields, narrow_spec
@@ -163,13 +164,13 @@ def check_expressible(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping
         student = outline(model, {"version": VERSION, "spec": spec}, fields)
         own = family_of(student).layout.anatomy(student)
         native = _base(student)(_native_config(student, own, *_native_widths(student, own)))
-    expected = {name: tuple(tensor.shape) for name, tensor in native.named_parameters()}
-    for name, tensor in student.named_parameters():
-        if (shape := tuple(tensor.shape)) != expected.get(name):
+    expected, found = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (native, student))
+    for name in [*found, *expected]:
+        if found.get(name) != expected.get(name):
             raise UnsupportedArchitectureError(
-                f"shape='native': with the widths {couples}, {name} of {type(model).__name__} is {shape} where the "
-                f"config can say {expected.get(name, 'nothing')}. Use shape='free', other sites (without 'hidden'), "
-                "or ask for another size."
+                f"shape='native': with the widths {couples}, {name} of {type(model).__name__} is "
+                f"{found.get(name, 'not there')} where the config says {expected.get(name, 'nothing')}. Use "
+                "shape='free', other sites ('intermediate' alone leaves the stream), or ask for another size."
             )
 
 
@@ -212,7 +213,7 @@ def _native_widths(model: PreTrainedModel, anatomy: Anatomy) -> tuple[dict[str, 
         elif site in attention:
             widths[name] = heads * head
         elif site.kind == "embedding":
-            widths[name] = stream if hasattr(_table(model, anatomy), "up") else site.width
+            widths[name] = stream if hasattr(_table(model), "up") else site.width
     return widths, heads
 
 
@@ -250,9 +251,12 @@ def _heads_that_fit(stream: int, head: int, heads: int) -> tuple[int, int]:
     )
 
 
-def _table(model: PreTrainedModel, anatomy: Anatomy) -> nn.Module:
-    path = next(unit.path for unit in anatomy.units if unit.factor == "embedding")
-    return get_module(model, path)
+def _table(model: PreTrainedModel) -> nn.Module:
+    return get_module(model, family_of(model).layout.table)
+
+
+def _output_width(table: nn.Module) -> int:
+    return getattr(table, "output_dim", table.embedding_dim)
 
 
 def _base(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -272,8 +276,10 @@ def _native_config(
     setattr(config, next(name for name in FFN_FIELDS if hasattr(config, name)), widths[site["intermediate"]])
     config.num_attention_heads = heads
     width = widths[site["attention_vo"]] // heads
-    if width * heads != anatomy.sites["hidden"].width:
+    if width * heads != anatomy.sites["hidden"].width or getattr(config, "head_dim", None) is not None:
         config.head_dim = width
+    if hasattr(config, "embedding_size"):  # ELECTRA, whose table is as wide as the stream, or has a layer behind it
+        config.embedding_size = _output_width(_table(model))
     epsilons = _epsilons(model)
     name = next((name for name in ("layer_norm_eps", "layer_norm_epsilon") if hasattr(config, name)), None)
     if name is not None:
@@ -373,12 +379,12 @@ def _spread(new: nn.Linear, old: nn.Linear, reads, writes, scale: float) -> None
 
 
 def _difference(model: PreTrainedModel, native: PreTrainedModel, inputs: Mapping[str, Any]) -> float:
-    """Largest difference of the outputs, over the largest output, in fp32.
+    """Largest difference of the outputs, over the largest output, in fp32 whatever the loop around it computes in.
 
     Raises:
         RMTKDError: it is above the tolerance.
     """
-    with torch.no_grad():
+    with torch.no_grad(), exact_matmul(model.device):
         expected, found = (tree_leaves(run(copy.deepcopy(m).float(), inputs))[0] for m in (model, native))
     difference = float((expected - found).abs().max() / expected.abs().max())
     # half precision rounds the rescaled queries anew

@@ -307,7 +307,7 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
         BudgetError: a target that the model already meets, or that no widths can give, in however many cuts.
     """
     from .. import surgery
-    from ..surgery.processes import one_for_all
+    from ..surgery.processes import from_main, one_for_all
 
     host, recipe = run.host, run.config
     model, processes = plain.plain(host.model), host.accelerator.num_processes
@@ -320,6 +320,7 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
         recipe = recipe.replace(target_reduction=None, target_flops=None)
     elif recipe.schedule != "none":
         surgery.check_recipe(model, recipe)
+    terms = list(run.tutor.objectives)
     with one_for_all(host.accelerator):
         batches = host.calibration_batches(max(samples, processes), strip=False)
         if not len(batches):
@@ -330,10 +331,12 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
         batch = next(from_loader(batches))
         if not isinstance(batch, Mapping):
             raise CalibrationError(no_mapping(batch))
-        _check_batch(run, batch, labels_needed, classes_known)
-        rehearse(run, batch)
+        _check_batch(run, model, batch, labels_needed, classes_known)
+        rehearse(run, model, batch)
         if recipe.schedule != "none":
             surgery.check_data(model, [host.columns.for_calibration(batch)], recipe)
+    kept = from_main([objective.label for objective in run.tutor.objectives], host.accelerator)
+    run.tutor.objectives[:] = [objective for objective in terms if objective.label in kept]
     if recipe.schedule != "none":  # now, and not after hours of fine-tuning
         surgery.check_variety(_few_then_all(host, max(samples, processes)), host.accelerator)
 
@@ -344,7 +347,9 @@ def _few_then_all(host: Host, few: int) -> Iterator[Mapping[str, Any]]:
     yield from host.calibration_batches()
 
 
-def _check_batch(run: Run, inputs: Mapping[str, Any], labels_needed: bool, classes_known: bool) -> None:
+def _check_batch(
+    run: Run, model: nn.Module, inputs: Mapping[str, Any], labels_needed: bool, classes_known: bool
+) -> None:
     host, tutor = run.host, run.tutor
     missing = [name for name in COLUMNS if name not in inputs]
     if isinstance(tutor.given, CachedTeacher) and missing:
@@ -353,21 +358,21 @@ def _check_batch(run: Run, inputs: Mapping[str, Any], labels_needed: bool, class
         )
     needed = any(isinstance(objective, TaskLoss) for objective in tutor.objectives)
     if needed and labels_needed and not any(name in inputs for name in host.label_names):
-        _check_loss(run, inputs)
+        _check_loss(run, model, inputs)
     if classes_known:
         _check_classes(host.model, inputs)
     run.loss.look_at_labels(host.model, [inputs])
     _check_segments(tutor.given, host.model, inputs)
 
 
-def _check_loss(run: Run, inputs: Mapping[str, Any]) -> None:
+def _check_loss(run: Run, model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """The task's loss of a batch in which nothing is known as a label."""
     names, cure = list(run.host.label_names), "leave TaskLoss out of the objectives to distil on unlabelled data"
     if names:
         raise RMTKDError(
             f"The task loss needs {' or '.join(names)}; the batch holds {', '.join(inputs)}. Give labels, or {cure}."
         )
-    outputs = outputs_on(run, inputs)  # some models call what they learn from by other names (bool_masked_pos)
+    outputs = outputs_on(run, model, inputs)  # some models call what they learn from by other names (bool_masked_pos)
     if not isinstance(outputs, Mapping) or outputs.get("loss") is None:
         returned = ", ".join(outputs) if isinstance(outputs, Mapping) else type(outputs).__name__
         raise RMTKDError(

@@ -40,12 +40,12 @@ class Pace:
         """One schedule for the fit, if there is one, and one for the distillation.
 
         Args:
-            quicker: what the given rate is multiplied by in the fit.
+            quicker: what the given rate is multiplied by in the fit, where it is ours to change.
         """
         if not self.host.follows_phases:
             self.phases = ()
             return
-        fit = (Phase("fit", 0, fit_steps, quicker),) if fit_steps else ()
+        fit = (Phase("fit", 0, fit_steps, quicker if self.host.rate else 1.0),) if fit_steps else ()
         self.phases = (*fit, Phase("distil", fit_steps, self.host.max_steps - fit_steps))
 
     @property

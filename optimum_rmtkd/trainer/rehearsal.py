@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..batches import evaluating, explained, first_samples, padding_mask, to_device
 from ..distillation import DistillationStep
 from ..distillation.objectives.answers import Answers
 from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
-from . import plain
 from .data import isolated_rng
 from .run import Run
 from .step import named_outputs
@@ -29,23 +29,25 @@ logger = logging.getLogger(__name__)
 ROWS = 4  # that are looked at
 
 
-def rehearse(run: Run, batch: Mapping[str, Any]) -> None:
-    """Compute the terms on answers once. Of the recipe's own choice those are left out that cannot be.
+def rehearse(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Compute the terms on answers once. Of the recipe's own choice those are left out that cannot be. No process
+    waits for another one here.
 
     Args:
+        model: the student, whole.
         batch: on any device, with what is there for the teacher alone.
 
     Raises:
         RMTKDError: a term that was named, or nothing left, or a given teacher without such answers: why.
         CalibrationError: the model cannot run on the batch.
     """
-    tutor, model = run.tutor, plain.plain(run.host.model)
+    tutor = run.tutor
     reading = [objective for objective in tutor.objectives if objective.reads_answers]
     if not reading:
         return
     batch = first_samples(batch, ROWS)
-    ours = outputs_on(run, batch)
-    step = _step(run, batch, ours, ours)
+    ours = outputs_on(run, model, batch)
+    step = _step(model, batch, ours, ours)
     for objective in reading:
         objective.to(next(model.parameters()).device)
         objective.setup(model, None if tutor.given is None else tutor.given.model, {})
@@ -64,20 +66,19 @@ def rehearse(run: Run, batch: Mapping[str, Any]) -> None:
                 ", ".join(objective.label for objective in tutor.objectives),
             )
     if tutor.given is not None and (reading := [o for o in tutor.objectives if o.reads_answers]):
-        step = _step(run, batch, ours, _taught(run, batch))
+        step = _step(model, batch, ours, to_device(_taught(run, batch), next(model.parameters()).device))
         for objective in reading:
             objective(step)
 
 
 @torch.no_grad()
-def outputs_on(run: Run, batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What the model returns by name where it is not told its labels.
+def outputs_on(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the model, whole, returns by name where it is not told its labels.
 
     Raises:
         CalibrationError: it cannot run on the batch.
     """
     host = run.host
-    model = plain.plain(host.model)
     inputs = without_labels(model, host.columns.for_calibration(first_samples(batch, ROWS)), host.label_names)
     inputs = to_device(dict(inputs), next(model.parameters()).device)
     with isolated_rng(run.config.seed), evaluating(model), named_outputs(model), host.accelerator.autocast():
@@ -94,11 +95,10 @@ def _taught(run: Run, batch: Mapping[str, Any]) -> Any:
         batch = to_device(dict(batch), weights.device)
     with isolated_rng(run.config.seed), run.host.accelerator.autocast():
         outputs, _ = given(batch, (), drop=run.host.label_names)
-    return to_device(outputs, next(plain.plain(run.host.model).parameters()).device)
+    return outputs
 
 
-def _step(run: Run, batch: Mapping[str, Any], ours: Any, theirs: Any) -> DistillationStep:
-    model = plain.plain(run.host.model)
+def _step(model: nn.Module, batch: Mapping[str, Any], ours: Any, theirs: Any) -> DistillationStep:
     answers = Answers.of(model)
     batch = to_device(dict(batch), next(model.parameters()).device)
     return DistillationStep(

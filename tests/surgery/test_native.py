@@ -138,6 +138,28 @@ def test_bf16_stays_bf16():
     assert type(small) is type(model)
 
 
+def test_a_loop_that_computes_in_half_precision_changes_nothing():
+    model, data = zoo.make("bert", "ForSequenceClassification"), zoo.batches("bert")
+    expected = narrow(model, data, RECIPE, progress=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        small = narrow(model, data, RECIPE, progress=False)
+    assert small.config.hidden_size == expected.config.hidden_size
+
+
+def test_a_width_of_heads_that_the_config_states_follows():
+    model = zoo.make("vit", "ForImageClassification")
+    stated = type(model.config).from_dict(model.config.to_dict() | {"head_dim": 8})
+    model = type(model)(stated).eval()
+    small = narrow(model, zoo.batches("vit"), RECIPE, progress=False)
+    heads = small.vit.layers[0].attention.q_proj.out_features
+    assert small.config.head_dim * small.config.num_attention_heads == heads < 32
+
+
+def test_a_table_as_wide_as_the_stream_follows_it():
+    model, small = cut("electra", "ForSequenceClassification")
+    assert small.config.embedding_size == small.config.hidden_size < model.config.hidden_size
+
+
 def test_what_the_instance_carries_comes_along():
     model = zoo.make("bert", "ForSequenceClassification")
     model.config.id2label = {0: "no", 1: "yes", 2: "perhaps"}

@@ -31,6 +31,7 @@ class ShardedTrainerHost(TrainerHost):
     def __init__(self, trainer: Any):
         super().__init__(trainer)
         self.sharding = Sharding(trainer.accelerator, getattr(trainer.args, "shard_teacher", True))
+        self.sharding.remember(trainer.model)  # an evaluation before the training shards it as well
 
     @property
     def whole_checkpoints(self) -> bool:

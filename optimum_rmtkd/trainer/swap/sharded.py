@@ -64,7 +64,7 @@ def holder_of(model: nn.Module) -> Holder | None:
 
 def is_whole(model: nn.Module) -> bool:
     """Whether the model's weights are at hand: neither in shards, nor an engine's."""
-    return holder_of(model) is None
+    return holder_of(model) is None and not is_sharded(model)
 
 
 def whole(model: nn.Module) -> nn.Module:
