@@ -332,9 +332,9 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
         if not isinstance(batch, Mapping):
             raise CalibrationError(no_mapping(batch))
         _check_batch(run, model, batch, labels_needed, classes_known)
-        rehearse(run, model, batch)
         if recipe.schedule != "none":
             surgery.check_data(model, [host.columns.for_calibration(batch)], recipe)
+        rehearse(run, model, batch)  # what is wrong with the data has been said by now
     kept = from_main([objective.label for objective in run.tutor.objectives], host.accelerator)
     run.tutor.objectives[:] = [objective for objective in terms if objective.label in kept]
     if recipe.schedule != "none":  # now, and not after hours of fine-tuning
