@@ -105,7 +105,7 @@ def test_hidden_states_too_once_the_student_was_cut(make_trainer, weights):
     (whole, ours), (parts, theirs) = results
     assert whole.min() > 0 and torch.allclose(whole, parts, rtol=1e-5)
     off = {name: float((tensor - theirs[name]).abs().max()) for name, tensor in ours.items()}
-    assert max(off.values()) < 2e-6, off
+    assert max(off.values()) < 2e-5, off  # the cut is calibrated in batches of the training's size
 
 
 def test_units():
