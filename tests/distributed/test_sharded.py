@@ -244,6 +244,7 @@ def test_a_run_that_is_fine_tuned_first_resumes_to_the_same_bits(fitted, tmp_pat
     weights, folder = fitted
     _, tensors = sharded(tmp_path / "again", resume=folder / f"checkpoint-{step}", **FITTED)
     for rank in range(2):
+        assert tensors[rank].keys() == weights[rank].keys()
         same(tensors[rank], weights[rank])
 
 
