@@ -34,7 +34,9 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
     if config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
     with torch.no_grad():
-        assert torch.equal(model.eval()(**inputs).logits, saved["logits"]), folder
+        logits = model.eval()(**inputs).logits
+    # Another process sums in another order: threads, and where in memory the weights of a mapped file begin.
+    torch.testing.assert_close(logits, saved["logits"], rtol=0, atol=1e-5, msg=lambda text: f"{folder}: {text}")
     print(folder.name)
 assert not any(name.startswith("optimum_rmtkd.") for name in sys.modules)
 """
