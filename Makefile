@@ -16,7 +16,7 @@ help:
 	@echo "make quality     ruff check and ruff format --check"
 	@echo "make style       let ruff repair what it can"
 	@echo "make docs        build the documentation into build/site; a warning is an error"
-	@echo "make benchmark   the measurements quoted in README.md"
+	@echo "make benchmark   the measurements of docs/results.md"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

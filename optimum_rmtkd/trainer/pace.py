@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import RMTKDConfig
 from .host import Host
-from .rates import distil_rate, rate_band, warmup_steps
+from .rates import distil_rate, few_steps, rate_band, warmup_steps
 from .schedule import Phase
 
 
@@ -63,6 +63,8 @@ class Pace:
             steps: to the next cut, or to the end.
         """
         given, wanted = self.host.rate, self.config.distil_learning_rate
+        if given != 0 and (advice := few_steps(removed, steps)):
+            logger.warning(advice)
         if not self.phases or not given:
             if given != 0:
                 self._say_why_not(removed, steps)

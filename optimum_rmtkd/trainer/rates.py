@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ..errors import RMTKDError
 
 
-__all__ = ["FIT_SHARE", "Rate", "distil_rate", "fit_pace", "rate_band", "warmup_steps"]
+__all__ = ["FIT_SHARE", "Rate", "distil_rate", "few_steps", "fit_pace", "rate_band", "warmup_steps"]
 
 CENTRE, CENTRE_STEPS = 1e-4, 512  # the middle of the band from four fifths removed on
 WIDTH = 1.25  # from the middle to either border, as a factor
@@ -25,6 +25,10 @@ FLOOR, CEILING = 2e-5, 3e-4  # of every band: no rate outside was ever the best
 WARMUP_SHARE, WARMUP_LIMITS = 0.06, (5, 200)  # of a stage; its least and greatest
 FIT_SHARE, LONGEST_FIT = 0.4, 0.6  # of the steps, to fine-tune a model that cannot teach yet: of many, and of few
 FIT_STEPS = 500  # so many are worth a larger share
+LARGE_CUT, FEW_STEPS = (
+    0.6,
+    512,
+)  # a cut from which on, and steps up to which, points were lost
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,21 @@ def fit_pace(steps: int) -> tuple[float, float]:
         raise RMTKDError(f"steps = {steps}: expected the number of optimizer steps of the run, at least 1.")
     share = min(max(FIT_SHARE, FIT_STEPS / steps), LONGEST_FIT)
     return share, share / FIT_SHARE
+
+
+def few_steps(removed: float, steps: int) -> str | None:
+    """What to expect of a large cut with few steps behind it, and what to do; None where the steps are not few.
+
+    Args:
+        removed, steps: as in `rate_band`.
+    """
+    if removed < LARGE_CUT or steps >= FEW_STEPS:
+        return None
+    return (
+        f"{steps:,} steps are few to distil after a cut of {removed:.0%} of the parameters. Where it was measured, "
+        "cuts of 80% lost 3 to 5 points of accuracy after 64 to 268 steps of 32 samples, 1.4 after 512 and 0.5 after "
+        "2,105. More epochs or a smaller target_reduction lose less."
+    )
 
 
 def warmup_steps(steps: int) -> int:

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from optimum_rmtkd.errors import RMTKDError
-from optimum_rmtkd.trainer.rates import CEILING, FLOOR, Rate, distil_rate, fit_pace, rate_band, warmup_steps
+from optimum_rmtkd.trainer.rates import CEILING, FLOOR, Rate, distil_rate, few_steps, fit_pace, rate_band, warmup_steps
 
 
 REMOVED = (0.01, 0.3, 0.5, 0.63, 0.8, 0.9, 0.97, 0.999)
@@ -100,6 +100,11 @@ def test_a_warm_up_is_short_and_leaves_most_of_the_stage():
     assert [warmup_steps(steps) for steps in (1, 2, 10, 100, 1000, 10**5)] == [0, 1, 5, 6, 60, 200]
     counts = [warmup_steps(steps) for steps in range(1, 5000)]
     assert counts == sorted(counts) and all(count <= steps / 2 for steps, count in enumerate(counts, 1))
+
+
+def test_few_steps_after_a_large_cut_are_said_to_be_few():
+    assert "138 steps are few" in few_steps(0.8, 138) and "80% of the parameters" in few_steps(0.8, 138)
+    assert few_steps(0.8, 511) and not few_steps(0.8, 512) and not few_steps(0.5, 64)
 
 
 def test_a_fit_of_few_steps_is_longer_and_quicker():
