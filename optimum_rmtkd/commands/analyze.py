@@ -11,6 +11,7 @@ from .base import Command, set_help
 from .data import DataArguments, check_files
 from .options import add_options, add_recipe_options, from_options, recipe_from_options
 from .output import check_target
+from .threads import THREADS, use_threads
 
 
 __all__ = ["AnalyzeCommand"]
@@ -47,6 +48,7 @@ class AnalyzeCommand(Command):
         set_help(parser, DESCRIPTION, EPILOG, USAGE)
         parser.add_argument("--model", required=True, help="Hub name or local folder of a fine-tuned classifier.")
         parser.add_argument("--batch-size", type=int, default=32, help="Samples in one forward pass. Default: 32.")
+        parser.add_argument("--threads", type=int, metavar="N", help=THREADS)
         parser.add_argument("--json", metavar="FILE", help="Also write the report as JSON.")
         parser.add_argument("--html", metavar="FILE", help="Also write it as one HTML page (needs matplotlib).")
         parser.add_argument("--plot", metavar="FILE", help="Also plot the spectra (needs matplotlib).")
@@ -58,6 +60,8 @@ class AnalyzeCommand(Command):
         data = from_options(DataArguments, self.args)
         if self.args.batch_size < 1:
             raise RMTKDError(f"--batch-size {self.args.batch_size}: expected a whole number of at least 1.")
+        if self.args.threads is not None and self.args.threads < 1:
+            raise RMTKDError(f"--threads {self.args.threads}: expected a whole number of at least 1.")
         check_files(data)
         targets = [path for path in (self.args.json, self.args.html, self.args.plot) if path]
         for path in targets:
@@ -71,6 +75,7 @@ class AnalyzeCommand(Command):
         from ..surgery import analyze
         from .task import load_task
 
+        use_threads(self.args.threads)
         find_estimator(recipe.edge_estimator)
         # Nothing is validated here, so no row is held out for it.
         seen = dataclasses.replace(data, validation_file=data.train_file, max_eval_samples=1)

@@ -18,6 +18,7 @@ from .inputs import longest_text
 from .measuring import NOT_MEASURABLE, count_flops, energy_meter, peak_memory
 from .options import add_options, from_options, option
 from .output import check_target, format_table, weight_bytes
+from .threads import THREADS, use_threads
 from .timing import compare_latency
 
 
@@ -56,7 +57,7 @@ class BenchOptions:
         None, "Tokens of a text. None: 128, or what the model takes at most. Images have one size."
     )
     repeats: Count = option(12, "Pairs of blocks of four passes.")
-    threads: Count | None = option(None, "CPU threads. None: torch's choice.")
+    threads: Count | None = option(None, THREADS)
     dtype: str = option("float32", "Number format of the weights.", ("float32", "bfloat16", "float16"))
     device: str = option("auto", "auto: the GPU where there is one.", ("auto", "cpu", "cuda"))
     energy: bool = option(False, "Also measure energy: about 20 seconds for each batch size and length.")
@@ -121,8 +122,7 @@ def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise RMTKDError("--device cuda: torch sees no GPU; expected cpu.")
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    use_threads(options.threads)
     dtype = getattr(torch, options.dtype)
     models = [load_model(name, dtype).to(device) for name in (before, after)]
     _check_comparable(*models, before, after)

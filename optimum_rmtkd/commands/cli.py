@@ -5,7 +5,7 @@ from __future__ import annotations
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 
 from .analyze import AnalyzeCommand
-from .base import set_help
+from .base import CommandParser, set_help
 from .bench import BenchCommand
 from .compress import CompressCommand
 from .demo import DemoCommand
@@ -90,6 +90,17 @@ class RMTKDCommand(BaseOptimumCLICommand):
             subcommand_class=DemoCommand,
         ),
     )
+
+    @property
+    def subparsers(self):
+        """Of the commands: optimum would make them of the class of its own parser."""
+        if getattr(self, "_subparsers", None) is None:
+            self._subparsers = self.parser.add_subparsers(parser_class=CommandParser)
+        return self._subparsers
+
+    @subparsers.setter
+    def subparsers(self, subparsers):
+        self._subparsers = subparsers
 
     @staticmethod
     def parse_args(parser):

@@ -17,6 +17,7 @@ from .base import Command, set_help
 from .data import DataArguments, check_files, read_by
 from .options import add_options, add_recipe_options, from_options, recipe_from_options
 from .output import OVERWRITE, comparison, format_table, weight_bytes, writing_beside
+from .threads import use_threads
 from .training import (
     FIT_RATE,
     RATE,
@@ -56,12 +57,12 @@ examples:
   only cut: no training, a few seconds
     optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
         --target-reduction 0.5 --no-train -o ./my-bert-cut
-  without the tokens that the training texts do not use, and then narrowed: the target counts both
-    optimum-cli rmtkd compress --trim-vocabulary --model ./my-bert --train-file train.csv --validation-file dev.csv \\
-        --target-reduction 0.63 -o ./my-bert-small
   a model straight from pretraining: fine-tune it on 40 % of the steps, cut it, distil it on the rest
     optimum-cli rmtkd compress --fit --model ./bert --train-file train.csv --validation-file dev.csv \\
         --target-reduction 0.8 --epochs 3 -o ./my-bert-small
+  without the tokens that the training texts do not use, and then narrowed: the target counts both
+    optimum-cli rmtkd compress --trim-vocabulary --model ./my-bert --train-file train.csv --validation-file dev.csv \\
+        --target-reduction 0.63 -o ./my-bert-small
   two text columns, and a dataset of the Hub
     optimum-cli rmtkd compress --model org/bert-mrpc --dataset glue --dataset-config mrpc \\
         --text-column sentence1 sentence2 --target-reduction 0.6 -o ./small
@@ -226,6 +227,7 @@ def _compress(
     from ..trainer.stages import write_journal
     from .task import load_task, measure, stored_dtype, weights_folder
 
+    use_threads(training.threads)
     parts_of(recipe)  # unknown parts are refused before anything is loaded
     find_estimator(recipe.edge_estimator)
     head = "made" if recipe.fit_share else "required"

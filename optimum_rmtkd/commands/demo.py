@@ -52,10 +52,12 @@ neither has seen. No network; a few minutes on two cores. Exit code 1 if the red
 
 EPILOG = """\
 examples:
-  optimum-cli rmtkd demo
-  optimum-cli rmtkd demo --target-reduction 0.9 --distil-epochs 40 -o ./digits-small
+  the whole way, into ./rmtkd-demo
+    optimum-cli rmtkd demo
   a page about what it did (needs matplotlib, which the extra "demo" brings)
-  optimum-cli rmtkd report ./rmtkd-demo
+    optimum-cli rmtkd report ./rmtkd-demo
+  smaller, and distilled for longer
+    optimum-cli rmtkd demo --target-reduction 0.9 --distil-epochs 40 -o ./digits-small
 """
 
 RELOAD = """\

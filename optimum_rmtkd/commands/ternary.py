@@ -13,6 +13,7 @@ from .data import DataArguments, check_files, read_by
 from .options import add_options, from_options
 from .output import OVERWRITE, format_table, weight_bytes, writing_beside
 from .tables import UNREADABLE
+from .threads import use_threads
 from .training import TrainingOptions, check_checkpoints, train, training_arguments
 
 
@@ -238,6 +239,7 @@ def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: Te
     from .compress import _rounded_to, _save
     from .task import evaluate, load_task, stored_dtype, weights_folder
 
+    use_threads(training.threads)
     recipe = RMTKDConfig(target_reduction=args.target_reduction, seed=config.seed)
     task = load_task(args.model, data, config.seed, training.attn_implementation)
     find_part(task.model, args.module)  # a wrong path is refused before the first forward pass

@@ -15,6 +15,7 @@ from ..signals import Terminated
 from ..validation import AtLeastZero, Count, Interval, Positive, check_fields
 from .options import option
 from .output import Inputs, check_place
+from .threads import THREADS
 
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class TrainingOptions:
     max_steps: Annotated[int, Interval(-1)] = option(
         -1, "Stop after so many optimizer steps; -1: as many as the epochs need."
     )
+    threads: Count | None = option(None, THREADS)
     batch_size: Count = option(32, "Rows in one step on one device.")
     eval_batch_size: Count = option(64, "Rows in one forward pass when evaluating.")
     learning_rate: Positive | None = option(

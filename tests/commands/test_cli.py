@@ -66,6 +66,37 @@ def test_help_teaches(cli, command):
     assert f"optimum-cli rmtkd {' '.join(command)}" in examples
 
 
+def test_help_begins_with_what_most_people_want(cli):
+    for command in ("analyze", "bench", "compress", "demo", "export", "report", "ternary", "trim"):
+        _, out, _ = cli(command, "--help")
+        first = out[out.index("examples:") : out.index("options:")]
+        calls = first.count("optimum-cli rmtkd")
+        assert calls == 3 or (calls == 2 and "more examples:" not in out), command
+    _, out, _ = cli("compress", "--help")
+    assert out.index("options:") < out.index("more examples:") < out.index("reload:")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("compress", "--modle", "m"), "unknown option --modle: did you mean --model?"),
+        (("demo", "--target-reducton=0.4"), "unknown option --target-reducton: did you mean --target-reduction?"),
+        (("trim", "m", "--texts", "t", "-o", "o", "--zzz"), "unknown option --zzz\n"),
+        (("report", "one", "two"), "unknown arguments: two"),
+    ],
+)
+def test_a_typo_shows_the_option_that_was_meant_and_the_help_of_its_command(cli, args, said):
+    code, out, err = cli(*args)
+    assert code == 2 and out == "" and said in err
+    assert err.startswith(f"usage: optimum-cli rmtkd {args[0]}")
+    assert err.endswith(f"All options: optimum-cli rmtkd {args[0]} --help\n")
+
+
+def test_what_follows_two_dashes_is_no_option(cli, tmp_path):
+    code, _, err = cli("report", "--", "--no-such-folder")
+    assert code == 2 and "unknown option" not in err and "--no-such-folder" in err
+
+
 def test_without_a_command_help_is_printed(cli):
     code, out, _ = cli()
     assert code == 0 and "{analyze,compress,trim,ternary,report,export,bench,demo}" in out
