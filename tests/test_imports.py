@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from .conftest import ROOT
 from .tables import SLOW
 
 
@@ -63,3 +66,63 @@ def test_every_public_name_resolves():
 
 def test_unknown_name_is_an_attribute_error():
     assert run_python("import optimum_rmtkd; print(hasattr(optimum_rmtkd, 'no_such_name'))") == "False"
+
+
+# From the top down; rooms of one line know nothing of each other.
+ROOMS = """
+    commands
+    trainer
+    hub
+    registration
+    distillation
+    surgery ternary
+    reparameterization vocabulary pages
+    models
+    modeling_rmtkd
+    loading_rmtkd
+    layers_rmtkd
+    spec_rmtkd batches spectra
+    config
+    recipe registry checkpoints
+    folders
+    files
+    validation leftovers disks signals
+    locks
+    errors
+"""
+LEVELS = {room: level for level, line in enumerate(ROOMS.strip().splitlines()) for room in line.split()}
+DOORS = {"objectives", "projections", ""}  # public names alone
+# The door of `import optimum_rmtkd` hands the classes what saves and pushes them; what is saved without this package
+# borrows its errors there.
+UPWARDS = {("registration", "hub"), ("registration", "ternary"), ("ternary", "registration")}
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms of this package that a file imports: also inside functions, and for annotations alone."""
+    package, found = path.relative_to(ROOT / "optimum_rmtkd").parts[:-1], set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            place = (*package[: len(package) - node.level + 1], *filter(None, (node.module or "").split(".")))
+            found |= {place[0]} if place else {alias.name for alias in node.names}
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        found |= {(name.split(".") + [""])[1] for name in names if name.split(".")[0] == "optimum_rmtkd"}
+    return found
+
+
+def test_imports_run_downwards():
+    wrong = []
+    for path in (ROOT / "optimum_rmtkd").rglob("*.py"):
+        room = path.relative_to(ROOT / "optimum_rmtkd").parts[0].removesuffix(".py")
+        if room in DOORS or room == "__init__":
+            continue
+        for other in imported_rooms(path) - {room} - DOORS:
+            if (room, other) not in UPWARDS and LEVELS[other] <= LEVELS[room]:
+                wrong.append(f"{path.relative_to(ROOT)} imports {other}")
+    assert not wrong
+
+
+def test_an_import_upwards_is_found():
+    assert LEVELS["surgery"] > LEVELS["hub"] and LEVELS["spectra"] > LEVELS["surgery"]
+    path = ROOT / "optimum_rmtkd" / "surgery" / "report.py"
+    assert {"errors", "files", "pages", "spectra"} == imported_rooms(path) - {"surgery"}
