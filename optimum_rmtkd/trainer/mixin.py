@@ -268,7 +268,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     def _train_watched(self, resume_from_checkpoint, *positional, **kwargs):
         run, host = self.run, self._host
-        check_data(self.train_dataset, parts_allowed=host.own_loader)
+        check_data(self.train_dataset, host.own_loader)
         self._tidy()
         resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         host.keep_stream()

@@ -173,8 +173,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, recipe, step):
         {"reparameterization": "mpo"},
         {"objectives": {"kl": {}, "projected_feature": {"projection": {"name": "pca", "dim": 8}}}},
         {"recipe": {"teacher": "ema", "ema_decay": 0.5}},
-        {"recipe": {"teacher": "previous"}},
-        {"transforms": "embedding_mixup"},
+        SLOW({"recipe": {"teacher": "previous"}}),
+        SLOW({"transforms": "embedding_mixup"}),
     ],
     ids=["mpo", "pca", "ema", "previous", "mixup"],
 )

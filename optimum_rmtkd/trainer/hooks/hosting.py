@@ -162,7 +162,7 @@ class TrainerHost:
     def stream(self) -> Stream | None:
         """The first rows of a train_dataset that is iterated; None where it is indexed."""
         dataset = self.trainer.train_dataset
-        if self._stream is None and is_stream(dataset):
+        if self._stream is None and dataset is not None and is_stream(dataset):
             self._stream = Stream(dataset, self.trainer.rmtkd_config.seed)
         return self._stream
 
