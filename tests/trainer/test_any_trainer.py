@@ -140,21 +140,6 @@ def test_batches_of_a_loader_without_rows_calibrate_a_cut(make_trainer):
     assert own.stages[0].accepted
 
 
-class ItsOwnRows(Trainer):
-    """A loader that knows of its data by itself."""
-
-    def get_train_dataloader(self):
-        rows = torch.utils.data.DataLoader(toy_data(), batch_size=8, shuffle=True, collate_fn=self.data_collator)
-        return self.accelerator.prepare(rows)
-
-
-def test_a_loader_may_know_of_its_data_by_itself(make_trainer):
-    kind = type("Own", (RMTKDMixin, ItsOwnRows), {})
-    own = make_trainer(trainer_class=kind, max_steps=2, trainer_kwargs={"train_dataset": None})
-    own.train()
-    assert own.stages[0].accepted and own.train_dataset is None
-
-
 class OwnGenerator(Trainer):
     """Batches that come once, and anew for each loader that is asked for."""
 
