@@ -17,7 +17,7 @@ from ..distillation import CachedTeacher, OnPolicy, TaskLoss
 from ..distillation.cached import COLUMNS
 from ..distillation.signatures import named_inputs
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
-from ..models import check_structure
+from ..models import AROUND_THE_RESULT, check_structure
 from . import plain
 from .engine_checks import check_engine_config
 from .host import Host
@@ -71,7 +71,7 @@ def check_model(model: nn.Module, recipe: RMTKDConfig, evaluated: bool) -> None:
         raise RMTKDError(f"{wanted[0]} compares validation metrics; expected an eval_dataset, got none. Pass one.")
     if not hasattr(model, "config"):
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} is no transformers PreTrainedModel; expected one with a config."
+            f"{type(model).__name__} is no transformers PreTrainedModel; expected one with a config. {AROUND_THE_RESULT}."
         )
     if recipe.schedule != "none":
         check_structure(model)
