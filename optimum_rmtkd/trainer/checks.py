@@ -71,7 +71,8 @@ def check_model(model: nn.Module, recipe: RMTKDConfig, evaluated: bool) -> None:
         raise RMTKDError(f"{wanted[0]} compares validation metrics; expected an eval_dataset, got none. Pass one.")
     if not hasattr(model, "config"):
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} is no transformers PreTrainedModel; expected one with a config. {AROUND_THE_RESULT}."
+            f"{type(model).__name__} is no transformers PreTrainedModel; expected one with a config. "
+            f"{AROUND_THE_RESULT}."
         )
     if recipe.schedule != "none":
         check_structure(model)
