@@ -88,12 +88,9 @@ def _check_class(cls: type) -> None:
         return
     stocks = [c.__name__ for c in cls.__mro__ if getattr(transformers, c.__name__, None) is c]
     parent = next((name for name in stocks if not name.endswith("PreTrainedModel")), None)
-    cure = (
-        AROUND_THE_RESULT
-        if parent is None
-        else f"Load the weights into transformers.{parent}, which it derives from: "
-    )
-    cure += "" if parent is None else ON_THE_RESULT
+    cure = f"Load the weights into transformers.{parent}, which it derives from: {ON_THE_RESULT}"
+    if parent is None:
+        cure = AROUND_THE_RESULT
     why = (
         f"{name} of {cls.__module__} is not the class of that name in transformers"
         if stock is not None
