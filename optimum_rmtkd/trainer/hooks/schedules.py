@@ -8,7 +8,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ...errors import RMTKDError
 from ..schedule import factor_at, planned_steps, stretched
-from ..swap import peak_rates, separate_cores
+from ..swap import alike_rates, peak_rates, separate_cores
 
 
 __all__ = ["ScheduleHooks", "count_anew", "follow_groups"]
@@ -75,7 +75,7 @@ def follow_groups(scheduler: Any) -> None:
                 "Take one schedule for all (lr_scheduler_type, a LambdaLR), or groups that do not."
             )
         scheduler.lr_lambdas = [shapes[0]] * len(rates)
-    if hasattr(scheduler, "base_lrs"):
+    if not alike_rates(rates, getattr(scheduler, "base_lrs", rates)):
         scheduler.base_lrs = rates
 
 

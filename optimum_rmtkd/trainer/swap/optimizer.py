@@ -14,6 +14,7 @@ from ...reparameterization import core_parameters
 
 __all__ = [
     "adam_rate",
+    "alike_rates",
     "forget_moments",
     "groups_by_name",
     "peak_rates",
@@ -52,7 +53,7 @@ def regroup(
         parameters = groups_by_name(raw, old, new)
     else:
         parameters = [group["params"] for group in groups]
-        if not _alike([group["lr"] for group in groups], peak_rates(raw)):
+        if not alike_rates([group["lr"] for group in groups], peak_rates(raw)):
             _replace_groups(raw, groups)
     for group, held in zip(raw.param_groups, parameters, strict=True):
         group["params"] = held
@@ -65,7 +66,7 @@ def peak_rates(optimizer: Any) -> list[Any]:
     return [group.get("initial_lr", group["lr"]) for group in raw_optimizer(optimizer).param_groups]
 
 
-def _alike(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+def alike_rates(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
     """As many rates, in the same proportions: a resumed run goes on at its own, whatever the arguments say now."""
     if len(ours) != len(theirs) or None in ours or None in theirs:
         return len(ours) == len(theirs)
