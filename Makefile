@@ -37,7 +37,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/optimum-cli rmtkd demo -o rmtkd-demo --overwrite
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest tests -m "not slow" -n 2
+	$(BIN)/python -m pytest tests -m "not slow" -n 2 --dist loadfile
 
 slow_tests: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest tests -m slow

@@ -28,7 +28,7 @@ def valid_or_refused(values: dict) -> None:
         assert type(value) in (type(None), bool, int, float, str, tuple, list, dict), item.name
 
 
-@many(2000)
+@many(1000)
 @given(arguments(RMTKDConfig))
 def test_any_values_give_a_recipe_or_a_named_error(values):
     valid_or_refused(values)
@@ -41,13 +41,13 @@ def test_ten_thousand_times_any_values(values):
     valid_or_refused(values)
 
 
-@many(1000)
+@many(500)
 @given(raw(RMTKDConfig))
 def test_anything_given_to_from_dict(values):
     recipe_or_refusal(RMTKDConfig.from_dict, values)
 
 
-@many(1000)
+@many(500)
 @given(texts(RMTKDConfig))
 def test_anything_in_a_file(tmp_path_factory, content):
     file_of_a_recipe(tmp_path_factory, content)

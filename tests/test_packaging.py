@@ -35,7 +35,8 @@ def test_wheel_holds_the_package_and_the_door(tmp_path):
     names = build(tmp_path, "standard").namelist()
     assert DOOR in names
     assert {"optimum_rmtkd/__init__.py", "optimum_rmtkd/modeling_rmtkd.py"} <= set(names)
-    assert {f"optimum_rmtkd/hub/templates/{name}.jinja" for name in ("card.md", "report.html")} <= set(names)
+    templates = ("hub/templates/card.md", "pages/templates/report.html")
+    assert {f"optimum_rmtkd/{name}.jinja" for name in templates} <= set(names)
     # An __init__.py in optimum's folders would break the namespace for every other optimum package.
     assert not [name for name in names if name.startswith("optimum/") and name != DOOR]
     assert not [name for name in names if name.startswith(("tests/", "examples/"))]

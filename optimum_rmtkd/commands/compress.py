@@ -38,7 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["CompressCommand"]
 
 RECIPE_NAME = "rmtkd_recipe.json"
-FIT_SHARE = 0.4  # of the steps, for --fit alone: trainer.rates.FIT_SHARE, without torch
 
 USAGE = "optimum-cli rmtkd compress --model MODEL (--train-file FILE | --dataset NAME) -o OUT [options]"
 
@@ -57,7 +56,7 @@ examples:
   only cut: no training, a few seconds
     optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
         --target-reduction 0.5 --no-train -o ./my-bert-cut
-  a model straight from pretraining: fine-tune it on 40 % of the steps, cut it, distil it on the rest
+  a model straight from pretraining: fine-tune it on a part of the steps, cut it, distil it on the rest
     optimum-cli rmtkd compress --fit --model ./bert --train-file train.csv --validation-file dev.csv \\
         --target-reduction 0.8 --epochs 3 -o ./my-bert-small
   without the tokens that the training texts do not use, and then narrowed: the target counts both
@@ -126,7 +125,8 @@ class CompressCommand(Command):
     def execute(self) -> None:
         data = from_options(DataArguments, self.args)
         training = from_options(TrainingOptions, self.args)
-        recipe = _with_fit(recipe_from_options(self.args), training)
+        recipe = recipe_from_options(self.args)
+        _check_fit(training, recipe)
         _check_cut_alone(training, recipe)
         check_files(data)
         _check_single_process()
@@ -146,16 +146,19 @@ class CompressCommand(Command):
             _push(Path(self.args.output), self.args.push_to_hub)
 
 
-def _with_fit(recipe: RMTKDConfig, training: TrainingOptions) -> RMTKDConfig:
-    """The recipe with the share that --fit asks for; it says itself whether a share of its own fits the other
-    options."""
+def _check_fit(training: TrainingOptions, recipe: RMTKDConfig) -> None:
+    """Does the recipe's share of fine-tuning fit the other options?"""
     if training.fit and recipe.fit_share == 0:
         raise RMTKDError("--fit and --fit-share 0: the one fine-tunes first, the other never does. Drop one of them.")
     if recipe.fit_share and not training.train:
         raise RMTKDError(
             f"--no-train and --fit-share {recipe.fit_share:g}: a cut alone trains nothing. Drop one of them."
         )
-    return recipe.replace(fit_share=FIT_SHARE) if training.fit and recipe.fit_share is None else recipe
+
+
+def _fits(training: TrainingOptions, recipe: RMTKDConfig) -> bool:
+    """Whether the model is fine-tuned first, whatever it can do."""
+    return training.fit or bool(recipe.fit_share)
 
 
 def _check_cut_alone(training: TrainingOptions, recipe: RMTKDConfig) -> None:
@@ -230,7 +233,7 @@ def _compress(
     use_threads(training.threads)
     parts_of(recipe)  # unknown parts are refused before anything is loaded
     find_estimator(recipe.edge_estimator)
-    head = "made" if recipe.fit_share else "required"
+    head = "made" if _fits(training, recipe) else "required"
     task = load_task(name, data, recipe.seed, training.attn_implementation, head, *([True] if trim else []))
     check_recipe(task.model, recipe)  # what cannot work is refused before the first forward pass
     if recipe.schedule != "none":
@@ -334,7 +337,7 @@ def _distil(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: 
     from ..hub.run import SPECTRA
     from ..trainer import RMTKDTrainer
 
-    rate = FIT_RATE if recipe.fit_share else RATE
+    rate = FIT_RATE if _fits(training, recipe) else RATE
     judged = {"metric_for_best_model": task.metric, "greater_is_better": True}
     args = training_arguments(training, recipe.seed, folder, rate, **judged)
     trainer = RMTKDTrainer(
@@ -347,6 +350,7 @@ def _distil(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: 
         data_collator=task.collator,
         compute_metrics=task.compute_metrics,
     )
+    trainer.run.fit.asked = training.fit
     train(trainer, training)
     if (spectra := Path(args.output_dir) / SPECTRA).is_file():
         shutil.copyfile(spectra, folder / SPECTRA)

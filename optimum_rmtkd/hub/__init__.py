@@ -3,8 +3,9 @@ read."""
 
 from __future__ import annotations
 
+from ..pages import spectra_page
 from .card import model_card, write_card
-from .page import report_page, spectra_page
+from .page import report_page
 from .run import Run, write_results, write_spectra
 
 

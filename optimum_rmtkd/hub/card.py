@@ -13,7 +13,7 @@ from urllib.parse import quote
 from ..errors import RMTKDError
 from ..files import is_ours as is_our_file
 from ..files import picture_metadata, read_text, write_text
-from .escaping import code_span, identifier, markdown, python_string, shell_word
+from ..pages.escaping import code_span, identifier, markdown, python_string, shell_word
 from .measures import fit_text, is_number, metric_changes, number, stage_measures, stage_notes
 from .run import RESULTS, Run, write_results
 

@@ -260,7 +260,8 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no NaN, and needs no sixteen digits."""
+    """JSON has no NaN, and needs no sixteen digits; nor has it arrays (a confusion matrix among the metrics), or
+    whatever else an evaluation may have put into the log."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -269,4 +270,6 @@ def _plain(value: Any) -> Any:
         if not math.isfinite(value):
             return None
         return value if value.is_integer() else float(f"{value:.{SIGNIFICANT}g}")  # counts stay exact
-    return value
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..modeling_rmtkd import TYPE_PREFIX
 from .behaviour import check_behaviour, nearly_equal
+from .differences import AROUND_THE_RESULT
 from .identity import check_structure
 from .rebuilding import (
     blank,
@@ -27,6 +28,7 @@ from .rebuilding import (
 
 
 __all__ = [
+    "AROUND_THE_RESULT",
     "UNCUT",
     "blank",
     "carry_over",

@@ -17,7 +17,7 @@ from ..errors import UnsupportedArchitectureError
 from .rebuilding import blank, is_bare, is_plain, is_untrained
 
 
-__all__ = ["ON_THE_RESULT", "Difference", "differences", "field_that_says_so", "not_its_config"]
+__all__ = ["AROUND_THE_RESULT", "ON_THE_RESULT", "Difference", "differences", "field_that_says_so", "not_its_config"]
 
 # Plain attributes that decide what a module computes, beside the numbers that a spec can state (`rebuilding.PINNED`).
 # Others are carried over where the outputs are equal.
@@ -31,6 +31,10 @@ CANNOT_BUILD = (ValueError, TypeError, RuntimeError, LookupError, AttributeError
 # fields of the config that say them are often set after the model was made: the outputs tell.
 PERHAPS = MEANING | {"padding_idx"}
 ON_THE_RESULT = "narrow the stock model, and put the change on the result"
+AROUND_THE_RESULT = (
+    "Narrow the model of transformers inside by itself, with optimum_rmtkd.narrow, and put your layers around the "
+    "result (without the site 'hidden' its stream stays as wide as it is)"
+)
 
 
 @dataclass(frozen=True)

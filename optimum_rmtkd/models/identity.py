@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from .. import modeling_rmtkd
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import PREFIX
-from .differences import ON_THE_RESULT, differences, not_its_config
+from .differences import AROUND_THE_RESULT, ON_THE_RESULT, differences, not_its_config
 from .rebuilding import blank, is_wrapped
 
 
@@ -86,15 +86,19 @@ def _check_class(cls: type) -> None:
     stock = getattr(home, name, None)
     if stock is cls:
         return
-    parent = next((c.__name__ for c in cls.__mro__ if getattr(transformers, c.__name__, None) is c), "PreTrainedModel")
+    stocks = [c.__name__ for c in cls.__mro__ if getattr(transformers, c.__name__, None) is c]
+    parent = next((name for name in stocks if not name.endswith("PreTrainedModel")), None)
+    cure = f"Load the weights into transformers.{parent}, which it derives from: {ON_THE_RESULT}"
+    if parent is None:
+        cure = AROUND_THE_RESULT
     why = (
         f"{name} of {cls.__module__} is not the class of that name in transformers"
         if stock is not None
         else f"{name} is no class of transformers"
     )
     raise UnsupportedArchitectureError(
-        f"{why}, from which a narrowed checkpoint would be rebuilt: what it does differently would be lost. Load the "
-        f"weights into transformers.{parent}, which it derives from: {ON_THE_RESULT}; or contribute the class."
+        f"{why}, from which a narrowed checkpoint would be rebuilt: what it does differently would be lost. {cure}; "
+        "or contribute the class."
     )
 
 

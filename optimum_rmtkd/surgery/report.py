@@ -164,7 +164,7 @@ class SpectralReport:
             RMTKDError: matplotlib (the extra `report`) is not installed, `path` cannot be written to, or holds a file
                 that is not from here.
         """
-        from ..hub.page import spectra_page  # upwards, on demand: pages belong to the hub room
+        from ..pages import spectra_page  # on demand: most reports become no page
 
         html = spectra_page(self.to_dict())
         if path is not None:

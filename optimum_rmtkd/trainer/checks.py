@@ -17,7 +17,7 @@ from ..distillation import CachedTeacher, OnPolicy, TaskLoss
 from ..distillation.cached import COLUMNS
 from ..distillation.signatures import named_inputs
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
-from ..models import check_structure
+from ..models import AROUND_THE_RESULT, check_structure
 from . import plain
 from .engine_checks import check_engine_config
 from .host import Host
@@ -71,7 +71,8 @@ def check_model(model: nn.Module, recipe: RMTKDConfig, evaluated: bool) -> None:
         raise RMTKDError(f"{wanted[0]} compares validation metrics; expected an eval_dataset, got none. Pass one.")
     if not hasattr(model, "config"):
         raise UnsupportedArchitectureError(
-            f"{type(model).__name__} is no transformers PreTrainedModel; expected one with a config."
+            f"{type(model).__name__} is no transformers PreTrainedModel; expected one with a config. "
+            f"{AROUND_THE_RESULT}."
         )
     if recipe.schedule != "none":
         check_structure(model)
@@ -269,21 +270,23 @@ def check_own_loss(compute_loss: Callable, owner: str, run: Run) -> None:
         )
 
 
-def check_data(dataset: Any, parts_allowed: bool = False) -> None:
+def check_data(dataset: Any, own_loader: bool = False) -> None:
     """Is there training data?
 
     Args:
-        parts_allowed: the loader is one that takes several sets.
+        own_loader: a subclass makes the loader: it may take several sets, or know of its data by itself.
 
     Raises:
         RMTKDError: no training data, none in it, or splits in place of rows.
     """
+    if dataset is None and own_loader:
+        return
     if dataset is None:
         raise RMTKDError(
             "train() without train_dataset: it is needed to calibrate the cuts and to distil. Pass train_dataset "
             "to RMTKDTrainer, or use optimum_rmtkd.narrow for a single cut without training."
         )
-    if isinstance(dataset, Mapping) and not parts_allowed:
+    if isinstance(dataset, Mapping) and not own_loader:
         raise RMTKDError(
             f"train_dataset is a {type(dataset).__name__} with "
             f"{', '.join(map(str, list(dataset)[:6]))}: expected rows. Pass one split of it."

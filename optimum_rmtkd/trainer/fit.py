@@ -31,6 +31,7 @@ class Fit:
     steps: of fine-tuning; 0 for a model that can teach.
     why: so many, for people.
     going: whether the model is fine-tuned now.
+    asked: the model is fine-tuned whatever it can do; where the recipe says no share, as one that cannot teach.
     metrics: of the validation data, at its end.
     quicker: what the given learning rate is multiplied by in it.
     chance: task loss of knowing nothing on the calibration labels, nats (or the labels' variance); None: unknown, or
@@ -39,6 +40,7 @@ class Fit:
 
     def __init__(self, host: Host, config: RMTKDConfig):
         self.host, self.config = host, config
+        self.asked = False
         self.reset()
 
     def reset(self) -> None:
@@ -59,20 +61,23 @@ class Fit:
             RMTKDError: a share of the steps for it all the same.
         """
         host, share = self.host, self.config.fit_share
-        if not tasked and share:
+        if not tasked and (share or self.asked):
+            how = "fine-tuning first" if share is None else f"fit_share={share:g}"
             raise RMTKDError(
-                f"fit_share={share:g} and objectives without TaskLoss: fine-tuning needs the task's loss. Add "
-                "TaskLoss, or leave fit_share out."
+                f"{how} and objectives without TaskLoss: fine-tuning needs the task's loss. Add TaskLoss, or leave "
+                f"{'that' if share is None else 'fit_share'} out."
             )
         if share is not None:
             self.why = f"fit_share={share:g}"
+        elif self.asked:
+            share, self.quicker = fit_pace(host.max_steps)
+            self.why = "as asked for"
         if self.config.schedule != "none":
             found = self._readiness()
             self.chance = None if host.columns.own_loss else found.chance
-            if share is None:
-                share, self.why = 0.0, found.why
-                if tasked and not found.can_teach:
-                    share, self.quicker = fit_pace(host.max_steps)
+            self.why = self.why or found.why
+            if share is None and tasked and not found.can_teach:
+                share, self.quicker = fit_pace(host.max_steps)
             if not share and not taught:
                 self._caution(found, tasked)
         most = host.max_steps - (self.config.rounds or CUTS)  # a step for each cut at least

@@ -6,7 +6,7 @@ import torch
 
 from ..reparameterization import Reparameterization
 from . import plain
-from .host import Host
+from .host import Training
 from .swap import assign, in_engine
 
 
@@ -18,7 +18,7 @@ class Keepsake:
     tensors: plain weights by name, of a sharded model this process's shards; None where nothing is kept.
     """
 
-    def __init__(self, host: Host, how: Reparameterization | None):
+    def __init__(self, host: Training, how: Reparameterization | None):
         self.host, self.how = host, how
         self.tensors: dict[str, torch.Tensor] | None = None
 

@@ -268,16 +268,17 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     def _train_watched(self, resume_from_checkpoint, *positional, **kwargs):
         run, host = self.run, self._host
-        check_data(self.train_dataset, parts_allowed=host.own_loader)
+        check_data(self.train_dataset, host.own_loader)
         self._tidy()
         resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         host.keep_stream()
         self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
-        self._check_first_batch()
+        if self.model_init is None:
+            self._check_first_batch()
+        else:  # a new trial: the model of the last one is thrown away, and the new one is looked at once it is there
+            run.reset()
         host.take_back()
         given, self.train_dataset = self.train_dataset, self._training_data()
-        if self.model_init is not None:  # a new trial: the model of the last one is thrown away
-            run.reset()
         run.train_on()
         self._saved_at = None
         run.loss.forget()
@@ -319,7 +320,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         """The train_dataset, or what gives its rows from the first one on if it is a stream that was looked at."""
         if self.stream is None:
             return self.train_dataset
-        if self.rmtkd_config.schedule != "none" or any(objective.observes for objective in self.objectives):
+        cuts = self.rmtkd_config.schedule != "none"
+        if cuts or self.model_init is not None or any(objective.observes for objective in self.objectives):
             self.stream.samples(self.rmtkd_config.calibration_samples)  # before training reads on, so that a resumed
             # run is calibrated on the same rows
         self.stream.settle()
@@ -357,6 +359,12 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     # -- private hooks of Trainer -------------------------------------------------------------------------------------
     # `_inner_training_loop` wraps the model once and hands that wrapper down as a local variable; after a cut under
     # DDP, autocast or torch.compile it is a stale one. Each override below puts the live wrapper in its place.
+
+    def _hp_search_setup(self, trial):
+        super()._hp_search_setup(trial)
+        if self.model_init is not None:
+            check_model(self._host.model, self.rmtkd_config, evaluated=self._host.evaluates)
+            self._check_first_batch()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self._host.hand_over(resume_from_checkpoint)

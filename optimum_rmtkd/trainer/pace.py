@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import RMTKDConfig
-from .host import Host
+from .host import Training
 from .rates import distil_rate, few_steps, rate_band, warmup_steps
 from .schedule import Phase
 
@@ -26,7 +26,7 @@ class Pace:
     lowering: what the peak rate is multiplied by, after repeated stages.
     """
 
-    def __init__(self, host: Host, config: RMTKDConfig):
+    def __init__(self, host: Training, config: RMTKDConfig):
         self.host, self.config = host, config
         self.reset()
 

@@ -8,7 +8,7 @@ from typing import Any
 from ..config import RMTKDConfig
 from ..hub.run import write_spectra
 from .agenda import Agenda
-from .host import Host
+from .host import Writing
 from .judge import Measured
 from .stages import PlannedCut, Stage, write_journal
 
@@ -19,7 +19,7 @@ __all__ = ["Records", "stage_of"]
 class Records:
     """Writes nothing on a process whose host has no folder."""
 
-    def __init__(self, host: Host, config: RMTKDConfig):
+    def __init__(self, host: Writing, config: RMTKDConfig):
         self.host, self.config = host, config
 
     def journal(self, stages: Sequence[Stage], reference: int, parameters: int, fit: dict[str, Any] | None) -> None:

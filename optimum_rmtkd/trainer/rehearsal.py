@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import evaluating, explained, first_samples, padding_mask, to_device
-from ..distillation import DistillationStep
-from ..distillation.objectives.answers import Answers
+from ..batches import evaluating, explained, first_samples, to_device
 from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
 from .data import isolated_rng
 from .run import Run
 from .step import named_outputs
+from .tutor import step_on
 
 
 __all__ = ["outputs_on", "rehearse"]
@@ -47,9 +46,11 @@ def rehearse(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> None:
         return
     batch = first_samples(batch, ROWS)
     ours = outputs_on(run, model, batch)
-    step = _step(model, batch, ours, ours)
+    device = next(model.parameters()).device
+    batch = to_device(dict(batch), device)
+    step = step_on(model, batch, student_outputs=ours, teacher_outputs=ours)
     for objective in reading:
-        objective.to(next(model.parameters()).device)
+        objective.to(device)
         objective.setup(model, None if tutor.given is None else tutor.given.model, {})
         try:
             objective(step)
@@ -66,7 +67,8 @@ def rehearse(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> None:
                 ", ".join(objective.label for objective in tutor.objectives),
             )
     if tutor.given is not None and (reading := [o for o in tutor.objectives if o.reads_answers]):
-        step = _step(model, batch, ours, to_device(_taught(run, batch), next(model.parameters()).device))
+        theirs = to_device(_taught(run, batch), device)
+        step = step_on(model, batch, student_outputs=ours, teacher_outputs=theirs)
         for objective in reading:
             objective(step)
 
@@ -96,16 +98,3 @@ def _taught(run: Run, batch: Mapping[str, Any]) -> Any:
     with isolated_rng(run.config.seed), run.host.accelerator.autocast():
         outputs, _ = given(batch, (), drop=run.host.label_names)
     return outputs
-
-
-def _step(model: nn.Module, batch: Mapping[str, Any], ours: Any, theirs: Any) -> DistillationStep:
-    answers = Answers.of(model)
-    batch = to_device(dict(batch), next(model.parameters()).device)
-    return DistillationStep(
-        batch,
-        student_outputs=ours,
-        teacher_outputs=theirs,
-        mask=padding_mask(batch),
-        shifted=answers.shifted,
-        decoding=answers.decoding,
-    )

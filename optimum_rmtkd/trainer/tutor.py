@@ -32,7 +32,7 @@ from .data import isolated_rng
 from .swap import hold
 
 
-__all__ = ["Tutor", "own_teacher"]
+__all__ = ["Tutor", "own_teacher", "step_on"]
 
 Batches = Callable[[], Iterable[Mapping[str, Any]]]
 
@@ -183,15 +183,7 @@ class Tutor:
             paths = dict.fromkeys(path for objective in objectives for path in objective.features().teacher)
             with self.companions.accelerator.autocast():
                 outputs, features = self.teacher(inputs, paths, drop=self.label_names)
-        answers = Answers.of(model)
-        return DistillationStep(
-            inputs,
-            teacher_outputs=outputs,
-            teacher_features=features,
-            mask=padding_mask(inputs),
-            shifted=answers.shifted,
-            decoding=answers.decoding,
-        )
+        return step_on(model, inputs, teacher_outputs=outputs, teacher_features=features)
 
     @torch.no_grad()
     def _fit(self, model: nn.Module, batches: Batches, strip: Callable) -> None:
@@ -220,6 +212,19 @@ class Tutor:
         with evaluating(model), capture(model, paths) as features, self.companions.accelerator.autocast():
             model(**in_precision_of(model, without_labels(model, strip(step.inputs), self.label_names)))
         return dataclasses.replace(step, student_features=features)
+
+
+def step_on(model: nn.Module, batch: Mapping[str, Any], **sides: Any) -> DistillationStep:
+    """A step whose mask and way of reading labels are those of the batch and the student.
+
+    Args:
+        model: the student.
+        **sides: outputs and features of either model.
+    """
+    answers = Answers.of(model)
+    return DistillationStep(
+        batch, mask=padding_mask(batch), shifted=answers.shifted, decoding=answers.decoding, **sides
+    )
 
 
 def own_teacher(

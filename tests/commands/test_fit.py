@@ -7,11 +7,11 @@ import shutil
 
 import pytest
 
-from optimum_rmtkd.commands.compress import FIT_SHARE
 from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.heads import with_new_head
 from optimum_rmtkd.commands.task import load_task
 from optimum_rmtkd.errors import RMTKDError
+from optimum_rmtkd.trainer.rates import fit_pace
 
 from .conftest import sentence_rows, write_csv
 from .test_cli import reload_here
@@ -52,24 +52,25 @@ def test_a_raw_checkpoint_is_fine_tuned_cut_and_distilled(cli, raw, table, valid
     assert "fine-tuned " in out and "loss" in out and "accuracy" in out
     assert reload_here(tmp_path / "out")[0] == "rmtkd_bert"
     journal = json.loads((tmp_path / "out" / "rmtkd_stages.json").read_text())
-    assert journal["fit"]["steps"] == 2 and journal["stages"][0]["step"] == 2
-    assert journal["recipe"]["fit_share"] == FIT_SHARE
+    share, _ = fit_pace(5)
+    assert journal["fit"]["steps"] == round(share * 5) == journal["stages"][0]["step"]
     before, after = journal["metrics"]["before"], journal["metrics"]["after"]
     assert before == journal["stages"][0]["metrics_before"] and set(before) == set(after) >= {"eval_loss"}
     results = json.loads((tmp_path / "out" / "rmtkd_results.json").read_text())
     assert results["metric"]["before"] == pytest.approx(before["eval_accuracy"])
-    assert "Fine-tuned first: 2 steps" in (tmp_path / "out" / "README.md").read_text(encoding="utf8")
+    assert "Fine-tuned first: 3 steps" in (tmp_path / "out" / "README.md").read_text(encoding="utf8")
 
 
 def test_a_fine_tuned_model_keeps_its_head_and_is_fine_tuned_all_the_same(
     cli, bert, table, validation_table, tmp_path
 ):
     files = ("--model", bert, "--train-file", table, "--validation-file", validation_table)
-    code, out, err = cli("compress", "--fit-share", 0.2, *files, *SMALL, "--max-steps", 5, "-o", tmp_path / "out")
-    assert code == 0, err
-    assert "new head" not in out
-    journal = json.loads((tmp_path / "out" / "rmtkd_stages.json").read_text())
-    assert journal["fit"]["steps"] == 1
+    for steps, asked in ((1, ("--fit-share", 0.2)), (3, ("--fit",))):
+        out = tmp_path / str(steps)
+        code, told, err = cli("compress", *asked, *files, *SMALL, "--max-steps", 5, "-o", out)
+        assert code == 0, err
+        assert "new head" not in told
+        assert json.loads((out / "rmtkd_stages.json").read_text())["fit"]["steps"] == steps
 
 
 def test_the_same_command_continues_a_run_that_was_fine_tuned(cli, raw, table, validation_table, tmp_path):
@@ -96,12 +97,6 @@ def test_the_same_command_continues_a_run_that_was_fine_tuned(cli, raw, table, v
 def test_what_does_not_go_together_is_refused(cli, raw, table, tmp_path, options, message):
     code, _, err = cli("compress", "--model", raw, "--train-file", table, *SMALL, *options, "-o", tmp_path / "out")
     assert code == 2 and message in err and not (tmp_path / "out").exists()
-
-
-def test_the_share_is_that_of_a_trainer():
-    from optimum_rmtkd.trainer.rates import FIT_SHARE as SHARE
-
-    assert FIT_SHARE == SHARE
 
 
 # -- heads ------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from accelerate.utils import DistributedType
 
 from optimum_rmtkd.config import RMTKDConfig
 from optimum_rmtkd.distillation import CachedTeacher, OnlineTeacher, cache_answers
@@ -80,14 +81,14 @@ def beside():
 PARTS = {part.__name__: part for part in (features, divergences, cached, several, beside)}
 
 
-def main():
+def main(given=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--parts", choices=PARTS, default="features")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--stage", type=int, help="of DeepSpeed's ZeRO")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     torch.set_num_threads(1)
     parts = {
         "model": tiny_bert(hidden_size=16, cls=transformers.BertForTokenClassification, **STILL),
@@ -127,10 +128,10 @@ def main():
         "adapters": [p.detach().tolist() for p in trainer.run.tutor.companions.parameters],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    (wait if options.stage is None else leave)(
-        trainer.accelerator
-    )  # and end as a script does that leaves its group behind
+    return trainer.accelerator
 
 
 if __name__ == "__main__":
-    main()
+    used = main()
+    # to end as a script does that leaves its group behind
+    (leave if used.distributed_type == DistributedType.DEEPSPEED else wait)(used)

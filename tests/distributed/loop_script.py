@@ -13,7 +13,7 @@ from ..trainer.looping import evaluate, looped, prepared, train
 from .leaving import leave
 
 
-def main():
+def main(given=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--optimizer", default="sgd")
     parser.add_argument("--mixed-precision", default=None)
     parser.add_argument("--resume", default=None)
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     torch.set_num_threads(1)
     whole = torch.ones(10, dtype=torch.long)  # no padding: each micro-batch has as many tokens
     script = prepared(
@@ -55,8 +55,8 @@ def main():
         "steps": loop._host.step,
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    leave(script.accelerator)
+    return script.accelerator
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

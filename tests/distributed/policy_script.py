@@ -18,11 +18,11 @@ from ..trainer.test_accumulation import tiny_gpt2
 from .leaving import leave
 
 
-def main():
+def main(given=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--resume", default=None)
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     torch.set_num_threads(1)
     policy = AdaptiveOffPolicy(max_new_tokens=3, increase=0.8, tolerance=-9.0)
     trainer = RMTKDTrainer(
@@ -57,8 +57,8 @@ def main():
         "buffer": [batch["input_ids"].tolist() for batch in policy.buffer],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    leave(trainer.accelerator)
+    return trainer.accelerator
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

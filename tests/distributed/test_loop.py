@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from .test_two_processes import launch, widths
+from .test_two_processes import in_turn, launch, same, told, widths
 
 
 SCRIPT = "tests.distributed.loop_script"
@@ -13,9 +13,11 @@ SCRIPT = "tests.distributed.loop_script"
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two") / "out"
+    folder = tmp_path_factory.mktemp("two")
     options = ("--accumulation", "2", "--batch-size", "4", "--fit-share", "0.3", "--optimizer", "adamw")
-    return (*launch(folder, 2, *options, module=SCRIPT), folder, options)
+    jobs = {"whole": ("loop", *options), "resumed": ("loop", *options, "--resume", str(folder / "whole" / "step_4"))}
+    in_turn(folder, jobs)
+    return (*told(folder / "whole", 2), folder, options)
 
 
 def test_both_processes_cut_alike_and_the_wrapper_of_the_script_trains_on(two):
@@ -29,14 +31,21 @@ def test_both_processes_cut_alike_and_the_wrapper_of_the_script_trains_on(two):
     assert rates[0] < 1e-3 and rates[5] == 0.0 and rates[2] > 0  # by optimizer step, though two ticks make one
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(1, marks=pytest.mark.slow)])
-def test_two_processes_resume_to_the_same_bits(two, tmp_path, step):
-    results, weights, folder, options = two
-    checkpoint = folder / f"step_{step}"
-    again, tensors = launch(tmp_path / "out", 2, *options, "--resume", str(checkpoint), module=SCRIPT)
-    assert again[0]["stages"] == results[0]["stages"]
-    for rank in range(2):
-        assert all(torch.equal(tensor, weights[rank][name]) for name, tensor in tensors[rank].items())
+def check_resumed(again, two):
+    (ours, tensors), (theirs, weights, *_) = again, two
+    assert ours[0]["stages"] == theirs[0]["stages"]
+    same(tensors, weights)
+
+
+def test_two_processes_resume_to_the_same_bits(two):
+    check_resumed(told(two[2] / "resumed", 2), two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 1])
+def test_new_processes_resume_to_the_same_bits(two, tmp_path, step):
+    options = (*two[3], "--resume", str(two[2] / "whole" / f"step_{step}"))
+    check_resumed(launch(tmp_path / "out", 2, *options, module=SCRIPT), two)
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ class Broken:
         raise ValueError("no such column")
 
 
-def main():
+def main(given=None):
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--batch-size", type=int, default=4)
@@ -38,7 +38,7 @@ def main():
     parser.add_argument("--target", type=float, default=0.6)
     parser.add_argument("--resume", default=None)
     parser.add_argument("--broken-rank", type=int, default=None, help="whose calibration data breaks off")
-    options = parser.parse_args()
+    options = parser.parse_args(given)
     torch.set_num_threads(1)
     whole = torch.ones(
         10, dtype=torch.long
@@ -80,8 +80,7 @@ def main():
         with pytest.raises((RMTKDError, ValueError)) as caught:
             trainer.train()
         (options.out / f"error-{rank}.txt").write_text(str(caught.value))
-        leave(trainer.accelerator)
-        return
+        return trainer.accelerator
     output = trainer.train(resume_from_checkpoint=options.resume)
     torch.save(trainer.model.state_dict(), options.out / f"weights-{rank}.pt")
     values = {
@@ -95,8 +94,8 @@ def main():
         "reduction": output.metrics["reduction"],
     }
     (options.out / f"result-{rank}.json").write_text(json.dumps(values))
-    leave(trainer.accelerator)
+    return trainer.accelerator
 
 
 if __name__ == "__main__":
-    main()
+    leave(main())

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optimum_rmtkd.hub import Run, model_card, write_card
-from optimum_rmtkd.hub.escaping import code_span, figure_text, identifier, markdown, one_line
 from optimum_rmtkd.hub.page import report_page
+from optimum_rmtkd.pages.escaping import code_span, figure_text, identifier, markdown, one_line
 
 from ..fuzz import many
 from .server import card_errors

@@ -11,7 +11,7 @@ import torch
 
 from optimum_rmtkd import RMTKDConfig, RMTKDError, analyze
 from optimum_rmtkd.hub import Run, report_page, spectra_page, write_results, write_spectra
-from optimum_rmtkd.hub.plots import PALETTE, bulk_law
+from optimum_rmtkd.pages.figures import PALETTE, bulk_law
 from optimum_rmtkd.spectra import marchenko_pastur as mp
 from optimum_rmtkd.trainer import Stage
 from optimum_rmtkd.trainer.stages import write_journal

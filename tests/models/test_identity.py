@@ -112,6 +112,16 @@ def test_a_class_of_another_name():
     assert "Mine is no class of transformers" in message and "transformers.ViTForImageClassification" in message
 
 
+def test_a_class_of_a_users_own_around_a_stock_model():
+    class Around(tf.ViTPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.vit, self.head = tf.ViTModel(config), torch.nn.Linear(config.hidden_size, 2)
+
+    message = refused(Around(zoo.CONFIGS["vit"]))
+    assert "Narrow the model of transformers inside by itself" in message and "ViTPreTrainedModel" not in message
+
+
 def test_a_user_class_named_like_a_narrowed_one():
     class RMTKDBertModel(tf.BertModel):
         pass

@@ -23,7 +23,7 @@ def valid_or_refused(values: dict) -> None:
     assert recipe.replace() == recipe
 
 
-@many(2000)
+@many(1000)
 @given(arguments(TernaryConfig))
 def test_any_values_give_a_recipe_or_a_named_error(values):
     valid_or_refused(values)
@@ -36,13 +36,13 @@ def test_ten_thousand_times_any_values(values):
     valid_or_refused(values)
 
 
-@many(1000)
+@many(500)
 @given(raw(TernaryConfig))
 def test_anything_given_to_from_dict(values):
     recipe_or_refusal(TernaryConfig.from_dict, values)
 
 
-@many(1000)
+@many(500)
 @given(texts(TernaryConfig))
 def test_anything_in_a_file(tmp_path_factory, content):
     file_of_a_recipe(tmp_path_factory, content)

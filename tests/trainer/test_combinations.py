@@ -26,6 +26,7 @@ from optimum_rmtkd.distillation.layers import in_decoder
 from optimum_rmtkd.distillation.objectives import objective_names
 from optimum_rmtkd.errors import RMTKDError
 
+from ..tables import covering
 from .conftest import ragged, tiny_bert
 from .test_accumulation import tiny_gpt2
 
@@ -99,10 +100,10 @@ REFUSED = {
     ("causal", "hidden"): "No objective has anything to compare",
     ("feature maps", "tensor_alignment"): "target_modules=None matches nothing",
 }
+CASES = covering(list(KINDS), objective_names(), without=REFUSED, times=2) + list(REFUSED)
 
 
-@pytest.mark.parametrize("objective", objective_names())
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "objective"), CASES)
 def test_two_steps_or_a_named_reason(make_trainer, kind, objective):
     build, data = KINDS[kind]
     own = objective == "hidden"  # compares a model with what it was

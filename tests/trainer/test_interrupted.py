@@ -18,6 +18,7 @@ from optimum_rmtkd.checkpoints import MANIFEST, fault_of
 from optimum_rmtkd.errors import DiskFullError, IncompleteCheckpointError, RMTKDError
 from optimum_rmtkd.signals import Terminated
 
+from ..tables import SLOW
 from .looping import looped, prepared, train
 from .test_resume import ROUNDS, SAVING, folder
 
@@ -45,7 +46,10 @@ def same(ours, theirs) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("recipe", "step"), [({}, 1), ({}, 2), ({"teacher": "ema"}, 2), ({"fit_share": 0.5}, 2)])
+@pytest.mark.parametrize(
+    ("recipe", "step"),
+    [({}, 2), SLOW({}, 1), SLOW({"teacher": "ema"}, 2), SLOW({"fit_share": 0.5}, 2)],
+)
 def test_sigterm_saves_a_checkpoint_and_the_run_goes_on_from_it(make_trainer, capfd, recipe, step):
     """At a step like others, just before the second cut, and at the end of the fit: what is due is done later."""
     saving = SAVING | {"save_steps": 100}

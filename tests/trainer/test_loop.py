@@ -19,6 +19,7 @@ from optimum_rmtkd.trainer import pace as pacing
 from optimum_rmtkd.trainer.host import Host
 from optimum_rmtkd.trainer.stages import JOURNAL
 
+from ..tables import SLOW
 from .conftest import RECIPE, tiny_bert, toy_data
 from .looping import evaluate, looped, prepared, train
 
@@ -147,7 +148,9 @@ def test_accumulated_micro_batches_are_one_batch():
     assert all(torch.allclose(results[0][name], results[1][name], atol=1e-4) for name in results[0])
 
 
-@pytest.mark.parametrize(("recipe", "step"), [(ROUNDS, 2), (ROUNDS, 4), (FITTED, 1), (FITTED, 4), (FITTED, 7)])
+@pytest.mark.parametrize(
+    ("recipe", "step"), [(ROUNDS, 2), SLOW(ROUNDS, 4), (FITTED, 1), SLOW(FITTED, 4), SLOW(FITTED, 7)]
+)
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, recipe, step):
     """In the middle of an epoch, with dropout in the fit; and at the step of a cut."""
     options = {"rows": toy_data(128)}
@@ -170,8 +173,8 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, recipe, step):
         {"reparameterization": "mpo"},
         {"objectives": {"kl": {}, "projected_feature": {"projection": {"name": "pca", "dim": 8}}}},
         {"recipe": {"teacher": "ema", "ema_decay": 0.5}},
-        {"recipe": {"teacher": "previous"}},
-        {"transforms": "embedding_mixup"},
+        SLOW({"recipe": {"teacher": "previous"}}),
+        SLOW({"transforms": "embedding_mixup"}),
     ],
     ids=["mpo", "pca", "ema", "previous", "mixup"],
 )

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from optimum_rmtkd import RMTKDConfig, RMTKDError, RMTKDMixin
 from optimum_rmtkd.distillation import KLDivergence, TaskLoss
 
+from ..tables import SLOW
 from .test_own_loss import terms
 
 
@@ -177,10 +178,10 @@ def test_the_task_term_over_accumulated_batches_is_a_mean_over_labels(make_sft):
     "options",
     [
         {"packing": True, "max_length": 32},
-        {"packing": True, "packing_strategy": "wrapped", "max_length": 16},
+        SLOW({"packing": True, "packing_strategy": "wrapped", "max_length": 16}),
         {"padding_free": True, "max_length": None},
         {"loss_type": "dft"},
-        {"gradient_checkpointing": False, "neftune_noise_alpha": 5.0},
+        SLOW({"gradient_checkpointing": False, "neftune_noise_alpha": 5.0}),
         {"gradient_checkpointing_kwargs": {"selective": True}},
     ],
     ids=lambda options: ",".join(options),

@@ -12,6 +12,7 @@ from transformers import BertForTokenClassification, Trainer
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.trainer import RMTKDMixin, RMTKDTrainer
 
+from ..tables import some_slow
 from .conftest import ragged, tiny_bert, toy_data
 from .test_accumulation import tiny_gpt2
 
@@ -66,6 +67,9 @@ class SummedLoss:
 
 SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
 SPLITS += [("behind", "token"), ("behind", "causal")]
+SPLITS = some_slow(
+    SPLITS, [("in front", "token"), ("function", "three"), ("function", "causal"), ("behind", "causal")]
+)
 
 
 def terms(trainer):

@@ -21,6 +21,7 @@ from transformers import (
 from optimum_rmtkd.distillation.counts import answers_that_count, count_units, masked_labels
 from optimum_rmtkd.distillation.objectives.answers import Answers
 
+from ..tables import covering, some_slow
 from .conftest import tiny_bert
 
 
@@ -56,8 +57,9 @@ MODELS = {
 }
 DIVERGENCES = ["kl", "jensen_shannon", "skew_kl", "correlation"]
 FEATURES = [{"name": "projected_feature", "projection": None}, "attention_relation"]
-CASES = [(kind, term) for kind in MODELS for term in DIVERGENCES + FEATURES]
-CASES = [(k, t) for k, t in CASES if not (k == "gpt2" and t == "attention_relation")]  # no projections of their own
+CASES = covering(
+    list(MODELS), DIVERGENCES + FEATURES, without=[("gpt2", "attention_relation")], times=2
+)  # it has no projections
 
 
 def silent(model):
@@ -107,7 +109,7 @@ def test_padding_further_changes_no_teacher_term(make_trainer, kind, objective):
     assert short > 0 and short == pytest.approx(long, rel=1e-3) and short == pytest.approx(clean, rel=1e-3)
 
 
-@pytest.mark.parametrize("objective", DIVERGENCES)
+@pytest.mark.parametrize("objective", some_slow(DIVERGENCES, ["kl", "correlation"]))
 def test_padding_on_the_left(make_trainer, objective):
     """Llama's positions are relative: its answers do not depend on the side. The pad before the first token answers
     for it, and does not count."""

@@ -12,6 +12,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from optimum_rmtkd.trainer import RMTKDTrainer
 
+from ..tables import SLOW
 from .conftest import toy_data
 
 
@@ -63,7 +64,7 @@ class Impatient(HomeMade):
 
 
 @pytest.mark.parametrize("saving", [{}, SAVE], ids=["last", "best"])
-@pytest.mark.parametrize("patience", [1, 3])
+@pytest.mark.parametrize("patience", [1, SLOW(3)])
 @pytest.mark.parametrize("kind", [EarlyStoppingCallback, HomeMade])
 def test_patience_counts_from_the_last_cut(make_trainer, caplog, kind, patience, saving):
     if saving and kind is HomeMade:

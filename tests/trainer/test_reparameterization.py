@@ -20,6 +20,7 @@ from optimum_rmtkd.reparameterization import (
 from optimum_rmtkd.surgery import count_parameters
 from optimum_rmtkd.trainer.checkpoint import TENSORS
 
+from ..tables import SLOW
 from .conftest import tiny_bert, toy_data
 
 
@@ -95,12 +96,12 @@ def test_the_tensors_have_a_group_without_decay_and_a_rate_of_their_own(make_tra
 @pytest.mark.parametrize(
     ("recipe", "how", "objectives", "step"),
     [
-        (ROUNDS, "mpo", None, 2),  # the second cut comes after the resumption
+        SLOW(ROUNDS, "mpo", None, 2),  # the second cut comes after the resumption
         (ROUNDS, "mpo", ["task", "kl", "tensor_alignment"], 4),
-        (ROUNDS, "powerpropagation", None, 4),
-        (ROUNDS | {"teacher": "ema", "ema_decay": 0.5}, "mpo", None, 4),
+        SLOW(ROUNDS, "powerpropagation", None, 4),
+        SLOW(ROUNDS | {"teacher": "ema", "ema_decay": 0.5}, "mpo", None, 4),
         (ROUNDS | {"teacher": "previous"}, "mpo", None, 4),
-        (ROUNDS | {"max_metric_drop": -1.0}, "mpo", None, 2),  # rolled back at step 3
+        SLOW(ROUNDS | {"max_metric_drop": -1.0}, "mpo", None, 2),  # rolled back at step 3
         (NONE, "mpo", ["task", "kl", "tensor_alignment"], 3),
         (NONE, None, ["task", {"name": "projected_feature", "layers": "uniform"}], 3),  # its adapters are trained
     ],

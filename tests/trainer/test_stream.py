@@ -12,6 +12,7 @@ import torch
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.trainer.stream import Stream, _same, is_stream
 
+from ..tables import some_slow
 from .conftest import toy_data
 
 
@@ -249,7 +250,7 @@ def test_steps_have_to_be_known(make_trainer):
             stream_trainer(make_trainer, data, max_steps=-1)
 
 
-@pytest.mark.parametrize("kind", ["once", "anew", "generator", "named"])
+@pytest.mark.parametrize("kind", some_slow(["once", "anew", "generator", "named"], ["once", "named"]))
 def test_every_stage_is_evaluated_on_the_same_rows(make_trainer, kind):
     rows = toy_data(16, seed=2)
     data = {

@@ -11,14 +11,14 @@ from optimum_rmtkd.surgery.budget import flops_of
 from optimum_rmtkd.surgery.sites import linear_layers
 from optimum_rmtkd.surgery.surgeon import anatomy_of
 
+from ..tables import covering
 from .conftest import tiny_bert, toy_data
 
 
 COARSE = {"round_to": 16, "min_width": 8, "refit": False}
 
 
-@pytest.mark.parametrize("schedule", ["rounds", "layerwise"])
-@pytest.mark.parametrize("target", [0.3, 0.55, 0.8])
+@pytest.mark.parametrize(("schedule", "target"), covering(["rounds", "layerwise"], [0.8, 0.3, 0.55]))
 def test_a_schedule_ends_at_its_target(make_trainer, schedule, target):
     recipe = COARSE | {"schedule": schedule, "target_reduction": target}
     if schedule == "rounds":

@@ -21,6 +21,7 @@ from optimum_rmtkd.distillation import CachedTeacher, FrozenTeacher, OnlineTeach
 from optimum_rmtkd.distillation.signatures import named_inputs, taken
 from optimum_rmtkd.errors import RMTKDError
 
+from ..tables import covering
 from .conftest import tiny_bert, toy_data
 
 
@@ -58,8 +59,7 @@ def watched(model, seen):
     return model
 
 
-@pytest.mark.parametrize("make", [list, as_dataset, as_stream])
-@pytest.mark.parametrize("recipe", [{}, NONE], ids=["cut", "given"])
+@pytest.mark.parametrize(("recipe", "make"), covering([{}, NONE], [list, as_dataset, as_stream]))
 def test_token_types_reach_the_teacher_alone(make_trainer, make, recipe):
     to_teacher, to_student = set(), set()
     student, teacher = watched(tiny_distilbert(), to_student), watched(tiny_bert(3), to_teacher)
@@ -153,8 +153,7 @@ def tiny_roberta(seed=0):
     return RobertaForSequenceClassification(config)
 
 
-@pytest.mark.parametrize("recipe", [{}, NONE], ids=["cut", "given"])
-@pytest.mark.parametrize("kind", ["plain", "cached", "several"])
+@pytest.mark.parametrize(("recipe", "kind"), covering([{}, NONE], ["plain", "cached", "several"]))
 def test_a_model_of_one_token_type_gets_none(make_trainer, recipe, kind):
     """RoBERTa names token_type_ids and has one type: the second text of a pair lies outside its table."""
     to_teacher, to_student = set(), set()

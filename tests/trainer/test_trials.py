@@ -12,6 +12,7 @@ from transformers.trainer_utils import BestRun, HPSearchBackend
 
 from optimum_rmtkd import RMTKDConfig
 from optimum_rmtkd.distillation import KLDivergence, ProjectedFeatureLoss, TaskLoss
+from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from .conftest import RECIPE, tiny_bert, toy_data
@@ -79,3 +80,20 @@ def test_a_training_from_a_new_model_repeats_the_first_one(trainer, weights):
     second = weights(trainer.model)
     assert first.keys() == second.keys() and all((first[name] == second[name]).all() for name in first)
     assert [stage.to_dict() for stage in trainer.stages] == stages
+
+
+def test_what_is_wrong_with_the_model_of_a_later_trial_is_said_before_its_training(trainer):
+    trainer.train()
+    trainer.model_init, steps = lambda: tiny_bert().requires_grad_(False), []
+    trainer.add_callback(Beginning(steps))
+    with pytest.raises(RMTKDError, match="Every parameter of BertForSequenceClassification is frozen"):
+        trainer.train()
+    assert not steps
+
+
+class Beginning(transformers.TrainerCallback):
+    def __init__(self, seen):
+        self.seen = seen
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen.append(state.global_step)

@@ -68,7 +68,7 @@ def check_part(registry, name: str, values: dict) -> None:
 
 @pytest.mark.parametrize(("registry", "name"), KINDS, ids=[name for _, name in KINDS])
 def test_any_arguments_give_a_part_or_a_named_error(registry, name):
-    @many(150)
+    @many(75)
     @given(arguments(registry.find(name)))
     def check(values):
         check_part(registry, name, values)

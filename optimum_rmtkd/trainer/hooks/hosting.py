@@ -19,7 +19,7 @@ from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from ..inside import Inside, inside_of
 from ..stream import Stream, is_stream, rewindable
 from ..swap import adam_rate, enable_checkpointing, forget_moments, install, raw_optimizer, rewrapped
-from .schedules import count_anew
+from .schedules import count_anew, follow_groups
 
 
 __all__ = ["TrainerHost"]
@@ -162,7 +162,7 @@ class TrainerHost:
     def stream(self) -> Stream | None:
         """The first rows of a train_dataset that is iterated; None where it is indexed."""
         dataset = self.trainer.train_dataset
-        if self._stream is None and is_stream(dataset):
+        if self._stream is None and dataset is not None and is_stream(dataset):
             self._stream = Stream(dataset, self.trainer.rmtkd_config.seed)
         return self._stream
 
@@ -271,6 +271,7 @@ class TrainerHost:
         trainer, wrapped = self.trainer, self.trainer.model_wrapped
         fresh = None if trainer.optimizer_was_given else self._fresh_groups
         install(self.model, replacement, trainer.optimizer, fresh)
+        follow_groups(trainer.lr_scheduler)
         self.inside.follow()
         enable_checkpointing(self.model, trainer.args)
         self._add_noise()
@@ -281,12 +282,12 @@ class TrainerHost:
             trainer.model_wrapped = trainer.model
         trainer.callback_handler.model = trainer.model
 
-    def _fresh_groups(self) -> list[list[nn.Parameter]]:
+    def _fresh_groups(self) -> list[dict[str, Any]]:
         """The groups, in the very order, that `create_optimizer` would make now: what a resumed run will load into."""
         trainer = self.trainer
         kept, trainer.optimizer = trainer.optimizer, None
         try:
-            return [group["params"] for group in raw_optimizer(trainer.create_optimizer()).param_groups]
+            return raw_optimizer(trainer.create_optimizer()).param_groups
         finally:
             trainer.optimizer = kept
 

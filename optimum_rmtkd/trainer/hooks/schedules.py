@@ -6,11 +6,12 @@ from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR
 
+from ...errors import RMTKDError
 from ..schedule import factor_at, planned_steps, stretched
-from ..swap import separate_cores
+from ..swap import alike_rates, peak_rates, separate_cores
 
 
-__all__ = ["ScheduleHooks", "count_anew"]
+__all__ = ["ScheduleHooks", "count_anew", "follow_groups"]
 
 
 class ScheduleHooks:
@@ -53,6 +54,29 @@ class ScheduleHooks:
 
         factor.whole_run = shape
         return factor
+
+
+def follow_groups(scheduler: Any) -> None:
+    """A schedule follows the groups of its optimizer, which a cut may have exchanged for others.
+
+    Raises:
+        RMTKDError: another number of them, and a schedule of which it is not known what it would be for each.
+    """
+    if getattr(scheduler, "optimizer", None) is None:
+        return
+    rates = peak_rates(scheduler.optimizer)
+    known = len(getattr(scheduler, "base_lrs", getattr(scheduler, "min_lrs", rates)))
+    if len(rates) != known:
+        shapes = getattr(scheduler, "lr_lambdas", ())
+        if len({id(getattr(shape, "whole_run", shape)) for shape in shapes}) != 1:
+            raise RMTKDError(
+                f"The optimizer had {known} parameter groups, that of the reduced model has {len(rates)}, and "
+                f"{type(scheduler).__name__} has a rate or a shape for each: the groups depend on the architecture. "
+                "Take one schedule for all (lr_scheduler_type, a LambdaLR), or groups that do not."
+            )
+        scheduler.lr_lambdas = [shapes[0]] * len(rates)
+    if not alike_rates(rates, getattr(scheduler, "base_lrs", rates)):
+        scheduler.base_lrs = rates
 
 
 def count_anew(scheduler: Any) -> None:

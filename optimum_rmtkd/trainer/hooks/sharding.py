@@ -9,6 +9,7 @@ from torch import nn
 from ..swap import Sharding, enable_checkpointing, is_sharded
 from .engines import EngineTrainerHost
 from .hosting import TrainerHost
+from .schedules import follow_groups
 
 
 __all__ = ["ShardedTrainerHost", "host_of"]
@@ -60,4 +61,5 @@ class ShardedTrainerHost(TrainerHost):
 
         fresh = None if trainer.optimizer_was_given else self._fresh_groups
         live = self.sharding.install(trainer.model, replacement, trainer.optimizer, fresh, ready)
+        follow_groups(trainer.lr_scheduler)
         trainer.model = trainer.model_wrapped = trainer.callback_handler.model = live

@@ -6,7 +6,7 @@ from .architecture import enable_checkpointing, load_skeleton, load_weights, sam
 from .dropout import DropoutSwitch
 from .engine import Engine, built_whole, in_engine, made_whole
 from .in_place import become, install, rewrapped
-from .optimizer import adam_rate, forget_moments, raw_optimizer, regroup, separate_cores
+from .optimizer import adam_rate, alike_rates, forget_moments, peak_rates, raw_optimizer, regroup, separate_cores
 from .sharded import Sharding, assign, gathered, hold, is_sharded, is_whole, outline, whole, whole_copy
 from .wrapper import renew_wrapper
 from .written import complete_state, foreign_optimizer, load_optimizer
@@ -14,6 +14,7 @@ from .written import complete_state, foreign_optimizer, load_optimizer
 
 __all__ = [
     "adam_rate",
+    "alike_rates",
     "DropoutSwitch",
     "Engine",
     "Sharding",
@@ -35,6 +36,7 @@ __all__ = [
     "load_weights",
     "made_whole",
     "outline",
+    "peak_rates",
     "raw_optimizer",
     "regroup",
     "renew_wrapper",

@@ -54,7 +54,7 @@ def install(
     model: nn.Module,
     replacement: nn.Module,
     optimizer: Any = None,
-    fresh_groups: Callable[[], list[list[nn.Parameter]]] | None = None,
+    fresh_groups: Callable[[], list[dict[str, Any]]] | None = None,
 ) -> None:
     """Give `model` the inside of `replacement`, and its optimizer the new parameters; the learning rate goes on.
 

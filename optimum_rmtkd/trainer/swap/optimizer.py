@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import RMTKDError
 from ...reparameterization import core_parameters
 
 
-__all__ = ["adam_rate", "forget_moments", "groups_by_name", "raw_optimizer", "regroup", "separate_cores"]
+__all__ = [
+    "adam_rate",
+    "alike_rates",
+    "forget_moments",
+    "groups_by_name",
+    "peak_rates",
+    "raw_optimizer",
+    "regroup",
+    "separate_cores",
+]
 
 
 def regroup(
@@ -20,7 +29,7 @@ def regroup(
     old: dict[str, nn.Parameter],
     new: dict[str, nn.Parameter],
     same: set[str],
-    groups: Sequence[list[nn.Parameter]] | None = None,
+    groups: Sequence[dict[str, Any]] | None = None,
 ) -> None:
     """Point the existing optimizer at the new parameters.
 
@@ -31,27 +40,52 @@ def regroup(
     Args:
         old, new: all parameters of the model by name, before and after.
         same: names of those that did not change.
-        groups: the new parameters of each group, in the very order of a resumed run's; None: each joins the group of
-            its old namesake.
-
-    Raises:
-        RMTKDError: another number of groups than the optimizer has.
+        groups: those of an optimizer made now, in the very order of a resumed run's; None: each parameter joins the
+            group of its old namesake. Where the groups depend on the architecture (one a parameter, rates that fall
+            from layer to layer) those of the new one take the place of the old ones, at rates as far down the
+            schedule.
     """
     raw = raw_optimizer(optimizer)
-    groups = groups_by_name(raw, old, new) if groups is None else groups
-    if len(groups) != len(raw.param_groups):
-        raise RMTKDError(
-            f"The optimizer {type(raw).__name__} has {len(raw.param_groups)} parameter groups, the reduced model "
-            f"needs {len(groups)}: the groups depend on the architecture. Pass an optimizer whose groups do not, or "
-            "`optim`."
-        )
     gone = set(map(id, old.values()))
     state = {parameter: values for parameter, values in raw.state.items() if id(parameter) not in gone}
     state |= {new[name]: raw.state[old[name]] for name in same if old[name] in raw.state}
-    for group, parameters in zip(raw.param_groups, groups, strict=True):
-        group["params"] = parameters
+    if groups is None:
+        parameters = groups_by_name(raw, old, new)
+    else:
+        parameters = [group["params"] for group in groups]
+        if not alike_rates([group["lr"] for group in groups], peak_rates(raw)):
+            _replace_groups(raw, groups)
+    for group, held in zip(raw.param_groups, parameters, strict=True):
+        group["params"] = held
     forget_moments(raw)
     raw.state.update(state)
+
+
+def peak_rates(optimizer: Any) -> list[Any]:
+    """What a schedule multiplies, group by group."""
+    return [group.get("initial_lr", group["lr"]) for group in raw_optimizer(optimizer).param_groups]
+
+
+def alike_rates(ours: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    """As many rates, in the same proportions: a resumed run goes on at its own, whatever the arguments say now."""
+    if len(ours) != len(theirs) or None in ours or None in theirs:
+        return len(ours) == len(theirs)
+    one, other = max(ours), max(theirs)
+    return all(math.isclose(a * other, b * one, rel_tol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+def _replace_groups(raw: torch.optim.Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    """Groups of another number, or of rates in other proportions, as far down the schedule as the first one is."""
+    if None in (*peak_rates(raw), *(group["lr"] for group in groups)):  # adafactor's own
+        raw.param_groups[:] = map(dict, groups)
+        return
+    now, peak = raw.param_groups[0]["lr"], max(peak_rates(raw))
+    scale = peak / most if (most := max(group["lr"] for group in groups)) else 1.0
+    done = now / first if (first := peak_rates(raw)[0]) else 1.0
+    rates = [group["lr"] * scale for group in groups]
+    raw.param_groups[:] = [
+        {**group, "initial_lr": rate, "lr": rate * done} for group, rate in zip(groups, rates, strict=True)
+    ]
 
 
 def forget_moments(optimizer: Any) -> None:

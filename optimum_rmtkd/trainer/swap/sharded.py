@@ -303,7 +303,7 @@ class Sharding(Holder):
         model: nn.Module,
         replacement: nn.Module,
         optimizer: Any,
-        fresh_groups: Callable[[], list[list[nn.Parameter]]] | None,
+        fresh_groups: Callable[[], list[dict[str, Any]]] | None,
         ready: Callable[[nn.Module], None] = lambda model: None,
     ) -> nn.Module:
         """The new live model, sharded, with the inside of `replacement`; optimizer and learning rate go on. Its state
