@@ -148,13 +148,13 @@ def plan_cuts(
     if config.schedule == "none":
         return ()
     if config.schedule == "layerwise":
-        steps = spread_steps(len(groups), max_steps, config.stage_share)
+        steps = spread_steps(len(groups), max_steps, config.span_of_cuts)
         return tuple(PlannedCut(i, s, sites=tuple(g)) for i, (s, g) in enumerate(zip(steps, groups, strict=True)))
     target = config.target_flops
     if config.target_reduction is not None:
         target = 1.0 - (1.0 - config.target_reduction) / kept
     rounds = config.rounds or 1
-    steps = spread_steps(rounds, max_steps, config.stage_share)
+    steps = spread_steps(rounds, max_steps, config.span_of_cuts)
     if config.target_reduction is not None:
         shares = geometric_shares(config.target_reduction, rounds, kept)
         return tuple(PlannedCut(i, s, target_reduction=t) for i, (s, t) in enumerate(zip(steps, shares, strict=True)))
