@@ -16,6 +16,7 @@ from .validation.wording import a_kind, shown
 __all__ = ["RMTKDConfig"]
 
 TARGETS = ("target_reduction", "target_flops", "target_latency", "tolerance")
+COMPARING = ("stage_threshold", "max_metric_drop", "tolerance")  # fields that compare a validation metric
 SEARCH_ROUNDS, SEARCH_SHARE, ROUND_SHARE = 8, 0.8, 0.25  # of a training with tolerance
 STAGE_SHARE = 0.3  # of the steps, for the cuts of every other
 SITE_KINDS = ("hidden", "intermediate", "attention_qk", "attention_vo", "embedding", "channels", "linear")

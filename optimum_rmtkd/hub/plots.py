@@ -128,7 +128,8 @@ def draw_budget(report: Mapping[str, Any], axes: Axes) -> None:
     axes.plot(costs[-1], losses[-1], "o", color=PALETTE["signal"], label=f"taken: {costs[-1]:,.0f}")
     axes.invert_xaxis()
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-    target = "FLOPs" if report["recipe"].get("target_flops") else "parameters"
+    recipe = report["recipe"]
+    target = "FLOPs" if recipe.get("target_flops") else "ms a pass" if recipe.get("target_latency") else "parameters"
     _style(axes, target, "predicted loss")
     _legend(axes)
 
