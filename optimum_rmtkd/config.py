@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ __all__ = ["RMTKDConfig"]
 
 TARGETS = ("target_reduction", "target_flops", "target_latency", "tolerance")
 COMPARING = ("stage_threshold", "max_metric_drop", "tolerance")  # fields that compare a validation metric
+LONGEST = 1e9  # milliseconds
 SEARCH_ROUNDS, SEARCH_SHARE, ROUND_SHARE = 8, 0.8, 0.25  # of a training with tolerance
 STAGE_SHARE = 0.3  # of the steps, for the cuts of every other
 SITE_KINDS = ("hidden", "intermediate", "attention_qk", "attention_vo", "embedding", "channels", "linear")
@@ -250,6 +252,7 @@ class RMTKDConfig(Recipe):
     seed: Seed = _option(0, "Seed of calibration and surgery.")
 
     def __post_init__(self):
+        _check_unit(self.target_latency)
         for name in ("objectives", "reparameterization", "transforms"):
             object.__setattr__(self, name, _parsed(name, getattr(self, name)))
         super().__post_init__()
@@ -335,11 +338,6 @@ class RMTKDConfig(Recipe):
             )
 
     @property
-    def most_rounds(self) -> int:
-        """Rounds of cut and distil that the recipe plans."""
-        return self.rounds or (1 if self.tolerance is None else SEARCH_ROUNDS)
-
-    @property
     def span_of_cuts(self) -> float:
         """Share of the training steps within which the cuts are spread."""
         return self.stage_share or (STAGE_SHARE if self.tolerance is None else SEARCH_SHARE)
@@ -363,12 +361,21 @@ def milliseconds(text: str) -> float:
     """
     number = text.strip().lower().removesuffix("ms").strip()
     plain = number.replace(".", "", 1).isdecimal() and number.isascii()
-    if plain and text.strip().lower().endswith("ms") and float(number) > 0:
+    if plain and text.strip().lower().endswith("ms") and 0 < float(number) < LONGEST:
         return float(number)
     raise RMTKDError(
         f"target_latency={shown(text)}: expected a share of the dense model's time in (0, 1), or milliseconds above 0 "
         f"with their unit, for example '5ms'.{f' Did you mean {number + chr(109) + chr(115)!r}?' if plain else ''}"
     )
+
+
+def _check_unit(value: Any) -> None:
+    """A plain number of 1 or more is no share: its unit is missing."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 <= value < LONGEST:
+        raise RMTKDError(
+            f"target_latency={shown(value)}: a plain number is a share of the dense model's time, in (0, 1), and "
+            f"milliseconds have their unit. Did you mean '{value:g}ms'?"
+        )
 
 
 def _parsed(name: str, value: Any) -> Any:

@@ -125,7 +125,7 @@ def draw_budget(report: Mapping[str, Any], axes: Axes) -> None:
     costs = [point["cost"] for point in points]
     losses = [point["predicted_loss"] for point in points]
     axes.plot(costs, losses, color=PALETTE["bulk"], lw=1.5)
-    axes.plot(costs[-1], losses[-1], "o", color=PALETTE["signal"], label=f"taken: {costs[-1]:,.0f}")
+    axes.plot(costs[-1], losses[-1], "o", color=PALETTE["signal"], label=f"taken: {_short(costs[-1])}")
     axes.invert_xaxis()
     axes.xaxis.set_major_formatter(lambda value, _: _short(value))
     recipe = report["recipe"]
