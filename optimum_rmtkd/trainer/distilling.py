@@ -120,9 +120,10 @@ def stay(run: Any, good: Measured) -> None:
         good: the model at hand.
     """
     step, left = run.host.step, run.host.max_steps - run.host.step
-    run.judge.just_cut, run.agenda.stays = good, True
-    run.keepsake.keep()
+    run.judge.just_cut = run.judge.last = good
     if left > 0:
+        run.agenda.stays = True
+        run.keepsake.keep()
         run.pace.suit(1 - run.parameters / run.reference_parameters, left)
         run.pace.warm_up(step, left)
         run.host.reschedule()

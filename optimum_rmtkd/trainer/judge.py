@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..batches import to_device
-from ..config import RMTKDConfig
+from ..config import COMPARING, RMTKDConfig
 from ..errors import RMTKDError
 from ..surgery import allowed_loss, divergence_warning, keeps_tolerance, loss_warning
 from ..surgery.divergence import mean_divergence
@@ -115,9 +115,7 @@ class Judge:
                 found,
             )
             return metrics[found]
-        needed = [
-            n for n in ("stage_threshold", "max_metric_drop", "tolerance") if getattr(self.config, n) is not None
-        ]
+        needed = [name for name in COMPARING if getattr(self.config, name) is not None]
         found = ", ".join(sorted(metrics)) or "nothing (eval_dataset is empty, or holds no labels)"
         hint = "Set metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
         if host.metric_asked_for or needed:
