@@ -201,18 +201,25 @@ class Stopwatch:
         self.again = False
 
     def _check_reachable(self) -> None:
-        asked = f"target_latency={self.config.target_latency!r} asks for {self.target:.3g} ms a pass ({self.setting})"
         if self.target >= self.before:
             raise LatencyError(
-                f"{asked}; the model takes {self.before:.3g} ms, so nothing is left to narrow. Ask for less, or leave "
-                "the model as it is."
+                f"{self._asked()}, so nothing is left to narrow. Ask for less, or leave the model as it is."
             )
         if self.target < self.shortest:
-            raise LatencyError(
-                f"{asked}; the model takes {self.before:.3g} ms, and with min_width={self.config.min_width} and the "
-                f"chosen sites at least {self.shortest:.3g} ms (measured; {self.shortest / self.before:.2f} of that): "
-                "what is left is not in the widths. Ask for at least that, allow more sites, or fewer layers."
-            )
+            raise self._out_of_reach()
+
+    def _asked(self) -> str:
+        return (
+            f"target_latency={self.config.target_latency!r} asks for {self.target:.3g} ms a pass ({self.setting}); the "
+            f"model takes {self.before:.3g} ms"
+        )
+
+    def _out_of_reach(self) -> LatencyError:
+        return LatencyError(
+            f"{self._asked()}, and with min_width={self.config.min_width} and the chosen sites at least "
+            f"{self.shortest:.3g} ms (measured; {self.shortest / self.before:.2f} of that): what is left is not in the "
+            "widths. Ask for at least that, allow more sites, or take a model of fewer layers."
+        )
 
     def _time_layers(self) -> None:
         setting, wanted = self.setting, self._terms.points()
@@ -250,9 +257,12 @@ class Stopwatch:
         """The widths that meet the target, by a measurement of their architecture; `worth` as for `allocate`.
 
         Raises:
-            LatencyError: they do not after all.
+            LatencyError: by the layers' times no widths do.
         """
-        first = self._allocate(couples, worth)
+        try:
+            first = self._allocate(couples, worth)
+        except BudgetError as error:
+            raise self._out_of_reach() from error
         time = self._time_of(first)
         if abs(time / self.target - 1) <= NEAR or not self._through(({}, self.before), (first.couples, time)):
             return first

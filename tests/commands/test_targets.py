@@ -87,7 +87,7 @@ def test_a_share_of_the_time(compress, tmp_path, machine):  # noqa: F811
 def test_what_cannot_be_is_refused_before_the_model_is_evaluated(
     compress,
     tmp_path,
-    machine,
+    machine,  # noqa: F811
     options,
     message,
     monkeypatch,  # noqa: F811

@@ -16,7 +16,7 @@ def layer_seconds(kind, widths):
     return 1e-6 + 1e-10 * widths[0]
 
 
-def model_seconds(model, power=1.0, overhead=5e-4, factor=1.5):
+def model_seconds(model, power=1.0, overhead=2e-5, factor=1.5):
     """A pass of it: a multiple of what the linear layers take, to a power, and an overhead. One of 1 is a law that the
     two ends tell."""
     work = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear))
