@@ -210,15 +210,15 @@ class Stopwatch:
 
     def _asked(self) -> str:
         return (
-            f"target_latency={self.config.target_latency!r} asks for {self.target:.3g} ms a pass ({self.setting}); the "
-            f"model takes {self.before:.3g} ms"
+            f"target_latency={self.config.target_latency!r} asks for {self.target:.3g} ms a pass ({self.setting}); "
+            f"the model takes {self.before:.3g} ms"
         )
 
     def _out_of_reach(self) -> LatencyError:
         return LatencyError(
             f"{self._asked()}, and with min_width={self.config.min_width} and the chosen sites at least "
-            f"{self.shortest:.3g} ms (measured; {self.shortest / self.before:.2f} of that): what is left is not in the "
-            "widths. Ask for at least that, allow more sites, or take a model of fewer layers."
+            f"{self.shortest:.3g} ms (measured; {self.shortest / self.before:.2f} of that): what is left is not in "
+            "the widths. Ask for at least that, allow more sites, or take a model of fewer layers."
         )
 
     def _time_layers(self) -> None:
