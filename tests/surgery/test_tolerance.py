@@ -111,7 +111,7 @@ def test_the_calibration_is_done_once_and_the_cut_is_the_usual_one(monkeypatch):
     again = reduce(
         model, data, RECIPE.replace(tolerance=None, target_reduction=0.3999999), progress=False,
     )  # fmt: skip
-    assert again.parameters_after == pytest.approx(found.parameters_after, rel=0.03)
+    assert again.parameters_after == pytest.approx(found.parameters_after, rel=0.06)
     assert found.report.planned_parameters == found.parameters_after
     monkeypatch.undo()
     same = operating.Surgeon(model, data, RECIPE, progress=False).operate(search.found.couples)[0]

@@ -7,14 +7,11 @@ import json
 import pytest
 import torch
 
-from optimum_rmtkd import BudgetError, LatencyError, count_parameters
+from optimum_rmtkd import BudgetError
 from optimum_rmtkd.config import RMTKDConfig
-from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.trainer import run as life
 from optimum_rmtkd.trainer.stages import plan_cuts, stage_table
 
-from ..surgery.timing import machine, model_seconds  # noqa: F401
-from .conftest import tiny_bert
 from .test_run import FakeHost, live, quick, run_of  # noqa: F401
 
 
@@ -145,55 +142,3 @@ def test_a_checkpoint_of_an_earlier_version_is_taken_up():
     resumed = run_of(host)
     resumed.load_state_dict(state)
     assert resumed.agenda.stays is False
-
-
-# With a Trainer
-
-
-def sized(trainer):
-    """The metric is the number of parameters: a search ends where it is known to."""
-    return {"compute_metrics": lambda prediction: {"size": float(count_parameters(trainer().model))}}
-
-
-def test_a_trainer_finds_the_size(make_trainer, capsys):
-    made = []
-    trainer = make_trainer(
-        recipe={"target_reduction": None, "tolerance": 30, "rounds": 3, "round_share": 0.2, "stage_share": 0.75},
-        metric_for_best_model="size",
-        greater_is_better=True,
-        trainer_kwargs=sized(lambda: made[0]),
-    )
-    made.append(trainer)
-    whole = count_parameters(trainer.model)
-    output = trainer.train()
-    assert [s.status for s in trainer.stages] == ["accepted", "rolled_back"] and trainer.state.global_step == 8
-    assert output.metrics["reduction"] == pytest.approx(0.2, abs=0.01)
-    assert trainer.stages[1].parameters_after == pytest.approx(0.64 * whole, rel=0.02)
-    assert "rolled_back" in capsys.readouterr().out
-    trainer.train()  # on, without another cut
-    assert len(trainer.stages) == 2
-
-
-def test_a_tolerance_needs_something_to_measure(make_trainer):
-    recipe = {"target_reduction": None, "tolerance": 0.5}
-    with pytest.raises(RMTKDError, match="tolerance compares validation metrics; expected an eval_dataset"):
-        make_trainer(recipe=recipe, trainer_kwargs={"eval_dataset": None})
-
-
-def test_a_trainer_meets_a_time(make_trainer, machine):  # noqa: F811
-    machine()
-    model = tiny_bert()
-    before = model_seconds(model)
-    trainer = make_trainer(model, recipe={"target_reduction": None, "target_latency": 0.9, "latency_length": 10})
-    trainer.train()
-    assert model_seconds(trainer.model) / before == pytest.approx(0.9, rel=0.1)
-    (stage,) = trainer.stages
-    assert stage.note.startswith("latency ") and "batch 1, length 10, cpu" in stage.note
-
-
-def test_a_time_out_of_reach_is_refused_before_the_first_step(make_trainer, machine):  # noqa: F811
-    machine()
-    trainer = make_trainer(recipe={"target_reduction": None, "target_latency": 0.01, "fit_share": 0.5})
-    with pytest.raises(LatencyError, match="at least"):
-        trainer.train()
-    assert trainer.state.global_step == 0 and not trainer.stages
