@@ -374,7 +374,7 @@ def _check_unit(value: Any) -> None:
     if isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 <= value < LONGEST:
         raise RMTKDError(
             f"target_latency={shown(value)}: a plain number is a share of the dense model's time, in (0, 1), and "
-            f"milliseconds have their unit. Did you mean '{value:g}ms'?"
+            f"milliseconds have their unit. Did you mean '{float(value):g}ms'?"
         )
 
 
