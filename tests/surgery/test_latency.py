@@ -150,15 +150,25 @@ def test_other_choices_of_the_recipe_keep_their_meaning(wide, machine, recipe): 
         assert type(found.model) is BertForSequenceClassification
 
 
-def test_speed_counts_for_more_where_the_recipe_says_so(wide, machine):  # noqa: F811
-    """At equal time, the model that was cut for speed alone keeps more parameters than the one cut for size alone."""
+def test_speed_weight_is_what_a_share_of_the_time_is_worth(wide, machine, monkeypatch):  # noqa: F811
     machine()
     model, data = wide
-    sizes = [
-        sum(p.numel() for p in narrow(model, data, RECIPE.replace(speed_weight=w), progress=False).parameters())
-        for w in (0.0, 1000.0)
-    ]
-    assert sizes[0] < sizes[1]
+    seen = {}
+
+    def plan(watch, couples, worth):
+        couple = next(c for c in couples if c.sites[0].kind == "intermediate")
+        share = watch.within({site.name for site in couple.sites})({}) / watch.before
+        seen[watch.config.speed_weight] = worth(couple)({}), share
+        return watch._allocate(couples, worth)
+
+    monkeypatch.setattr(Stopwatch, "plan", plan)
+    for weight in (0.0, 1.0, 3.0):
+        narrow(model, data, RECIPE.replace(speed_weight=weight), progress=False)
+    size, share = seen[0.0]
+    parameters = 2 * 64 * 256 + 256 + 64  # of the two layers that touch the site
+    assert size == pytest.approx(parameters / sum(p.numel() for p in model.parameters()))
+    assert 0.1 < share < 0.5
+    assert [seen[weight][0] for weight in (1.0, 3.0)] == pytest.approx([size + share, size + 3 * share])
 
 
 def test_the_dense_model_and_the_threads_stay_as_they_were(wide, machine):  # noqa: F811
