@@ -56,6 +56,7 @@ def test_a_tolerance_that_nothing_keeps_writes_nothing(compress, tmp_path, monke
     assert code == 2 and "keeps tolerance=0.5" in err and "lost too much" in err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_rounds_with_training(compress, tmp_path):
     options = ("--max-steps", 4, "--batch-size", 8, "--rounds", 2, "--round-share", 0.2)
     code, out, err = compress("--tolerance", 99, *options)
