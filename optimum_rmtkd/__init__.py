@@ -21,6 +21,7 @@ _EXPORTS = {
         "CalibrationError",
         "DiskFullError",
         "IncompleteCheckpointError",
+        "LatencyError",
         "MatchingError",
         "NoTargetError",
         "RMTKDError",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -15,6 +16,11 @@ from .validation.wording import a_kind, shown
 
 __all__ = ["RMTKDConfig"]
 
+TARGETS = ("target_reduction", "target_flops", "target_latency", "tolerance")
+COMPARING = ("stage_threshold", "max_metric_drop", "tolerance")  # fields that compare a validation metric
+LONGEST = 1e9  # milliseconds
+SEARCH_ROUNDS, SEARCH_SHARE, ROUND_SHARE = 8, 0.8, 0.25  # of a training with tolerance
+STAGE_SHARE = 0.3  # of the steps, for the cuts of every other
 SITE_KINDS = ("hidden", "intermediate", "attention_qk", "attention_vo", "embedding", "channels", "linear")
 
 
@@ -27,9 +33,9 @@ class RMTKDConfig(Recipe):
     """What to narrow, how the widths are found, and how the student is distilled afterwards.
 
     Every field has a default that needs no width from the user; `metadata["help"]` of each field is its documentation
-    and the text of the command line. With neither `target_reduction` nor `target_flops`, sites are cut at their
-    spectral edge where that means something, and where it does nowhere, `NoTargetError` asks for a target. Where
-    `edge_estimator` is named, its edge is taken as it is.
+    and the text of the command line. Without a target (`target_reduction`, `target_flops`, `target_latency` or
+    `tolerance`), sites are cut at their spectral edge where that means something, and where it does nowhere,
+    `NoTargetError` asks for a target. Where `edge_estimator` is named, its edge is taken as it is.
 
     Raises:
         RMTKDError: a value outside its range, or contradictory values; the message says what was got and expected.
@@ -46,6 +52,26 @@ class RMTKDConfig(Recipe):
         None,
         "Share of the FLOPs (linear layers, convolutions, attention products) to remove, in (0, 1), of the model at "
         "hand. Not together with target_reduction.",
+    )
+
+    target_latency: Annotated[float, _share("the dense model's time")] | str | None = _option(
+        None,
+        "Time of one forward pass, as a share of that of the model at hand (0.5), or in milliseconds with the unit "
+        "(5ms): at the batch size, length, device, threads and number format that the five options below state. Its "
+        "layers are timed, and the result is measured: a line says where it is more than 10 % off.",
+    )
+    latency_batch_size: Count = _option(1, "Samples in the pass that target_latency means.")
+    latency_length: Count | None = _option(
+        None, "Tokens of a text in it. None: 128, or what the model takes at most. Images have one size."
+    )
+    latency_device: str = _option("auto", "Where it runs. auto: the GPU where there is one.", ("auto", "cpu", "cuda"))
+    latency_threads: Count | None = _option(None, "CPU threads of it. None: torch's choice.")
+    latency_dtype: str = _option("float32", "Number format of its weights.", ("float32", "bfloat16", "float16"))
+    tolerance: Annotated[float, Interval(0, 100, "neither", "points of the validation metric")] | None = _option(
+        None,
+        "The largest loss of the validation metric, in points (0.5 is 0.005 of an accuracy that is a share); of a "
+        "metric that is to be small (a loss, a perplexity), in percent of its value. The smallest model that keeps it "
+        "is looked for. Beside no other target.",
     )
 
     # Where
@@ -151,10 +177,16 @@ class RMTKDConfig(Recipe):
     )
     rounds: Count | None = _option(
         None,
-        "Number of rounds of cut and distil. None: one, which lost less than two with as many steps.",
+        "Number of rounds of cut and distil; with tolerance, the most of them. None: one, which lost less than two "
+        "with as many steps; with tolerance 8.",
     )
-    stage_share: Annotated[float, _share("the training steps", "right")] = _option(
-        0.3, "Share of the training steps within which the cuts are spread; the rest distils the final architecture."
+    round_share: Annotated[float, _share("the parameters left")] | None = _option(
+        None, "Share of the parameters left that each round of a training with tolerance removes. None: 0.25."
+    )
+    stage_share: Annotated[float, _share("the training steps", "right")] | None = _option(
+        None,
+        "Share of the training steps within which the cuts are spread; the rest distils the final architecture. None: "
+        "0.3; with tolerance 0.8, for each round is judged by what it was distilled to.",
     )
     fit_share: Annotated[float, _share("the training steps", "left")] | None = _option(
         None,
@@ -220,6 +252,7 @@ class RMTKDConfig(Recipe):
     seed: Seed = _option(0, "Seed of calibration and surgery.")
 
     def __post_init__(self):
+        _check_unit(self.target_latency)
         for name in ("objectives", "reparameterization", "transforms"):
             object.__setattr__(self, name, _parsed(name, getattr(self, name)))
         super().__post_init__()
@@ -227,20 +260,7 @@ class RMTKDConfig(Recipe):
             _check_parts(name, getattr(self, name))
 
     def check_together(self) -> None:
-        if self.target_reduction is not None and self.target_flops is not None:
-            raise RMTKDError(
-                f"Both target_reduction={self.target_reduction} and target_flops={self.target_flops} were given: a "
-                "budget has one target, drop one of them."
-            )
-        if self.target_flops is not None and self.schedule == "layerwise":
-            raise RMTKDError(
-                f"target_flops={self.target_flops} with schedule='layerwise': the edges decide there and only a "
-                "target_reduction stops them; use schedule='rounds'."
-            )
-        if self.schedule == "none" and (self.target_reduction is not None or self.target_flops is not None):
-            raise RMTKDError(
-                "schedule='none' cuts nothing, but a target was given: drop the target, or use schedule='rounds'."
-            )
+        self.check_targets()
         if self.shape == "native" and (self.form == "factored" or self.schedule == "layerwise"):
             what = "form='factored'" if self.form == "factored" else "schedule='layerwise'"
             raise RMTKDError(
@@ -255,6 +275,53 @@ class RMTKDConfig(Recipe):
             self.check_no_terms()
         if self.edge_estimator == "fixed" and self.fixed_rank is None:
             raise RMTKDError("edge_estimator='fixed' needs fixed_rank, the rank to keep at every site.")
+
+    @property
+    def targets(self) -> dict[str, float | str]:
+        """{field: value} of what was asked for of the size, the work, the time or the quality: one, or none."""
+        return {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
+
+    def check_targets(self) -> None:
+        """There is at most one target, and the schedule can meet it.
+
+        Raises:
+            RMTKDError: with the fields that contradict each other, and a way out.
+        """
+        given = self.targets
+        if len(given) > 1:
+            told = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise RMTKDError(
+                f"{'Both ' if len(given) == 2 else ''}{told} were given: a budget has one target, drop "
+                f"{'one of them' if len(given) == 2 else 'all but one'}."
+            )
+        name = next(iter(given), None)
+        if name not in (None, "target_reduction") and self.schedule == "layerwise":
+            raise RMTKDError(
+                f"{name}={given[name]} with schedule='layerwise': the edges decide there and only a target_reduction "
+                "stops them; use schedule='rounds'."
+            )
+        if self.schedule == "none" and given:
+            raise RMTKDError(
+                "schedule='none' cuts nothing, but a target was given: drop the target, or use schedule='rounds'."
+            )
+        if isinstance(self.target_latency, str):
+            milliseconds(self.target_latency)
+        if self.target_latency is not None and (self.rounds or 1) > 1:
+            raise RMTKDError(
+                f"target_latency={self.target_latency} with rounds={self.rounds}: a time is met by one cut, after "
+                "which it is measured. Leave rounds out."
+            )
+        rules = [n for n in ("max_metric_drop", "stage_threshold") if getattr(self, n) is not None]
+        if name == "tolerance" and rules:
+            raise RMTKDError(
+                f"tolerance={self.tolerance} and {rules[0]}={getattr(self, rules[0])}: both say which stage stands. "
+                "Drop one of them."
+            )
+        if name != "tolerance" and self.round_share is not None:
+            raise RMTKDError(
+                f"round_share={self.round_share} without tolerance: it says how far each round of a search for a size "
+                "goes. Give a tolerance, or drop it; rounds divides a target."
+            )
 
     def check_no_terms(self) -> None:
         """Nothing is said of the three terms that objectives replace.
@@ -271,6 +338,11 @@ class RMTKDConfig(Recipe):
             )
 
     @property
+    def span_of_cuts(self) -> float:
+        """Share of the training steps within which the cuts are spread."""
+        return self.stage_share or (STAGE_SHARE if self.tolerance is None else SEARCH_SHARE)
+
+    @property
     def edge_options(self) -> dict[str, Any]:
         """Options of this recipe that belong to its edge estimator."""
         options = {
@@ -279,6 +351,31 @@ class RMTKDConfig(Recipe):
             "fixed": {"rank": self.fixed_rank},
         }
         return options.get(self.edge_estimator, {})
+
+
+def milliseconds(text: str) -> float:
+    """The number in "5ms" or "5 ms".
+
+    Raises:
+        RMTKDError: another text.
+    """
+    number = text.strip().lower().removesuffix("ms").strip()
+    plain = number.replace(".", "", 1).isdecimal() and number.isascii()
+    if plain and text.strip().lower().endswith("ms") and 0 < float(number) < LONGEST:
+        return float(number)
+    raise RMTKDError(
+        f"target_latency={shown(text)}: expected a share of the dense model's time in (0, 1), or milliseconds above 0 "
+        f"with their unit, for example '5ms'.{f' Did you mean {number + chr(109) + chr(115)!r}?' if plain else ''}"
+    )
+
+
+def _check_unit(value: Any) -> None:
+    """A plain number of 1 or more is no share: its unit is missing."""
+    if isinstance(value, numbers.Real) and not isinstance(value, bool) and 1 <= value < LONGEST:
+        raise RMTKDError(
+            f"target_latency={shown(value)}: a plain number is a share of the dense model's time, in (0, 1), and "
+            f"milliseconds have their unit. Did you mean '{float(value):g}ms'?"
+        )
 
 
 def _parsed(name: str, value: Any) -> Any:

@@ -8,6 +8,7 @@ __all__ = [
     "CalibrationError",
     "DiskFullError",
     "IncompleteCheckpointError",
+    "LatencyError",
     "MatchingError",
     "NoTargetError",
     "RMTKDError",
@@ -48,6 +49,10 @@ class NoTargetError(BudgetError):
 
     def __str__(self) -> str:
         return f"{self.message}\n{self.curve}"
+
+
+class LatencyError(BudgetError):
+    """The requested time cannot be reached; the message names the shortest one that can, and at what setting."""
 
 
 class MatchingError(RMTKDError):

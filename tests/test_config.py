@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from optimum_rmtkd.config import RMTKDConfig
+from optimum_rmtkd.config import RMTKDConfig, milliseconds
 from optimum_rmtkd.errors import RMTKDError
 
 from .fuzz import accepted, arguments, many, raw, recipe_or_refusal, texts, through_json
@@ -115,6 +115,17 @@ def file_of_a_recipe(tmp_path_factory, content: bytes) -> None:
         ("objectives", '{"kl": {}, "kl": {}}', "the key 'kl' stands there twice"),
         ("objectives", '{"kl": {"weight": Infinity}}', "Infinity is no number of JSON"),
         ("objectives", {"kl": {0: 1, "0": 2}}, "expected each key once"),
+        ("target_latency", 5, "target_latency=5: a plain number is a share of the dense model's time, in (0, 1), and"),
+        ("target_latency", np.float64(2.5), "Did you mean '2.5ms'?"),
+        ("target_latency", 0, "expected a share of the dense model's time, in (0, 1)"),
+        ("target_latency", "5", "with their unit, for example '5ms'. Did you mean '5ms'?"),
+        ("target_latency", "fast", "target_latency='fast': expected a share of the dense model's time"),
+        ("target_latency", "0ms", "milliseconds above 0"),
+        ("target_latency", "1" * 400 + "ms", "expected a share"),
+        ("target_latency", True, "target_latency=True: expected"),
+        ("tolerance", 0, "tolerance=0: expected points of the validation metric, in (0, 100)"),
+        ("latency_dtype", "int8", "expected one of float32, bfloat16, float16"),
+        ("round_share", 0.2, "round_share=0.2 without tolerance"),
         ("reparameterization", ["mpo"], "expected a mapping, a string or None; got a list."),
     ],
 )
@@ -145,6 +156,62 @@ def test_what_is_accepted_is_kept_as_plain_values(field, given_as, kept):
     value = getattr(recipe, field)
     assert value == kept and type(value) is type(kept)
     assert RMTKDConfig.from_dict(through_json(recipe.to_dict())) == recipe
+
+
+TARGETS = {"target_reduction": 0.5, "target_flops": 0.5, "target_latency": 0.5, "tolerance": 0.5}
+
+
+@pytest.mark.parametrize("first", TARGETS)
+@pytest.mark.parametrize("second", TARGETS)
+def test_there_is_one_target(first, second):
+    if first == second:
+        assert RMTKDConfig(**{first: 0.5}).targets == {first: 0.5}
+        return
+    with pytest.raises(RMTKDError, match=r"^Both .* were given: a budget has one target, drop one of them\.$"):
+        RMTKDConfig(**{first: 0.5, second: 0.5})
+
+
+def test_three_targets_are_all_named():
+    with pytest.raises(RMTKDError, match=r"^target_reduction=0\.5 and target_flops.* all but one\.$"):
+        RMTKDConfig(target_reduction=0.5, target_flops=0.5, tolerance=0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"target_latency": 0.5, "schedule": "layerwise"}, "the edges decide there"),
+        ({"tolerance": 0.5, "schedule": "layerwise"}, "the edges decide there"),
+        ({"target_latency": "5ms", "schedule": "none"}, "schedule='none' cuts nothing"),
+        ({"tolerance": 0.5, "schedule": "none"}, "schedule='none' cuts nothing"),
+        ({"target_latency": 0.5, "rounds": 2}, "a time is met by one cut"),
+        ({"tolerance": 0.5, "max_metric_drop": 0.1}, "both say which stage stands"),
+        ({"tolerance": 0.5, "stage_threshold": 0.9}, "both say which stage stands"),
+        ({"target_reduction": 0.5, "round_share": 0.2}, "round_share=0.2 without tolerance"),
+    ],
+)
+def test_what_contradicts_a_target_is_refused(values, message):
+    with pytest.raises(RMTKDError) as error:
+        RMTKDConfig(**values)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "number"), [("5ms", 5.0), (" 0.25 MS ", 0.25), ("12.5 ms", 12.5), (".5ms", 0.5)])
+def test_milliseconds(text, number):
+    assert milliseconds(text) == number
+    recipe = RMTKDConfig(target_latency=text)
+    assert RMTKDConfig.from_dict(through_json(recipe.to_dict())) == recipe
+
+
+@pytest.mark.parametrize("text", ["ms", "", "-5ms", "5 s", "1e3ms", "5ms5ms", "٥ms", "nanms", "1.2.3ms", "5 m s"])
+def test_no_milliseconds(text):
+    with pytest.raises(RMTKDError, match="with their unit, for example '5ms'"):
+        milliseconds(text)
+
+
+def test_the_default_of_stage_share_follows_the_target():
+    assert RMTKDConfig().span_of_cuts == 0.3
+    assert RMTKDConfig(tolerance=1).span_of_cuts == 0.8
+    assert RMTKDConfig(tolerance=1, stage_share=0.5).span_of_cuts == 0.5
 
 
 def test_a_recipe_does_not_follow_the_dictionary_it_was_made_from():

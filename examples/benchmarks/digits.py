@@ -36,8 +36,8 @@ from optimum_rmtkd.commands.demo import (
     train_dense,
 )
 from optimum_rmtkd.commands.output import check_target
-from optimum_rmtkd.commands.timing import compare_latency
 from optimum_rmtkd.files import UNSIGNED, write_signed
+from optimum_rmtkd.models.timing import compare_latency
 
 
 CONTROLS = {"paper": PAPER, "random basis": RANDOM_BASIS, "random init": {}}

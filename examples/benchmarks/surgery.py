@@ -25,7 +25,7 @@ from optimum_rmtkd import RMTKDConfig, count_parameters, narrow
 from optimum_rmtkd.batches import collect_batches, model_inputs
 from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import Task, evaluate, load_task
-from optimum_rmtkd.commands.timing import compare_latency
+from optimum_rmtkd.models.timing import compare_latency
 from optimum_rmtkd.surgery.calibration import Calibration, calibrate
 from optimum_rmtkd.surgery.directions import site_directions
 from optimum_rmtkd.surgery.grouping import by_length

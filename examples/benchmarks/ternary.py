@@ -44,8 +44,8 @@ from transformers.utils import logging
 
 from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments, TernaryConfig, compress_features
 from optimum_rmtkd.commands.output import format_table
-from optimum_rmtkd.commands.timing import compare_latency
 from optimum_rmtkd.distillation.objectives import KLDivergence, TaskLoss
+from optimum_rmtkd.models.timing import compare_latency
 from optimum_rmtkd.ternary.build import as_model
 from optimum_rmtkd.ternary.diagnostics import standardizer
 from optimum_rmtkd.ternary.packing import TernaryMLP, convert, pack_model, serialized_bytes

@@ -34,7 +34,7 @@ from transformers.utils import logging
 from optimum_rmtkd import RMTKDConfig, RMTKDTrainer, RMTKDTrainingArguments, count_parameters, narrow
 from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.task import Task, load_task
-from optimum_rmtkd.commands.timing import compare_latency
+from optimum_rmtkd.models.timing import compare_latency
 
 
 SHARED = Path(os.environ.get("RMTKD_SHARED", "../shared"))

@@ -14,16 +14,13 @@ from ..files import UNSIGNED, write_signed
 from ..folders import add_to_record
 from ..validation import Count, check_fields
 from .base import Command, set_help
-from .inputs import longest_text
 from .measuring import NOT_MEASURABLE, count_flops, energy_meter, peak_memory
 from .options import add_options, from_options, option
 from .output import check_target, format_table, weight_bytes
 from .threads import THREADS, use_threads
-from .timing import compare_latency
 
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 __all__ = ["BenchCommand", "BenchOptions", "compare"]
@@ -113,6 +110,7 @@ def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
     import torch
     from tqdm.auto import tqdm
 
+    from ..batches.examples import unpadded_inputs
     from ..hub.loading import load_model
     from ..surgery import count_parameters
     from .task import weights_folder
@@ -133,7 +131,7 @@ def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
     ]
     meter = energy_meter(device) if options.energy else None
     for batch, length in tqdm(shapes, desc="Measuring", unit="shape", leave=False, disable=None):
-        inputs = _inputs(models[0], batch, length)
+        inputs = unpadded_inputs(models[0], batch, length)
         where = _label(batch, length)
         values.append(_value(f"FLOPs, {where}", "FLOP", *(count_flops(model, inputs) for model in models)))
         values.append(_timed(models, inputs, batch, where, options.repeats))
@@ -177,6 +175,8 @@ def _other_base(dense: PreTrainedModel, small: PreTrainedModel) -> str:
 
 
 def _shapes(model: PreTrainedModel, options: BenchOptions) -> list[tuple[int, int | None]]:
+    from ..batches.examples import longest_text
+
     batches = options.batch_sizes or [1, 32]
     if model.main_input_name == "pixel_values":
         return [(batch, None) for batch in batches]
@@ -191,15 +191,9 @@ def _label(batch: int, length: int | None) -> str:
     return f"batch {batch}" if length is None else f"batch {batch}, length {length}"
 
 
-def _inputs(model: PreTrainedModel, batch: int, length: int | None) -> dict[str, Tensor]:
-    from ..hub.loading import example_inputs
-
-    inputs = example_inputs(model, batch, length or 1)
-    inputs.pop("attention_mask", None)  # no padding: every token is work
-    return {k: v.to(model.device, model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
-
-
 def _timed(models: list, inputs: dict, batch: int, where: str, repeats: int) -> dict[str, Any]:
+    from ..models.timing import compare_latency
+
     found = compare_latency(*models, inputs, repeats=repeats)
     spread = {"ratio": found.ratio, "low": found.low, "high": found.high}
     if batch == 1:

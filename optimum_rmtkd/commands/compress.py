@@ -44,8 +44,9 @@ USAGE = "optimum-cli rmtkd compress --model MODEL (--train-file FILE | --dataset
 DESCRIPTION = """\
 Narrow a fine-tuned text or image classifier (or regressor), distil it from its former self, and save it with its
 tokenizer or image processor. With --fit it is fine-tuned here first, and may come straight from pretraining. No width
-is chosen by hand: give the share of parameters to remove. Without one, only sites whose spectrum has a separated bulk
-of noise are cut; where there is none, the command asks for a share and shows what sizes are predicted to cost.
+is chosen by hand: give the share of parameters to remove, a time (--target-latency) or what may be lost of the metric
+(--tolerance). Without one, only sites whose spectrum has a separated bulk of noise are cut; where there is none, the
+command asks for a share and shows what sizes are predicted to cost.
 """
 
 EPILOG = """\
@@ -62,6 +63,14 @@ examples:
   without the tokens that the training texts do not use, and then narrowed: the target counts both
     optimum-cli rmtkd compress --trim-vocabulary --model ./my-bert --train-file train.csv --validation-file dev.csv \\
         --target-reduction 0.63 -o ./my-bert-small
+  the smallest model that loses at most half a point of accuracy: without training, and distilled in rounds
+    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
+        --tolerance 0.5 --no-train -o ./my-bert-small
+    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
+        --tolerance 0.5 --epochs 3 -o ./my-bert-small
+  half the time of a pass at batch 1 and 64 tokens, on one thread of this machine
+    optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
+        --target-latency 0.5 --latency-length 64 --latency-threads 1 -o ./my-bert-quick
   two text columns, and a dataset of the Hub
     optimum-cli rmtkd compress --model org/bert-mrpc --dataset glue --dataset-config mrpc \\
         --text-column sentence1 sentence2 --target-reduction 0.6 -o ./small
@@ -203,10 +212,12 @@ class Made:
         stages: records of the cuts.
         history: lines of the training log.
         fit: the journal's record of the fine-tuning before the first cut; None without one.
+        remarks: what is printed above the table.
     """
 
     model: PreTrainedModel
     stages: tuple[Stage, ...]
+    remarks: tuple[str, ...] = ()
     history: tuple[dict, ...] = ()
     fit: dict | None = None
 
@@ -225,7 +236,15 @@ def _compress(
     from ..hub.measures import of_quality
     from ..hub.run import public_name
     from ..spectra.edges import find_estimator
-    from ..surgery import check_data, check_edges, check_recipe, check_variety, count_parameters, uncut_parameters
+    from ..surgery import (
+        check_data,
+        check_edges,
+        check_latency,
+        check_recipe,
+        check_variety,
+        count_parameters,
+        uncut_parameters,
+    )
     from ..trainer.parts import parts_of
     from ..trainer.stages import write_journal
     from .task import load_task, measure, stored_dtype, weights_folder
@@ -240,6 +259,7 @@ def _compress(
         loader = task.calibration_loader(training.batch_size, recipe.seed)
         check_data(task.model, itertools.islice(loader, 1), recipe)
         check_variety(loader)
+        check_latency(task.model, recipe)
         check_edges(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
     whole, uncut = task.untrimmed or task, uncut_parameters(task.model)
     parameters = count_parameters(whole.model)
@@ -271,17 +291,17 @@ def _compress(
         recipe=recipe.to_dict(),
         vocabulary=task.vocabulary and task.vocabulary.to_dict(),
     )
-    return _told(task, counts, uncut, sizes, metrics, made.fit)
+    return "\n".join([*made.remarks, _told(task, counts, uncut, sizes, metrics, made.fit)])
 
 
 def _measured(stages: Sequence[Stage], metrics: dict[str, dict[str, float]], judged_by: str) -> list[Stage]:
-    """The records of a cut without training, measured before and after."""
+    """The records of a cut without training, measured before and after; sizes that were only tried have their own."""
     before, after = metrics["before"], metrics["after"]
     figures = {"metrics_before": before, "metrics_cut": after, "metrics_after": after, "metric_name": judged_by}
     figures |= {
         f"metric_{moment}": figures[f"metrics_{moment}"].get(judged_by) for moment in ("before", "cut", "after")
     }
-    return [dataclasses.replace(stage, **figures) for stage in stages]
+    return [dataclasses.replace(stage, **figures) if stage.accepted else stage for stage in stages]
 
 
 def _told(
@@ -310,14 +330,18 @@ def _told(
 
 
 def _cut(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path) -> Made:
-    """One cut without training: a single stage, not yet measured."""
+    """One cut without training: a single stage, not yet measured; or the sizes that were tried for a tolerance."""
     from ..hub import write_spectra
     from ..surgery import reduce
     from ..surgery.untargeted import asks_for_edges
     from ..trainer import Stage
+    from .finding import found_size
 
+    if recipe.tolerance is not None:
+        return Made(*found_size(task, training, recipe, folder))
     loader = task.calibration_loader(training.batch_size, recipe.seed)
     reduction = reduce(task.model, loader, recipe, trust_edges=asks_for_edges(recipe))
+    said = () if reduction.latency is None else (reduction.latency.words(),)
     stage = Stage(
         index=0,
         step=0,
@@ -327,9 +351,10 @@ def _cut(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Pat
         target_reduction=recipe.target_reduction,
         status="accepted",
         reason="cut without training",
+        note=said[0] if said else None,
     )
     write_spectra(folder, stage.index, reduction.report)
-    return Made(reduction.model, (stage,))
+    return Made(reduction.model, (stage,), remarks=said)
 
 
 def _distil(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path) -> Made:
@@ -357,8 +382,8 @@ def _distil(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: 
     return Made(
         trainer.accelerator.unwrap_model(trainer.model),
         tuple(trainer.stages),
-        tuple(trainer.state.log_history),
-        trainer.run.fit.to_dict(),
+        history=tuple(trainer.state.log_history),
+        fit=trainer.run.fit.to_dict(),
     )
 
 

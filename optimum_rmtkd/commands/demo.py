@@ -16,7 +16,6 @@ from ..validation import Count, Interval, Seed, check_fields
 from .base import Command, set_help
 from .options import add_options, from_options, option
 from .output import OVERWRITE, comparison, format_table, weight_bytes, writing_beside
-from .timing import compare_latency
 
 
 if TYPE_CHECKING:
@@ -135,6 +134,7 @@ def _demonstrate(options: DemoOptions, folder: Path, name: str) -> float:
 
     import optimum_rmtkd  # noqa: F401  registers the reduced classes
 
+    from ..models.timing import compare_latency
     from ..surgery import count_parameters
 
     recipe = RMTKDConfig(target_reduction=options.target_reduction, fit_share=0, seed=options.seed)  # trained below

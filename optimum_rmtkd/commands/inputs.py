@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-__all__ = ["check_inputs", "image_tools", "load_tokenizer", "longest_text", "text_tools"]
+__all__ = ["check_inputs", "image_tools", "load_tokenizer", "text_tools"]
 
 DEEP = ("I", "F")  # modes of more than 8 bits a channel
 DRAFT = (64, 64)  # jpeg files are decoded this small to see that they can be: all bytes are read, most work is saved
@@ -89,6 +89,8 @@ def text_tools(
     """
     from transformers import DataCollatorWithPadding
 
+    from ..batches.examples import longest_text
+
     config = model.config
     length = min(max_length, tokenizer.model_max_length, longest_text(model) or max_length)
 
@@ -105,15 +107,6 @@ def text_tools(
         return encoded.remove_columns(CUT)
 
     return DataCollatorWithPadding(tokenizer), encode
-
-
-def longest_text(model: PreTrainedModel) -> int | None:
-    """Tokens of the longest text: by the tables of absolute positions, else by the config; None without either."""
-    from ..batches import position_limit
-
-    said = getattr(model.config, "max_position_embeddings", None)
-    limit = position_limit(model) or (said if isinstance(said, int) else None)
-    return limit if limit and limit > 0 else None  # XLNet says -1
 
 
 CUT = "_cut"

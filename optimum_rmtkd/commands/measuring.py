@@ -60,7 +60,8 @@ def _measure_memory(name: str, batch: int, length: int, dtype: str, device: str)
 
     import optimum_rmtkd  # noqa: F401  registers the reduced classes
 
-    from ..hub.loading import example_inputs, load_model
+    from ..batches.examples import example_inputs
+    from ..hub.loading import load_model
 
     # The modelling code and the libraries of the first product are not the model's.
     with torch.device("meta"):

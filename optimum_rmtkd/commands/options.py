@@ -58,11 +58,20 @@ def _argument(hint: Any, choices: tuple | None) -> dict[str, Any]:
         return {"type": str, "metavar": "JSON"}
     if set(kinds) == {str, int}:
         return {"type": _word_or_number}
+    if set(kinds) == {str, float}:
+        return {"type": _word_or_share, "metavar": "X"}
     return {"type": kinds[0], "choices": choices, "metavar": None if choices else METAVARS.get(kinds[0])}
 
 
 def _word_or_number(text: str) -> str | int:
     return int(text) if text.isdigit() else text
+
+
+def _word_or_share(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def from_options(kind: type[T], args: argparse.Namespace, base: T | None = None) -> T:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["example_inputs", "load_config", "load_model", "load_processor"]
+__all__ = ["load_config", "load_model", "load_processor"]
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -104,35 +104,3 @@ def load_processor(name: str | Path) -> Any | None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RMTKDError(f"Cannot load what {file} of '{name}' describes: {error}") from error
     return None
-
-
-def example_inputs(model: PreTrainedModel, batch: int, length: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs of a model: token ids with a mask that pads the last row, or pixels.
-
-    Returns:
-        `input_ids`, `attention_mask` (and `token_type_ids` where the model has types, `decoder_input_ids` where it has
-        a decoder beside the encoder): (batch, length) int64; or
-        `pixel_values`: (batch, channels, size, size) fp32; or `features`: (batch, d) fp32.
-    """
-    import torch
-
-    generator, config = torch.Generator().manual_seed(seed), model.config
-    if model.main_input_name == "features":
-        return {"features": torch.randn(batch, config.network["in_features"], generator=generator)}
-    if model.main_input_name == "pixel_values":
-        size = getattr(config, "image_size", 224)
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return {"pixel_values": torch.randn(batch, config.num_channels, height, width, generator=generator)}
-    ids = torch.randint(0, config.vocab_size, (batch, length), generator=generator)
-    # RoBERTa counts positions by the padding token: random ids must not hold it
-    padding = config.pad_token_id
-    if padding is not None:
-        ids = torch.where(ids == padding, (ids + 1) % config.vocab_size, ids)
-    mask = torch.ones_like(ids)
-    mask[-1, length - length // 4 :] = 0
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if (getattr(config, "type_vocab_size", 0) or 0) > 1:
-        inputs["token_type_ids"] = torch.zeros_like(ids)
-    if getattr(config, "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = ids.flip(1)
-    return inputs

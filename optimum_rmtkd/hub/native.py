@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
+from ..batches.examples import example_inputs
 from ..surgery.native import NativeExport, plain_form
-from .loading import example_inputs
 
 
 __all__ = ["NativeExport", "to_native"]

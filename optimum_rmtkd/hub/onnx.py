@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import RMTKDError
-from .loading import example_inputs
 
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ def to_onnx(model: PreTrainedModel, folder: str | Path) -> float:
     for part in model.modules():  # a cache of keys and values is no tensor that a graph could return
         if getattr(getattr(part, "config", None), "use_cache", False):
             part.config.use_cache = False
+    from ..batches.examples import example_inputs
+
     inputs = example_inputs(model, batch=2)
     names = _output_names(model, inputs)
     try:
@@ -108,6 +109,8 @@ def _longest(model: PreTrainedModel) -> int:
 def _difference(model: PreTrainedModel, names: list[str], path: Path, batch: int, length: int) -> float:
     import onnxruntime
     import torch
+
+    from ..batches.examples import example_inputs
 
     inputs = example_inputs(model, batch, min(length, _longest(model)), seed=batch)
     options = onnxruntime.SessionOptions()

@@ -117,10 +117,11 @@ def draw_budget(report: Mapping[str, Any], axes: Axes) -> None:
     costs = [point["cost"] for point in points]
     losses = [point["predicted_loss"] for point in points]
     axes.plot(costs, losses, color=PALETTE["bulk"], lw=1.5)
-    axes.plot(costs[-1], losses[-1], "o", color=PALETTE["signal"], label=f"taken: {costs[-1]:,.0f}")
+    axes.plot(costs[-1], losses[-1], "o", color=PALETTE["signal"], label=f"taken: {short(costs[-1])}")
     axes.invert_xaxis()
     axes.xaxis.set_major_formatter(lambda value, _: short(value))
-    target = "FLOPs" if report["recipe"].get("target_flops") else "parameters"
+    recipe = report["recipe"]
+    target = "FLOPs" if recipe.get("target_flops") else "ms a pass" if recipe.get("target_latency") else "parameters"
     style(axes, target, "predicted loss")
     legend(axes)
 

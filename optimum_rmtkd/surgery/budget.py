@@ -27,6 +27,7 @@ __all__ = [
     "flops_of",
     "parameters_of",
     "site_widths",
+    "smallest_widths",
     "speed_weight_of",
 ]
 
@@ -162,6 +163,14 @@ def check_reachable(
     size = cost({})
     if size <= goal:
         raise _already_met(size, goal, what)
+    if (least := cost(smallest_widths(sites, cost, config))) > goal:
+        raise _beyond_reach(goal, least, whole, config, what)
+
+
+def smallest_widths(
+    sites: list[Site], cost: Callable[[Mapping[str, int]], float], config: RMTKDConfig
+) -> dict[str, int]:
+    """{couple: width} of the model that costs least, in steps of single features."""
     finest = config.replace(round_to=1)
     leads = {site.couple: site for site in sites if site.kind != "pooled"}
     widths = {name: site.group_width for name, site in leads.items()}
@@ -169,8 +178,7 @@ def check_reachable(
         for name, site in leads.items():
             tries = [{**widths, name: width} for width in (site.group_width, couple_grid(site, finest)[0])]
             widths = min(tries, key=cost)
-    if cost(widths) > goal:
-        raise _beyond_reach(goal, cost(widths), whole, config, what)
+    return widths
 
 
 def allocate(
@@ -181,8 +189,9 @@ def allocate(
     whole: float,
     config: RMTKDConfig,
     what: str,
+    near: float = MET,
 ) -> Plan:
-    """Narrow greedily until `cost` is at most `goal`, and no more than MET beyond it.
+    """Narrow greedily until `cost` is at most `goal`, and no more than `near` of `whole` beyond it.
 
     Each move narrows the couple whose move is cheapest: predicted loss per unit of worth saved ("loss": the discrete
     form of one common Lagrange multiplier), eigenvalue over edge ("edge": one common multiple c of the noise edge,
@@ -196,9 +205,10 @@ def allocate(
             by.
         goal, whole: size asked for, and size of the uncut model, of which shares are taken.
         what: "parameters" or "FLOPs", for the message.
+        near: share of `whole` that a plan may go beyond the goal without being made again in smaller steps.
 
     Returns:
-        The plan nearest to the goal: where single features are too coarse for it, it may be further off than MET.
+        The plan nearest to the goal: where single features are too coarse for it, it may be further off than `near`.
 
     Raises:
         BudgetError: every couple is at its floor; names the largest reduction that can be reached.
@@ -218,11 +228,11 @@ def allocate(
         last = curve[-1]
         if nearest is None or last.cost > nearest.curve[-1].cost:
             nearest = Plan(widths, curve, round_to)
-        if last.cost >= goal - MET * whole:
+        if last.cost >= goal - near * whole:
             break
     if nearest is None:
         raise _beyond_reach(goal, failure.size, whole, config, what)
-    _say(nearest, goal, whole, config, what)
+    _say(nearest, goal, whole, config, what, near)
     return nearest
 
 
@@ -272,18 +282,18 @@ def _beyond_reach(goal: float, size: float, whole: float, config: RMTKDConfig, w
     )
 
 
-def _say(plan: Plan, goal: float, whole: float, config: RMTKDConfig, what: str) -> None:
+def _say(plan: Plan, goal: float, whole: float, config: RMTKDConfig, what: str, near: float) -> None:
     if plan.round_to < config.round_to:
         logger.warning(
             "Widths are multiples of %d: with round_to=%d the target would have been missed by more than %g %% of the "
             "%s.",
             plan.round_to,
             config.round_to,
-            100 * MET,
+            100 * near,
             what,
         )
     reached = plan.curve[-1].cost
-    if reached < goal - MET * whole:
+    if reached < goal - near * whole:
         logger.warning(
             "%.1f %% of the %s are removed where %.1f %% were asked for: single features of the chosen sites are too "
             "coarse for less. More sites come nearer.",

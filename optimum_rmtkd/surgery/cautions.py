@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-__all__ = ["FEW_POINTS", "MUCH", "divergence_warning", "loss_warning"]
+__all__ = ["FEW_POINTS", "MUCH", "divergence_warning", "loss_warning", "scale_of"]
 
 FEW_POINTS = 0.03  # of a metric between 0 and 1 (or -1 and 1); 3 of one in percent
 MUCH = math.log(1.1)  # nats an answer: what multiplies a perplexity by 1.1
@@ -31,7 +31,7 @@ def loss_warning(name: str, before: float | None, after: float | None, greater_i
     if before is None or after is None or not math.isfinite(before):
         return None
     if greater_is_better:
-        lost, allowed = before - after, FEW_POINTS * _scale(max(abs(before), abs(after)))
+        lost, allowed = before - after, FEW_POINTS * scale_of(max(abs(before), abs(after)))
     else:
         lost, allowed = after - before, MUCH if name.endswith("loss") else 0.1 * abs(before)
     if lost <= allowed:
@@ -52,7 +52,7 @@ def divergence_warning(nats: float | None) -> str | None:
     )
 
 
-def _scale(size: float) -> float:
+def scale_of(size: float) -> float:
     """What 100 points are of a metric that takes values of this size."""
     if not math.isfinite(size) or size <= 1:
         return 1.0

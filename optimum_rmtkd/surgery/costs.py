@@ -52,7 +52,7 @@ class Additive:
         self.anatomy, self.fixed = anatomy, fixed
         self._terms = [(tuple(sorted(couples_of(unit, anatomy))), value, {}) for unit, value in terms]
         self._together: dict[str, set[str]] = {}
-        for unit in anatomy.units:
+        for unit in (*anatomy.units, *(unit for unit, _ in terms)):
             couples = couples_of(unit, anatomy)
             for couple in couples:
                 self._together.setdefault(couple, {couple}).update(couples)

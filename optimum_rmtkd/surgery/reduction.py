@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,12 @@ from .budget import Plan, site_widths
 from .cautions import divergence_warning
 from .checks import anatomy_of
 from .families import family_of
+from .latency import Measurement
 from .processes import broadcast_model, from_main, one_for_all
 from .report import SpectralReport
 from .sites import select_sites
 from .surgeon import Surgeon
+from .tolerance import Search, check_evaluate, measured, search_size
 from .untargeted import asks_for_edges, has_target, whole_sites
 
 
@@ -35,6 +37,7 @@ __all__ = [
     "check_edges",
     "narrow",
     "narrow_to",
+    "narrow_within",
     "reduce",
     "stage_sites",
 ]
@@ -75,6 +78,7 @@ class Reduction:
             that is lost; None for factors, which weigh each layer by itself.
         divergence: what it did cost before any training: the mean KL divergence of the narrow model's answers from the
             old one's on a few calibration batches, nats an answer (`mean_divergence`); None without logits.
+        latency: where the recipe asks for a time: that of the narrow model beside the old one's.
     """
 
     model: PreTrainedModel
@@ -86,6 +90,7 @@ class Reduction:
     predicted_loss: float | None = None
     loss_unit: str | None = None
     divergence: float | None = None
+    latency: Measurement | None = None
 
 
 def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
@@ -118,8 +123,7 @@ def analyze(
         UnsupportedArchitectureError, CalibrationError, BudgetError: see `optimum_rmtkd.errors`.
     """
     config = config or RMTKDConfig()
-    targets = {"target_reduction": config.target_reduction, "target_flops": config.target_flops}
-    surgeon = Surgeon(model, dataloader, config, progress=progress, thorough=True, **targets)
+    surgeon = Surgeon(model, dataloader, config, progress=progress, thorough=True, **_targets(config))
     try:
         plan, note = surgeon.plan(), "" if has_target(config) else whole_sites(surgeon.doubts())
     except NoTargetError as error:
@@ -156,23 +160,80 @@ def check_edges(
 
 
 def narrow(
-    model: PreTrainedModel, dataloader: Iterable, config: RMTKDConfig | None = None, *, progress: bool = True
+    model: PreTrainedModel,
+    dataloader: Iterable,
+    config: RMTKDConfig | None = None,
+    *,
+    evaluate: Callable[[PreTrainedModel], float] | None = None,
+    greater_is_better: bool = True,
+    progress: bool = True,
 ) -> PreTrainedModel:
     """One cut, no training: a new, narrow model; `model` is left bit-identical.
 
-    A model whose answers lie far from those of the old one draws a warning (`divergence_warning`).
+    A model whose answers lie far from those of the old one draws a warning (`divergence_warning`), and one that misses
+    the recipe's `target_latency` by more than a tenth another.
 
-    Arguments and errors as for `analyze`, NoTargetError for a recipe without a target where the spectra do not say how
-    far to cut, and RMTKDError for a recipe with `schedule="none"`, which cuts nothing.
+    Args:
+        model, dataloader, config, progress: as for `analyze`.
+        evaluate: for a recipe with `tolerance`, which needs it: the validation metric of a model in eval mode. It is
+            asked about `model` and about each size that is tried, some seven of them; the table of them is printed
+            with `progress`.
+        greater_is_better: False where that metric is to be small, as a loss or a perplexity is.
+
+    Raises:
+        NoTargetError: a recipe without a target where the spectra do not say how far to cut.
+        LatencyError: no widths are as quick as `target_latency` asks.
+        BudgetError: no size keeps the tolerance; and as for `analyze`, whose other errors are raised, too.
+        RMTKDError: a recipe with `schedule="none"`, which cuts nothing; `evaluate` without `tolerance`, or the
+            reverse; an `evaluate` that returns no finite number of the uncut model.
     """
     config = config or RMTKDConfig()
     if config.schedule == "none":
         raise RMTKDError("schedule='none' cuts nothing, and narrow is one cut: leave the schedule out.")
+    if config.tolerance is not None or evaluate is not None:
+        check_evaluate(config, evaluate)
+        search = _search(model, dataloader, config, evaluate, greater_is_better, progress)
+        if progress:
+            print(search.table())
+        _warn_of(search.surgeon.divergence(search.found.student))
+        return search.found.student
     # nobody sees the spectra: they are not computed where a budget decides
     done = _cut(model, dataloader, config, progress=progress, trust_edges=asks_for_edges(config), reported=False)
     if has_target(config):  # else _cut has looked at it
         _warn_of(done.divergence)
     return done.student
+
+
+def narrow_within(
+    model: PreTrainedModel,
+    dataloader: Iterable,
+    config: RMTKDConfig,
+    evaluate: Callable[[PreTrainedModel], float],
+    *,
+    greater_is_better: bool = True,
+    progress: bool = True,
+) -> tuple[Reduction, Search]:
+    """The smallest model that keeps the recipe's tolerance, untrained, with all that is known of the cut, and the path
+    to it. Arguments and errors as for `narrow`."""
+    check_evaluate(config, evaluate)
+    search = _search(model, dataloader, config, evaluate, greater_is_better, progress)
+    surgeon, found = search.surgeon, search.found
+    report = surgeon.report(found.couples, list(found.curve), config.round_to)
+    costs = surgeon.predicted_loss(found.couples), surgeon.divergence(found.student)
+    plan = Plan(found.couples, list(found.curve), config.round_to)
+    return _reduction(model, _Cut(surgeon, plan, found.student, found.projections, report, *costs)), search
+
+
+def _search(
+    model: PreTrainedModel,
+    dataloader: Iterable,
+    config: RMTKDConfig,
+    evaluate: Callable[[PreTrainedModel], float],
+    greater_is_better: bool,
+    progress: bool,
+) -> Search:
+    baseline = measured(evaluate, model)  # what is wrong with it should show now
+    return search_size(Surgeon(model, dataloader, config, progress=progress), evaluate, baseline, greater_is_better)
 
 
 def narrow_to(
@@ -224,7 +285,13 @@ def reduce(
     """
     if trust_edges is None:
         trust_edges = asks_for_edges(config) or config.schedule == "layerwise"
-    done = _cut(model, dataloader, config, target_reduction, sites, accelerator, progress, trust_edges)
+    return _reduction(
+        model, _cut(model, dataloader, config, target_reduction, sites, accelerator, progress, trust_edges)
+    )
+
+
+def _reduction(model: PreTrainedModel, done: _Cut) -> Reduction:
+    """What is told of a cut that was made and reported."""
     widths = site_widths(done.plan.couples, done.surgeon.anatomy)
     records = tuple(
         SiteRecord(s.name, s.kind, s.width, s.planned, s.subspace.edge, s.subspace.rank)
@@ -233,7 +300,7 @@ def reduce(
     )
     sizes = count_parameters(model), count_parameters(done.student)
     costs = done.predicted_loss, done.surgeon.loss_unit, done.divergence
-    return Reduction(done.student, done.projections, records, *sizes, done.report, *costs)
+    return Reduction(done.student, done.projections, records, *sizes, done.report, *costs, done.latency)
 
 
 @dataclass(frozen=True)
@@ -247,6 +314,15 @@ class _Cut:
     report: SpectralReport | None
     predicted_loss: float | None
     divergence: float | None
+    latency: Measurement | None = None
+
+
+def _targets(config: RMTKDConfig, target_reduction: float | None = None) -> dict[str, Any]:
+    """What a surgeon checks before the calibration; `target_reduction` overrides the recipe's targets."""
+    asked = config.target_reduction if target_reduction is None else target_reduction
+    if asked is not None:
+        return {"target_reduction": asked}
+    return {"target_flops": config.target_flops, "timed": config.target_latency is not None}
 
 
 def _cut(
@@ -260,10 +336,11 @@ def _cut(
     trust_edges: bool = False,
     reported: bool = True,
 ) -> _Cut:
-    asked = config.target_reduction if target_reduction is None else target_reduction
-    targets = {"target_reduction": asked, "target_flops": config.target_flops if asked is None else None}
-    by_edge = targets == {"target_reduction": None, "target_flops": None}
-    options = targets | {"null_moments": by_edge and not trust_edges, "trust_edges": trust_edges}
+    by_edge = target_reduction is None and not has_target(config)
+    options = _targets(config, target_reduction) | {
+        "null_moments": by_edge and not trust_edges,
+        "trust_edges": trust_edges,
+    }
     surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, **options)
     with one_for_all(accelerator):
         plan = surgeon.plan(target_reduction)
@@ -275,12 +352,15 @@ def _cut(
     broadcast_model(student, projections, accelerator)
     with one_for_all(accelerator):
         predicted = surgeon.predicted_loss(plan.couples) if reported or by_edge else None
-        costs = predicted, surgeon.divergence(student)
-    predicted, divergence = from_main(costs, accelerator)
+        time = None if surgeon.stopwatch is None else surgeon.stopwatch.verify(student, plan.couples)
+        costs = predicted, surgeon.divergence(student), time
+    predicted, divergence, time = from_main(costs, accelerator)
+    if time is not None and (accelerator is None or accelerator.is_main_process):
+        (logger.info if time.met else logger.warning)("%s.", time.words())
     # one layer of many (schedule="layerwise") is no cut to judge by itself
     if by_edge and sites is None and (accelerator is None or accelerator.is_main_process):
         _say_of_edges(surgeon, predicted if surgeon.loss_unit == "nats" else None, divergence)
-    return _Cut(surgeon, plan, student, projections, report, predicted, divergence)
+    return _Cut(surgeon, plan, student, projections, report, predicted, divergence, time)
 
 
 def _say_of_edges(surgeon: Surgeon, *nats: float | None) -> None:

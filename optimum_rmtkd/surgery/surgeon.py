@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,11 @@ from .budget import (
     BudgetPoint,
     Couple,
     Plan,
-    allocate,
     couple_grid,
-    descent,
-    flops_of,
     parameters_of,
     site_widths,
-    speed_weight_of,
 )
 from .calibration import Calibration, calibrate, points_of
-from .cautions import MUCH
 from .checks import (
     LOOKED_AT,
     anatomy_of,
@@ -55,20 +50,21 @@ from .checks import (
     check_recipe,
     check_shape,
 )
-from .checks import positions_of as _positions
 from .directions import Directions, site_directions
 from .divergence import answers_per_sample, mean_divergence
 from .grouping import by_length
+from .latency import Stopwatch
 from .likelihood import answers, gives_likelihood
 from .narrowing import Cuts, build_student, fold_norms, initialise
 from .native import check_expressible, plain_form
+from .planning import planned
 from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
-from .sites import Point, Site, Unit, select_sites
+from .sites import Point, Site, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
-from .untargeted import SHARES, asks_for_edges, curve_table, has_target, no_target
+from .untargeted import asks_for_edges
 from .variety import check_variety, warn_of_few
 
 
@@ -85,9 +81,9 @@ class Surgeon:
 
     `thorough` adds the diagnostics that cost more time: the overlap of two halves of the data, and the null moments
     that the estimator "signflip" needs (`null_moments`: those alone). A `target_reduction` that is out of reach is
-    refused (BudgetError) before any data is read, a `target_flops` before the calibration; `plan` is asked for them
-    again. With `trust_edges` a plan without a target takes every spectral edge as it is; default: where the recipe
-    names an estimator.
+    refused (BudgetError) before any data is read, before the calibration a `target_flops` and, `timed`, the recipe's
+    `target_latency`; `plan` is asked for them again. With `trust_edges` a plan without a target takes every spectral
+    edge as it is; default: where the recipe names an estimator.
     """
 
     def __init__(
@@ -101,6 +97,7 @@ class Surgeon:
         thorough: bool = False,
         target_reduction: float | None = None,
         target_flops: float | None = None,
+        timed: bool = False,
         trust_edges: bool | None = None,
         null_moments: bool = False,
     ):
@@ -129,6 +126,9 @@ class Surgeon:
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
             check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
+            main = accelerator is None or accelerator.is_main_process
+            # processes that measure at once disturb each other, and only one of them decides
+            self.stopwatch = Stopwatch(model, self.anatomy, self.sites, config) if timed and main else None
             self.calibration = Calibration(
                 points, self._gradient_points(), config, null_moments=thorough or null_moments, halves=thorough
             )
@@ -242,33 +242,7 @@ class Surgeon:
             BudgetError: the target cannot be reached, or already is.
             NoTargetError: no target, and no edge that says how far to cut.
         """
-        by_edges = target_reduction is None and not has_target(self.config)
-        couples = self.couples(spectra=by_edges or self.config.allocation == "edge")
-        parameters = parameters_of(self.teacher, self.anatomy)
-        target = self.config.target_reduction if target_reduction is None else target_reduction
-        if by_edges:
-            return self._plan_by_edges(couples, parameters)
-        positions = _positions(self.teacher, self.batches)
-        flops = flops_of(self.teacher, self.anatomy, positions)
-        if target is not None:
-            whole = float(uncut_parameters(self.source))
-            goal, cost, what = (1 - target) * whole, parameters, "parameters"
-        else:
-            whole = flops({})
-            goal, cost, what = (1 - self.config.target_flops) * whole, flops, "FLOPs"
-        worth = self._worth(parameters({}), flops({}), positions)
-        return allocate(couples, cost, worth, goal, whole, self.config, what)
-
-    def _plan_by_edges(self, couples: list[Couple], parameters: Callable[[Mapping[str, int]], float]) -> Plan:
-        whole, doubts, widths = parameters({}), self.doubts(), {}
-        for c in couples:
-            sure = all(doubts.get(site.name) is None for site in c.sites)
-            # two factors of a rank near the full one hold more parameters than the layer they replace
-            widths[c.name] = c.rank if sure and parameters({c.name: c.rank}) < whole else c.width
-        lost = self.predicted_loss(widths) if self.loss_unit == "nats" else None
-        if not self.trust_edges and (all(widths[c.name] == c.width for c in couples) or (lost or 0.0) > MUCH):
-            raise no_target(self.config, doubts, lost, self._curve(couples))
-        return Plan(widths, [], self.config.round_to)
+        return planned(self, target_reduction)
 
     def doubts(self) -> dict[str, str | None]:
         """{site: why its spectral edge does not say how far to cut}; None where it does, or is trusted."""
@@ -278,19 +252,6 @@ class Surgeon:
             return None if self.trust_edges else narrow or doubt(self.subspace_of(site))
 
         return {site.name: of(site) for site in self.sites if site.kind != "pooled"}
-
-    def _curve(self, couples: list[Couple]) -> str:
-        """What sizes are predicted to cost, as a table."""
-        parameters, positions = parameters_of(self.teacher, self.anatomy), _positions(self.teacher, self.batches)
-        now, whole = parameters({}), float(uncut_parameters(self.source))
-        worth = self._worth(now, flops_of(self.teacher, self.anatomy, positions)({}), positions)
-        moves = descent(couples, parameters, worth, (1 - SHARES[-1]) * whole, whole, self.config)
-        units = {
-            "nats": ("nats an answer, to second order", self.answers),
-            "energy": ("sum of shares of the energy", 1.0),
-        }
-        unit, per = units.get(self.loss_unit, ("mean share of a layer's energy", float(len(couples))))
-        return curve_table(moves, now, whole, unit, per)
 
     @property
     def loss_unit(self) -> str | None:
@@ -320,25 +281,6 @@ class Surgeon:
     def divergence(self, student: PreTrainedModel) -> float | None:
         """Measured: see `mean_divergence`. Of a twin: what the user hung on the model does not run here."""
         return mean_divergence(self.teacher, twin_of(student), self.batches)
-
-    def _worth(
-        self, parameters: float, flops: float, positions: Mapping[str, float]
-    ) -> Callable[[Couple], Callable[[Mapping[str, int]], float]]:
-        """couple -> widths -> share of the parameters and, times `speed_weight`, of the FLOPs that its layers make
-        up."""
-
-        def worth(couple: Couple) -> Callable[[Mapping[str, int]], float]:
-            units = self._units_of(couple)
-            size = parameters_of(self.teacher, self.anatomy, units)
-            work = flops_of(self.teacher, self.anatomy, positions, units)
-            weight = speed_weight_of(self.config) / max(flops, 1.0)
-            return lambda widths: size(widths) / parameters + weight * work(widths)
-
-        return worth
-
-    def _units_of(self, couple: Couple) -> list[Unit]:
-        names = {site.name for site in couple.sites} | ({"pooler"} if couple.name == "hidden" else set())
-        return [u for u in self.anatomy.units if names & {u.reads, u.writes, u.factor}]
 
     def report(self, couples: dict[str, int], curve: list[BudgetPoint], round_to: int | None = None) -> SpectralReport:
         """The spectra of all sites in question and what a `Plan` makes of them."""

@@ -11,7 +11,7 @@ from .budget import BudgetPoint
 from .cautions import MUCH
 
 
-__all__ = ["SHARES", "asks_for_edges", "curve_table", "has_target", "no_target", "whole_sites"]
+__all__ = ["SHARES", "asks_for_edges", "curve_table", "has_target", "no_size", "no_target", "whole_sites"]
 
 SHARES = (0.3, 0.5, 0.63, 0.8)  # what the curve in the message is read at; the greedy descent ends at the last
 DEFAULT_ESTIMATOR = next(f.default for f in dataclasses.fields(RMTKDConfig) if f.name == "edge_estimator")
@@ -19,7 +19,7 @@ DEFAULT_ESTIMATOR = next(f.default for f in dataclasses.fields(RMTKDConfig) if f
 
 def has_target(config: RMTKDConfig) -> bool:
     """Whether a budget decides."""
-    return config.target_reduction is not None or config.target_flops is not None
+    return bool(config.targets)
 
 
 def asks_for_edges(config: RMTKDConfig) -> bool:
@@ -71,6 +71,16 @@ def no_target(config: RMTKDConfig, doubts: Mapping[str, str | None], lost: float
         f"{found}. Give a size, for example target_reduction=0.5 (--target-reduction 0.5); below is what sizes are "
         "predicted to cost before any distillation. An edge is taken as it is where its estimator is named "
         f"(edge_estimator other than {config.edge_estimator!r}).",
+        curve,
+    )
+
+
+def no_size(config: RMTKDConfig, curve: str) -> NoTargetError:
+    """The error where a recipe's tolerance is to say the size, and nothing is measured that could."""
+    return NoTargetError(
+        f"tolerance={config.tolerance} says how much of a metric may be lost, not how far to cut: a size is found by "
+        "measuring. Give narrow a function (evaluate=), train with an eval_dataset (RMTKDTrainer, RMTKDLoop), or run "
+        "optimum-cli rmtkd compress; below is what sizes are predicted to cost.",
         curve,
     )
 

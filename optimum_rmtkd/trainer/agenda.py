@@ -14,6 +14,7 @@ __all__ = ["Agenda"]
 REPEATS = 2  # of one stage
 LOOKED_AT = 40  # steps of a stage that is looked at in between
 PLAIN = ("max_steps", "stopped", "retry_at", "look_at", "stage_from", "delay", "repeats")
+LATER = {"stays": False}  # what checkpoints of earlier versions do not have
 
 
 class Agenda:
@@ -25,6 +26,7 @@ class Agenda:
     stopped: why no further cut will follow.
     retry_at: step at which a cut that waits is looked at again.
     stage_from, look_at: steps at which the open stage began, and will be looked at.
+    stays: whether the search for a size is over, and the model that was found is distilled on.
     delay, repeats: steps by which cuts come later than planned, and how often the open stage was repeated.
     """
 
@@ -41,6 +43,12 @@ class Agenda:
         self.retry_at: int | None = None
         self.look_at: int | None = None
         self.stage_from = self.delay = self.repeats = 0
+        self.stays = False
+
+    @property
+    def standing(self) -> int | None:
+        """Place of the last record whose widths the model has; None where it is uncut."""
+        return next((at for at in reversed(range(len(self.stages))) if self.stages[at].accepted), None)
 
     @property
     def open(self) -> Stage | None:
@@ -103,8 +111,12 @@ class Agenda:
 
     def change(self, **values: Any) -> Stage:
         """The last record with other values."""
-        self.stages[-1] = dataclasses.replace(self.stages[-1], **values)
-        return self.stages[-1]
+        return self.change_at(-1, **values)
+
+    def change_at(self, place: int, **values: Any) -> Stage:
+        """The same of an earlier record."""
+        self.stages[place] = dataclasses.replace(self.stages[place], **values)
+        return self.stages[place]
 
     def note(self, note: str) -> None:
         """A line for people in the last record."""
@@ -115,7 +127,7 @@ class Agenda:
         """JSON-able."""
         plan = [dataclasses.asdict(cut) for cut in self.plan or ()]
         stages = [stage.to_dict() for stage in self.stages]
-        return {"plan": plan, "stages": stages} | {name: getattr(self, name) for name in PLAIN}
+        return {"plan": plan, "stages": stages} | {name: getattr(self, name) for name in (*PLAIN, *LATER)}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
@@ -124,3 +136,5 @@ class Agenda:
         self.stages = [Stage.from_dict(stage) for stage in values["stages"]]
         for name in PLAIN:
             setattr(self, name, values[name])
+        for name, usual in LATER.items():
+            setattr(self, name, values.get(name, usual))

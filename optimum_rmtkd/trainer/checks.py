@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..batches import from_loader, main_input, no_mapping
-from ..config import RMTKDConfig
+from ..config import COMPARING, RMTKDConfig
 from ..distillation import CachedTeacher, OnPolicy, TaskLoss
 from ..distillation.cached import COLUMNS
 from ..distillation.signatures import named_inputs
@@ -66,7 +66,7 @@ def check_model(model: nn.Module, recipe: RMTKDConfig, evaluated: bool) -> None:
     """
     from .. import surgery
 
-    wanted = [name for name in ("stage_threshold", "max_metric_drop") if getattr(recipe, name) is not None]
+    wanted = [name for name in COMPARING if getattr(recipe, name) is not None]
     if wanted and not evaluated:
         raise RMTKDError(f"{wanted[0]} compares validation metrics; expected an eval_dataset, got none. Pass one.")
     if not hasattr(model, "config"):
@@ -320,7 +320,7 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
             "some with requires_grad. A merged adapter leaves its model frozen; call model.requires_grad_(True)."
         )
     if run.plan is not None:  # trained on after its cuts: the targets are met
-        recipe = recipe.replace(target_reduction=None, target_flops=None)
+        recipe = recipe.replace(**dict.fromkeys(recipe.targets), round_share=None)
     elif recipe.schedule != "none":
         surgery.check_recipe(model, recipe)
     terms = list(run.tutor.objectives)
@@ -337,6 +337,8 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
         _check_batch(run, model, batch, labels_needed, classes_known)
         if recipe.schedule != "none":
             surgery.check_data(model, [host.columns.for_calibration(batch)], recipe)
+            if host.accelerator.is_main_process:  # several at once would disturb each other's measurements
+                surgery.check_latency(model, recipe)
         rehearse(run, model, batch)  # what is wrong with the data has been said by now
     kept = from_main([objective.label for objective in run.tutor.objectives], host.accelerator)
     run.tutor.objectives[:] = [objective for objective in terms if objective.label in kept]

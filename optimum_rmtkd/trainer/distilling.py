@@ -11,7 +11,18 @@ from typing import Any
 from .judge import Measured
 
 
-__all__ = ["begin_again", "begin_stage", "look", "repeat", "settle", "suit", "wait", "wait_or_stop"]
+__all__ = [
+    "begin_again",
+    "begin_stage",
+    "conclude",
+    "look",
+    "repeat",
+    "settle",
+    "stay",
+    "suit",
+    "wait",
+    "wait_or_stop",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -86,8 +97,7 @@ def settle(run: Any, measured: Measured) -> str | None:
     weights and those of just after the cut."""
     judge, agenda, stage = run.judge, run.agenda, run.agenda.open
     if judge.dropped(measured.value):
-        uncut, allowed = judge.baseline.value, run.config.max_metric_drop
-        reason = f"{stage.metric_name} {measured.value:.4f}, uncut {uncut:.4f}, max_metric_drop {allowed:g}"
+        reason = f"{stage.metric_name} {measured.value:.4f}, uncut {judge.baseline.value:.4f}, {judge.rule()}"
         agenda.change(**measured.at_the_end(), status="rolled_back", reason=reason)
         return reason
     if judge.worse(measured):
@@ -100,6 +110,36 @@ def settle(run: Any, measured: Measured) -> str | None:
     run.keepsake.reset()
     run.write_journal()
     return None
+
+
+def stay(run: Any, good: Measured) -> None:
+    """No smaller model follows the one at hand, which keeps the tolerance: the steps that are left distil it, from
+    weights that are kept.
+
+    Args:
+        good: the model at hand.
+    """
+    step, left = run.host.step, run.host.max_steps - run.host.step
+    run.judge.just_cut = run.judge.last = good
+    if left > 0:
+        run.agenda.stays = True
+        run.keepsake.keep()
+        run.pace.suit(1 - run.parameters / run.reference_parameters, left)
+        run.pace.warm_up(step, left)
+        run.host.reschedule()
+
+
+def conclude(run: Any, measured: Measured) -> None:
+    """What came of `stay`: the better of the weights that were kept and those of the end."""
+    judge, agenda = run.judge, run.agenda
+    if judge.dropped(measured.value) or judge.worse(measured):
+        _put_back(run)
+        logger.warning("Distilling on made the model worse (%s): the weights before stay.", judge.words(measured))
+        judge.last = measured = judge.just_cut
+    if agenda.standing is not None:
+        agenda.change_at(agenda.standing, **measured.at_the_end())
+    agenda.stays = False
+    run.keepsake.reset()
 
 
 def _put_back(run: Any) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ..batches import to_device
-from ..config import RMTKDConfig
+from ..config import COMPARING, RMTKDConfig
 from ..errors import RMTKDError
-from ..surgery import divergence_warning, loss_warning
+from ..surgery import allowed_loss, divergence_warning, keeps_tolerance, loss_warning
 from ..surgery.divergence import mean_divergence
 from . import plain, verdicts
 from .data import isolated_rng
@@ -115,7 +115,7 @@ class Judge:
                 found,
             )
             return metrics[found]
-        needed = [n for n in ("stage_threshold", "max_metric_drop") if getattr(self.config, n) is not None]
+        needed = [name for name in COMPARING if getattr(self.config, name) is not None]
         found = ", ".join(sorted(metrics)) or "nothing (eval_dataset is empty, or holds no labels)"
         hint = "Set metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
         if host.metric_asked_for or needed:
@@ -143,11 +143,26 @@ class Judge:
         return not metric_reached(value, self.baseline.value, share, self.greater_is_better)
 
     def dropped(self, value: float | None) -> bool:
-        """Whether the metric lies further below the uncut model's than `max_metric_drop`, which the user has set."""
-        allowed = self.config.max_metric_drop
-        if allowed is None or value is None or self.baseline.value is None:
+        """Whether the metric lies further below the uncut model's than `max_metric_drop` or `tolerance`, which the
+        user has set."""
+        allowed, tolerance, uncut = self.config.max_metric_drop, self.config.tolerance, self.baseline.value
+        if not self.rolls_back or value is None or uncut is None:
             return False
-        return metric_dropped(value, self.baseline.value, allowed, self.greater_is_better)
+        if tolerance is not None:
+            return not keeps_tolerance(tolerance, value, uncut, self.greater_is_better)
+        return metric_dropped(value, uncut, allowed, self.greater_is_better)
+
+    @property
+    def rolls_back(self) -> bool:
+        """Whether a stage that loses too much is rolled back."""
+        return self.config.max_metric_drop is not None or self.config.tolerance is not None
+
+    def rule(self) -> str:
+        """What `dropped` holds a metric against, for people."""
+        if self.config.tolerance is None:
+            return f"max_metric_drop {self.config.max_metric_drop:g}"
+        allowed = allowed_loss(self.config.tolerance, self.baseline.value, self.greater_is_better)
+        return f"tolerance {self.config.tolerance:g} allows a loss of {allowed:.4g}"
 
     def worse(self, now: Measured) -> bool:
         """Is the model worse than just after the cut of the open stage, beyond the noise?"""
@@ -232,10 +247,10 @@ class Judge:
         return self.behind(now, chance) is None
 
     def behind(self, now: Measured, chance: float | None = None) -> str | None:
-        """The metric that has not come back; None where all have. Where the user has set `stage_threshold` or
-        `max_metric_drop`, that says it."""
+        """The metric that has not come back; None where all have. Where the user has set `stage_threshold`,
+        `max_metric_drop` or `tolerance`, that says it."""
         value, uncut = now.value, self.baseline
-        if self.config.stage_threshold is not None or self.config.max_metric_drop is not None:
+        if self.config.stage_threshold is not None or self.rolls_back:
             return self.name if self.below_threshold(value) or self.dropped(value) else None
         scale = chance if self.name.endswith("loss") else None
         if not verdicts.come_back(value, uncut.value, self.greater_is_better, scale):

@@ -44,6 +44,11 @@ class Records:
                 f"{len(agenda.plan) - cut.index} of {len(agenda.plan)} planned cuts were not made (the next one was "
                 f"due at step {cut.step + agenda.delay}{waited})."
             )
+        if self.config.tolerance is not None and agenda.stages and agenda.standing is None:
+            yield (
+                f"No round kept tolerance={self.config.tolerance:g}: the model is uncut. Allow more, remove less in a "
+                "round (round_share), or give each more steps."
+            )
         if target is not None and not met:
             why = agenda.stopped or ("all planned stages are done" if cut is None else "cuts are missing")
             yield (
@@ -80,4 +85,5 @@ def stage_of(cut: PlannedCut, step: int, reduction: Any, measured: Measured, met
         metrics_before=measured.metrics,
         predicted_loss=reduction.predicted_loss if reduction.loss_unit == "nats" else None,
         divergence=reduction.divergence,
+        note=None if reduction.latency is None else reduction.latency.words(),
     )

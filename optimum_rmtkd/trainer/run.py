@@ -18,13 +18,13 @@ from torch import nn
 from ..config import RMTKDConfig
 from ..distillation import TaskLoss, Teacher, fingerprint
 from ..distillation.teachers import clean_copy
-from ..errors import NoTargetError
+from ..errors import BudgetError, NoTargetError
 from ..reparameterization import is_reparameterized
 from . import checkpoint, plain
 from .agenda import Agenda
 from .companions import Companions
 from .cutting import planned, reduced
-from .distilling import begin_again, begin_stage, look, repeat, settle, suit, wait, wait_or_stop
+from .distilling import begin_again, begin_stage, conclude, look, repeat, settle, stay, suit, wait, wait_or_stop
 from .fit import Fit
 from .host import Host
 from .judge import Judge, Measured
@@ -214,6 +214,8 @@ class Run:
             logger.warning("Training ended in the %d steps of fine-tuning: nothing was cut.", self.fit.steps)
         if self.agenda.open is not None:
             self._settle(self.measure())
+        elif self.agenda.stays:
+            conclude(self, self.measure())
         elif self.stages and not self.agenda.ended:
             self.measure()  # what was trained on after the last stage
             if self.stages[-1].accepted:
@@ -306,23 +308,19 @@ class Run:
 
     def _cut(self, cut: PlannedCut, step: int, measured: Measured) -> None:
         self.dropout.restore()  # the reduced model must inherit the real rates
-        keep = self.tutor.previous or self.config.max_metric_drop is not None
+        keep = self.tutor.previous or self.judge.rolls_back
         before = plain.plain_copy(self.host.model) if keep else None
         try:
             reduction = reduced(self.host, self.config, cut, self.reference_parameters)
-        except NoTargetError as error:
-            if not self.stages:
-                raise
-            self.agenda.stopped = f"the spectra say nothing of a further cut ({error.message})"
-            self.agenda.change(reason=self.agenda.stopped)
-            logger.warning("No further cut is made: %s.", self.agenda.stopped)
-            self.disable_dropout()
+        except BudgetError as error:
+            self._cannot_cut(error, measured)
             return
         stage = stage_of(cut, step, reduction, measured, self.judge.name)
         if reason := too_narrow(stage.sites, self.config.min_rank_ratio):
             logger.warning("Stage %d is not cut: %s.", cut.index, reason)
             self.stages.append(dataclasses.replace(stage, status="rejected", reason=reason))
             self.agenda.stopped = reason
+            self._stay(measured)
             self.disable_dropout()
             self.write_journal()
             return
@@ -340,6 +338,24 @@ class Run:
         self.write_journal()
         self.records.log(self.stages[-1], self.parameters)
 
+    def _cannot_cut(self, error: BudgetError, measured: Measured) -> None:
+        """A later cut of several that cannot be made ends them: one that the spectra decide, or that goes beyond what
+        the widths allow while the smallest model is looked for. Others raise."""
+        untold = isinstance(error, NoTargetError)
+        if not self.stages or not (untold or self.config.tolerance is not None):
+            raise error
+        why = "the spectra say nothing of a further cut" if untold else "there is no smaller size"
+        self.agenda.stopped = f"{why} ({error.message if untold else error})"
+        if self.stages[-1].accepted:
+            self.agenda.change(reason=self.agenda.stopped)
+        logger.warning("No further cut is made: %s.", self.agenda.stopped)
+        self._stay(measured)
+        self.disable_dropout()
+
+    def _stay(self, good: Measured) -> None:
+        if self.config.tolerance is not None:
+            stay(self, good)
+
     def _apply(self, reduction: Any, before: nn.Module | None) -> None:
         self.host.install(plain.put_on(self.parts.reparameterization, reduction.model))
         self.tutor.follow(reduction.projections, before)
@@ -354,6 +370,8 @@ class Run:
         self.agenda.stopped = reason
         self.keepsake.reset()
         self._after_change()
+        failed = self.stages[-1]
+        self._stay(Measured(failed.metrics_before, failed.metric_before))
         self.disable_dropout()
         self.records.log(self.stages[-1], self.parameters)
         self.write_journal()

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ..config import RMTKDConfig
+from ..config import ROUND_SHARE, SEARCH_ROUNDS, RMTKDConfig
 from ..errors import BudgetError, RMTKDError
 from ..files import write_text
 from ..hub.measures import fit_text, number, stage_measures, stage_notes
@@ -148,19 +148,30 @@ def plan_cuts(
     if config.schedule == "none":
         return ()
     if config.schedule == "layerwise":
-        steps = spread_steps(len(groups), max_steps, config.stage_share)
+        steps = spread_steps(len(groups), max_steps, config.span_of_cuts)
         return tuple(PlannedCut(i, s, sites=tuple(g)) for i, (s, g) in enumerate(zip(steps, groups, strict=True)))
+    if config.tolerance is not None:
+        return _rounds_of_search(config, max_steps, kept)
     target = config.target_flops
     if config.target_reduction is not None:
         target = 1.0 - (1.0 - config.target_reduction) / kept
     rounds = config.rounds or 1
-    steps = spread_steps(rounds, max_steps, config.stage_share)
+    steps = spread_steps(rounds, max_steps, config.span_of_cuts)
     if config.target_reduction is not None:
         shares = geometric_shares(config.target_reduction, rounds, kept)
         return tuple(PlannedCut(i, s, target_reduction=t) for i, (s, t) in enumerate(zip(steps, shares, strict=True)))
     # FLOPs are counted against the model at hand, so every round removes the same share of what is left.
     flops = None if target is None else 1.0 - (1.0 - target) ** (1.0 / rounds)
     return tuple(PlannedCut(i, s, target_flops=flops) for i, s in enumerate(steps))
+
+
+def _rounds_of_search(config: RMTKDConfig, max_steps: int, kept: float) -> tuple[PlannedCut, ...]:
+    """Rounds that each remove the same share of what is left: as many as there may be, for the first that loses too
+    much ends them."""
+    rounds = config.rounds or max(1, min(SEARCH_ROUNDS, max_steps))
+    left = 1.0 - (config.round_share or ROUND_SHARE)
+    steps = spread_steps(rounds, max_steps, config.span_of_cuts)
+    return tuple(PlannedCut(i, s, target_reduction=1.0 - kept * left ** (i + 1)) for i, s in enumerate(steps))
 
 
 def check_target(config: RMTKDConfig, parameters: int, reference: int) -> None:

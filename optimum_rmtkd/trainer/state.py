@@ -35,7 +35,7 @@ def run_state(run: Any) -> dict[str, Any]:
         tensors |= checkpoint.flatten("before", before.state_dict())
     if run.fit.steps and not run.fit.going:  # the teacher exists nowhere else
         tensors |= checkpoint.flatten("initial", initial.state_dict())
-    if open_stage and run.keepsake.tensors is not None:
+    if (open_stage or run.agenda.stays) and run.keepsake.tensors is not None:
         tensors |= checkpoint.flatten("after_cut", run.keepsake.tensors)
     if isinstance(run.teacher, EMATeacher):
         tensors |= checkpoint.flatten("ema", run.teacher.model.state_dict())

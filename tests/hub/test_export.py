@@ -10,7 +10,8 @@ import torch
 import transformers
 
 from optimum_rmtkd import RMTKDConfig, RMTKDError, count_parameters
-from optimum_rmtkd.hub.loading import example_inputs, load_model
+from optimum_rmtkd.batches.examples import example_inputs
+from optimum_rmtkd.hub.loading import load_model
 from optimum_rmtkd.hub.native import to_native
 from optimum_rmtkd.surgery import narrow_to
 

@@ -14,9 +14,10 @@ from transformers import BertConfig, BertForSequenceClassification
 from optimum_rmtkd import BudgetError, RMTKDConfig, count_parameters, narrow
 from optimum_rmtkd.surgery import narrow_to, reduce
 from optimum_rmtkd.surgery.budget import Couple, allocate, couple_grid, flops_of, parameters_of, speed_weight_of
+from optimum_rmtkd.surgery.checks import positions_of as _positions
 from optimum_rmtkd.surgery.reduction import anatomy_of
 from optimum_rmtkd.surgery.sites import Site
-from optimum_rmtkd.surgery.surgeon import Surgeon, _positions
+from optimum_rmtkd.surgery.surgeon import Surgeon
 
 from . import zoo
 

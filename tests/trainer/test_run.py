@@ -88,7 +88,7 @@ def quick(monkeypatch):
         sizes = [sum(p.numel() for p in m.parameters()) for m in (old, new)]
         return SimpleNamespace(
             model=new, projections={}, sites=(), parameters_before=sizes[0], parameters_after=sizes[1], report=None,
-            predicted_loss=None, loss_unit=None, divergence=None,
+            predicted_loss=None, loss_unit=None, divergence=None, latency=None,
         )  # fmt: skip
 
     monkeypatch.setattr(life, "reduced", reduced)

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from optimum_rmtkd import count_parameters
-from optimum_rmtkd.errors import BudgetError
+from optimum_rmtkd.errors import BudgetError, LatencyError, RMTKDError
 from optimum_rmtkd.surgery.budget import flops_of
 from optimum_rmtkd.surgery.sites import linear_layers
 from optimum_rmtkd.surgery.surgeon import anatomy_of
 
+from ..surgery.timing import machine, model_seconds  # noqa: F401
 from ..tables import covering
 from .conftest import tiny_bert, toy_data
 
@@ -71,3 +72,52 @@ def test_training_goes_on_after_the_target_is_met(make_trainer):
     reached = count_parameters(trainer.model)
     trainer.train()
     assert len(trainer.stages) == 1 and count_parameters(trainer.model) == reached
+
+
+def sized(trainer):
+    """The metric is the number of parameters: a search ends where it is known to."""
+    return {"compute_metrics": lambda prediction: {"size": float(count_parameters(trainer().model))}}
+
+
+def test_a_trainer_finds_the_size(make_trainer, capsys):
+    made = []
+    trainer = make_trainer(
+        recipe={"target_reduction": None, "tolerance": 30, "rounds": 3, "round_share": 0.2, "stage_share": 0.75},
+        metric_for_best_model="size",
+        greater_is_better=True,
+        trainer_kwargs=sized(lambda: made[0]),
+    )
+    made.append(trainer)
+    whole = count_parameters(trainer.model)
+    output = trainer.train()
+    assert [s.status for s in trainer.stages] == ["accepted", "rolled_back"] and trainer.state.global_step == 8
+    assert output.metrics["reduction"] == pytest.approx(0.2, abs=0.01)
+    assert trainer.stages[1].parameters_after == pytest.approx(0.64 * whole, rel=0.02)
+    assert "rolled_back" in capsys.readouterr().out
+    trainer.train()  # on, without another cut
+    assert len(trainer.stages) == 2
+
+
+def test_a_tolerance_needs_something_to_measure(make_trainer):
+    recipe = {"target_reduction": None, "tolerance": 0.5}
+    with pytest.raises(RMTKDError, match="tolerance compares validation metrics; expected an eval_dataset"):
+        make_trainer(recipe=recipe, trainer_kwargs={"eval_dataset": None})
+
+
+def test_a_trainer_meets_a_time(make_trainer, machine):  # noqa: F811
+    machine()
+    model = tiny_bert()
+    before = model_seconds(model)
+    trainer = make_trainer(model, recipe={"target_reduction": None, "target_latency": 0.9, "latency_length": 10})
+    trainer.train()
+    assert model_seconds(trainer.model) / before == pytest.approx(0.9, rel=0.1)
+    (stage,) = trainer.stages
+    assert stage.note.startswith("latency ") and "batch 1, length 10, cpu" in stage.note
+
+
+def test_a_time_out_of_reach_is_refused_before_the_first_step(make_trainer, machine):  # noqa: F811
+    machine()
+    trainer = make_trainer(recipe={"target_reduction": None, "target_latency": 0.01, "fit_share": 0.5})
+    with pytest.raises(LatencyError, match="at least"):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not trainer.stages

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...config import RMTKDConfig
+from ...config import COMPARING, RMTKDConfig
 from ...errors import RMTKDError
 from ..checks import one_device, unsharded
 
@@ -27,7 +27,6 @@ __all__ = [
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 OF_THE_SCRIPT = "model and optimizer have to be prepared together after a cut, and here they are the script's own"
-COMPARING = ("stage_threshold", "max_metric_drop")
 PREPARE = "model, optimizer, train_dataloader, lr_scheduler = accelerator.prepare(...)"
 
 

@@ -42,21 +42,10 @@ def compare_latency(
     """
     import torch
 
-    def seconds(model: PreTrainedModel) -> float:
-        start = time.perf_counter()
-        model(**inputs)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    def block(model: PreTrainedModel) -> float:
-        seconds(model)
-        return statistics.median(seconds(model) for _ in range(BLOCK))
-
     before.eval(), after.eval()
     with torch.inference_mode():
-        block(before), block(after)
-        pairs = [(block(before), block(after)) for _ in range(repeats)]
+        _block(before, inputs), _block(after, inputs)
+        pairs = [(_block(before, inputs), _block(after, inputs)) for _ in range(repeats)]
     ratios = [b / a for b, a in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
     return Latency(
@@ -66,3 +55,19 @@ def compare_latency(
         low=low,
         high=high,
     )
+
+
+def _block(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    """Median seconds of BLOCK passes, after one that is not measured."""
+    _seconds(model, inputs)
+    return statistics.median(_seconds(model, inputs) for _ in range(BLOCK))
+
+
+def _seconds(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    import torch
+
+    start = time.perf_counter()
+    model(**inputs)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

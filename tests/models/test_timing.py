@@ -4,7 +4,7 @@ import time
 
 from torch import nn
 
-from optimum_rmtkd.commands.timing import BLOCK, compare_latency
+from optimum_rmtkd.models.timing import BLOCK, compare_latency
 
 
 class Sleeper(nn.Module):
