@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..spectra import SecondMoments
 from .bases import (
     Projection,
+    Selection,
     fisher_directions,
     head_projection,
     natural_gauge,
@@ -31,10 +31,12 @@ from .bases import (
 )
 from .calibration import Calibration
 from .linalg import eigh, qr
+from .norms import norm_of
 from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
+from .weights import dense_table, dense_weight
 
 
-__all__ = ["Directions", "dense_table", "dense_weight", "site_directions", "stream_metric"]
+__all__ = ["Directions", "parted_projection", "site_directions", "stream_metric"]
 
 
 LOGIT_SHARE = 0.2  # of 1, 0.3, 0.2 and 0.1 on a 6-layer encoder: the largest that lets heads go as early as neurons do
@@ -67,25 +69,6 @@ def stream_metric(calibration: Calibration, point: Point | None, dim: int) -> to
     return 0.5 * calibration.tokens_per_sample * moments.gradient_moment.cpu()
 
 
-def dense_weight(module: nn.Module) -> torch.Tensor:
-    """Weight (out, in) fp64 of a linear layer, (out, in, h, w) of a convolution; factored ones multiplied out."""
-    if hasattr(module, "down"):
-        up, down = module.up.weight.detach().double(), module.down.weight.detach().double()
-        return (
-            torch.einsum("or...,ri...->oi...", up, down)
-            if up.dim() == 2
-            else ((up.flatten(1) @ down.flatten(1))[..., None, None])
-        )
-    weight = module.weight.detach().double()
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def dense_table(module: nn.Module) -> torch.Tensor:
-    """(num_embeddings, dim) fp64 of an embedding, a factored one multiplied out."""
-    table = module.weight.detach().double()
-    return table @ module.up.weight.detach().double().T if hasattr(module, "up") else table
-
-
 def _tail_sums(scores: torch.Tensor) -> torch.Tensor:
     """(w,) -> (w + 1,): what is left out when the first 0, 1, ... w are kept."""
     return torch.cat([scores.flip(0).cumsum(0).flip(0), scores.new_zeros(1)])
@@ -99,7 +82,7 @@ def _weight_behind(model: nn.Module, unit: Unit) -> torch.Tensor:
     """(out, in, positions) fp64 weight of a unit, through the scale of the batch norm that follows: where that divides
     by running statistics, the scale of the weight itself means nothing."""
     weight = dense_weight(get_module(model, unit.path)).cpu()
-    weight = weight.flatten(2) if weight.dim() == 4 else weight[..., None]
+    weight = unit.scale * (weight.flatten(2) if weight.dim() == 4 else weight[..., None])
     norm = get_module(model, unit.norm) if unit.norm and is_layer(model, unit.norm) else None
     if norm is None or norm.running_var is None:
         return weight
@@ -141,14 +124,17 @@ def hidden_directions(
     fisher = sum(gradients) / len(gradients) if gradients else None
     dim = site.width
     ones = torch.full((dim, 1), dim**-0.5, dtype=torch.float64)
+    keeps_ones = anatomy.pre_norm and norm_of(get_module(model, anatomy.last_norm)).centres
+    if keeps_ones:  # what lies along them no layer reads
+        joint = joint - ones @ (ones.T @ joint)
+        joint = joint - (joint @ ones) @ ones.T
     if basis == "random":
         generator = torch.Generator().manual_seed(calibration.config.seed)
         ranked = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     else:
         ranked, _ = fisher_directions(joint, fisher)
-    if anatomy.pre_norm:
-        # The folded stream has no mean over its features; that direction must stay, for layer norm to subtract
-        # nothing.
+    if keeps_ones:
+        # Layer norm subtracts the mean over features: that direction stays, for the narrow one to subtract the same.
         ranked = torch.cat([ones, (ranked - ones @ (ones.T @ ranked))], dim=1)
     nested = qr(ranked, "Basis of the stream")[0]
     # tr(M (1 - P) S (1 - P)) for every nested P at once: sums over the lower right corner of a Hadamard product
@@ -163,9 +149,9 @@ def hidden_directions(
 
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
         kept = polar_alignment(nested[:, :width])
-        if width < dim:
+        if width < dim and (keeps_ones or not anatomy.pre_norm):
             inside = kept.T @ joint @ kept
-            quiet = (kept.T @ ones)[:, 0] if anatomy.pre_norm else eigh(inside, "Rotation of the stream")[1][:, 0]
+            quiet = (kept.T @ ones)[:, 0] if keeps_ones else eigh(inside, "Rotation of the stream")[1][:, 0]
             kept = rotate_onto_ones(kept, quiet / quiet.norm())
         return {"": Projection(kept, kept)}
 
@@ -269,6 +255,37 @@ def query_key_site_directions(
     return Directions(site, damage, cut)
 
 
+def group_directions(
+    model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
+) -> Directions:
+    """Whole key-value groups of attention, each with all query heads that share it: what they give to the stream."""
+    unit = next(u for u in anatomy.units if u.reads == site.name)
+    weight = dense_weight(get_module(model, unit.path)).cpu()
+    effect = unit.scale**2 * weight.T @ _metric_behind(model, anatomy, unit, calibration) @ weight
+    point = site.points[0]
+
+    def moment() -> torch.Tensor:
+        return _moment(model, unit, calibration.moments[point])
+
+    count = site.group_width
+    scores = torch.einsum("gij,gji->g", _per_head(moment(), count), _per_head(effect, count)).clamp_min(0)
+    order = scores.argsort(descending=True)
+    if basis == "random":
+        generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
+        order = torch.randperm(count, generator=generator)
+
+    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
+        return {"": neuron_projection(moment(), site.features_of(order[:width].sort().values))}
+
+    return Directions(site, _tail_sums(scores[order]), cut)
+
+
+def parted_projection(site: Site, lead: Site, cut: Projection) -> Projection:
+    """The cut of a site that follows another: of the same groups (neurons) its own features."""
+    groups = cut.index if not lead.parts else cut.index.reshape(-1, lead.groups)[:, 0] // lead.groups
+    return Selection(cut.decode.new_empty(0), site.features_of(groups), site.width)
+
+
 def _attention_of(anatomy: Anatomy, site: Site) -> str:
     return next(a.path for a in anatomy.attributes if a.site == site.name)
 
@@ -334,10 +351,11 @@ KINDS: dict[str, Callable[..., Directions]] = {
     "pooled": neuron_directions,
     "attention_vo": value_site_directions,
     "attention_qk": query_key_site_directions,
+    "attention_groups": group_directions,
     "embedding": table_directions,
     "linear": factored_directions,
 }
-PER_HEAD = ("attention_vo", "attention_qk")  # kinds whose directions are those of each head
+PER_HEAD = ("attention_vo", "attention_qk", "attention_groups")  # directions of each head, or of whole groups
 
 
 def site_directions(

@@ -23,6 +23,7 @@ from ..models import (
     check_behaviour,
     check_structure,
     count_parameters,
+    match_precision,
     provenance_of,
     twin_of,
     uncut_parameters,
@@ -56,7 +57,7 @@ from .checks import (
     check_shape,
 )
 from .checks import positions_of as _positions
-from .directions import Directions, site_directions
+from .directions import Directions, parted_projection, site_directions
 from .divergence import answers_per_sample, mean_divergence
 from .grouping import by_length
 from .likelihood import answers, gives_likelihood
@@ -69,7 +70,7 @@ from .sites import Point, Site, Unit, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
 from .untargeted import SHARES, asks_for_edges, curve_table, has_target, no_target
-from .variety import check_variety, warn_of_few
+from .variety import check_variety, enough_rows, warn_of_few
 
 
 __all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
@@ -129,9 +130,8 @@ class Surgeon:
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
             check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
-            self.calibration = Calibration(
-                points, self._gradient_points(), config, null_moments=thorough or null_moments, halves=thorough
-            )
+            options = {"null_moments": thorough or null_moments, "halves": thorough}
+            self.calibration = Calibration(points, self._gradient_points(), self._calibrating(), **options)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
@@ -141,6 +141,12 @@ class Surgeon:
             warn_of_few(self.batches, config, widths.get("hidden", max(widths.values(), default=0)))
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
+
+    def _calibrating(self) -> RMTKDConfig:
+        """The recipe with as many rows as the widest site needs, where each token is an answer of its own."""
+        if not self.anatomy.answers:
+            return self.config
+        return enough_rows(self.config, max(site.width for site in self.sites if site.chosen), self.batches)
 
     def _gradient_points(self) -> list[Point]:
         hidden = self.anatomy.sites.get("hidden")
@@ -154,7 +160,8 @@ class Surgeon:
                 )
             return []
         if gives_likelihood(self.teacher, self.batches[0]):
-            return list(hidden.points)
+            lands = {u.lands for u in self.anatomy.units if u.lands is not None} if self.anatomy.answers else set()
+            return [*hidden.points, *sorted(lands - set(hidden.points), key=str)]
         if importance == "fisher":
             raise CalibrationError(
                 f"importance='fisher' needs a model with logits to draw labels from; {type(self.source).__name__} "
@@ -211,10 +218,10 @@ class Surgeon:
         return {name: tuple(sites) for name, sites in grouped.items()}
 
     def _damage(self, members: tuple[Site, ...]) -> torch.Tensor:
-        return sum(self.directions_of(site).damage for site in members if site.kind != "pooled")
+        return sum(self.directions_of(site).damage for site in members if site.chosen)
 
     def _couple(self, name: str, members: tuple[Site, ...], spectra: bool) -> Couple:
-        own = [site for site in members if site.kind != "pooled"]
+        own = [site for site in members if site.chosen]
         lead, score, rank = own[0], torch.empty(0), None
         for site in own:
             self._check_varies(site)
@@ -277,7 +284,7 @@ class Surgeon:
             narrow = f"too narrow for a bulk, {site.width} features" if site.width < TOO_NARROW else None
             return None if self.trust_edges else narrow or doubt(self.subspace_of(site))
 
-        return {site.name: of(site) for site in self.sites if site.kind != "pooled"}
+        return {site.name: of(site) for site in self.sites if site.chosen}
 
     def _curve(self, couples: list[Couple]) -> str:
         """What sizes are predicted to cost, as a table."""
@@ -346,7 +353,7 @@ class Surgeon:
         spectra = [
             SiteSpectrum(s.name, s.kind, s.width, widths.get(s.name, s.width), self.subspace_of(s))
             for s in self.sites
-            if s.kind != "pooled"
+            if s.chosen
         ]
         after = parameters_of(self.teacher, self.anatomy)(couples)
         return SpectralReport(
@@ -376,6 +383,7 @@ class Surgeon:
         self._try_out(student)
         if self.config.refit and self.config.form == "absorbed":
             refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
+        student = match_precision(student, self.source)
         if self.config.shape == "native":
             student = self._plain(student)
         return carry_over(self.source, student), self._stream_projection(cuts)
@@ -401,7 +409,7 @@ class Surgeon:
     def _cuts(self, couples: dict[str, int], last: bool) -> Cuts:
         chosen, stream, cut = {}, None, site_widths(couples, self.anatomy)
         order = sorted(self.anatomy.sites.values(), key=lambda site: site.kind != "hidden")
-        order = [site for site in order if site.name in cut]
+        order = [site for site in order if site.name in cut and site.kind != "parted"]
         for site in order:
             self.directions_of(site)
         for at, site in enumerate(order):
@@ -414,15 +422,17 @@ class Surgeon:
                 stream = chosen[site.name][""]
         if last:
             self.calibration.keep(())
+        for site in self.anatomy.sites.values():
+            if site.kind == "parted" and site.name in cut:
+                lead = next(s for s in order if s.couple == site.couple)
+                chosen[site.name] = {"": parted_projection(site, lead, chosen[lead.name][""])}
         return Cuts(chosen)
 
     def _stream_projection(self, cuts: Cuts) -> dict[str, torch.Tensor]:
         cut = cuts.of("hidden", "")
         if cut is None:
             return {}
-        # the folded stream of a pre-norm model is the old one less its mean over features
-        basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
-        return {"hidden": basis.float().to(self.source.device)}
+        return {"hidden": cut.encode.float().to(self.source.device)}
 
 
 @contextlib.contextmanager

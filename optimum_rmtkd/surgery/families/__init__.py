@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Family", "family_of", "register_family"]
 
-SHIPPED = ("bert", "roberta", "distilbert", "electra", "vit", "deit", "resnet")
+SHIPPED = ("bert", "roberta", "distilbert", "electra", "vit", "deit", "resnet", "llama", "gpt2", "opt", "neox")
 FAMILIES: dict[str, Family] = {}
 
 

@@ -1,0 +1,33 @@
+"""Llama and what shares its code: RMS norms, rotary positions, grouped queries, gated feed-forward."""
+
+import dataclasses
+
+from ..decoders import DecoderLayout
+from . import Family, register_family
+
+
+LLAMA_LAYOUT = DecoderLayout(
+    stream=("@.embed_tokens",),
+    blocks="@.layers",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    up=("mlp.gate_proj", "mlp.up_proj"),
+    down="mlp.down_proj",
+    attention_norm="input_layernorm",
+    ffn_norm="post_attention_layernorm",
+    final_norm="@.norm",
+)
+
+# Gemma's table is scaled, its norms multiply by 1 + w
+ALIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
+
+register_family(Family(name="Llama", model_types=ALIKE, layout=LLAMA_LAYOUT))
+register_family(
+    Family(
+        name="Granite",
+        model_types=("granite",),
+        layout=dataclasses.replace(LLAMA_LAYOUT, multiplier="residual_multiplier"),
+    )
+)
