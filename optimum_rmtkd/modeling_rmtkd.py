@@ -17,7 +17,8 @@ checkpoint serves `AutoModel`, other task heads and another `num_labels` alike:
     modules     {path: {"in", "out", "rank", "dim", "eps"}}: widths of linear, convolution, norm and embedding layers
     parameters  {path: {"dim"}}: last dimension of bare parameters, for example a class token
     attrs       {path: {name: value}}: head sizes and scales that modules keep as plain attributes
-    heads       {path of an attention: {"kept", "of"}}: whole key-value groups that were kept, each as wide as before
+    heads       {path of an attention: {"kept", "of"}}: whole key-value groups that were kept, each as wide as before;
+                with "config": true the layer gets a config of its own that says so
     ternary     {path: options of TernaryMLP, and "replaces": class name}: parts with ternary weights
 """
 
@@ -42,6 +43,7 @@ from .layers_rmtkd import (
 from .loading_rmtkd import BUILDING, as_many_as_tensors, finalizing, load_checked, named_errors
 from .resizing_rmtkd import resize_module
 from .spec_rmtkd import (
+    COUNTS,
     VERSION,
     SpecMismatchError,
     check_attributes,
@@ -242,7 +244,20 @@ def apply_spec(model, spec):
         module = _at(model, raw)
         if module is not None:  # not in this head, or inside a part that is ternary now
             vars(module).update(attributes)
+    for raw, entry in spec.get("heads", {}).items():
+        module = _at(model, raw)
+        if module is not None and entry.get("config"):
+            module.config = _with_fewer_heads(module.config, entry)
     _retie(model)
+
+
+def _with_fewer_heads(config, entry):
+    """A config of one layer, whose code reads numbers of heads from it."""
+    config = copy.copy(config)
+    for name in COUNTS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, getattr(config, name) * entry["kept"] // entry["of"])
+    return config
 
 
 def _not_applied_yet(model, spec):
@@ -306,10 +321,17 @@ def _make_config(name):
             hook(cls)
         return object.__new__(cls)
 
+    def validate_architecture(self):
+        """Whether sizes divide as the dense model's code needs it: asked of the dense widths, for it is built from
+        them."""
+        with _dense(self, (self.rmtkd or {}).get("spec", {})):
+            base.validate_architecture(self)
+
     made = type(
         name,
         (base,),
         {
+            "validate_architecture": validate_architecture,
             "model_type": TYPE_PREFIX + base.model_type,
             "__annotations__": {"rmtkd": "dict | None"},
             "rmtkd": None,

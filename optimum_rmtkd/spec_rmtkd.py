@@ -192,7 +192,9 @@ def _check_attributes(attributes, where):
 
 
 def _check_kept(entry, where):
-    _object(entry, where, ("kept", "of"))
+    _object(entry, where, ("kept", "of", "config"))
+    if not isinstance(entry.get("config", False), bool):
+        raise mismatch(f"{where}.config", entry["config"], "true or false")
     _whole(entry.get("kept"), f"{where}.kept", most=_whole(entry.get("of"), f"{where}.of"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..models import count_parameters, uncut_parameters
 from .cautions import divergence_warning, loss_warning
 from .checks import anatomy_of, check_data, check_recipe
+from .decoders import DecoderLayout
 from .families import Family, family_of, register_family
 from .layouts import EncoderLayout, ResidualConvLayout
 from .reduction import Reduction, SiteRecord, analyze, block_paths, check_edges, narrow, narrow_to, reduce, stage_sites
@@ -13,6 +14,7 @@ from .variety import check_variety
 
 
 __all__ = [
+    "DecoderLayout",
     "EncoderLayout",
     "Family",
     "Reduction",

@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..batches import batch_size, decoder_mask, evaluating, explained, padding_mask, run
 from ..config import RMTKDConfig
-from ..errors import CalibrationError
+from ..errors import CalibrationError, RMTKDError
 from ..modeling_rmtkd import LowRankLinear, is_norm, resolve_path
 from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
-from .likelihood import log_likelihood
+from .likelihood import gives_likelihood, log_likelihood
 from .sites import Anatomy, Point, Site, get_module
 
 
@@ -25,6 +25,7 @@ __all__ = [
     "Calibration",
     "calibrate",
     "features_last",
+    "gradient_points",
     "observed",
     "points_of",
     "token_mask",
@@ -43,6 +44,34 @@ def points_of(anatomy: Anatomy, sites: Sequence[Site]) -> list[Point]:
     points = {point for site in needed for point in site.points}
     points |= {u.lands for u in anatomy.units if u.lands is not None and (u.norm is not None or anatomy.answers)}
     return sorted(points, key=str)
+
+
+def gradient_points(model: nn.Module, anatomy: Anatomy, config: RMTKDConfig, batch: Mapping[str, Any]) -> list[Point]:
+    """Where loss gradients are to be observed: along the stream, of language models also where sums land in it.
+
+    Args:
+        batch: one, on which the model shows whether it gives a likelihood.
+
+    Raises:
+        RMTKDError, CalibrationError: importance="fisher" for a model without a stream, or without logits.
+    """
+    hidden, importance = anatomy.sites.get("hidden"), config.importance
+    if importance == "variance" or hidden is None:
+        if importance == "fisher":
+            raise RMTKDError(
+                f"importance='fisher' was asked for, but {type(model).__name__} in form {config.form!r} has no "
+                "residual stream whose loss gradient could weigh directions; use 'auto' or 'variance'."
+            )
+        return []
+    if gives_likelihood(model, batch):
+        lands = {u.lands for u in anatomy.units if u.lands is not None} if anatomy.answers else set()
+        return [*hidden.points, *sorted(lands - set(hidden.points), key=str)]
+    if importance == "fisher":
+        raise CalibrationError(
+            f"importance='fisher' needs a model with logits to draw labels from; {type(model).__name__} returns none. "
+            "Use importance='variance' for a bare encoder, or add a task head."
+        )
+    return []
 
 
 def token_mask(batch: Mapping[str, Any], x: torch.Tensor, decoder: torch.Tensor | None = None) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
+from ..models import shifts_labels
 from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, linear_shape
 
 
@@ -36,10 +37,10 @@ class DecoderLayout:
         attention_norm, ffn_norm: norms in front of attention and feed-forward; without the second both read the first.
         parallel: attention and feed-forward read the same stream, and their sum is added to it.
         final_norm: the norm in front of the head.
-        heads: layers of task heads that read the stream; the first is the output layer, perhaps tied to the word
-            table.
-        counts: attributes of `attention` that hold the number of key-value groups; of query heads where these are as
-            many.
+        heads: layers of the task heads of this family that read the stream; each is the layer of some class. One may
+            be tied to the word table.
+        counts, query_counts: attributes of `attention` that hold the number of key-value groups, of query heads.
+        heads_in_config: the code of `attention` reads these numbers from its config.
         widths: attributes of `attention` that hold the width of all query heads.
         multiplier: field of the config by which what a block adds is multiplied.
         needs: {field of the config: its value}, without which the classes run other code than what is declared.
@@ -62,9 +63,11 @@ class DecoderLayout:
     fused_up: str | None = None
     ffn_norm: str | None = None
     parallel: bool = False
-    heads: tuple[str, ...] = ("lm_head", "score", "classifier", "qa_outputs")
+    heads: tuple[str, ...] = ("lm_head", "score", "qa_outputs")
     head_size: str = "head_dim"
     counts: tuple[str, ...] = ()
+    query_counts: tuple[str, ...] = ()
+    heads_in_config: bool = False
     widths: tuple[str, ...] = ()
     multiplier: str | None = None
     needs: dict[str, object] = field(default_factory=dict)
@@ -89,12 +92,17 @@ class DecoderLayout:
             units += self._units(model, block, depth, after)
             norms += [f"{block}.{path}" for path in (self.attention_norm, self.ffn_norm) if path]
             at, lead = f"{block}.{self.attention}", attention[0].name
+            each = getattr(get_module(model, at), self.head_size)
             attributes += [Attribute(at, name, lead, True) for name in self.counts]
+            attributes += [Attribute(at, name, lead, True, each) for name in self.query_counts]
             attributes += [Attribute(at, name, lead, False) for name in self.widths]
             heads[at] = lead
         units.append(Unit(self.final_norm, writes="hidden"))
         width = get_module(model, self.final_norm).weight.numel()
-        points = tuple(Point(path) for path in (*norms, self.final_norm))
+        answers = shifts_labels(model)
+        # raw streams hold few tokens with most of the energy: what readers see is what counts
+        sides = ("output",) if answers else ("input", "output")
+        points = tuple(Point(path, side) for path in (*norms, self.final_norm) for side in sides)
         return Anatomy(
             sites={"hidden": Site("hidden", "hidden", width, points, couple="hidden"), **sites},
             units=(*units, *self._heads(model)),
@@ -102,9 +110,10 @@ class DecoderLayout:
             attributes=tuple(attributes),
             config_fields={self.width_field: "hidden"},
             heads=heads,
+            heads_in_config=self.heads_in_config,
             pre_norm=True,
             last_norm=self.final_norm,
-            answers=True,
+            answers=answers,
         )
 
     def _check(self, model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from .bases import (
     value_directions,
 )
 from .calibration import Calibration
-from .linalg import eigh, qr
+from .linalg import JITTERS, cholesky, eigh, qr
 from .norms import norm_of
 from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
 from .weights import dense_table, dense_weight
@@ -51,11 +51,14 @@ class Directions:
         damage: (group_width + 1,) fp64; predicted loss when w features of each group stay. Falls to 0 at full width.
         cut: (width of a group, Projection of the stream or None) -> {unit path or "": Projection}; "" serves the units
             that have no entry of their own.
+        changes: activations (tokens, width) and loss gradients there -> (tokens, group_width): what each direction
+            adds to the log-likelihood, to first order; see `prices`. None: the product rule stands.
     """
 
     site: Site
     damage: torch.Tensor
     cut: Callable[[int, Projection | None], dict[str, Projection]]
+    changes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 def stream_metric(calibration: Calibration, point: Point | None, dim: int) -> torch.Tensor:
@@ -155,7 +158,11 @@ def hidden_directions(
             kept = rotate_onto_ones(kept, quiet / quiet.norm())
         return {"": Projection(kept, kept)}
 
-    return Directions(site, damage.cummin(0).values, cut)
+    def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        basis = nested.to(x)
+        return (x @ basis) * (gradient @ basis)
+
+    return Directions(site, damage.cummin(0).values, cut, changes if anatomy.answers else None)
 
 
 def neuron_directions(
@@ -186,7 +193,36 @@ def neuron_directions(
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
         return {"": neuron_projection(whole(), order[:width].sort().values)}
 
-    return Directions(site, residual, cut)
+    if not anatomy.answers:
+        return Directions(site, residual, cut)
+    mean = _mean(model, reader, calibration.moments[point])
+    return Directions(site, residual, cut, _neuron_changes(moment, effect, order, mean))
+
+
+def _mean(model: nn.Module, reader: Unit | None, moments: SecondMoments) -> torch.Tensor | None:
+    """What a bias makes up for, see `_moment`."""
+    return moments.mean.cpu() if reader is not None and get_module(model, reader.path).bias is not None else None
+
+
+def _less(x: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+    return x if mean is None else x - mean.to(x)
+
+
+def _neuron_changes(
+    moment: torch.Tensor, effect: torch.Tensor, order: torch.Tensor, mean: torch.Tensor | None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """With M = L L^T the moment in the order of the pivots, the activation is L z: without neuron j, predicted from
+    those before it, it loses z_j times the column j of L."""
+    size = effect.clamp_min(1e-30).sqrt()[order]
+    scaled = moment[order][:, order] * torch.outer(size, size)
+    factor = cholesky(scaled, "Prices of features", (1e-8, *JITTERS[2:])).float()
+
+    def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        by, lower = size.to(x), factor.to(x)
+        inside = torch.linalg.solve_triangular(lower, (_less(x, mean)[:, order] * by).T, upper=False).T
+        return inside * (gradient[:, order] / by @ lower)
+
+    return changes
 
 
 def _per_head(matrix: torch.Tensor, heads: int) -> torch.Tensor:
@@ -277,7 +313,12 @@ def group_directions(
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
         return {"": neuron_projection(moment(), site.features_of(order[:width].sort().values))}
 
-    return Directions(site, _tail_sums(scores[order]), cut)
+    mean = _mean(model, unit, calibration.moments[point])
+
+    def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        return (_less(x, mean) * gradient).unflatten(1, (count, -1)).sum(-1)[:, order]
+
+    return Directions(site, _tail_sums(scores[order]), cut, changes)
 
 
 def parted_projection(site: Site, lead: Site, cut: Projection) -> Projection:

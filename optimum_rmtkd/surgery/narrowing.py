@@ -114,7 +114,7 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
     for attribute in anatomy.attributes:
         if attribute.site in widths:
             groups = anatomy.sites[attribute.site].groups
-            value = widths[attribute.site] // (groups if attribute.per_group else 1)
+            value = attribute.value(widths[attribute.site], groups)
             attrs[attribute.path] = {
                 **attrs.get(attribute.path, {}),
                 **anatomy.fixed_attrs.get(attribute.path, {}),
@@ -125,6 +125,7 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
             site, entry = anatomy.sites[name], spec.setdefault("heads", {})
             whole = entry.get(path, {}).get("of", site.group_width)
             entry[path] = {"kept": widths.get(name, site.width) // site.groups, "of": whole}
+            entry[path] |= {"config": True} if anatomy.heads_in_config else {}
     for name, site in anatomy.config_fields.items():
         if site in widths:
             base.setdefault(name, getattr(model.config, name))

@@ -145,12 +145,18 @@ class Unit:
 
 @dataclass(frozen=True)
 class Attribute:
-    """A plain number on a module that follows a site: `per_group` the width of one head, else the width of all."""
+    """A plain number on a module that follows a site: `per_group` the width of one head, else the width of all. Of
+    whole heads that are cut, `per_group` their number, in units of `each` features where that is not 0."""
 
     path: str
     name: str
     site: str
     per_group: bool
+    each: int = 0
+
+    def value(self, width: int, groups: int) -> int:
+        """The number at this width of the site."""
+        return width // (self.each or (groups if self.per_group else 1))
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,7 @@ class Anatomy:
         fixed_attrs: {path: {name: value}} that must be pinned when heads change (the softmax scale of the original
             head).
         heads: {path of an attention: the site by which whole heads of it go}.
+        heads_in_config: its code reads the number of heads from its config.
         pre_norm: the stream is normalised before the layers that read it, and is itself a plain sum.
         last_norm: path of the norm between a pre-norm stream and the head.
         answers: a language model: each token is a sample of its own, and prices are taken token by token.
@@ -175,6 +182,7 @@ class Anatomy:
     config_fields: dict[str, str] = field(default_factory=dict)
     fixed_attrs: dict[str, dict[str, Any]] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
+    heads_in_config: bool = False
     pre_norm: bool = False
     last_norm: str | None = None
     answers: bool = False

@@ -44,7 +44,7 @@ from .budget import (
     site_widths,
     speed_weight_of,
 )
-from .calibration import Calibration, calibrate, points_of
+from .calibration import Calibration, calibrate, gradient_points, points_of
 from .cautions import MUCH
 from .checks import (
     LOOKED_AT,
@@ -60,9 +60,10 @@ from .checks import positions_of as _positions
 from .directions import Directions, parted_projection, site_directions
 from .divergence import answers_per_sample, mean_divergence
 from .grouping import by_length
-from .likelihood import answers, gives_likelihood
+from .likelihood import answers
 from .narrowing import Cuts, build_student, fold_norms, initialise
 from .native import check_expressible, plain_form
+from .prices import directional_prices
 from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
@@ -131,7 +132,7 @@ class Surgeon:
             self.batches = by_length(self.teacher, batches, points)
             check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
             options = {"null_moments": thorough or null_moments, "halves": thorough}
-            self.calibration = Calibration(points, self._gradient_points(), self._calibrating(), **options)
+            self.calibration = Calibration(points, self._with_gradients(), self._calibrating(), **options)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
@@ -141,6 +142,7 @@ class Surgeon:
             warn_of_few(self.batches, config, widths.get("hidden", max(widths.values(), default=0)))
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
+        self._priced = False  # are the directions of a language model priced from the data?
 
     def _calibrating(self) -> RMTKDConfig:
         """The recipe with as many rows as the widest site needs, where each token is an answer of its own."""
@@ -148,26 +150,8 @@ class Surgeon:
             return self.config
         return enough_rows(self.config, max(site.width for site in self.sites if site.chosen), self.batches)
 
-    def _gradient_points(self) -> list[Point]:
-        hidden = self.anatomy.sites.get("hidden")
-        importance = self.config.importance
-        if importance == "variance" or hidden is None:
-            if importance == "fisher":
-                raise RMTKDError(
-                    f"importance='fisher' was asked for, but {type(self.source).__name__} in form "
-                    f"{self.config.form!r} has no residual stream whose loss gradient could weigh directions; use "
-                    "'auto' or 'variance'."
-                )
-            return []
-        if gives_likelihood(self.teacher, self.batches[0]):
-            lands = {u.lands for u in self.anatomy.units if u.lands is not None} if self.anatomy.answers else set()
-            return [*hidden.points, *sorted(lands - set(hidden.points), key=str)]
-        if importance == "fisher":
-            raise CalibrationError(
-                f"importance='fisher' needs a model with logits to draw labels from; {type(self.source).__name__} "
-                "returns none. Use importance='variance' for a bare encoder, or add a task head."
-            )
-        return []
+    def _with_gradients(self) -> list[Point]:
+        return gradient_points(self.teacher, self.anatomy, self.config, self.batches[0])
 
     def directions_of(self, site: Site) -> Directions:
         """Directions of a site, computed once."""
@@ -208,6 +192,10 @@ class Surgeon:
 
     def couples(self, spectra: bool = False) -> list[Couple]:
         """The widths there are to decide, each with what it costs to narrow it; with `spectra` also what these say."""
+        if self.anatomy.answers and self.calibration.gradients and not self._priced:
+            found = {site.name: self.directions_of(site) for site in self.sites if site.chosen}
+            self.directions |= directional_prices(self.teacher, self.batches, found, self.config.seed)
+            self._priced = True
         return [self._couple(name, members, spectra) for name, members in self._members().items()]
 
     def _members(self) -> dict[str, tuple[Site, ...]]:

@@ -38,6 +38,8 @@ CONFIGS = {
         ),
     ),
     "gemma": (tf.GemmaForCausalLM, tf.GemmaConfig(**PAIRED)),
+    "phi3": (tf.Phi3ForCausalLM, tf.Phi3Config(**GROUPED)),
+    "stablelm": (tf.StableLmForCausalLM, tf.StableLmConfig(**GROUPED)),
     "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(**G)),
     "opt": (
         tf.OPTForCausalLM,
@@ -53,7 +55,14 @@ CONFIGS = {
     "gptj": (tf.GPTJForCausalLM, tf.GPTJConfig(**G, rotary_dim=4)),
     "phi": (tf.PhiForCausalLM, tf.PhiConfig(**TEXT | BODY | {"num_attention_heads": 4, "num_key_value_heads": 4})),
 }  # fmt: skip
-EXACT = {"gpt2", "opt", "gpt_neox", "gptj", "phi"}  # layer norms compute in the dtype they get, RMS norms in fp32
+EXACT = {
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "gptj",
+    "phi",
+    "stablelm",
+}  # layer norms compute in the dtype they get, RMS norms in fp32
 
 
 def make(name: str, seed: int = 0) -> tf.PreTrainedModel:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Family", "family_of", "register_family"]
 
-SHIPPED = ("bert", "roberta", "distilbert", "electra", "vit", "deit", "resnet", "llama", "gpt2", "opt", "neox")
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "vit", "deit", "resnet")
+DECODERS = ("llama", "gpt2", "opt", "neox", "phi3", "stablelm")
 FAMILIES: dict[str, Family] = {}
 
 
@@ -85,7 +86,7 @@ def family_of(model: nn.Module) -> Family:
         UnsupportedArchitectureError: none is registered for its `config.model_type`; names the linear layers that were
             found and both ways out.
     """
-    for name in SHIPPED:
+    for name in (*ENCODERS, *DECODERS):
         import_module(f"{__name__}.{name}")
     model_type = base_model_type(model)
     if model_type in FAMILIES:

@@ -19,6 +19,7 @@ register_family(
             attention_norm="ln_1",
             ffn_norm="ln_2",
             final_norm="@.ln_f",
+            heads=("lm_head", "score", "classifier", "qa_outputs"),
             counts=("num_heads",),
             widths=("split_size",),
         ),

@@ -20,14 +20,16 @@ LLAMA_LAYOUT = DecoderLayout(
     final_norm="@.norm",
 )
 
-# Gemma's table is scaled, its norms multiply by 1 + w
-ALIKE = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "gemma")
-
-register_family(Family(name="Llama", model_types=ALIKE, layout=LLAMA_LAYOUT))
+register_family(
+    Family(name="Llama", model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3"), layout=LLAMA_LAYOUT)
+)
 register_family(
     Family(
         name="Granite",
         model_types=("granite",),
-        layout=dataclasses.replace(LLAMA_LAYOUT, multiplier="residual_multiplier"),
+        layout=dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head",), multiplier="residual_multiplier"),
     )
+)
+register_family(  # its table is scaled, its norms multiply by 1 + w
+    Family(name="Gemma", model_types=("gemma",), layout=dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head", "score")))
 )

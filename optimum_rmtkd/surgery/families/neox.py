@@ -21,7 +21,7 @@ register_family(
             ffn_norm="post_attention_layernorm",
             parallel=True,
             final_norm="@.final_layer_norm",
-            heads=("embed_out", "lm_head", "score", "classifier", "qa_outputs"),
+            heads=("lm_head", "score", "classifier", "qa_outputs"),
             needs={"use_parallel_residual": True},
         ),
     )
@@ -63,6 +63,7 @@ register_family(
             attention_norm="input_layernorm",
             parallel=True,
             final_norm="@.final_layernorm",
+            heads=("lm_head", "score"),
             needs={"qk_layernorm": False},
         ),
     )
