@@ -43,6 +43,9 @@ class DecoderLayout:
         heads_in_config: the code of `attention` reads these numbers from its config.
         widths: attributes of `attention` that hold the width of all query heads.
         multiplier: field of the config by which what a block adds is multiplied.
+        inner_field: field of the config that states the feed-forward width, where together with the usual names of
+            heads (num_attention_heads, num_key_value_heads, head_dim) it says all widths that shape="native" needs,
+            and the stock class is the same function of its tensors; None: there is no native shape.
         needs: {field of the config: its value}, without which the classes run other code than what is declared.
         width_field: field of the config that states the hidden width.
     """
@@ -72,6 +75,7 @@ class DecoderLayout:
     multiplier: str | None = None
     needs: dict[str, object] = field(default_factory=dict)
     width_field: str = "hidden_size"
+    inner_field: str | None = None
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Sites and units of `model`.
@@ -150,7 +154,7 @@ class DecoderLayout:
         parts = (sum(parts),) if self.fused_by == "by_head" else parts
         point = Point(f"{block}.{self.output}", "input")
         lead = Site(name, "attention_groups", queries, (point,), share, depth, name, (share,))
-        return [lead, Site(f"{name}.made", "parted", made, (), made // groups, depth, name, parts)]
+        return [lead, Site(f"{name}.made", "parted", made, (), made // groups, depth, name, parts, name)]
 
     def _inner_sites(self, model: nn.Module, block: str, depth: int) -> list[Site]:
         if not self.down:
@@ -160,7 +164,7 @@ class DecoderLayout:
         lead = Site(name, "intermediate", inner, (Point(f"{block}.{self.down}", "input"),), 1, depth, name)
         if not self.fused_up:
             return [lead]
-        return [lead, Site(f"{name}.made", "parted", 2 * inner, (), 2, depth, name, (1, 1))]
+        return [lead, Site(f"{name}.made", "parted", 2 * inner, (), 2, depth, name, (1, 1), name)]
 
     def _units(self, model: nn.Module, block: str, depth: int, after: str) -> list[Unit]:
         at = lambda path: f"{block}.{path}"  # noqa: E731

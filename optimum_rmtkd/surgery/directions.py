@@ -407,5 +407,7 @@ def site_directions(
     if site.groups == 1 or site.kind in PER_HEAD:
         return found
     # one width with the heads: so many features go at a time
-    cut = found.cut
-    return Directions(site, found.damage[:: site.groups], lambda width, stream=None: cut(width * site.groups, stream))
+    cut, single = found.cut, found.changes
+    changes = None if single is None else lambda x, g: single(x, g).unflatten(1, (-1, site.groups)).sum(-1)
+    damage = found.damage[:: site.groups]
+    return Directions(site, damage, lambda width, stream=None: cut(width * site.groups, stream), changes)

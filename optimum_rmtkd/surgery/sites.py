@@ -70,6 +70,7 @@ class Site:
             the other, each with so many features of every group (neuron), group by group. Queries, keys and values of
             one fused layer with 4 query heads of 8 features a group: (32, 8, 8); where they are mixed head by head:
             (24,); gate and up in one layer: (1, 1).
+        follows: of a `parted` site, the one whose groups (neurons) it holds.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Site:
     depth: int = -1
     couple: str = ""
     parts: tuple[int, ...] = ()
+    follows: str = ""
 
     @property
     def group_width(self) -> int:

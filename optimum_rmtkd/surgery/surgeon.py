@@ -412,7 +412,7 @@ class Surgeon:
             self.calibration.keep(())
         for site in self.anatomy.sites.values():
             if site.kind == "parted" and site.name in cut:
-                lead = next(s for s in order if s.couple == site.couple)
+                lead = self.anatomy.sites[site.follows]
                 chosen[site.name] = {"": parted_projection(site, lead, chosen[lead.name][""])}
         return Cuts(chosen)
 

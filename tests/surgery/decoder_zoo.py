@@ -64,6 +64,8 @@ EXACT = {
     "stablelm",
 }  # layer norms compute in the dtype they get, RMS norms in fp32
 
+NATIVE = ("llama-tied", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
+
 
 def make(name: str, seed: int = 0) -> tf.PreTrainedModel:
     """A random model whose layers and norms matter."""

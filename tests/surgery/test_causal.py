@@ -136,6 +136,21 @@ def test_life_cycle(name, tmp_path):
     assert_generates_alike(third)
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "llama-tied" else [pytest.mark.slow]) for n in zoo.NATIVE]
+)
+def test_the_native_shape_is_a_plain_checkpoint(name, tmp_path):
+    model, data = zoo.make(name), zoo.batches()
+    plain = narrow(model, data, RECIPE.replace(shape="native"), progress=False)
+    assert type(plain) is type(model) and 0.62 < count_parameters(plain) / count_parameters(model) < 0.73
+    plain.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model) and is_tied(again) == is_tied(model)
+    torch.testing.assert_close(zoo.logits(again, data[0]), zoo.logits(plain, data[0]), atol=1e-6, rtol=1e-6)
+    assert_generates_alike(again)
+
+
 FRESH = """
 import sys, torch, transformers
 from safetensors.torch import load_file

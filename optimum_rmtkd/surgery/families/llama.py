@@ -20,16 +20,18 @@ LLAMA_LAYOUT = DecoderLayout(
     final_norm="@.norm",
 )
 
+NATIVE_LAYOUT = dataclasses.replace(LLAMA_LAYOUT, inner_field="intermediate_size")
+
 register_family(
-    Family(name="Llama", model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3"), layout=LLAMA_LAYOUT)
+    Family(name="Llama", model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3"), layout=NATIVE_LAYOUT)
 )
 register_family(
     Family(
         name="Granite",
         model_types=("granite",),
-        layout=dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head",), multiplier="residual_multiplier"),
+        layout=dataclasses.replace(NATIVE_LAYOUT, heads=("lm_head",), multiplier="residual_multiplier"),
     )
 )
-register_family(  # its table is scaled, its norms multiply by 1 + w
+register_family(  # its table is scaled by the root of its width, its norms multiply by 1 + w
     Family(name="Gemma", model_types=("gemma",), layout=dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head", "score")))
 )

@@ -21,6 +21,7 @@ register_family(
             fused_up="mlp.gate_up_proj",
             counts=("num_key_value_heads",),
             heads_in_config=True,
+            inner_field="intermediate_size",
         ),
     )
 )
