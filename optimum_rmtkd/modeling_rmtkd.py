@@ -40,7 +40,7 @@ from .layers_rmtkd import (
     TernaryMLP,
     check_adapters,
 )
-from .loading_rmtkd import BUILDING, as_many_as_tensors, finalizing, load_checked, named_errors
+from .loading_rmtkd import REFUSALS, as_many_as_tensors, finalizing, load_checked, named_errors
 from .resizing_rmtkd import resize_module
 from .spec_rmtkd import (
     COUNTS,
@@ -188,6 +188,14 @@ def _is_elsewhere(model, raw, section, entry, base):
     return known in _ELSEWHERE
 
 
+def _stock_config(config, fields):
+    """The config of the dense class with other fields: heads that make their backbone through AutoModel would make a
+    narrowed one, which asks for its relatives in turn."""
+    cls = type(config).__mro__[1] if type(config).__name__.startswith(PREFIX) else type(config)
+    ours = ("model_type", "rmtkd", "auto_map", "architectures", "transformers_version")
+    return cls(**{name: value for name, value in config.to_dict().items() if name not in ours} | fields)
+
+
 def _relatives(dense, config, base):
     """Skeletons of the classes beside `dense`, on the meta device: heads first, as wide as `base` says, of one layer
     where the config counts them (the paths of all layers are the model's own), of two labels, as spans need."""
@@ -204,14 +212,11 @@ def _relatives(dense, config, base):
     ]
     for cls in sorted(classes, key=lambda cls: "For" not in cls.__name__):
         for fields in ({"num_labels": 2, "num_hidden_layers": 1}, {"num_labels": 2}):
-            small = copy.deepcopy(config)
+            known = {n: v for n, v in {**base, **fields}.items() if isinstance(getattr(config, n, None), int)}
             try:
-                for name, value in {**base, **fields}.items():
-                    if isinstance(getattr(small, name, None), int):
-                        setattr(small, name, value)
                 with torch.device("meta"):
-                    skeleton = cls(small)
-            except BUILDING:  # a head that wants other fields than this checkpoint has
+                    skeleton = cls(_stock_config(config, known))
+            except REFUSALS:  # a head that wants other fields than this checkpoint has
                 continue
             yield skeleton
             break
@@ -321,17 +326,19 @@ def _make_config(name):
             hook(cls)
         return object.__new__(cls)
 
-    def validate_architecture(self):
+    def validate(self):
         """Whether sizes divide as the dense model's code needs it: asked of the dense widths, for it is built from
         them."""
         with _dense(self, (self.rmtkd or {}).get("spec", {})):
-            base.validate_architecture(self)
+            base.validate(self)
+
+    validate.__is_defined_by_strict_decorator__ = True  # transformers takes no other
 
     made = type(
         name,
         (base,),
         {
-            "validate_architecture": validate_architecture,
+            "validate": validate,
             "model_type": TYPE_PREFIX + base.model_type,
             "__annotations__": {"rmtkd": "dict | None"},
             "rmtkd": None,

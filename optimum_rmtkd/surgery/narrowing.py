@@ -121,10 +121,10 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
                 attribute.name: value,
             }
     for path, name in anatomy.heads.items():
-        if widths.get(name, anatomy.sites[name].width) != anatomy.sites[name].width or path in spec.get("heads", {}):
+        if name in widths:
             site, entry = anatomy.sites[name], spec.setdefault("heads", {})
             whole = entry.get(path, {}).get("of", site.group_width)
-            entry[path] = {"kept": widths.get(name, site.width) // site.groups, "of": whole}
+            entry[path] = {"kept": widths[name] // site.groups, "of": whole}
             entry[path] |= {"config": True} if anatomy.heads_in_config else {}
     for name, site in anatomy.config_fields.items():
         if site in widths:

@@ -12,6 +12,7 @@ register_family(
             stream=("@.embed_in",),
             blocks="@.layers",
             attention="attention",
+            head_size="head_size",
             fused="attention.query_key_value",
             fused_by="by_head",
             output="attention.dense",
