@@ -75,14 +75,16 @@ def gradient_points(model: nn.Module, anatomy: Anatomy, config: RMTKDConfig, bat
 
 
 def token_mask(batch: Mapping[str, Any], x: torch.Tensor, decoder: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded.
+    """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded. Of
+    x (batch * length, d), as some classes lay it out (OPT), (batch * length) bool.
 
     Args:
         decoder: the mask of the decoder, see `decoder_mask`. Where sources and targets are of one length, positions
             have to be real in both: an activation does not say whose it is, and padding must never count.
     """
     masks = [padding_mask(batch), decoder]
-    fitting = [mask for mask in masks if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]]
+    masks = [mask.flatten() if x.dim() == 2 else mask for mask in masks if mask is not None]
+    fitting = [mask for mask in masks if x.dim() in (2, 3) and mask.shape == x.shape[:-1]]
     return torch.stack(fitting).all(0) if fitting else None
 
 
