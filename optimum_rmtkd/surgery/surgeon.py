@@ -326,10 +326,15 @@ class Surgeon:
             units = self._units_of(couple)
             size = parameters_of(self.teacher, self.anatomy, units)
             work = flops_of(self.teacher, self.anatomy, positions, units)
-            weight = speed_weight_of(self.config) / max(flops, 1.0)
+            weight = self._speed_weight() / max(flops, 1.0)
             return lambda widths: size(widths) / parameters + weight * work(widths)
 
         return worth
+
+    def _speed_weight(self) -> float:
+        # decoding takes as long as it takes to read the weights: what it costs is size
+        free = self.anatomy.answers and self.config.speed_weight is None
+        return 0.0 if free else speed_weight_of(self.config)
 
     def _units_of(self, couple: Couple) -> list[Unit]:
         names = {site.name for site in couple.sites} | ({"pooler"} if couple.name == "hidden" else set())

@@ -211,6 +211,12 @@ def test_a_short_text_is_refused():
         narrow(model, data, RECIPE, progress=False)
 
 
+def test_a_text_beyond_the_positions_is_refused():
+    data = [{"input_ids": torch.randint(3, 61, (8, 70))}]
+    with pytest.raises(CalibrationError, match="has 70 tokens, LlamaForCausalLM has positions for 64"):
+        narrow(zoo.make("llama"), data, RECIPE, progress=False)
+
+
 def test_code_that_no_declaration_covers_is_refused_by_name():
     config = zoo.CONFIGS["opt"][1].to_dict() | {"do_layer_norm_before": False}
     model = transformers.OPTForCausalLM(transformers.OPTConfig(**config)).eval()
