@@ -27,7 +27,7 @@ from . import decoder_zoo as zoo
 
 
 RECIPE = RMTKDConfig(target_reduction=0.3, round_to=4, min_width=4, calibration_samples=48)
-QUICK = ("llama-tied", "gpt2")
+QUICK = ("llama-tied",)
 FAMILIES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in zoo.CONFIGS]
 
 
