@@ -193,7 +193,8 @@ def _stock_config(config, fields):
     narrowed one, which asks for its relatives in turn."""
     cls = type(config).__mro__[1] if type(config).__name__.startswith(PREFIX) else type(config)
     ours = ("model_type", "rmtkd", "auto_map", "architectures", "transformers_version")
-    return cls(**{name: value for name, value in config.to_dict().items() if name not in ours} | fields)
+    known = {name: value for name, value in fields.items() if isinstance(getattr(config, name, None), int)}
+    return cls(**{name: value for name, value in config.to_dict().items() if name not in ours} | known)
 
 
 def _relatives(dense, config, base):
@@ -212,10 +213,13 @@ def _relatives(dense, config, base):
     ]
     for cls in sorted(classes, key=lambda cls: "For" not in cls.__name__):
         for fields in ({"num_labels": 2, "num_hidden_layers": 1}, {"num_labels": 2}):
-            known = {n: v for n, v in {**base, **fields}.items() if isinstance(getattr(config, n, None), int)}
             try:
+                small = _stock_config(config, base)
+                for name, value in fields.items():
+                    if isinstance(getattr(small, name, None), int):
+                        setattr(small, name, value)
                 with torch.device("meta"):
-                    skeleton = cls(_stock_config(config, known))
+                    skeleton = cls(small)
             except REFUSALS:  # a head that wants other fields than this checkpoint has
                 continue
             yield skeleton

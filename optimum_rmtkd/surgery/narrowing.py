@@ -45,8 +45,8 @@ class Cuts:
 
 
 def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
-    """A copy of a pre-norm model whose stream can be rotated: same outputs, other weights, fp32 where they were
-    narrower (so that they are rounded once, when all is done).
+    """A copy of a pre-norm model whose stream can be rotated: same outputs, other weights, of decoders fp32 where they
+    were narrower (so that they are rounded once, when all is done).
 
     Scales of norms go into the layers that read the stream through them, shifts too where all of those have a bias
     (Ashkboos et al. 2024, SliceGPT, section 3.2). Nothing is centred for layer norms: a cut keeps the all-ones
@@ -58,7 +58,8 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     if not anatomy.pre_norm:
         return model
     model = copy.deepcopy(model)
-    for parameter in model.parameters():
+    # pixels come in the dtype of the model, ids in any
+    for parameter in model.parameters() if anatomy.answers or anatomy.heads else ():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
     present = [unit for unit in anatomy.units if is_layer(model, unit.path)]
     output = anatomy.last_norm if model.base_model is model else None
