@@ -64,8 +64,9 @@ def register_family(family: Family) -> Family:
 
     "@." stands for the backbone (`model.base_model`), so that one declaration serves the bare model and all task
     heads. The attention module must take its head size from a plain attribute (`head_size`) at each forward, as
-    transformers' do. `inert_padding=True` lets calibration regroup texts by length. A CNN with residual blocks
-    declares a `ResidualConvLayout`; anything else may bring a layout of its own with a method
+    transformers' do. `inert_padding=True` lets calibration regroup texts by length. A causal language model with norms
+    in front of its layers declares a `DecoderLayout` (`families/llama.py` shows one), a CNN with residual blocks a
+    `ResidualConvLayout`; anything else may bring a layout of its own with a method
     `anatomy(model) -> Anatomy`. Check it with `optimum_rmtkd.narrow` at every width left full:
     the logits must not move by more than 1e-5. A model type registered again replaces the former declaration.
     """
