@@ -378,6 +378,11 @@ def _make_model(name):
                 apply_spec(self, spec)
             self.post_init()
 
+    def initialize_weights(self):
+        # loading computes buffers that are not saved anew: rotary frequencies follow from the dense widths
+        with _dense(self.config, (getattr(self.config, "rmtkd", None) or {}).get("spec", {})):
+            base.initialize_weights(self)
+
     def __setattr__(self, name, value):
         base.__setattr__(self, name, value)
         if name == "peft_config":  # PEFT has put its adapters into this model
@@ -392,6 +397,7 @@ def _make_model(name):
         {
             "__init__": __init__,
             "__setattr__": __setattr__,
+            "initialize_weights": initialize_weights,
             "from_pretrained": classmethod(from_pretrained),
             "_finalize_model_loading": finalizing(base),
             "config_class": config_class,

@@ -53,7 +53,7 @@ def coupled(model: PreTrainedModel, layout: DecoderLayout) -> Anatomy:
 def _divides(model: PreTrainedModel, layout: DecoderLayout) -> bool:
     """Whether the config wants a stream that is a multiple of the number of heads, whatever width these have."""
     values = {name: value for name, value in model.config.to_dict().items() if name not in NAMES}
-    values |= {layout.width_field: values[layout.width_field] + 1, "head_dim": model.config.head_dim}
+    values[layout.width_field] += 1
     try:
         with named_errors("config"):
             type(model.config)(**values)
