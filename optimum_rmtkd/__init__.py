@@ -32,6 +32,7 @@ _EXPORTS = {
     "registration": ("register_model_type",),
     "spectra": ("SecondMoments", "SignalSubspace", "register_edge_estimator", "signal_subspace"),
     "surgery": (
+        "DecoderLayout",
         "EncoderLayout",
         "Family",
         "ResidualConvLayout",

@@ -147,7 +147,8 @@ class RMTKDConfig(Recipe):
         None,
         "What a share of the FLOPs is worth beside the same share of the parameters when allocation='loss' picks what "
         "to cut. 0: size alone; a table of words then costs as much as layers that are slow. None: 4, and 1 where "
-        "more than 85 % are to go, because thin layers cannot pay for speed as well.",
+        "more than 85 % are to go, because thin layers cannot pay for speed as well; 0 for causal language models, "
+        "which read every weight for every word.",
     )
 
     # Surgery

@@ -31,7 +31,7 @@ from .spec_rmtkd import SpecMismatchError, shown
 # What constructors of transformers raise at values that they never expected: a zero that divides, an unknown name, a
 # width that is no multiple. The class of strict configs is not told to the public; transformers has loaded it.
 BUILDING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_strict_error = getattr(sys.modules.get("huggingface_hub.errors"), "StrictDataclassError", ValueError)
+REFUSALS = (*BUILDING, getattr(sys.modules.get("huggingface_hub.errors"), "StrictDataclassError", ValueError))
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def named_errors(what):
         yield
     except SpecMismatchError:
         raise
-    except (*BUILDING, _strict_error) as error:
+    except REFUSALS as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise SpecMismatchError(

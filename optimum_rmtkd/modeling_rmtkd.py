@@ -1,8 +1,9 @@
 """Rebuilds a narrowed model from its config.
 
-This file is what a reduced checkpoint needs, with those it imports from beside it: `layers_rmtkd.py`, `spec_rmtkd.py`
-(the schema of the config) and `loading_rmtkd.py`. The plugin imports them, and the same files are copied into every
-saved repository, where `trust_remote_code=True` runs them. They therefore import torch and transformers alone.
+This file is what a reduced checkpoint needs, with those it imports from beside it: `layers_rmtkd.py`,
+`resizing_rmtkd.py`, `spec_rmtkd.py` (the schema of the config) and `loading_rmtkd.py`. The plugin imports them, and
+the same files are copied into every saved repository, where `trust_remote_code=True` runs them. They therefore import
+torch and transformers alone.
 
 Config and weights may be a stranger's. Before a tensor is allocated, the config is held against the schema, the number
 of layers against the tensors in the files' headers, the spec against the dense skeleton (which transformers builds on
@@ -16,6 +17,8 @@ checkpoint serves `AutoModel`, other task heads and another `num_labels` alike:
     modules     {path: {"in", "out", "rank", "dim", "eps"}}: widths of linear, convolution, norm and embedding layers
     parameters  {path: {"dim"}}: last dimension of bare parameters, for example a class token
     attrs       {path: {name: value}}: head sizes and scales that modules keep as plain attributes
+    heads       {path of an attention: {"kept", "of"}}: whole key-value groups that were kept, each as wide as before;
+                with "config": true the layer gets a config of its own that says so
     ternary     {path: options of TernaryMLP, and "replaces": class name}: parts with ternary weights
 """
 
@@ -28,7 +31,6 @@ import torch
 import transformers
 from torch import nn
 from transformers import conversion_mapping
-from transformers.pytorch_utils import Conv1D
 
 from .layers_rmtkd import (
     LowRankConv2d,
@@ -38,8 +40,10 @@ from .layers_rmtkd import (
     TernaryMLP,
     check_adapters,
 )
-from .loading_rmtkd import BUILDING, as_many_as_tensors, finalizing, load_checked, named_errors
+from .loading_rmtkd import REFUSALS, as_many_as_tensors, finalizing, load_checked, named_errors
+from .resizing_rmtkd import resize_module
 from .spec_rmtkd import (
+    COUNTS,
     VERSION,
     SpecMismatchError,
     check_attributes,
@@ -48,7 +52,10 @@ from .spec_rmtkd import (
     check_heads,
     check_module,
     check_rmtkd,
+    epsilon_name,
+    is_norm,
     mismatch,
+    version_of,
     widest,
 )
 
@@ -66,9 +73,12 @@ __all__ = [  # generated classes, RMTKD<name in transformers>, are attributes as
     "apply_spec",
     "check_spec",
     "load_checked",
-    "rebuild_module",
     "reduced_class",
+    "epsilon_name",
+    "is_norm",
+    "resize_module",
     "resolve_path",
+    "version_of",
 ]
 
 PREFIX, TYPE_PREFIX = "RMTKD", "rmtkd_"  # of class names and of model types
@@ -82,76 +92,6 @@ def _ternary_in_place_of(old, options):
     if isinstance(old, nn.Linear):
         options["out_features"] = old.out_features
     return TernaryMLP(**options)
-
-
-def _rebuild_linear(old, delta):
-    features_in, features_out = delta.get("in", old.in_features), delta.get("out", old.out_features)
-    bias = old.bias is not None
-    if "rank" in delta:
-        return LowRankLinear(features_in, features_out, delta["rank"], bias)
-    return nn.Linear(features_in, features_out, bias)
-
-
-def _rebuild_conv1d(old, delta):
-    features_in, features_out = old.weight.shape
-    return LowRankLinear(features_in, features_out, delta["rank"], bias=True)
-
-
-def _rebuild_conv(old, delta):
-    channels_in, channels_out = delta.get("in", old.in_channels), delta.get("out", old.out_channels)
-    bias = old.bias is not None
-    if "rank" in delta:
-        return LowRankConv2d(channels_in, channels_out, delta["rank"], old.stride, bias)
-    return nn.Conv2d(
-        channels_in,
-        channels_out,
-        old.kernel_size,
-        old.stride,
-        old.padding,
-        old.dilation,
-        old.groups,
-        bias,
-        old.padding_mode,
-    )
-
-
-def _rebuild_layer_norm(old, delta):
-    return nn.LayerNorm(delta["dim"], eps=delta.get("eps", old.eps), bias=old.bias is not None)
-
-
-def _rebuild_batch_norm(old, delta):
-    return nn.BatchNorm2d(delta["dim"], old.eps, old.momentum, old.affine, old.track_running_stats)
-
-
-def _rebuild_embedding(old, delta):
-    dim = delta.get("dim", getattr(old, "output_dim", old.embedding_dim))
-    if "rank" in delta:
-        return LowRankEmbedding(old.num_embeddings, delta["rank"], dim, old.padding_idx)
-    return nn.Embedding(old.num_embeddings, dim, padding_idx=old.padding_idx)
-
-
-BUILDERS = (
-    ((nn.Linear, LowRankLinear), _rebuild_linear),
-    ((Conv1D,), _rebuild_conv1d),
-    ((nn.Conv2d, LowRankConv2d), _rebuild_conv),
-    ((nn.LayerNorm,), _rebuild_layer_norm),
-    ((nn.BatchNorm2d,), _rebuild_batch_norm),
-    ((nn.Embedding,), _rebuild_embedding),
-)
-
-
-def rebuild_module(old, delta):
-    """A fresh layer like `old` with the widths of `delta`; dtype and device follow the defaults in force.
-
-    Raises:
-        TypeError: no layer of this type can be narrowed.
-    """
-    for types, build in BUILDERS:
-        if isinstance(old, types):
-            return build(old, delta)
-    raise TypeError(
-        f"A {type(old).__name__} cannot be narrowed; known: linear, 2-d convolution, layer and batch norm, embedding."
-    )
 
 
 def resolve_path(model, path):
@@ -191,7 +131,7 @@ def check_spec(model, spec):
     Raises:
         SpecMismatchError: names the entry.
     """
-    for section in ("modules", "parameters", "attrs", "ternary"):
+    for section in ("modules", "parameters", "attrs", "heads", "ternary"):
         resolved = {}
         for raw, entry in spec.get(section, {}).items():
             where = f"rmtkd.spec.{section}[{raw!r}]"
@@ -214,20 +154,21 @@ def check_spec(model, spec):
 
 
 def _check_all_heads(model, spec):
-    deltas, attrs = (
+    deltas, attrs, heads = (
         {resolve_path(model, raw): entry for raw, entry in spec.get(section, {}).items()}
-        for section in ("modules", "attrs")
+        for section in ("modules", "attrs", "heads")
     )
     for path, module in model.named_modules():
         inside = {name: deltas[f"{path}.{name}"] for name in module._modules if f"{path}.{name}" in deltas}
-        if inside or path in attrs:
-            check_heads(module, attrs.get(path, {}), inside, f"rmtkd.spec.attrs[{path!r}]")
+        if inside or path in attrs or path in heads:
+            check_heads(module, attrs.get(path, {}), inside, f"rmtkd.spec.attrs[{path!r}]", heads.get(path))
 
 
 _FITS = {
     "modules": lambda found, entry: widest(found) is not None,
     "parameters": lambda found, entry: isinstance(found, nn.Parameter) and found.dim() > 0,
     "attrs": lambda found, entry: isinstance(found, nn.Module),
+    "heads": lambda found, entry: isinstance(found, nn.Module),
     "ternary": lambda found, entry: type(found).__name__ == entry["replaces"],
 }
 _ELSEWHERE = set()  # (dense class, section, path) that were found in another class
@@ -247,6 +188,15 @@ def _is_elsewhere(model, raw, section, entry, base):
     return known in _ELSEWHERE
 
 
+def _stock_config(config, fields):
+    """The config of the dense class with other fields: heads that make their backbone through AutoModel would make a
+    narrowed one, which asks for its relatives in turn."""
+    cls = type(config).__mro__[1] if type(config).__name__.startswith(PREFIX) else type(config)
+    ours = ("model_type", "rmtkd", "auto_map", "architectures", "transformers_version")
+    known = {name: value for name, value in fields.items() if isinstance(getattr(config, name, None), int)}
+    return cls(**{name: value for name, value in config.to_dict().items() if name not in ours} | known)
+
+
 def _relatives(dense, config, base):
     """Skeletons of the classes beside `dense`, on the meta device: heads first, as wide as `base` says, of one layer
     where the config counts them (the paths of all layers are the model's own), of two labels, as spans need."""
@@ -258,19 +208,19 @@ def _relatives(dense, config, base):
         and issubclass(cls, transformers.PreTrainedModel)
         and cls.__module__ == dense.__module__
         and getattr(cls, "config_class", None) is dense.config_class
-        and "forward" in vars(cls)
+        and any("forward" in vars(c) for c in cls.__mro__[: cls.__mro__.index(transformers.PreTrainedModel)])
         and cls is not dense
     ]
     for cls in sorted(classes, key=lambda cls: "For" not in cls.__name__):
         for fields in ({"num_labels": 2, "num_hidden_layers": 1}, {"num_labels": 2}):
-            small = copy.deepcopy(config)
             try:
-                for name, value in {**base, **fields}.items():
+                small = _stock_config(config, base)
+                for name, value in fields.items():
                     if isinstance(getattr(small, name, None), int):
                         setattr(small, name, value)
                 with torch.device("meta"):
                     skeleton = cls(small)
-            except BUILDING:  # a head that wants other fields than this checkpoint has
+            except REFUSALS:  # a head that wants other fields than this checkpoint has
                 continue
             yield skeleton
             break
@@ -287,7 +237,7 @@ def apply_spec(model, spec):
     for raw, delta in spec.get("modules", {}).items():
         found = _locate(model, raw)
         if found is not None and widest(_child(*found)) is not None:
-            setattr(*found, rebuild_module(_child(*found), delta))
+            setattr(*found, resize_module(_child(*found), delta))
     for raw, delta in spec.get("parameters", {}).items():
         found = _locate(model, raw)
         if found is not None:
@@ -303,7 +253,20 @@ def apply_spec(model, spec):
         module = _at(model, raw)
         if module is not None:  # not in this head, or inside a part that is ternary now
             vars(module).update(attributes)
+    for raw, entry in spec.get("heads", {}).items():
+        module = _at(model, raw)
+        if module is not None and entry.get("config"):
+            module.config = _with_fewer_heads(module.config, entry)
     _retie(model)
+
+
+def _with_fewer_heads(config, entry):
+    """A config of one layer, whose code reads numbers of heads from it."""
+    config = copy.copy(config)
+    for name in COUNTS:
+        if isinstance(getattr(config, name, None), int):
+            setattr(config, name, getattr(config, name) * entry["kept"] // entry["of"])
+    return config
 
 
 def _not_applied_yet(model, spec):
@@ -367,10 +330,19 @@ def _make_config(name):
             hook(cls)
         return object.__new__(cls)
 
+    def validate(self):
+        """Whether sizes divide as the dense model's code needs it: asked of the dense widths, for it is built from
+        them."""
+        with _dense(self, (self.rmtkd or {}).get("spec", {})):
+            base.validate(self)
+
+    validate.__is_defined_by_strict_decorator__ = True  # transformers takes no other
+
     made = type(
         name,
         (base,),
         {
+            "validate": validate,
             "model_type": TYPE_PREFIX + base.model_type,
             "__annotations__": {"rmtkd": "dict | None"},
             "rmtkd": None,
@@ -406,6 +378,11 @@ def _make_model(name):
                 apply_spec(self, spec)
             self.post_init()
 
+    def initialize_weights(self):
+        # loading computes buffers that are not saved anew: rotary frequencies follow from the dense widths
+        with _dense(self.config, (getattr(self.config, "rmtkd", None) or {}).get("spec", {})):
+            base.initialize_weights(self)
+
     def __setattr__(self, name, value):
         base.__setattr__(self, name, value)
         if name == "peft_config":  # PEFT has put its adapters into this model
@@ -420,6 +397,7 @@ def _make_model(name):
         {
             "__init__": __init__,
             "__setattr__": __setattr__,
+            "initialize_weights": initialize_weights,
             "from_pretrained": classmethod(from_pretrained),
             "_finalize_model_loading": finalizing(base),
             "config_class": config_class,

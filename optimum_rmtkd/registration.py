@@ -191,7 +191,9 @@ def _register_models(config_class: type) -> None:
         if mapping is None or base not in mapping:
             continue
         classes = mapping[base] if isinstance(mapping[base], (tuple, list)) else (mapping[base],)
-        reduced = [modeling_rmtkd.reduced_class(cls) for cls in classes if hasattr(transformers, cls.__name__)]
+        # some classes serve the configs of others, whose models they are not
+        own = [cls for cls in classes if hasattr(transformers, cls.__name__) and cls.config_class is base]
+        reduced = [modeling_rmtkd.reduced_class(cls) for cls in own]
         if reduced:
             # several classes of one config are told apart by its `architectures`, as for the dense ones
             auto.register(config_class, reduced[0] if len(reduced) == 1 else tuple(reduced), exist_ok=True)

@@ -3,8 +3,9 @@
 A config comes from whoever wrote it, so its grammar is closed: what is not described here is refused, with the entry's
 name. Lies beside `modeling_rmtkd.py` in every saved repository, and imports torch and transformers alone.
 
-    version     1; missing in a config without widths. A later format is refused, with the advice to upgrade
-    spec        base, modules, parameters, attrs, ternary: see `modeling_rmtkd.py`
+    version     1, or 2 where the spec has `heads`; missing in a config without widths. A later format is refused, with
+                the advice to upgrade
+    spec        base, modules, parameters, attrs, heads, ternary: see `modeling_rmtkd.py`
     recipe      how it was narrowed; a record that nothing is built from
     provenance  where it comes from: base_model, parameters_before, rounds, ternary
 
@@ -23,8 +24,8 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 
-VERSION = 1
-SECTIONS = ("base", "modules", "parameters", "attrs", "ternary")
+VERSION = 2
+SECTIONS = ("base", "modules", "parameters", "attrs", "heads", "ternary")
 DELTAS = ("in", "out", "rank", "dim", "eps")
 PATH = re.compile(r"(@\.)?[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
@@ -32,9 +33,13 @@ NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 # What modules of transformers call the widths of their heads, and numbers that no config states, with their range.
 WIDTHS = frozenset(
     """all_head_size attention_head_size d_head d_kv dim dim_head dim_per_head embed_dim head_dim head_size hidden_size
-    inner_dim key_value_proj_dim kv_dim qk_head_dim v_head_dim""".split()
+    inner_dim key_value_proj_dim kv_dim qk_head_dim split_size v_head_dim
+    num_attention_heads num_heads num_key_value_heads""".split()
 )
-HEADS = WIDTHS - {"all_head_size", "dim", "embed_dim", "hidden_size", "inner_dim", "kv_dim"}  # of one head
+COUNTS = frozenset(("num_attention_heads", "num_heads", "num_key_value_heads"))  # of heads, where code reads them
+WHOLE = {"all_head_size", "dim", "embed_dim", "hidden_size", "inner_dim", "kv_dim", "split_size"}
+HEADS = WIDTHS - WHOLE - COUNTS  # widths of one head
+EPSILONS = ("eps", "variance_epsilon", "epsilon")  # what norms call it
 NUMBERS = {
     "eps": (0.0, 1e3),  # of a norm over few features: it grows as they get fewer
     "variance_epsilon": (0.0, 1e3),
@@ -186,6 +191,13 @@ def _check_attributes(attributes, where):
             raise mismatch(where, name, f"no attributes but {', '.join(sorted(WIDTHS | NUMBERS.keys()))}")
 
 
+def _check_kept(entry, where):
+    _object(entry, where, ("kept", "of", "config"))
+    if not isinstance(entry.get("config", False), bool):
+        raise mismatch(f"{where}.config", entry["config"], "true or false")
+    _whole(entry.get("kept"), f"{where}.kept", most=_whole(entry.get("of"), f"{where}.of"))
+
+
 def _check_part(options, where):
     _object(options, where, (*TERNARY, "replaces"))
     if not isinstance(options.get("replaces"), str) or not NAME.fullmatch(options["replaces"]):
@@ -199,6 +211,7 @@ _ENTRIES = {
     "modules": _check_delta,
     "parameters": _check_parameter,
     "attrs": _check_attributes,
+    "heads": _check_kept,
     "ternary": _check_part,
 }
 
@@ -309,27 +322,50 @@ def check_base(config, base):
 # -- against the dense skeleton ---------------------------------------------------------------------------------------
 
 
+def version_of(spec):
+    """The format that a spec needs: files that an older version of the library can read say so."""
+    return 2 if spec.get("heads") else 1
+
+
+def epsilon_name(module):
+    """The attribute that holds the epsilon of a norm; None where there is none."""
+    return next((name for name in EPSILONS if isinstance(vars(module).get(name, False), (float, type(None)))), None)
+
+
+def is_norm(module):
+    """Whether this is a norm over the last axis by its looks: a weight a feature, perhaps a bias, and an epsilon."""
+    if isinstance(module, nn.LayerNorm):
+        return True
+    if not isinstance(module, nn.Module) or isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
+        return False
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    alone = set(parameters) in ({"weight"}, {"weight", "bias"}) and not module._modules and not module._buffers
+    return alone and all(p.dim() == 1 for p in parameters.values()) and epsilon_name(module) is not None
+
+
 def widest(module):
     """{entry of a delta: the most it can be} of a layer that can be narrowed, None of anything else."""
     if isinstance(module, nn.Linear):
         features = module.in_features, module.out_features
         return {"in": features[0], "out": features[1], "rank": max(features)}
     if isinstance(module, Conv1D):
-        return {"rank": max(module.weight.shape)}
+        features = module.weight.shape
+        return {"in": features[0], "out": features[1], "rank": max(features)}
     if isinstance(module, nn.Conv2d):
         widths = {"in": module.in_channels, "out": module.out_channels} if module.groups == 1 else {}
         pointwise = module.kernel_size == (1, 1) and module.groups == 1
         return {**widths, "rank": max(widths.values())} if pointwise else widths
     if isinstance(module, nn.LayerNorm):
         return {"dim": math.prod(module.normalized_shape), "eps": NUMBERS["eps"][1]}
+    if is_norm(module):
+        return {"dim": module.weight.numel(), "eps": NUMBERS["eps"][1]}
     if isinstance(module, nn.BatchNorm2d):
         return {"dim": module.num_features}
     if isinstance(module, nn.Embedding):
-        return {"dim": module.embedding_dim, "rank": module.embedding_dim}
+        # two factors stand for a plain table alone: a scale or an offset of its own would be lost
+        plain = type(module).forward is nn.Embedding.forward
+        return {"dim": module.embedding_dim, **({"rank": module.embedding_dim} if plain else {})}
     return None
-
-
-NEEDED = ((Conv1D, "rank"), (nn.LayerNorm, "dim"), (nn.BatchNorm2d, "dim"))
 
 
 def check_module(module, delta, where):
@@ -345,9 +381,8 @@ def check_module(module, delta, where):
             raise mismatch(where, name, f"only what a {type(module).__name__} like this one has: {known}")
         if value > most[name]:
             raise mismatch(f"{where}.{name}", value, f"at most {most[name]}, as in the dense layer")
-    for kind, name in NEEDED:
-        if isinstance(module, kind) and name not in delta:
-            raise mismatch(where, delta, f"the entry {name!r}, which a {type(module).__name__} needs")
+    if (is_norm(module) or isinstance(module, nn.BatchNorm2d)) and "dim" not in delta:
+        raise mismatch(where, delta, f"the entry 'dim', which a {type(module).__name__} needs")
 
 
 def check_attributes(module, attributes, where):
@@ -364,7 +399,7 @@ def check_attributes(module, attributes, where):
             _whole(value, f"{where}.{name}", most=own)
 
 
-def check_heads(module, attributes, deltas, where):
+def check_heads(module, attributes, deltas, where, kept=None):
     """Whether the layers of an attention are as wide as its heads, which reshape what these give: with other heads
     the same tensors would load, and compute something else.
 
@@ -372,20 +407,44 @@ def check_heads(module, attributes, deltas, where):
         module: of the dense skeleton, with the layers as its children.
         attributes: what the spec sets of it.
         deltas: {name of a child: what the spec makes of it}.
+        kept: its entry in `heads`: whole heads of it went.
 
     Raises:
         SpecMismatchError: widths of heads and layers that do not shrink alike.
     """
     given = {name: value for name, value in attributes.items() if name in WIDTHS}
+    if kept is not None:
+        _check_whole_heads(module, given, deltas, where, fractions.Fraction(kept["kept"], kept["of"]))
+        return
     if not given and not any(isinstance(vars(module).get(name), int) for name in HEADS):
         return
+    if wrong := [name for name in given if name in COUNTS]:
+        raise mismatch(where, wrong[0], "a number of heads only where `heads` says how many of them were kept")
     shares = {fractions.Fraction(value, vars(module)[name]) for name, value in given.items()} or {1}
     if len(shares) > 1:
         raise mismatch(where, attributes, "widths that shrink alike")
     (share,) = shares
+    _check_children(module, attributes, deltas, where, share)
+
+
+def _check_whole_heads(module, given, deltas, where, share):
+    """Heads keep their width, and there are fewer of them."""
+    for name, value in given.items():
+        own = vars(module)[name]
+        if value != (own if name in HEADS else own * share):
+            raise mismatch(f"{where}.{name}", value, f"what `heads` keeps of {own}")
+    for name in COUNTS:
+        own = vars(module).get(name)
+        if isinstance(own, int) and not isinstance(own, bool) and (own * share).denominator != 1:
+            raise mismatch(where, share.numerator, f"whole heads of {own}")
+    _check_children(module, given, deltas, where, share)
+
+
+def _check_children(module, attributes, deltas, where, share):
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            delta, own = deltas.get(name, {}), {"in": child.in_features, "out": child.out_features}
+        if isinstance(child, (nn.Linear, Conv1D)):
+            most = widest(child)
+            delta, own = deltas.get(name, {}), {side: most[side] for side in ("in", "out")}
             # queries, keys and values give the heads, the layer behind takes them
             if not any(delta.get(side, own[side]) == own[side] * share for side in own):
                 raise mismatch(where, attributes, f"heads that the layer {name!r} fits: {delta or own}")

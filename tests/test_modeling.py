@@ -33,7 +33,7 @@ from .surgery import zoo
 
 
 RECIPE = RMTKDConfig(round_to=4, min_width=4, calibration_samples=16, refit=False, importance="variance")
-REMOTE_FILES = ["layers_rmtkd.py", "loading_rmtkd.py", "modeling_rmtkd.py", "spec_rmtkd.py"]
+REMOTE_FILES = ["layers_rmtkd.py", "loading_rmtkd.py", "modeling_rmtkd.py", "resizing_rmtkd.py", "spec_rmtkd.py"]
 WIDTHS = {"hidden": 20, "layer.0.heads": 6, "layer.0.intermediate": 24, "layer.1.intermediate": 40}
 MLM_WIDTHS = {"hidden": 20, "layer.1.intermediate": 40}
 

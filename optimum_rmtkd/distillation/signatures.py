@@ -8,16 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from ..models import unwrapped
+
 
 __all__ = ["TOKEN_TYPES", "named_inputs", "taken", "unwrapped"]
 
 TOKEN_TYPES = "token_type_ids"
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of PEFT and torch.compile, whose own forward names nothing."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def named_inputs(model: nn.Module) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from ..modeling_rmtkd import TYPE_PREFIX
 from .behaviour import check_behaviour, nearly_equal
 from .differences import AROUND_THE_RESULT
+from .heads import has_head, shifts_labels, unwrapped
 from .identity import check_structure
 from .rebuilding import (
     blank,
@@ -36,6 +37,7 @@ __all__ = [
     "check_structure",
     "copied",
     "count_parameters",
+    "has_head",
     "is_narrowed",
     "is_plain",
     "match_precision",
@@ -44,8 +46,10 @@ __all__ = [
     "pinned",
     "provenance_of",
     "rebuilt",
+    "shifts_labels",
     "twin_of",
     "uncut_parameters",
+    "unwrapped",
     "widest_dtype",
 ]
 

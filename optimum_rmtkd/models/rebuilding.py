@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..modeling_rmtkd import reduced_class
+from ..spec_rmtkd import EPSILONS
 
 
 __all__ = [
@@ -207,6 +208,7 @@ def _with_pinned(model: PreTrainedModel, spec: Mapping[str, Any]) -> dict[str, A
     for path, numbers in pinned(model, blank(model)).items():
         raw = "@." + path.removeprefix(prefix) if path.startswith(prefix) else path
         said = spec.get("modules", {}).get(raw, {})
+        said = {*said, *EPSILONS} if "eps" in said else said
         attrs[raw] = {name: n for name, n in numbers.items() if name not in said} | attrs.get(raw, {})
     return {**spec, "attrs": attrs}
 

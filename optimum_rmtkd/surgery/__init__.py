@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..models import count_parameters, uncut_parameters
 from .cautions import divergence_warning, loss_warning
 from .checks import anatomy_of, check_data, check_recipe
+from .decoders import DecoderLayout
 from .families import Family, family_of, register_family
 from .latency import Measurement, check_latency
 from .layouts import EncoderLayout, ResidualConvLayout
@@ -26,6 +27,7 @@ from .variety import check_variety
 
 
 __all__ = [
+    "DecoderLayout",
     "EncoderLayout",
     "Family",
     "Measurement",

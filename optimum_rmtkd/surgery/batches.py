@@ -10,6 +10,7 @@ from torch import nn
 
 from ..batches import POSITION_TABLES, decoder_mask, described, main_input, padding_mask, rows_before, too_long
 from ..errors import CalibrationError, UnsupportedArchitectureError
+from .decoders import DecoderLayout
 from .families import family_of
 from .sites import Anatomy, Site, get_module, has_module, linear_layers
 
@@ -84,10 +85,19 @@ def _check_length(model: nn.Module, batch: Mapping[str, Any], mask: torch.Tensor
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or batch.get("position_ids") is not None:
         return
     longest = ids.shape[1] if mask is None else int(mask.sum(-1).max())
-    for table in _declared_positions(model):
-        limit = table.num_embeddings - rows_before(table)
+    limits = [table.num_embeddings - rows_before(table) for table in _declared_positions(model)]
+    if not limits and _is_decoder(model):  # rotary positions go on for ever, but nothing was trained beyond
+        limits = [limit] if isinstance(limit := getattr(model.config, "max_position_embeddings", None), int) else []
+    for limit in limits:
         if longest > limit:
             raise CalibrationError(too_long(model, longest, limit))
+
+
+def _is_decoder(model: nn.Module) -> bool:
+    try:
+        return isinstance(family_of(model).layout, DecoderLayout)
+    except UnsupportedArchitectureError:
+        return False
 
 
 def _declared_positions(model: nn.Module) -> list[nn.Embedding]:

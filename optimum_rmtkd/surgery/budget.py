@@ -71,7 +71,7 @@ class Couple:
 
     def on_grid(self, config: RMTKDConfig) -> Couple:
         """The same with the floor, step and stride of another recipe."""
-        lead = next(site for site in self.sites if site.kind != "pooled")
+        lead = next(site for site in self.sites if site.chosen)
         floor, step, stride = couple_grid(lead, config)
         return dataclasses.replace(self, floor=floor, step=step, stride=stride)
 
@@ -109,6 +109,8 @@ def couple_grid(site: Site, config: RMTKDConfig) -> tuple[int, int, int]:
     that of a head and, times their number, that of the stream, the stream is a multiple of `round_to`.
     """
     full = site.group_width
+    if site.kind == "attention_groups":  # whole groups, down to the last one
+        return 1, 1, 1
     if site.kind == "hidden" and site.groups > 1:
         step = min(config.round_to // math.gcd(config.round_to, site.groups), max(1, full // 4))
         least = max(-(-config.min_width // HEADS), -(-config.min_width // site.groups))
@@ -172,7 +174,7 @@ def smallest_widths(
 ) -> dict[str, int]:
     """{couple: width} of the model that costs least, in steps of single features."""
     finest = config.replace(round_to=1)
-    leads = {site.couple: site for site in sites if site.kind != "pooled"}
+    leads = {site.couple: site for site in sites if site.chosen}
     widths = {name: site.group_width for name, site in leads.items()}
     for _ in range(2):  # two thin factors can be larger than the layer that they replace: each site is tried
         for name, site in leads.items():

@@ -13,11 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from ..batches import batch_size, decoder_mask, evaluating, explained, padding_mask, run
 from ..config import RMTKDConfig
-from ..errors import CalibrationError
-from ..modeling_rmtkd import LowRankLinear, resolve_path
+from ..errors import CalibrationError, RMTKDError
+from ..modeling_rmtkd import LowRankLinear, is_norm, resolve_path
 from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
-from .likelihood import log_likelihood
+from .likelihood import gives_likelihood, log_likelihood
 from .sites import Anatomy, Point, Site, get_module
 
 
@@ -25,13 +25,14 @@ __all__ = [
     "Calibration",
     "calibrate",
     "features_last",
+    "gradient_points",
     "observed",
     "points_of",
     "token_mask",
 ]
 
 
-FEATURES_LAST = (nn.Linear, Conv1D, LowRankLinear, nn.LayerNorm)
+FEATURES_LAST = (nn.Linear, Conv1D, LowRankLinear)
 GOLDEN = (5**0.5 - 1) / 2  # the turn after which few others come near the same place
 
 
@@ -41,20 +42,54 @@ def points_of(anatomy: Anatomy, sites: Sequence[Site]) -> list[Point]:
     """
     needed = [s for s in anatomy.sites.values() if s in sites or s.kind == "hidden"]
     points = {point for site in needed for point in site.points}
-    points |= {unit.lands for unit in anatomy.units if unit.lands is not None and unit.norm is not None}
+    points |= {u.lands for u in anatomy.units if u.lands is not None and (u.norm is not None or anatomy.answers)}
     return sorted(points, key=str)
 
 
+def gradient_points(model: nn.Module, anatomy: Anatomy, config: RMTKDConfig, batch: Mapping[str, Any]) -> list[Point]:
+    """Where loss gradients are to be observed: along the stream, of language models also where sums land in it.
+
+    Args:
+        batch: one, on which the model shows whether it gives a likelihood.
+
+    Raises:
+        RMTKDError, CalibrationError: importance="fisher" for a model without a stream, or without logits.
+    """
+    hidden, importance = anatomy.sites.get("hidden"), config.importance
+    if importance == "variance" or hidden is None:
+        if importance == "fisher":
+            raise RMTKDError(
+                f"importance='fisher' was asked for, but {type(model).__name__} in form {config.form!r} has no "
+                "residual stream whose loss gradient could weigh directions; use 'auto' or 'variance'."
+            )
+        return []
+    if gives_likelihood(model, batch):
+        lands = {u.lands for u in anatomy.units if u.lands is not None} if anatomy.answers else set()
+        return [*hidden.points, *sorted(lands - set(hidden.points), key=str)]
+    if importance == "fisher":
+        raise CalibrationError(
+            f"importance='fisher' needs a model with logits to draw labels from; {type(model).__name__} returns none. "
+            "Use importance='variance' for a bare encoder, or add a task head."
+        )
+    return []
+
+
 def token_mask(batch: Mapping[str, Any], x: torch.Tensor, decoder: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded.
+    """Positions of x (batch, length, d) that hold real tokens, (batch, length) bool; None where nothing is padded. Of
+    x (batch * length, d), as some classes lay it out (OPT), (batch * length) bool.
 
     Args:
         decoder: the mask of the decoder, see `decoder_mask`. Where sources and targets are of one length, positions
             have to be real in both: an activation does not say whose it is, and padding must never count.
     """
     masks = [padding_mask(batch), decoder]
-    fitting = [mask for mask in masks if mask is not None and x.dim() == 3 and mask.shape == x.shape[:2]]
+    masks = [mask.flatten() if x.dim() == 2 else mask for mask in masks if mask is not None]
+    fitting = [mask for mask in masks if x.dim() in (2, 3) and mask.shape == x.shape[:-1]]
     return torch.stack(fitting).all(0) if fitting else None
+
+
+def _features_are_last(module: nn.Module | None) -> bool:
+    return isinstance(module, FEATURES_LAST) or is_norm(module)
 
 
 def features_last(x: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
@@ -66,13 +101,13 @@ def features_last(x: torch.Tensor, module: nn.Module | None = None) -> torch.Ten
     """
     if x.dim() != 4:
         return x
-    return x.flatten(1, 2) if isinstance(module, FEATURES_LAST) else x.flatten(2).mT
+    return x.flatten(1, 2) if _features_are_last(module) else x.flatten(2).mT
 
 
 def turned(x: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
     """As `features_last`, each row of an image turned further than the one above, by the golden ratio of its width:
     evenly spaced positions then lie in many columns and not all in one, which would be the border of most images."""
-    if x.dim() != 4 or isinstance(module, FEATURES_LAST):
+    if x.dim() != 4 or _features_are_last(module):
         return features_last(x, module)
     height, width = x.shape[2:]
     rows = torch.arange(height, device=x.device)[:, None]
@@ -158,10 +193,12 @@ class Calibration:
             CalibrationError: non-finite activations or gradients; names the module, the batch and how many. A batch
                 that the model cannot run on.
         """
-        tokens, decoder = 0.0, decoder_mask(model, batch)
+        tokens, decoder, forward = 0.0, decoder_mask(model, batch), True
 
         def see(point: Point, x: torch.Tensor) -> None:
             nonlocal tokens
+            if not forward:
+                return  # a block that is recomputed for its gradients
             if point in self.gradients and not x.requires_grad:
                 x.requires_grad_()
             mask, module = token_mask(batch, x, decoder), get_module(model, point.path)
@@ -180,8 +217,9 @@ class Calibration:
         with observed(model, self.points, see), explained(model, batch, self.batches_seen):
             if self.gradients:
                 with torch.enable_grad(), frozen(model):
-                    outputs = run(model, batch)
-                    log_likelihood(model, outputs, batch, self.config.seed).backward()
+                    likelihood = log_likelihood(model, run(model, batch), batch, self.config.seed)
+                    forward = False
+                    likelihood.backward()
             else:
                 with torch.no_grad():
                     run(model, batch)

@@ -98,6 +98,8 @@ def parameters_of(
     ]
 
     def size(unit: Unit, module: nn.Module, widths: dict[str, int]) -> int:
+        if unit.tied:
+            return 0
         delta = unit_delta(unit, module, widths)
         if _is_tied(model, unit):
             return delta.get("rank", getattr(module, "rank", 0)) * module.in_features
@@ -124,6 +126,8 @@ def flops_of(
     # products with the keys and with the values: 2 L^2 a feature each; queries and keys are two units that share one
     pairs = {"attention_qk": 1.0, "attention_vo": 2.0}
     attention = {s.name: pairs[s.kind] for s in anatomy.sites.values() if s.kind in pairs}
+    # whole heads of causal attention are both products, each over half of the positions
+    causal = {s.name for s in anatomy.sites.values() if s.kind == "attention_groups"}
 
     def work(unit: Unit, module: nn.Module, widths: Mapping[str, int]) -> tuple[float, ...]:
         shape, delta = linear_shape(module), unit_delta(unit, module, widths)
@@ -131,6 +135,8 @@ def flops_of(
         rank = delta.get("rank", getattr(module, "rank", None))
         products = inputs * outputs * shape[2] if rank is None else rank * (inputs + outputs)
         linear = 2.0 * products * positions[unit.path]
+        if unit.reads in causal:
+            return linear, 2.0 * positions[unit.path] ** 2 * inputs
         if unit.writes not in attention:
             return (linear,)
         return linear, attention[unit.writes] * positions[unit.path] ** 2 * outputs

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..spectra import SecondMoments
 from .bases import (
     Projection,
+    Selection,
     fisher_directions,
     head_projection,
     natural_gauge,
@@ -30,11 +30,13 @@ from .bases import (
     value_directions,
 )
 from .calibration import Calibration
-from .linalg import eigh, qr
+from .linalg import JITTERS, cholesky, eigh, qr
+from .norms import norm_of
 from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
+from .weights import dense_table, dense_weight
 
 
-__all__ = ["Directions", "dense_table", "dense_weight", "site_directions", "stream_metric"]
+__all__ = ["Directions", "parted_projection", "site_directions", "stream_metric"]
 
 
 LOGIT_SHARE = 0.2  # of 1, 0.3, 0.2 and 0.1 on a 6-layer encoder: the largest that lets heads go as early as neurons do
@@ -49,11 +51,14 @@ class Directions:
         damage: (group_width + 1,) fp64; predicted loss when w features of each group stay. Falls to 0 at full width.
         cut: (width of a group, Projection of the stream or None) -> {unit path or "": Projection}; "" serves the units
             that have no entry of their own.
+        changes: activations (tokens, width) and loss gradients there -> (tokens, group_width): what each direction
+            adds to the log-likelihood, to first order; see `prices`. None: the product rule stands.
     """
 
     site: Site
     damage: torch.Tensor
     cut: Callable[[int, Projection | None], dict[str, Projection]]
+    changes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 def stream_metric(calibration: Calibration, point: Point | None, dim: int) -> torch.Tensor:
@@ -65,25 +70,6 @@ def stream_metric(calibration: Calibration, point: Point | None, dim: int) -> to
     if moments.gradient_moment is None:
         return torch.eye(dim, dtype=torch.float64) / moments.second_moment.trace().cpu().clamp_min(1e-30)
     return 0.5 * calibration.tokens_per_sample * moments.gradient_moment.cpu()
-
-
-def dense_weight(module: nn.Module) -> torch.Tensor:
-    """Weight (out, in) fp64 of a linear layer, (out, in, h, w) of a convolution; factored ones multiplied out."""
-    if hasattr(module, "down"):
-        up, down = module.up.weight.detach().double(), module.down.weight.detach().double()
-        return (
-            torch.einsum("or...,ri...->oi...", up, down)
-            if up.dim() == 2
-            else ((up.flatten(1) @ down.flatten(1))[..., None, None])
-        )
-    weight = module.weight.detach().double()
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
-def dense_table(module: nn.Module) -> torch.Tensor:
-    """(num_embeddings, dim) fp64 of an embedding, a factored one multiplied out."""
-    table = module.weight.detach().double()
-    return table @ module.up.weight.detach().double().T if hasattr(module, "up") else table
 
 
 def _tail_sums(scores: torch.Tensor) -> torch.Tensor:
@@ -99,7 +85,7 @@ def _weight_behind(model: nn.Module, unit: Unit) -> torch.Tensor:
     """(out, in, positions) fp64 weight of a unit, through the scale of the batch norm that follows: where that divides
     by running statistics, the scale of the weight itself means nothing."""
     weight = dense_weight(get_module(model, unit.path)).cpu()
-    weight = weight.flatten(2) if weight.dim() == 4 else weight[..., None]
+    weight = unit.scale * (weight.flatten(2) if weight.dim() == 4 else weight[..., None])
     norm = get_module(model, unit.norm) if unit.norm and is_layer(model, unit.norm) else None
     if norm is None or norm.running_var is None:
         return weight
@@ -141,14 +127,17 @@ def hidden_directions(
     fisher = sum(gradients) / len(gradients) if gradients else None
     dim = site.width
     ones = torch.full((dim, 1), dim**-0.5, dtype=torch.float64)
+    keeps_ones = anatomy.pre_norm and norm_of(get_module(model, anatomy.last_norm)).centres
+    if keeps_ones:  # what lies along them no layer reads
+        joint = joint - ones @ (ones.T @ joint)
+        joint = joint - (joint @ ones) @ ones.T
     if basis == "random":
         generator = torch.Generator().manual_seed(calibration.config.seed)
         ranked = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     else:
         ranked, _ = fisher_directions(joint, fisher)
-    if anatomy.pre_norm:
-        # The folded stream has no mean over its features; that direction must stay, for layer norm to subtract
-        # nothing.
+    if keeps_ones:
+        # Layer norm subtracts the mean over features: that direction stays, for the narrow one to subtract the same.
         ranked = torch.cat([ones, (ranked - ones @ (ones.T @ ranked))], dim=1)
     nested = qr(ranked, "Basis of the stream")[0]
     # tr(M (1 - P) S (1 - P)) for every nested P at once: sums over the lower right corner of a Hadamard product
@@ -163,13 +152,17 @@ def hidden_directions(
 
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
         kept = polar_alignment(nested[:, :width])
-        if width < dim:
+        if width < dim and (keeps_ones or not anatomy.pre_norm):
             inside = kept.T @ joint @ kept
-            quiet = (kept.T @ ones)[:, 0] if anatomy.pre_norm else eigh(inside, "Rotation of the stream")[1][:, 0]
+            quiet = (kept.T @ ones)[:, 0] if keeps_ones else eigh(inside, "Rotation of the stream")[1][:, 0]
             kept = rotate_onto_ones(kept, quiet / quiet.norm())
         return {"": Projection(kept, kept)}
 
-    return Directions(site, damage.cummin(0).values, cut)
+    def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        basis = nested.to(x)
+        return (x @ basis) * (gradient @ basis)
+
+    return Directions(site, damage.cummin(0).values, cut, changes if anatomy.answers else None)
 
 
 def neuron_directions(
@@ -200,7 +193,36 @@ def neuron_directions(
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
         return {"": neuron_projection(whole(), order[:width].sort().values)}
 
-    return Directions(site, residual, cut)
+    if not anatomy.answers:
+        return Directions(site, residual, cut)
+    mean = _mean(model, reader, calibration.moments[point])
+    return Directions(site, residual, cut, _neuron_changes(moment, effect, order, mean))
+
+
+def _mean(model: nn.Module, reader: Unit | None, moments: SecondMoments) -> torch.Tensor | None:
+    """What a bias makes up for, see `_moment`."""
+    return moments.mean.cpu() if reader is not None and get_module(model, reader.path).bias is not None else None
+
+
+def _less(x: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
+    return x if mean is None else x - mean.to(x)
+
+
+def _neuron_changes(
+    moment: torch.Tensor, effect: torch.Tensor, order: torch.Tensor, mean: torch.Tensor | None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """With M = L L^T the moment in the order of the pivots, the activation is L z: without neuron j, predicted from
+    those before it, it loses z_j times the column j of L."""
+    size = effect.clamp_min(1e-30).sqrt()[order]
+    scaled = moment[order][:, order] * torch.outer(size, size)
+    factor = cholesky(scaled, "Prices of features", (1e-8, *JITTERS[2:])).float()
+
+    def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        by, lower = size.to(x), factor.to(x)
+        inside = torch.linalg.solve_triangular(lower, (_less(x, mean)[:, order] * by).T, upper=False).T
+        return inside * (gradient[:, order] / by @ lower)
+
+    return changes
 
 
 def _per_head(matrix: torch.Tensor, heads: int) -> torch.Tensor:
@@ -269,6 +291,42 @@ def query_key_site_directions(
     return Directions(site, damage, cut)
 
 
+def group_directions(
+    model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
+) -> Directions:
+    """Whole key-value groups of attention, each with all query heads that share it: what they give to the stream."""
+    unit = next(u for u in anatomy.units if u.reads == site.name)
+    weight = dense_weight(get_module(model, unit.path)).cpu()
+    effect = unit.scale**2 * weight.T @ _metric_behind(model, anatomy, unit, calibration) @ weight
+    point = site.points[0]
+
+    def moment() -> torch.Tensor:
+        return _moment(model, unit, calibration.moments[point])
+
+    count = site.group_width
+    scores = torch.einsum("gij,gji->g", _per_head(moment(), count), _per_head(effect, count)).clamp_min(0)
+    order = scores.argsort(descending=True)
+    if basis == "random":
+        generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
+        order = torch.randperm(count, generator=generator)
+
+    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
+        return {"": neuron_projection(moment(), site.features_of(order[:width].sort().values))}
+
+    mean = _mean(model, unit, calibration.moments[point])
+
+    def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        return (_less(x, mean) * gradient).unflatten(1, (count, -1)).sum(-1)[:, order]
+
+    return Directions(site, _tail_sums(scores[order]), cut, changes)
+
+
+def parted_projection(site: Site, lead: Site, cut: Projection) -> Projection:
+    """The cut of a site that follows another: of the same groups (neurons) its own features."""
+    groups = cut.index if not lead.parts else cut.index.reshape(-1, lead.groups)[:, 0] // lead.groups
+    return Selection(cut.decode.new_empty(0), site.features_of(groups), site.width)
+
+
 def _attention_of(anatomy: Anatomy, site: Site) -> str:
     return next(a.path for a in anatomy.attributes if a.site == site.name)
 
@@ -334,10 +392,11 @@ KINDS: dict[str, Callable[..., Directions]] = {
     "pooled": neuron_directions,
     "attention_vo": value_site_directions,
     "attention_qk": query_key_site_directions,
+    "attention_groups": group_directions,
     "embedding": table_directions,
     "linear": factored_directions,
 }
-PER_HEAD = ("attention_vo", "attention_qk")  # kinds whose directions are those of each head
+PER_HEAD = ("attention_vo", "attention_qk", "attention_groups")  # directions of each head, or of whole groups
 
 
 def site_directions(
@@ -348,5 +407,7 @@ def site_directions(
     if site.groups == 1 or site.kind in PER_HEAD:
         return found
     # one width with the heads: so many features go at a time
-    cut = found.cut
-    return Directions(site, found.damage[:: site.groups], lambda width, stream=None: cut(width * site.groups, stream))
+    cut, single = found.cut, found.changes
+    changes = None if single is None else lambda x, g: single(x, g).unflatten(1, (-1, site.groups)).sum(-1)
+    damage = found.damage[:: site.groups]
+    return Directions(site, damage, lambda width, stream=None: cut(width * site.groups, stream), changes)

@@ -381,7 +381,7 @@ def _corners(sites: list[Site], anatomy: Anatomy, config: RMTKDConfig) -> list[d
     """{site: features} at the ends of what a plan may choose: full, all at their floors, each alone there and one
     feature below its full width (where a second factor begins)."""
     finest = config.replace(round_to=1)
-    leads = {site.couple: site for site in sites if site.kind != "pooled"}
+    leads = {site.couple: site for site in sites if site.chosen}
     floors = {name: couple_grid(site, finest)[0] for name, site in leads.items()}
     alone = [{name: width} for name, width in floors.items()]
     almost = [{name: max(1, site.group_width - 1)} for name, site in leads.items()]

@@ -112,6 +112,7 @@ class EncoderLayout:
             config_fields={self.width_field: "hidden"},
             fixed_attrs=fixed,
             pre_norm=self.pre_norm,
+            last_norm=self.final_norm if self.pre_norm else None,
         )
 
     def _projects(self, model: nn.Module) -> bool:
@@ -186,14 +187,15 @@ class EncoderLayout:
         else:
             ffn_skip, lands = Point(at(self.attention_norm), "output"), (at(self.attention_norm), at(self.ffn_norm))
         landing = [Point(path, "input") for path in lands]
+        norms = (at(self.attention_norm), at(self.ffn_norm)) if self.pre_norm else (None, None)
         attention = [
-            Unit(at(self.query), "hidden", f"{name}.attention_qk", block=block),
-            Unit(at(self.key), "hidden", f"{name}.attention_qk", block=block),
-            Unit(at(self.value), "hidden", f"{name}.attention_vo", block=block),
+            Unit(at(self.query), "hidden", f"{name}.attention_qk", block=block, through=norms[0]),
+            Unit(at(self.key), "hidden", f"{name}.attention_qk", block=block, through=norms[0]),
+            Unit(at(self.value), "hidden", f"{name}.attention_vo", block=block, through=norms[0]),
             Unit(at(self.output), f"{name}.attention_vo", "hidden", Point(block, "input"), landing[0], block),
         ]
         feed_forward = [
-            Unit(at(self.up), "hidden", f"{name}.intermediate", block=block),
+            Unit(at(self.up), "hidden", f"{name}.intermediate", block=block, through=norms[1]),
             Unit(at(self.down), f"{name}.intermediate", "hidden", ffn_skip, landing[1], block),
         ]
         first = [Unit(at(self.attention_norm), writes="hidden", block=block)]
@@ -204,15 +206,16 @@ class EncoderLayout:
 
     def _head_units(self, model: nn.Module, width: int, depth: int) -> tuple[list[Unit], dict[str, Site]]:
         units, sites, reads = [], {}, "hidden"
+        through = self.final_norm if self.pre_norm else None
         if self.pooler:
-            units.append(Unit(self.pooler, "hidden", "pooler"))
+            units.append(Unit(self.pooler, "hidden", "pooler", through=through))
         if self.pooler and has_module(model, self.pooler):
             present = [path for path in self.pooled_by if is_layer(model, path)]
             reads = "pooler" if present else "hidden"
             point = Point(present[0], "input") if present else Point(self.pooler)
             sites["pooler"] = Site("pooler", "pooled", width, (point,), depth=depth, couple="hidden")
-        units += [Unit(path, reads) for path in self.pooled_by]
-        units += [Unit(path, "hidden") for path in self.head_reads]
+        units += [Unit(path, reads, through=through if reads == "hidden" else None) for path in self.pooled_by]
+        units += [Unit(path, "hidden", through=through) for path in self.head_reads]
         if self._ties(model):
             units.append(Unit(self.decoder, factor="hidden", full=width))
         return units, sites

@@ -124,10 +124,11 @@ def _sizes(squares: torch.Tensor, unit: int | None) -> torch.Tensor:
 
 
 class NormFit:
-    """Scale and shift per coordinate by least squares, from fp64 sums about the means of the first chunk."""
+    """Scale and shift per coordinate by least squares, from fp64 sums about the means of the first chunk; about zero
+    for a norm without a shift (`intercept`)."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, intercept: bool = True) -> None:
+        self.count, self.intercept = 0, intercept
         self._pivots: tuple[torch.Tensor, torch.Tensor] | None = None
         self._sums: torch.Tensor | None = None  # (4, k): of u, t, u^2 and u t, about the pivots
 
@@ -137,7 +138,7 @@ class NormFit:
             return
         u, t = normalised.double(), target.double()
         if self._pivots is None:
-            self._pivots = u.mean(0), t.mean(0)
+            self._pivots = (u.mean(0), t.mean(0)) if self.intercept else (u.new_zeros(()), u.new_zeros(()))
             self._sums = torch.zeros(4, u.shape[1], dtype=torch.float64, device=u.device)
         u, t = u - self._pivots[0], t - self._pivots[1]
         self._sums += torch.stack([u.sum(0), t.sum(0), u.square().sum(0), (u * t).sum(0)])
@@ -146,6 +147,9 @@ class NormFit:
     def solve(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """scale (k,), shift (k,) fp64, and usable (k,) bool: coordinates that vary enough to be fitted."""
         of_u, of_t, squares, products = self._sums / self.count
+        if not self.intercept:
+            scale = products / squares.clamp_min(1e-12)
+            return scale, torch.zeros_like(scale), squares > 1e-9
         variance = (squares - of_u.square()).clamp_min(0)
         scale = (products - of_u * of_t) / variance.clamp_min(1e-12)
         mean_u, mean_t = self._pivots[0] + of_u, self._pivots[1] + of_t

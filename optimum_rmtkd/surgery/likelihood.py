@@ -11,9 +11,13 @@ import torch
 from torch import nn
 
 from ..batches import first_samples, main_input, model_inputs, padding_mask, run
+from ..models import shifts_labels
 
 
 __all__ = ["Answers", "answers", "content_uniforms", "gives_likelihood", "log_likelihood"]
+
+
+DRAWN_AT_ONCE = 1024  # answers whose probabilities are held in fp64 at a time
 
 
 def gives_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> bool:
@@ -88,6 +92,9 @@ def answers(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Answers
     labels = batch.get("labels")
     labelled = isinstance(labels, torch.Tensor) and labels.shape == logits.shape[:-1]
     mask = labels != -100 if labelled else padding_mask(batch)
+    if labelled and shifts_labels(model):  # a label is what the position before it should answer
+        mask = mask.roll(-1, dims=1)
+        mask[:, -1] = False
     return Answers("classes", logits, mask if mask is not None and mask.shape == logits.shape[:-1] else None)
 
 
@@ -112,8 +119,10 @@ def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, Any], see
 
 def _drawn(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Log-probability (...,) of the class that `uniforms` (...,) draw from each row of logits (..., classes)."""
-    log_p = logits.log_softmax(-1)
-    cumulative = log_p.detach().double().exp().cumsum(-1)
-    total = cumulative[..., -1:]
-    drawn = (cumulative < uniforms.to(logits.device)[..., None] * total).sum(-1, keepdim=True)
-    return log_p.gather(-1, drawn.clamp(max=logits.shape[-1] - 1))[..., 0]
+    rows, uniforms = logits.detach().flatten(0, -2), uniforms.to(logits.device).flatten()
+    drawn = []
+    for part, u in zip(rows.split(DRAWN_AT_ONCE), uniforms.split(DRAWN_AT_ONCE), strict=True):
+        cumulative = part.log_softmax(-1).double().exp().cumsum(-1)  # in fp64: a chunk of it, never all
+        drawn.append((cumulative < u[:, None] * cumulative[:, -1:]).sum(-1))
+    index = torch.cat(drawn).clamp(max=logits.shape[-1] - 1).reshape(logits.shape[:-1])
+    return logits.gather(-1, index[..., None])[..., 0] - logits.logsumexp(-1)

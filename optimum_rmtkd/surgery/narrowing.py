@@ -4,6 +4,7 @@ projections."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import RMTKDError
-from ..modeling_rmtkd import VERSION, TernaryMLP
+from ..modeling_rmtkd import TernaryMLP, epsilon_name, version_of
 from ..models import rebuilt
 from .bases import Projection, encoding
 from .budget import site_widths
-from .directions import dense_table, dense_weight
+from .norms import Norm, norm_of
 from .sites import Anatomy, Unit, get_module, has_module, is_layer, unit_delta
+from .weights import dense_table, dense_weight, scale_inputs, set_weight
 
 
 __all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_fields", "narrow_spec"]
@@ -43,72 +45,50 @@ class Cuts:
 
 
 def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
-    """A copy of a pre-norm model whose stream can be rotated: same outputs, other weights.
+    """A copy of a pre-norm model whose stream can be rotated: same outputs, other weights, of decoders fp32 where they
+    were narrower (so that they are rounded once, when all is done).
 
-    Scales of layer norms go into the layers that read them, shifts too where those have a bias, and the mean over
-    features is subtracted by whatever writes the stream (Ashkboos et al. 2024, SliceGPT, section 3.2, for layer norm).
-    The last norm of a model without a head keeps its own, for what it gives is the model's output: there a rotation is
-    not exact.
+    Scales of norms go into the layers that read the stream through them, shifts too where all of those have a bias
+    (Ashkboos et al. 2024, SliceGPT, section 3.2). Nothing is centred for layer norms: a cut keeps the all-ones
+    direction and lays it along the new one, so that the narrow norm subtracts what the old one did.
+    A norm before a layer that is tied to the word table keeps its own scale, and so does the last one of a model
+    without a head, for what it gives is the model's output: there a rotation is not exact.
     Post-norm models are given back as they are.
     """
     if not anatomy.pre_norm:
         return model
     model = copy.deepcopy(model)
-    layers = [unit for unit in anatomy.units if is_layer(model, unit.path)]
-    norms = [unit for unit in layers if isinstance(get_module(model, unit.path), nn.LayerNorm)]
-    output = norms[-1:] if model.base_model is model else []
+    # pixels come in the dtype of the model, ids in any
+    for parameter in model.parameters() if anatomy.answers or anatomy.heads else ():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    present = [unit for unit in anatomy.units if is_layer(model, unit.path)]
+    output = anatomy.last_norm if model.base_model is model else None
     with torch.no_grad():
-        for unit in layers:
-            module = get_module(model, unit.path)
-            if not isinstance(module, nn.LayerNorm):
-                if unit.writes == "hidden":
-                    _centre(module)
-            elif unit not in output:
-                _fold_scale(module, _readers_of(model, anatomy, unit))
+        for unit in present:
+            norm, readers = norm_of(get_module(model, unit.path)), [u for u in present if u.through == unit.path]
+            if norm is not None and readers and unit.path != output and not any(u.tied for u in readers):
+                _fold_scale(norm, [get_module(model, reader.path) for reader in readers])
     return model
 
 
-def _readers_of(model: nn.Module, anatomy: Anatomy, norm: Unit) -> list[nn.Module]:
-    """Layers that read the stream through a norm: those between it and the next one."""
-    at = anatomy.units.index(norm)
-    readers = []
-    for unit in anatomy.units[at + 1 :]:
-        if is_layer(model, unit.path):
-            module = get_module(model, unit.path)
-            if isinstance(module, nn.LayerNorm):
-                break
-            if unit.reads == "hidden" and hasattr(module, "in_features"):
-                readers.append(module)
-    return readers
-
-
-def _fold_scale(norm: nn.LayerNorm, readers: list[nn.Module]) -> None:
-    scale = norm.weight.double()
-    shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.double()
-    if not readers or bool((scale.abs() < 1e-8).any()):
+def _fold_scale(norm: Norm, readers: list[nn.Module]) -> None:
+    scale, shift = norm.scale, norm.shift
+    foldable = shift is None or all(_takes_shift(reader) for reader in readers)
+    if not foldable and bool((scale.abs() < 1e-8).any()):
         return  # a dead feature cannot be divided by; its norm keeps its scale and the refit does the rest
-    foldable = all(reader.bias is not None for reader in readers)
     for reader in readers:
-        first = reader.down if hasattr(reader, "down") else reader
-        if foldable:
-            reader.bias.copy_(reader.bias.double() + dense_weight(reader) @ shift)
-        first.weight.copy_(first.weight.double() * scale)
-    norm.weight.fill_(1.0)
-    if norm.bias is not None:
-        norm.bias.copy_(torch.zeros_like(shift) if foldable else shift / scale)
+        if shift is not None and foldable:
+            added = torch.einsum("oi...,i->o...", dense_weight(reader), shift).flatten()
+            reader.bias.copy_(reader.bias.double() + added)
+        scale_inputs(reader, scale)
+    norm.set_scale(torch.ones_like(scale))
+    if shift is not None:
+        norm.module.bias.copy_(torch.zeros_like(shift) if foldable else shift / scale)
 
 
-def _centre(module: nn.Module | nn.Parameter) -> None:
-    """Subtract the mean over output features from whatever the layer writes."""
-    if isinstance(module, nn.Parameter):
-        module.copy_(module - module.mean(-1, keepdim=True))
-    elif isinstance(module, nn.Embedding) and not hasattr(module, "up"):
-        module.weight.copy_(module.weight - module.weight.mean(-1, keepdim=True))
-    else:
-        last = module.up if hasattr(module, "up") else module
-        last.weight.copy_(last.weight - last.weight.mean(0, keepdim=True))
-        if getattr(last, "bias", None) is not None:
-            last.bias.copy_(last.bias - last.bias.mean())
+def _takes_shift(reader: nn.Module) -> bool:
+    """Whether a constant input can become part of the bias: there is one, and it sees all of the input everywhere."""
+    return reader.bias is not None and (reader.weight.dim() == 2 or reader.weight.shape[2:] == (1, 1))
 
 
 def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, int]) -> dict[str, Any]:
@@ -125,22 +105,28 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
         delta = unit_delta(unit, module, widths)
         if not delta:
             continue
-        if isinstance(module, nn.LayerNorm):
+        if (norm := norm_of(module)) is not None:
             # the same sum of squares is now divided by fewer features
-            delta["eps"] = module.eps * module.weight.numel() / delta["dim"]
-            attrs.get(unit.path, {}).pop("eps", None)  # of an earlier cut
+            delta["eps"] = norm.eps * module.weight.numel() / delta["dim"]
+            attrs.get(unit.path, {}).pop(epsilon_name(module), None)  # of an earlier cut
         target = parameters if isinstance(module, nn.Parameter) else modules
         entry = {**target.get(unit.path, {}), **delta}
         target[unit.path] = {key: value for key, value in entry.items() if value is not None}
     for attribute in anatomy.attributes:
         if attribute.site in widths:
             groups = anatomy.sites[attribute.site].groups
-            value = widths[attribute.site] // (groups if attribute.per_group else 1)
+            value = attribute.value(widths[attribute.site], groups)
             attrs[attribute.path] = {
                 **attrs.get(attribute.path, {}),
                 **anatomy.fixed_attrs.get(attribute.path, {}),
                 attribute.name: value,
             }
+    for path, name in anatomy.heads.items():
+        if name in widths:
+            site, entry = anatomy.sites[name], spec.setdefault("heads", {})
+            whole = entry.get(path, {}).get("of", site.group_width)
+            entry[path] = {"kept": widths[name] // site.groups, "of": whole}
+            entry[path] |= {"config": True} if anatomy.heads_in_config else {}
     for name, site in anatomy.config_fields.items():
         if site in widths:
             base.setdefault(name, getattr(model.config, name))
@@ -170,7 +156,7 @@ def build_student(
     """The narrow architecture, in the dtype and on the device of `model`; what did not change is copied, the rest is
     still to be initialised."""
     spec = narrow_spec(model, anatomy, couples)
-    record = {"version": VERSION, "spec": spec, "recipe": recipe, "provenance": provenance}
+    record = {"version": version_of(spec), "spec": spec, "recipe": recipe, "provenance": provenance}
     return rebuilt(model, record, narrow_fields(anatomy, couples))
 
 
@@ -212,12 +198,13 @@ def _fill(new: nn.Module, old: nn.Module, reads, writes, factor) -> None:
     decode = reads.decode.to(device) if reads is not None else None
     if isinstance(new, nn.Embedding):
         _fill_table(new, old, encode, factor)
-    elif isinstance(new, nn.LayerNorm):
+    elif (norm := norm_of(old)) is not None:
         # fewer features share the same sum of squares, so the normalised ones come out larger by sqrt(d / k)
         shrink = (len(encode) / encode.shape[1]) ** 0.5
-        new.weight.copy_(torch.einsum("dk,d,dk->k", encode, old.weight.double(), encode) * shrink)
-        if new.bias is not None:
-            new.bias.copy_(encode.T @ old.bias.double())
+        scale = torch.einsum("dk,d,dk->k", encode, norm.scale, encode) * shrink
+        dataclasses.replace(norm, module=new).set_scale(scale)
+        if norm.shift is not None:
+            new.bias.copy_(encode.T @ norm.shift)
     elif isinstance(new, nn.BatchNorm2d):
         for name in ("weight", "bias", "running_mean", "running_var"):
             if getattr(new, name) is not None:
@@ -269,6 +256,6 @@ def _fill_linear(new: nn.Module, old: nn.Module, encode: torch.Tensor | None, de
     else:
         weight = dense_weight(old)
         weight = weight if encode is None else torch.einsum("oi...,ok->ki...", weight, encode)
-        new.weight.copy_(weight if decode is None else torch.einsum("oi...,ik->ok...", weight, decode))
+        set_weight(new, weight if decode is None else torch.einsum("oi...,ik->ok...", weight, decode))
     if new.bias is not None:
         new.bias.copy_(old.bias if encode is None else encode.T @ old.bias.double())

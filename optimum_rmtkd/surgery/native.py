@@ -30,9 +30,11 @@ from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import VERSION, LowRankLinear
 from ..models import blank, count_parameters, is_narrowed, match_precision, outline, pinned
 from ..spectra.products import exact_matmul
+from .decoders import DecoderLayout
 from .families import family_of
 from .layouts import EncoderLayout
 from .narrowing import narrow_fields, narrow_spec
+from .native_decoders import coupled, plain_decoder, widths_config
 from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
 
 
@@ -74,6 +76,10 @@ def plain_form(model: PreTrainedModel, inputs: Mapping[str, Any], pad: bool = Fa
             (the message states its cost); or outputs that differ.
     """
     anatomy = _anatomy(model)
+    if isinstance(layout := family_of(model).layout, DecoderLayout):
+        native = plain_decoder(model, _base(model), _decoder_config(model, anatomy, layout))
+        sizes = count_parameters(model), count_parameters(native)
+        return NativeExport(native, *sizes, {}, _difference(model, native, inputs))
     widths, heads = _native_widths(model, anatomy)
     padded = {name: (site.width, widths[name]) for name, site in anatomy.sites.items() if widths[name] != site.width}
     native = _build(model, anatomy, widths, heads)
@@ -102,6 +108,8 @@ def native_anatomy(model: PreTrainedModel) -> Anatomy:
     """
     _check_plain(model)
     layout = family_of(model).layout
+    if isinstance(layout, DecoderLayout):
+        return coupled(model, layout)
     if not isinstance(layout, EncoderLayout):
         raise UnsupportedArchitectureError(
             f"shape='native': the config of {type(model).__name__} has no field for the widths inside a block. "
@@ -163,7 +171,11 @@ def check_expressible(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping
     with torch.device("meta"):
         student = outline(model, {"version": VERSION, "spec": spec}, fields)
         own = family_of(student).layout.anatomy(student)
-        native = _base(student)(_native_config(student, own, *_native_widths(student, own)))
+        layout = family_of(student).layout
+        if isinstance(layout, DecoderLayout):
+            native = _base(student)(_decoder_config(student, own, layout))
+        else:
+            native = _base(student)(_native_config(student, own, *_native_widths(student, own)))
     expected, found = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (native, student))
     for name in [*found, *expected]:
         if found.get(name) != expected.get(name):
@@ -184,6 +196,8 @@ def _anatomy(model: PreTrainedModel) -> Anatomy:
             "reduced format, or reduce with form='absorbed'."
         )
     layout = family_of(model).layout
+    if isinstance(layout, DecoderLayout) and layout.inner_field is not None:
+        return layout.anatomy(model)
     if not isinstance(layout, EncoderLayout):
         raise RMTKDError(
             f"The config of {model.config_class.__mro__[1].__name__} has no field for the widths inside a block: a "
@@ -257,6 +271,12 @@ def _table(model: PreTrainedModel) -> nn.Module:
 
 def _output_width(table: nn.Module) -> int:
     return getattr(table, "output_dim", table.embedding_dim)
+
+
+def _decoder_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayout) -> PreTrainedConfig:
+    config = widths_config(model, anatomy, layout, _plain_config(model))
+    config._attn_implementation = model.config._attn_implementation
+    return config
 
 
 def _base(model: PreTrainedModel) -> type[PreTrainedModel]:

@@ -53,7 +53,8 @@ def _by_time(surgeon: Surgeon, couples: list[Couple]) -> Plan | None:
     watch = surgeon.stopwatch
     if watch is None:
         return None
-    worth = _worth(surgeon, watch.before, lambda couple: watch.within({site.name for site in couple.sites}))
+    weight = speed_weight_of(surgeon.config)
+    worth = _worth(surgeon, watch.before, lambda couple: watch.within({site.name for site in couple.sites}), weight)
     return watch.plan(couples, worth)
 
 
@@ -93,10 +94,15 @@ def _worth_in_flops(surgeon: Surgeon) -> Callable[[Couple], Price]:
     teacher, anatomy = surgeon.teacher, surgeon.anatomy
     positions = positions_of(teacher, surgeon.batches)
     whole = max(flops_of(teacher, anatomy, positions)({}), 1.0)
-    return _worth(surgeon, whole, lambda c: flops_of(teacher, anatomy, positions, _units_of(surgeon, c)))
+    # decoding takes as long as it takes to read the weights: what it costs is size
+    free = anatomy.answers and surgeon.config.speed_weight is None
+    weight = 0.0 if free else speed_weight_of(surgeon.config)
+    return _worth(surgeon, whole, lambda c: flops_of(teacher, anatomy, positions, _units_of(surgeon, c)), weight)
 
 
-def _worth(surgeon: Surgeon, whole: float, work_of: Callable[[Couple], Price]) -> Callable[[Couple], Price]:
+def _worth(
+    surgeon: Surgeon, whole: float, work_of: Callable[[Couple], Price], speed_weight: float
+) -> Callable[[Couple], Price]:
     """couple -> widths -> share of the parameters and, times `speed_weight`, of the work that its layers make up.
 
     Args:
@@ -106,7 +112,7 @@ def _worth(surgeon: Surgeon, whole: float, work_of: Callable[[Couple], Price]) -
 
     def worth(couple: Couple) -> Price:
         size = parameters_of(surgeon.teacher, surgeon.anatomy, _units_of(surgeon, couple))
-        work, weight = work_of(couple), speed_weight_of(surgeon.config) / whole
+        work, weight = work_of(couple), speed_weight / whole
         return lambda widths: size(widths) / parameters + weight * work(widths)
 
     return worth

@@ -105,7 +105,7 @@ def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
 def stage_sites(model: PreTrainedModel, config: RMTKDConfig) -> list[list[str]]:
     """Names of the sites a recipe cuts, grouped layer by layer, shallow to deep (the paper's order)."""
     anatomy = anatomy_of(model, config)
-    chosen = [site for site in select_sites(anatomy, config.sites) if site.kind != "pooled"]
+    chosen = [site for site in select_sites(anatomy, config.sites) if site.chosen]
     depths = sorted({site.depth for site in chosen})
     return [[site.name for site in chosen if site.depth == depth] for depth in depths]
 

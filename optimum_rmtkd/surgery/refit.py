@@ -19,12 +19,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
 
 from ..batches import Store, batch_size, first_samples, main_input, padding_mask, run
+from ..modeling_rmtkd import is_norm
 from .calibration import features_last, token_mask
 from .leastsquares import LeastSquares, NormFit, least_squares_update, norm_fit
 from .linalg import check_finite
 from .narrowing import Cuts
+from .norms import norm_of
 from .replay import Progress, Replay, Scope
 from .sites import Anatomy, Point, Unit, get_module, is_layer
 
@@ -32,7 +35,6 @@ from .sites import Anatomy, Point, Unit, get_module, is_layer
 __all__ = ["Replay", "Scope", "least_squares_update", "norm_fit", "refit"]
 
 MAX_TOKENS = 32768  # rows of a regression; ten times the widest input that is common
-NORMS = (nn.LayerNorm, nn.BatchNorm2d)
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ def _parts(student, teacher, anatomy, batches, masks, cuts) -> Iterator[_Part]:
         after = [unit for unit in anatomy.units[last:] if _touched(unit, whole[0], cuts)]
         if after:
             points = [Point(u.path, side) for u in after for side in ("input", "output")]
-            points += [u.skip for u in after if u.skip is not None]
+            points += [point for u in after for point in u.sums]
             part = first_samples(batches[0], 1)
             share = batch_size(part) / batch_size(batches[0])
             whole = [
@@ -114,9 +116,9 @@ def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
     if not is_layer(scope.module, unit.path):
         return False
     module = get_module(scope.module, unit.path)
-    if isinstance(module, (nn.Parameter, nn.Embedding)) or unit.factor is not None:
+    if isinstance(module, (nn.Parameter, nn.Embedding)) or unit.factor is not None or unit.tied:
         return False
-    if isinstance(module, NORMS):
+    if _is_norm(module):
         return unit.writes in cuts or (isinstance(module, nn.BatchNorm2d) and bool(cuts.projections))
     inside = unit.reads is not None or unit.block is not None
     return hasattr(module, "weight") and (unit.reads in cuts or (inside and unit.writes in cuts))
@@ -127,11 +129,11 @@ def _fit_part(part: _Part, cuts: Cuts, ridge: float) -> None:
     groups = [
         list(group)
         for _, group in itertools.groupby(
-            units, key=lambda u: (u.reads, u.skip, _reads_alone(part.student, u) and u.path)
+            units, key=lambda u: (u.reads, u.through, u.sums, _reads_alone(part.student, u) and u.path)
         )
     ]
     wants = _wants(groups, part, cuts)
-    points = [[Point(g[0].path, "input")] + ([g[0].skip] if g[0].skip is not None else []) for g in groups]
+    points = [[Point(g[0].path, "input"), *g[0].sums] for g in groups]
     progress = Progress(part.student, [([u.path for u in g], seen) for g, seen in zip(groups, points, strict=True)])
     for step, (group, wanted) in enumerate(zip(groups, wants, strict=True)):
         _fit_group(group, part.student, progress.through(step), wanted, ridge)
@@ -143,7 +145,7 @@ def _wants(groups: list[list[Unit]], part: _Part, cuts: Cuts) -> list[Store]:
     """For each group, batch by batch, {path: rows that its unit should give, its skip path included}; the teacher goes
     on to the next block, where there is one."""
     scope, count = part.teacher, len(part.teacher.masks)
-    points = {p for group in groups for unit in group for p in (Point(unit.path), unit.skip) if p is not None}
+    points = {p for group in groups for unit in group for p in (Point(unit.path), *unit.sums)}
     device = next(scope.module.parameters()).device
     wants = [Store(device) for _ in groups]
 
@@ -175,15 +177,15 @@ def _fit_group(
         wants: batch by batch {path: rows that the layer should give}.
     """
     modules = {unit.path: get_module(scope.module, unit.path) for unit in group}
-    first, entrance, skip = modules[group[0].path], Point(group[0].path, "input"), group[0].skip
+    first, entrance, sums = modules[group[0].path], Point(group[0].path, "input"), group[0].sums
     fits = _fits(group, modules, ridge)
     for index, seen in enumerate(passes):
         mask, count, wanted = scope.masks[index], len(scope.masks), wants[index]
         with torch.no_grad():
             x = _spaced(_entry(first, seen[entrance], mask), count)
-            lacking = _spaced(_rows(seen[skip], mask), count) if skip is not None else None
+            lacking = {point: _spaced(_rows(seen[point], mask), count) for point in sums}
             for fit, paths in fits:
-                rows = {path: wanted[path] if lacking is None else wanted[path] - lacking for path in paths}
+                rows = {path: _less(wanted[path], lacking, group[0]) for path in paths}
                 if isinstance(fit, NormFit):
                     fit.add(x, rows[paths[0]])
                 else:
@@ -198,8 +200,8 @@ def _fit_group(
 
 def _fits(group: list[Unit], modules: dict[str, nn.Module], ridge: float) -> list[tuple[Any, list[str]]]:
     """(sums, paths of the layers that they are for): one for all that have a bias, one for all that have none."""
-    if isinstance(modules[group[0].path], NORMS):
-        return [(NormFit(), [unit.path]) for unit in group]
+    if _is_norm(modules[group[0].path]):
+        return [(NormFit(getattr(modules[u.path], "bias", None) is not None), [u.path]) for u in group]
     fits = []
     for bias in (True, False):
         paths = [path for path, module in modules.items() if (_last(module).bias is not None) == bias]
@@ -213,11 +215,12 @@ def _fits(group: list[Unit], modules: dict[str, nn.Module], ridge: float) -> lis
 
 def _reads_alone(scope: Scope, unit: Unit) -> bool:
     """Norms and factored layers have an entry of their own; the others share that of their site."""
-    return _is_norm(scope, unit) or hasattr(get_module(scope.module, unit.path), "down")
+    module = get_module(scope.module, unit.path)
+    return _is_norm(module) or hasattr(module, "down")
 
 
-def _is_norm(scope: Scope, unit: Unit) -> bool:
-    return isinstance(get_module(scope.module, unit.path), NORMS)
+def _is_norm(module: nn.Module | nn.Parameter) -> bool:
+    return isinstance(module, nn.BatchNorm2d) or is_norm(module)
 
 
 def _last(module: nn.Module) -> nn.Module:
@@ -227,7 +230,8 @@ def _last(module: nn.Module) -> nn.Module:
 
 def _answer(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     last = _last(module)
-    return F.linear(x, last.weight.flatten(1), last.bias)
+    weight = last.weight.T if isinstance(last, Conv1D) else last.weight.flatten(1)
+    return F.linear(x, weight, last.bias)
 
 
 def _rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -252,8 +256,8 @@ def _entry(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> tor
     features of a norm, the thin features of a factored layer."""
     if hasattr(module, "down"):
         return _entry(module.up, module.down(x), mask)
-    if isinstance(module, nn.LayerNorm):
-        return _rows(F.layer_norm(x, module.normalized_shape, eps=module.eps), mask)
+    if (norm := norm_of(module)) is not None:
+        return _rows(norm.normalised(x), mask)
     if isinstance(module, nn.BatchNorm2d):
         return _rows(F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps), mask)
     if isinstance(module, nn.Conv2d):
@@ -266,7 +270,17 @@ def _wanted(unit: Unit, target: dict[Point, torch.Tensor], cuts: Cuts) -> torch.
     """(n, out): what the layer should give, from the teacher's rows. Where its output is added to a skip path, the sum
     must be right: what the student's own skip path lacks is asked for, too, so that of the teacher is in it."""
     y = target[Point(unit.path)]
-    return _project(y if unit.skip is None else y + target[unit.skip], cuts.of(unit.writes, unit.path))
+    # what is beside it is multiplied alike; the residual path is not
+    for point in unit.sums:
+        y = y + (target[point] / unit.scale if point == unit.skip else target[point])
+    return _project(y, cuts.of(unit.writes, unit.path))
+
+
+def _less(rows: torch.Tensor, lacking: Mapping[Point, torch.Tensor], unit: Unit) -> torch.Tensor:
+    """The inverse of the sum of `_wanted`, with what the student has."""
+    for point, there in lacking.items():
+        rows = rows - (there / unit.scale if point == unit.skip else there)
+    return rows
 
 
 def _project(rows: torch.Tensor, cut) -> torch.Tensor:
@@ -281,7 +295,8 @@ def _change_linear(module: nn.Module, fit: LeastSquares, path: str) -> None:
     last = _last(module)
     update, shift = fit.solve(path, f"Refit of {path}")
     with torch.no_grad():
-        last.weight.copy_(last.weight.double() + update.reshape(last.weight.shape))
+        update = update.T if isinstance(last, Conv1D) else update.reshape(last.weight.shape)
+        last.weight.copy_(last.weight.double() + update)
         if last.bias is not None:
             last.bias.copy_(last.bias.double() + shift)
 
@@ -290,6 +305,10 @@ def _set_norm(module: nn.Module, fit: NormFit, what: str) -> None:
     scale, shift, usable = fit.solve()
     check_finite(torch.stack([scale, shift]), what)
     with torch.no_grad():
-        module.weight.copy_(torch.where(usable, scale, module.weight.double()))
-        if module.bias is not None:
+        norm = norm_of(module)
+        if norm is None:
+            module.weight.copy_(torch.where(usable, scale, module.weight.double()))
+        else:
+            norm.set_scale(torch.where(usable, scale, norm.scale))
+        if getattr(module, "bias", None) is not None:
             module.bias.copy_(torch.where(usable, shift, module.bias.double()))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 from transformers import Cache
 
 from ..batches import Store, unchunked
@@ -87,29 +88,34 @@ class Replay:
         )
         device = next(model.parameters()).device
         self._rest, self._stream = Store(device), Store(device)
+        alike = False  # are all blocks called with the same arguments beside the stream?
         for index in range(len(whole.masks)):
-            args, kwargs = self._first_call(whole, index)
-            name = None if args else next(iter(kwargs))
-            self._stream.append(args[0] if args else kwargs[name])
-            # the stream keeps its place in the call: of what comes by name the order stays what it was
-            self._rest.append((args[1:], kwargs if args else {**kwargs, name: None}, name))
+            calls = self._calls(whole, index, blocks[:1] if alike else blocks)
+            stream, rest, names = _parted(*calls[0])
+            others = [_parted(*call)[1:] for call in calls[1:]]
+            alike = alike or all(_same((rest, names), other) for other in others)
+            self._stream.append(stream)
+            self._rest.append([(*rest, names)] if alike else [(*r, n) for r, n in ((rest, names), *others)])
 
-    def _first_call(self, whole: Scope, index: int) -> tuple[tuple, dict]:
+    def _calls(self, whole: Scope, index: int, blocks: Sequence[str]) -> list[tuple[tuple, dict]]:
+        """(positional, named) arguments of these blocks in one pass, which ends with the last of them."""
         caught = []
 
-        def stop(_module, args, kwargs):
+        def see(_module, args, kwargs):
             caught.append(_without_cache(args, kwargs))
-            raise _Stop
+            if len(caught) == len(blocks):
+                raise _Stop
 
-        handle = get_module(self.model, self.blocks[0]).register_forward_pre_hook(stop, with_kwargs=True)
+        handles = [get_module(self.model, b).register_forward_pre_hook(see, with_kwargs=True) for b in blocks]
         try:
             with torch.no_grad():
                 whole.run(index)
         except _Stop:
             pass
         finally:
-            handle.remove()
-        return caught[0]
+            for handle in handles:
+                handle.remove()
+        return caught
 
     @property
     def calls(self) -> Iterator[tuple[tuple, dict]]:
@@ -117,7 +123,8 @@ class Replay:
         return (self._arguments(index) for index in range(len(self._stream)))
 
     def _arguments(self, index: int) -> tuple[tuple, dict]:
-        args, kwargs, name = self._rest[index]
+        rests = self._rest[index]
+        args, kwargs, name = rests[self.at] if len(rests) > 1 else rests[0]
         hidden = self._stream[index]
         return ((hidden, *args), kwargs) if name is None else (args, {**kwargs, name: hidden})
 
@@ -342,6 +349,24 @@ def _forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
             del module.forward
         for module, forward in own.items():
             module.forward = forward
+
+
+def _parted(args: tuple, kwargs: dict) -> tuple[torch.Tensor, tuple[tuple, dict], str | None]:
+    """(stream, arguments beside it, its name where it comes by one) of a block's call; the stream keeps its place in
+    it: of what comes by name the order stays what it was."""
+    if args:
+        return args[0], (args[1:], kwargs), None
+    name = next(iter(kwargs))
+    return kwargs[name], (args, {**kwargs, name: None}), name
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two structures hold the same tensors (the same objects) and equal values."""
+    (ours, form), (theirs, alike) = tree_flatten(one), tree_flatten(other)
+    return form == alike and all(
+        a is b or (not isinstance(a, torch.Tensor) and not isinstance(b, torch.Tensor) and a == b)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 def _without_cache(args: tuple, kwargs: dict) -> tuple[tuple, dict]:

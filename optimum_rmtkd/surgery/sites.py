@@ -13,14 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import RMTKDError, UnsupportedArchitectureError
-from ..modeling_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear, resolve_path
+from ..modeling_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear, is_norm, resolve_path
 
 
 __all__ = [
+    "FOLLOWERS",
     "Anatomy",
     "Attribute",
     "Point",
@@ -32,6 +34,9 @@ __all__ = [
     "linear_layers",
     "select_sites",
 ]
+
+
+FOLLOWERS = ("pooled", "parted")  # kinds of sites whose width follows another's
 
 
 @dataclass(frozen=True)
@@ -50,14 +55,22 @@ class Site:
 
     Attributes:
         name: unique in the model, for example "layer.3.intermediate".
-        kind: one of hidden, intermediate, attention_qk, attention_vo, embedding, channels, linear; or "pooled", the
-            element-wise width of a pooler, which follows the hidden width and is never chosen on its own.
+        kind: one of hidden, intermediate, attention_qk, attention_vo, attention_groups, embedding, channels, linear;
+            or one of FOLLOWERS, which are never chosen on their own: "pooled", the element-wise width of a pooler,
+            which follows the hidden width, and "parted", the output of a layer that makes what another site holds
+            (fused layers; keys and values of attention whose whole groups are cut).
         width: number of features now.
         points: where its activation is observed.
         groups: number of attention heads the width is split into, 1 elsewhere; groups are cut alike. That of the
-            heads where the width of the stream is tied to theirs.
+            heads where the width of the stream is tied to theirs. Where whole key-value groups are cut, it is the
+            number of features that one of them has here, so that `group_width` counts them.
         depth: index of the block, -1 for the stream and the tables, the number of blocks for heads.
         couple: sites with the same couple share one width a group.
+        parts: how the features of `parted` and `attention_groups` sites are laid out: stretches that lie one behind
+            the other, each with so many features of every group (neuron), group by group. Queries, keys and values of
+            one fused layer with 4 query heads of 8 features a group: (32, 8, 8); where they are mixed head by head:
+            (24,); gate and up in one layer: (1, 1).
+        follows: of a `parted` site, the one whose groups (neurons) it holds.
     """
 
     name: str
@@ -67,11 +80,27 @@ class Site:
     groups: int = 1
     depth: int = -1
     couple: str = ""
+    parts: tuple[int, ...] = ()
+    follows: str = ""
 
     @property
     def group_width(self) -> int:
         """Features of one group."""
         return self.width // self.groups
+
+    @property
+    def chosen(self) -> bool:
+        """Whether its width is a decision, and does not just follow another's."""
+        return self.kind not in FOLLOWERS
+
+    def features_of(self, groups: torch.Tensor) -> torch.Tensor:
+        """Features (len(groups) * self.groups,) of the groups (neurons) of these numbers, in the order of the layer;
+        of a site with `parts`."""
+        found, start = [], 0
+        for each in self.parts:
+            found.append((start + groups[:, None] * each + torch.arange(each)).flatten())
+            start += each * self.group_width
+        return torch.cat(found)
 
 
 @dataclass(frozen=True)
@@ -88,6 +117,12 @@ class Unit:
             factored layer; a factorised table).
         full: the width of `factor` at which nothing is inserted: the layer stays as it is.
         norm: path of the batch norm that follows at once, whose scale is part of what this layer does.
+        through: path of the norm through which it reads the stream of a pre-norm model; the scale of that norm is
+            folded into it.
+        beside: what else is added to the same sum before its own output is, beside the residual path (the attention
+            of a parallel block).
+        tied: it has no weight of its own, but that of the word table.
+        scale: what its output is multiplied with before it is added.
     """
 
     path: str
@@ -99,16 +134,31 @@ class Unit:
     factor: str | None = None
     full: int | None = None
     norm: str | None = None
+    through: str | None = None
+    beside: Point | None = None
+    tied: bool = False
+    scale: float = 1.0
+
+    @property
+    def sums(self) -> tuple[Point, ...]:
+        """All that its output is added to."""
+        return tuple(point for point in (self.skip, self.beside) if point is not None)
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A plain number on a module that follows a site: `per_group` the width of one head, else the width of all."""
+    """A plain number on a module that follows a site: `per_group` the width of one head, else the width of all. Of
+    whole heads that are cut, `per_group` their number, in units of `each` features where that is not 0."""
 
     path: str
     name: str
     site: str
     per_group: bool
+    each: int = 0
+
+    def value(self, width: int, groups: int) -> int:
+        """The number at this width of the site."""
+        return width // (self.each or (groups if self.per_group else 1))
 
 
 @dataclass(frozen=True)
@@ -120,7 +170,11 @@ class Anatomy:
         config_fields: {field of the config: site whose width it states}.
         fixed_attrs: {path: {name: value}} that must be pinned when heads change (the softmax scale of the original
             head).
+        heads: {path of an attention: the site by which whole heads of it go}.
+        heads_in_config: its code reads the number of heads from its config.
         pre_norm: the stream is normalised before the layers that read it, and is itself a plain sum.
+        last_norm: path of the norm between a pre-norm stream and the head.
+        answers: a language model: each token is a sample of its own, and prices are taken token by token.
     """
 
     sites: dict[str, Site]
@@ -129,7 +183,11 @@ class Anatomy:
     attributes: tuple[Attribute, ...] = ()
     config_fields: dict[str, str] = field(default_factory=dict)
     fixed_attrs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    heads: dict[str, str] = field(default_factory=dict)
+    heads_in_config: bool = False
     pre_norm: bool = False
+    last_norm: str | None = None
+    answers: bool = False
 
     def units_of(self, site: str) -> list[Unit]:
         """Units that read, write or are factored by `site`."""
@@ -164,23 +222,16 @@ def has_module(model: nn.Module, path: str) -> bool:
     return True
 
 
-LAYERS = (
-    nn.Parameter,
-    nn.Linear,
-    Conv1D,
-    nn.Conv2d,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.BatchNorm2d,
-    LowRankLinear,
-    LowRankConv2d,
-)
+LAYERS = (nn.Parameter, nn.Linear, Conv1D, nn.Conv2d, nn.Embedding, nn.BatchNorm2d, LowRankLinear, LowRankConv2d)
 
 
 def is_layer(model: nn.Module, path: str) -> bool:
     """Whether a layer that can be narrowed stands at a spec path. Task heads differ: the same name may be a container,
     or missing."""
-    return has_module(model, path) and isinstance(get_module(model, path), LAYERS)
+    if not has_module(model, path):
+        return False
+    module = get_module(model, path)
+    return isinstance(module, LAYERS) or is_norm(module)
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -205,7 +256,7 @@ def module_parameters(module: nn.Module | nn.Parameter, delta: dict[str, int]) -
         dim = delta.get("dim", getattr(module, "output_dim", module.embedding_dim))
         rank = delta.get("rank", getattr(module, "rank", None))
         return module.num_embeddings * dim if rank is None else rank * (module.num_embeddings + dim)
-    if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
+    if isinstance(module, nn.BatchNorm2d) or is_norm(module):
         return len(list(module.parameters())) * delta.get("dim", module.weight.numel())
     features_in, features_out, area = linear_shape(module)
     features_in, features_out = delta.get("in", features_in), delta.get("out", features_out)
@@ -232,7 +283,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int, int]:
 def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, int]) -> dict[str, int]:
     """Spec entry of one unit under `widths` {site: new width}; empty where nothing of it changes."""
     delta = {}
-    if isinstance(module, (nn.Embedding, nn.LayerNorm, nn.BatchNorm2d, nn.Parameter)):
+    if isinstance(module, (nn.Embedding, nn.BatchNorm2d, nn.Parameter)) or is_norm(module):
         if unit.writes in widths:
             delta["dim"] = widths[unit.writes]
     else:
@@ -259,7 +310,7 @@ def select_sites(anatomy: Anatomy, wanted: tuple[str, ...] | None) -> list[Site]
     unknown = [name for name in wanted if name not in kinds and name not in anatomy.sites]
     if unknown:
         raise RMTKDError(
-            f"Unknown site(s) {', '.join(unknown)}. Kinds of this model: {', '.join(sorted(kinds - {'pooled'}))}; "
+            f"Unknown site(s) {', '.join(unknown)}. Kinds of this model: {', '.join(sorted(kinds - set(FOLLOWERS)))}; "
             f"single sites: {', '.join(anatomy.sites)}."
         )
     couples = {site.couple for site in anatomy.sites.values() if site.kind in wanted or site.name in wanted}

@@ -23,6 +23,7 @@ from ..models import (
     check_behaviour,
     check_structure,
     count_parameters,
+    match_precision,
     provenance_of,
     twin_of,
     uncut_parameters,
@@ -39,7 +40,7 @@ from .budget import (
     parameters_of,
     site_widths,
 )
-from .calibration import Calibration, calibrate, points_of
+from .calibration import Calibration, calibrate, gradient_points, points_of
 from .checks import (
     LOOKED_AT,
     anatomy_of,
@@ -50,14 +51,15 @@ from .checks import (
     check_recipe,
     check_shape,
 )
-from .directions import Directions, site_directions
+from .directions import Directions, parted_projection, site_directions
 from .divergence import answers_per_sample, mean_divergence
 from .grouping import by_length
 from .latency import Stopwatch
-from .likelihood import answers, gives_likelihood
+from .likelihood import answers
 from .narrowing import Cuts, build_student, fold_norms, initialise
 from .native import check_expressible, plain_form
 from .planning import planned
+from .prices import directional_prices
 from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
@@ -65,7 +67,7 @@ from .sites import Point, Site, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
 from .untargeted import asks_for_edges
-from .variety import check_variety, warn_of_few
+from .variety import check_variety, enough_rows, warn_of_few
 
 
 __all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
@@ -129,9 +131,8 @@ class Surgeon:
             main = accelerator is None or accelerator.is_main_process
             # processes that measure at once disturb each other, and only one of them decides
             self.stopwatch = Stopwatch(model, self.anatomy, self.sites, config) if timed and main else None
-            self.calibration = Calibration(
-                points, self._gradient_points(), config, null_moments=thorough or null_moments, halves=thorough
-            )
+            options = {"null_moments": thorough or null_moments, "halves": thorough}
+            self.calibration = Calibration(points, self._with_gradients(), self._calibrating(), **options)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
@@ -141,26 +142,16 @@ class Surgeon:
             warn_of_few(self.batches, config, widths.get("hidden", max(widths.values(), default=0)))
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
+        self._priced = False  # are the directions of a language model priced from the data?
 
-    def _gradient_points(self) -> list[Point]:
-        hidden = self.anatomy.sites.get("hidden")
-        importance = self.config.importance
-        if importance == "variance" or hidden is None:
-            if importance == "fisher":
-                raise RMTKDError(
-                    f"importance='fisher' was asked for, but {type(self.source).__name__} in form "
-                    f"{self.config.form!r} has no residual stream whose loss gradient could weigh directions; use "
-                    "'auto' or 'variance'."
-                )
-            return []
-        if gives_likelihood(self.teacher, self.batches[0]):
-            return list(hidden.points)
-        if importance == "fisher":
-            raise CalibrationError(
-                f"importance='fisher' needs a model with logits to draw labels from; {type(self.source).__name__} "
-                "returns none. Use importance='variance' for a bare encoder, or add a task head."
-            )
-        return []
+    def _calibrating(self) -> RMTKDConfig:
+        """The recipe with as many rows as the widest site needs, where each token is an answer of its own."""
+        if not self.anatomy.answers:
+            return self.config
+        return enough_rows(self.config, max(site.width for site in self.sites if site.chosen), self.batches)
+
+    def _with_gradients(self) -> list[Point]:
+        return gradient_points(self.teacher, self.anatomy, self.config, self.batches[0])
 
     def directions_of(self, site: Site) -> Directions:
         """Directions of a site, computed once."""
@@ -201,6 +192,10 @@ class Surgeon:
 
     def couples(self, spectra: bool = False) -> list[Couple]:
         """The widths there are to decide, each with what it costs to narrow it; with `spectra` also what these say."""
+        if self.anatomy.answers and self.calibration.gradients and not self._priced:
+            found = {site.name: self.directions_of(site) for site in self.sites if site.chosen}
+            self.directions |= directional_prices(self.teacher, self.batches, found, self.config.seed)
+            self._priced = True
         return [self._couple(name, members, spectra) for name, members in self._members().items()]
 
     def _members(self) -> dict[str, tuple[Site, ...]]:
@@ -211,10 +206,10 @@ class Surgeon:
         return {name: tuple(sites) for name, sites in grouped.items()}
 
     def _damage(self, members: tuple[Site, ...]) -> torch.Tensor:
-        return sum(self.directions_of(site).damage for site in members if site.kind != "pooled")
+        return sum(self.directions_of(site).damage for site in members if site.chosen)
 
     def _couple(self, name: str, members: tuple[Site, ...], spectra: bool) -> Couple:
-        own = [site for site in members if site.kind != "pooled"]
+        own = [site for site in members if site.chosen]
         lead, score, rank = own[0], torch.empty(0), None
         for site in own:
             self._check_varies(site)
@@ -251,7 +246,7 @@ class Surgeon:
             narrow = f"too narrow for a bulk, {site.width} features" if site.width < TOO_NARROW else None
             return None if self.trust_edges else narrow or doubt(self.subspace_of(site))
 
-        return {site.name: of(site) for site in self.sites if site.kind != "pooled"}
+        return {site.name: of(site) for site in self.sites if site.chosen}
 
     @property
     def loss_unit(self) -> str | None:
@@ -288,7 +283,7 @@ class Surgeon:
         spectra = [
             SiteSpectrum(s.name, s.kind, s.width, widths.get(s.name, s.width), self.subspace_of(s))
             for s in self.sites
-            if s.kind != "pooled"
+            if s.chosen
         ]
         after = parameters_of(self.teacher, self.anatomy)(couples)
         return SpectralReport(
@@ -318,6 +313,7 @@ class Surgeon:
         self._try_out(student)
         if self.config.refit and self.config.form == "absorbed":
             refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
+        student = match_precision(student, self.source)
         if self.config.shape == "native":
             student = self._plain(student)
         return carry_over(self.source, student), self._stream_projection(cuts)
@@ -343,7 +339,7 @@ class Surgeon:
     def _cuts(self, couples: dict[str, int], last: bool) -> Cuts:
         chosen, stream, cut = {}, None, site_widths(couples, self.anatomy)
         order = sorted(self.anatomy.sites.values(), key=lambda site: site.kind != "hidden")
-        order = [site for site in order if site.name in cut]
+        order = [site for site in order if site.name in cut and site.kind != "parted"]
         for site in order:
             self.directions_of(site)
         for at, site in enumerate(order):
@@ -356,15 +352,17 @@ class Surgeon:
                 stream = chosen[site.name][""]
         if last:
             self.calibration.keep(())
+        for site in self.anatomy.sites.values():
+            if site.kind == "parted" and site.name in cut:
+                lead = self.anatomy.sites[site.follows]
+                chosen[site.name] = {"": parted_projection(site, lead, chosen[lead.name][""])}
         return Cuts(chosen)
 
     def _stream_projection(self, cuts: Cuts) -> dict[str, torch.Tensor]:
         cut = cuts.of("hidden", "")
         if cut is None:
             return {}
-        # the folded stream of a pre-norm model is the old one less its mean over features
-        basis = cut.encode - cut.encode.mean(0) if self.anatomy.pre_norm else cut.encode
-        return {"hidden": basis.float().to(self.source.device)}
+        return {"hidden": cut.encode.float().to(self.source.device)}
 
 
 @contextlib.contextmanager

@@ -106,7 +106,8 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[
     site = anatomy.sites[source.site]
     if site.kind == "pooled":  # its features are chosen behind the activation, where they are read
         site = dataclasses.replace(site, points=(Point(found[0], "input"),))
-    units = tuple(Unit(path, source.site) for path in found)
+    through = anatomy.last_norm if source.site == "hidden" else None
+    units = tuple(Unit(path, source.site, through=through) for path in found)
     return dataclasses.replace(anatomy, units=anatomy.units + units, sites={**anatomy.sites, source.site: site})
 
 

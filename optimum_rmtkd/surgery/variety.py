@@ -17,7 +17,9 @@ from ..errors import CalibrationError
 from .processes import one_for_all, several
 
 
-__all__ = ["check_variety", "different_samples", "warn_of_few"]
+__all__ = ["check_variety", "different_samples", "enough_rows", "warn_of_few"]
+
+ROWS = 8  # of a moment, for each feature: perplexities of small decoders got worse with fewer
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,37 @@ def warn_of_few(batches: Sequence[Mapping[str, Any]], config: RMTKDConfig, width
             width,
             enough,
         )
+
+
+def enough_rows(config: RMTKDConfig, width: int, batches: Sequence[Mapping[str, Any]]) -> RMTKDConfig:
+    """The recipe with as many tokens of a sequence as make ROWS samples of each of `width` features, of a language
+    model: its texts are few and long, in the extreme one packed row. No fewer than the recipe's.
+
+    Raises:
+        CalibrationError: fewer real tokens than `width`: directions would be guesses.
+    """
+    tokens = sum(map(_tokens, batches))
+    if tokens < width:
+        raise CalibrationError(
+            f"The calibration text has {tokens} tokens, and the widest site of the model has {width} features: "
+            f"expected {ROWS * width} tokens or more. Give more text, or longer samples (calibration_samples)."
+        )
+    if tokens < ROWS * width:
+        logger.warning(
+            "The calibration text has %d tokens for %d features of the widest site; %d or more give better cuts.",
+            tokens,
+            width,
+            ROWS * width,
+        )
+    each = -(-ROWS * width // max(1, sum(map(batch_size, batches))))
+    return config.replace(tokens_per_sequence=max(config.tokens_per_sequence, each))
+
+
+def _tokens(batch: Mapping[str, Any]) -> int:
+    mask, ids = padding_mask(batch), batch.get("input_ids")
+    if mask is not None:
+        return int(mask.sum())
+    return ids.numel() if isinstance(ids, torch.Tensor) else batch_size(batch)
 
 
 def different_samples(batches: Iterable[Mapping[str, Any]], enough: int) -> set[bytes]:

@@ -14,7 +14,7 @@ import optimum_rmtkd
 from .server import card_data, card_errors
 
 
-REMOTE = ["layers_rmtkd.py", "loading_rmtkd.py", "modeling_rmtkd.py", "spec_rmtkd.py"]
+REMOTE = ["layers_rmtkd.py", "loading_rmtkd.py", "modeling_rmtkd.py", "resizing_rmtkd.py", "spec_rmtkd.py"]
 CLIENT = "client.py"
 HARMLESS = {
     "collections",

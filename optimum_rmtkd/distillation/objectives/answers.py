@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...errors import RMTKDError
+from ...models import has_head, shifts_labels
 from ..counts import answered, answers_that_count
-from ..signatures import named_inputs, unwrapped
+from ..signatures import named_inputs
 from ..step import DistillationStep
 
 
@@ -23,28 +24,6 @@ Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SPANS = ("start_logits", "end_logits")
 LOWEST = -1e30  # stands for log 0: finite, because 0 * -inf is NaN, in the loss or in its gradient
-
-
-def has_head(model: nn.Module, mapping: str) -> bool:
-    """Is this one of the classes that an auto class knows, or reduced from one, or wrapped by PEFT?
-
-    Args:
-        mapping: "CAUSAL_LM", "QUESTION_ANSWERING", "MULTIPLE_CHOICE", ... of transformers' auto mappings.
-    """
-    from transformers.models.auto import modeling_auto
-
-    known = set(getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values())
-    return any(cls.__name__ in known for cls in type(unwrapped(model)).__mro__)
-
-
-def shifts_labels(model: nn.Module) -> bool:
-    """Whether the answer at one position is for the label at the next: causal language models, not
-    encoder-decoders."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        return False
-    # Older classes (GPT2LMHeadModel) do not name their loss, and a reduced class has the name of none.
-    named = getattr(unwrapped(model), "loss_type", None)
-    return named == "ForCausalLM" or named is None and has_head(model, "CAUSAL_LM")
 
 
 def labels_a_decoder(model: nn.Module) -> bool:

@@ -1,0 +1,198 @@
+"""The layout of decoders: how the anatomy of a pre-norm causal language model is read off a declaration of paths.
+
+Attention is cut by whole key-value groups, each with the query heads that share it: positions (rotary pairs, biases by
+distance) live inside a head, and configs and caches know how many heads there are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..errors import UnsupportedArchitectureError
+from ..models import shifts_labels
+from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, linear_shape
+
+
+__all__ = ["DecoderLayout"]
+
+
+@dataclass(frozen=True)
+class DecoderLayout:
+    """A stack of causal attention and feed-forward blocks around one residual stream, which norms read.
+
+    Paths start with "@." where relative to the backbone; paths of `attention` to `ffn_norm` are relative to a block.
+
+    Attributes:
+        stream: tables whose sum is the stream; those a model lacks are passed over. The first is the word table.
+        blocks: the ModuleList of blocks.
+        attention: the module that holds the heads; `head_size` names its attribute for the width of one.
+        query, key, value: its layers; or `fused`, one that makes all three, as three stretches ("blocked") or head by
+            head ("by_head", where each head has keys and values of its own).
+        output: the layer behind the heads.
+        up: layers of as many features that are multiplied (gate and up, in any order), or one; or `fused_up`, one that
+            makes both, one behind the other.
+        down: the layer that reads them.
+        attention_norm, ffn_norm: norms in front of attention and feed-forward; without the second both read the first.
+        parallel: attention and feed-forward read the same stream, and their sum is added to it.
+        final_norm: the norm in front of the head.
+        heads: layers of the task heads of this family that read the stream; each is the layer of some class. One may
+            be tied to the word table.
+        counts, query_counts: attributes of `attention` that hold the number of key-value groups, of query heads.
+        heads_in_config: the code of `attention` reads these numbers from its config.
+        widths: attributes of `attention` that hold the width of all query heads.
+        multiplier: field of the config by which what a block adds is multiplied.
+        inner_field: field of the config that states the feed-forward width, where together with the usual names of
+            heads (num_attention_heads, num_key_value_heads, head_dim) it says all widths that shape="native" needs,
+            and the stock class is the same function of its tensors; None: there is no native shape.
+        needs: {field of the config: its value}, without which the classes run other code than what is declared.
+        width_field: field of the config that states the hidden width.
+    """
+
+    stream: tuple[str, ...]
+    blocks: str
+    output: str
+    down: str
+    attention_norm: str
+    final_norm: str
+    attention: str = "self_attn"
+    query: str = ""
+    key: str = ""
+    value: str = ""
+    fused: str | None = None
+    fused_by: str = "blocked"
+    up: tuple[str, ...] = ()
+    fused_up: str | None = None
+    ffn_norm: str | None = None
+    parallel: bool = False
+    heads: tuple[str, ...] = ("lm_head", "score", "qa_outputs")
+    head_size: str = "head_dim"
+    counts: tuple[str, ...] = ()
+    query_counts: tuple[str, ...] = ()
+    heads_in_config: bool = False
+    widths: tuple[str, ...] = ()
+    multiplier: str | None = None
+    needs: dict[str, object] = field(default_factory=dict)
+    width_field: str = "hidden_size"
+    inner_field: str | None = None
+
+    def anatomy(self, model: nn.Module) -> Anatomy:
+        """Sites and units of `model`.
+
+        Raises:
+            UnsupportedArchitectureError: the model lacks a declared module, or its config asks for code that no
+                declaration covers.
+        """
+        self._check(model)
+        blocks = [f"{self.blocks}.{i}" for i in range(len(get_module(model, self.blocks)))]
+        units = [Unit(path, writes="hidden") for path in self.stream if has_module(model, path)]
+        sites, attributes, heads, norms = {}, [], {}, []
+        for depth, block in enumerate(blocks):
+            attention = self._attention_sites(model, block, depth)
+            inner = self._inner_sites(model, block, depth)
+            sites |= {site.name: site for site in (*attention, *inner)}
+            after = f"{blocks[depth + 1]}.{self.attention_norm}" if depth + 1 < len(blocks) else self.final_norm
+            units += self._units(model, block, depth, after)
+            norms += [f"{block}.{path}" for path in (self.attention_norm, self.ffn_norm) if path]
+            at, lead = f"{block}.{self.attention}", attention[0].name
+            each = getattr(get_module(model, at), self.head_size)
+            attributes += [Attribute(at, name, lead, True) for name in self.counts]
+            attributes += [Attribute(at, name, lead, True, each) for name in self.query_counts]
+            attributes += [Attribute(at, name, lead, False) for name in self.widths]
+            heads[at] = lead
+        units.append(Unit(self.final_norm, writes="hidden"))
+        width = get_module(model, self.final_norm).weight.numel()
+        answers = shifts_labels(model)
+        # raw streams hold few tokens with most of the energy: what readers see is what counts
+        sides = ("output",) if answers else ("input", "output")
+        points = tuple(Point(path, side) for path in (*norms, self.final_norm) for side in sides)
+        return Anatomy(
+            sites={"hidden": Site("hidden", "hidden", width, points, couple="hidden"), **sites},
+            units=(*units, *self._heads(model)),
+            blocks=tuple(blocks),
+            attributes=tuple(attributes),
+            config_fields={self.width_field: "hidden"},
+            heads=heads,
+            heads_in_config=self.heads_in_config,
+            pre_norm=True,
+            last_norm=self.final_norm,
+            answers=answers,
+        )
+
+    def _check(self, model: nn.Module) -> None:
+        for name, value in self.needs.items():
+            found = getattr(model.config, name, value)
+            if found != value:
+                raise UnsupportedArchitectureError(
+                    f"{type(model).__name__} with config.{name}={found!r} runs other code than what its family "
+                    f"declares, which needs {value!r}. Use form='factored', which works for every architecture."
+                )
+
+    def _heads(self, model: nn.Module) -> list[Unit]:
+        table = get_module(model, self.stream[0])
+        found = []
+        for path in self.heads:
+            there = get_module(model, path) if has_module(model, path) else None
+            tied = there is not None and getattr(there, "weight", None) is table.weight
+            found.append(Unit(path, "hidden", through=self.final_norm, tied=tied))
+        return found
+
+    def _attention_sites(self, model: nn.Module, block: str, depth: int) -> list[Site]:
+        """The site of queries and heads, which is chosen, and that of what makes keys and values."""
+        each = getattr(get_module(model, f"{block}.{self.attention}"), self.head_size)
+        queries = linear_shape(get_module(model, f"{block}.{self.output}"))[0]
+        name = f"layer.{depth}.attention"
+        if self.fused:
+            made = linear_shape(get_module(model, f"{block}.{self.fused}"))[1]
+            keys = (made - queries) // 2
+        else:
+            made = keys = linear_shape(get_module(model, f"{block}.{self.key}"))[1]
+        groups = keys // each
+        share = queries // groups
+        parts = (share, each, each) if self.fused else (each,)
+        parts = (sum(parts),) if self.fused_by == "by_head" else parts
+        point = Point(f"{block}.{self.output}", "input")
+        lead = Site(name, "attention_groups", queries, (point,), share, depth, name, (share,))
+        return [lead, Site(f"{name}.made", "parted", made, (), made // groups, depth, name, parts, name)]
+
+    def _inner_sites(self, model: nn.Module, block: str, depth: int) -> list[Site]:
+        if not self.down:
+            return []
+        inner = linear_shape(get_module(model, f"{block}.{self.down}"))[0]
+        name = f"layer.{depth}.intermediate"
+        lead = Site(name, "intermediate", inner, (Point(f"{block}.{self.down}", "input"),), 1, depth, name)
+        if not self.fused_up:
+            return [lead]
+        return [lead, Site(f"{name}.made", "parted", 2 * inner, (), 2, depth, name, (1, 1), name)]
+
+    def _units(self, model: nn.Module, block: str, depth: int, after: str) -> list[Unit]:
+        at = lambda path: f"{block}.{path}"  # noqa: E731
+        heads, inner = f"layer.{depth}.attention", f"layer.{depth}.intermediate"
+        first, second = at(self.attention_norm), at(self.ffn_norm or self.attention_norm)
+        entrance, between = Point(block, "input"), Point(at(self.ffn_norm or self.attention_norm), "input")
+        lands = Point(after if self.parallel else at(self.ffn_norm), "input")
+        scale = float(getattr(model.config, self.multiplier)) if self.multiplier else 1.0
+        made = (
+            {self.fused: f"{heads}.made"}
+            if self.fused
+            else {self.query: heads, self.key: f"{heads}.made", self.value: f"{heads}.made"}
+        )
+        attention = [Unit(at(path), "hidden", site, block=block, through=first) for path, site in made.items()]
+        attention.append(Unit(at(self.output), heads, "hidden", entrance, lands, block, scale=scale))
+        ups = {self.fused_up: f"{inner}.made"} if self.fused_up else dict.fromkeys(self.up, inner)
+        feed_forward = [Unit(at(path), "hidden", site, block=block, through=second) for path, site in ups.items()]
+        feed_forward.append(
+            Unit(
+                at(self.down),
+                inner,
+                "hidden",
+                entrance if self.parallel else between,
+                Point(after, "input"),
+                block,
+                beside=Point(at(self.output)) if self.parallel else None,
+                scale=scale,
+            )
+        )
+        norms = [[Unit(path, writes="hidden", block=block)] for path in dict.fromkeys((first, second))]
+        return norms[0] + attention + (norms[1] if len(norms) > 1 else []) + feed_forward

@@ -1,0 +1,27 @@
+"""GPT-2: layer norms, learnt positions, queries, keys and values in one transposed layer, a tied head."""
+
+from ..decoders import DecoderLayout
+from . import Family, register_family
+
+
+register_family(
+    Family(
+        name="GPT-2",
+        model_types=("gpt2",),
+        layout=DecoderLayout(
+            stream=("@.wte", "@.wpe"),
+            blocks="@.h",
+            attention="attn",
+            fused="attn.c_attn",
+            output="attn.c_proj",
+            up=("mlp.c_fc",),
+            down="mlp.c_proj",
+            attention_norm="ln_1",
+            ffn_norm="ln_2",
+            final_norm="@.ln_f",
+            heads=("lm_head", "score", "classifier", "qa_outputs"),
+            counts=("num_heads",),
+            widths=("split_size",),
+        ),
+    )
+)

@@ -1,0 +1,117 @@
+"""Reduced decoders as plain checkpoints of their base: one width of the stream, one of all feed-forward parts, and as
+many key-value groups in every layer, of which each may have kept others.
+
+Nothing has to be computed: the tensors are those of the stock class already, and a config says their sizes. The last
+norm of a tied model has a scale a coordinate, so that the table stays tied.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import RMTKDError, SpecMismatchError, UnsupportedArchitectureError
+from ..loading_rmtkd import named_errors
+from ..models import match_precision
+from .decoders import DecoderLayout
+from .norms import norm_of
+from .sites import Anatomy, get_module
+
+
+__all__ = ["coupled", "plain_decoder", "widths_config"]
+
+NAMES = ("model_type", "rmtkd", "auto_map", "architectures", "transformers_version")  # that config classes set
+EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
+
+
+def coupled(model: PreTrainedModel, layout: DecoderLayout) -> Anatomy:
+    """The anatomy of a decoder with the sites coupled so that its config can state their widths.
+
+    Raises:
+        UnsupportedArchitectureError: a family without a native shape.
+    """
+    if layout.inner_field is None:
+        raise UnsupportedArchitectureError(
+            f"shape='native': no config of {type(model).__name__} states the widths of a narrow one, or its code "
+            "computes something else at another width. Use shape='free'."
+        )
+    anatomy = layout.anatomy(model)
+    if _divides(model, layout):
+        return _with_whole_heads(anatomy, model.config.num_attention_heads)
+    names = {"attention_groups": "attention", "intermediate": "intermediate"}
+    lead = {name: names.get(site.kind, site.couple) for name, site in anatomy.sites.items() if site.chosen}
+    sites = {
+        name: dataclasses.replace(site, couple=lead[name] if site.chosen else lead[site.follows])
+        for name, site in anatomy.sites.items()
+    }
+    return dataclasses.replace(anatomy, sites=sites)
+
+
+def _divides(model: PreTrainedModel, layout: DecoderLayout) -> bool:
+    """Whether the config wants a stream that is a multiple of the number of heads, whatever width these have."""
+    values = {name: value for name, value in model.config.to_dict().items() if name not in NAMES}
+    values[layout.width_field] += 1
+    try:
+        with named_errors("config"):
+            type(model.config)(**values)
+    except SpecMismatchError:
+        return True
+    return False
+
+
+def _with_whole_heads(anatomy: Anatomy, heads: int) -> Anatomy:
+    """All heads stay, and the stream goes in multiples of their number."""
+    sites = {
+        name: dataclasses.replace(site, couple=site.couple if site.kind == "hidden" else "intermediate")
+        for name, site in anatomy.sites.items()
+        if "attention_groups" not in (site.kind, getattr(anatomy.sites.get(site.follows), "kind", ""))
+    }
+    sites["hidden"] = dataclasses.replace(sites["hidden"], groups=heads)
+    return dataclasses.replace(anatomy, sites=sites, heads={}, attributes=())
+
+
+def widths_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayout, config: Any) -> PreTrainedConfig:
+    """`config`, in place, with the widths of `model`: those of its first layer, and the stream's."""
+    block = anatomy.blocks[0]
+    attention = next(site for site in anatomy.sites.values() if site.kind == "attention_groups")
+    inner = next(site for site in anatomy.sites.values() if site.kind == "intermediate")
+    each = getattr(get_module(model, f"{block}.{layout.attention}"), layout.head_size)
+    values = {
+        layout.width_field: anatomy.sites["hidden"].width,
+        layout.inner_field: inner.width,
+        "num_attention_heads": attention.width // each,
+        "num_key_value_heads": attention.group_width,
+        "head_dim": each,
+    }
+    for name, value in values.items():
+        setattr(config, name, value)
+    norm = get_module(model, anatomy.last_norm)
+    field = next((name for name in EPSILONS if hasattr(config, name)), None)
+    if field is not None and not norm.weight.is_meta:
+        setattr(config, field, norm_of(norm).eps)
+    return config
+
+
+def plain_decoder(model: PreTrainedModel, stock: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """An instance of the stock class with the tensors of `model`.
+
+    Raises:
+        RMTKDError: layers of unequal widths; names the first.
+    """
+    native = match_precision(stock(config).to(device=model.device), model).eval()
+    own, given = native.state_dict(), model.state_dict()
+    for name in [*own, *given]:
+        if name not in own or name not in given or own[name].shape != given[name].shape:
+            expected, found = (tuple(d[name].shape) if name in d else "nothing" for d in (own, given))
+            raise RMTKDError(
+                f"{name} is {found} in the reduced model and {expected} in a {stock.__name__} of one width for all "
+                "layers. Reduce with shape='native', or keep the reduced format."
+            )
+    native.load_state_dict(copy.deepcopy(given))
+    native.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        native.generation_config = copy.deepcopy(model.generation_config)
+    return native

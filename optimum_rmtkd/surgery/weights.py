@@ -1,0 +1,47 @@
+"""Weights of layers, (out, in) whatever way a class stores them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+__all__ = ["dense_table", "dense_weight", "scale_inputs", "set_weight"]
+
+
+def dense_weight(module: nn.Module) -> torch.Tensor:
+    """Weight (out, in) fp64 of a linear layer, (out, in, h, w) of a convolution; factored ones multiplied out."""
+    if hasattr(module, "down"):
+        up, down = module.up.weight.detach().double(), module.down.weight.detach().double()
+        return (
+            torch.einsum("or...,ri...->oi...", up, down)
+            if up.dim() == 2
+            else ((up.flatten(1) @ down.flatten(1))[..., None, None])
+        )
+    weight = module.weight.detach().double()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def dense_table(module: nn.Module) -> torch.Tensor:
+    """(num_embeddings, dim) fp64 of an embedding, a factored one multiplied out."""
+    table = module.weight.detach().double()
+    return table @ module.up.weight.detach().double().T if hasattr(module, "up") else table
+
+
+def scale_inputs(module: nn.Module, scale: torch.Tensor) -> None:
+    """Multiply each input feature of a linear layer or convolution by its entry of `scale` (in,), in place, in fp64
+    and rounded once."""
+    first = module.down if hasattr(module, "down") else module
+    if isinstance(first, Conv1D):
+        scale = scale[:, None]
+    elif first.weight.dim() == 4:
+        scale = scale[:, None, None]
+    with torch.no_grad():
+        first.weight.copy_(first.weight.double() * scale)
+
+
+def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
+    """Inverse of `dense_weight` for layers of one factor; rounded to the dtype of the layer."""
+    with torch.no_grad():
+        module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)

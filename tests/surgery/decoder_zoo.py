@@ -1,0 +1,96 @@
+"""Tiny random decoders of every family, and text for them."""
+
+from __future__ import annotations
+
+import torch
+import transformers as tf
+
+
+TEXT = {"vocab_size": 61, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BODY = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 8}
+GROUPED = TEXT | BODY | {"num_key_value_heads": 4}
+PAIRED = GROUPED | {"head_dim": 4}
+G = {
+    "vocab_size": 61,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+CONFIGS = {
+    "llama": (tf.LlamaForCausalLM, tf.LlamaConfig(**PAIRED)),
+    "llama-tied": (tf.LlamaForCausalLM, tf.LlamaConfig(**PAIRED, tie_word_embeddings=True)),
+    "mistral": (tf.MistralForCausalLM, tf.MistralConfig(**PAIRED, sliding_window=4)),
+    "qwen2": (tf.Qwen2ForCausalLM, tf.Qwen2Config(**GROUPED, tie_word_embeddings=True)),
+    "qwen2-sliding": (
+        tf.Qwen2ForCausalLM,
+        tf.Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+    ),
+    "qwen3": (tf.Qwen3ForCausalLM, tf.Qwen3Config(**PAIRED)),
+    "smollm3": (tf.SmolLM3ForCausalLM, tf.SmolLM3Config(**GROUPED, no_rope_layer_interval=2)),
+    "granite": (
+        tf.GraniteForCausalLM,
+        tf.GraniteConfig(
+            **GROUPED, embedding_multiplier=3.0, residual_multiplier=0.5, logits_scaling=2.0, attention_multiplier=0.2
+        ),
+    ),
+    "gemma": (tf.GemmaForCausalLM, tf.GemmaConfig(**PAIRED)),
+    "phi3": (tf.Phi3ForCausalLM, tf.Phi3Config(**GROUPED)),
+    "stablelm": (tf.StableLmForCausalLM, tf.StableLmConfig(**GROUPED)),
+    "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(**G)),
+    "opt": (
+        tf.OPTForCausalLM,
+        tf.OPTConfig(
+            vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+            max_position_embeddings=64, word_embed_proj_dim=32, pad_token_id=0,
+        ),
+    ),
+    "gpt_neox": (
+        tf.GPTNeoXForCausalLM,
+        tf.GPTNeoXConfig(**TEXT | BODY),
+    ),
+    "gptj": (tf.GPTJForCausalLM, tf.GPTJConfig(**G, rotary_dim=4)),
+    "phi": (tf.PhiForCausalLM, tf.PhiConfig(**TEXT | BODY | {"num_attention_heads": 4, "num_key_value_heads": 4})),
+}  # fmt: skip
+EXACT = {
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "gptj",
+    "phi",
+    "stablelm",
+}  # layer norms compute in the dtype they get, RMS norms in fp32
+
+NATIVE = ("llama-tied", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
+
+
+def make(name: str, seed: int = 0) -> tf.PreTrainedModel:
+    """A random model whose layers and norms matter."""
+    torch.manual_seed(seed)
+    cls, config = CONFIGS[name]
+    model = cls(type(config)(**config.to_dict())).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0) if parameter.dim() > 1 else parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def batches(count: int = 6, size: int = 8, length: int = 16, seed: int = 1) -> list[dict[str, torch.Tensor]]:
+    """Calibration batches, half of the texts padded at the left."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for _ in range(count):
+        ids = torch.randint(3, 61, (size, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[::2, :3] = 0
+        made.append({"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask})
+    return made
+
+
+@torch.no_grad()
+def logits(model: tf.PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """(tokens, words) at real positions."""
+    return model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]

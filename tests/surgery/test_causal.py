@@ -1,0 +1,224 @@
+"""Causal language models of every family: exact where they are only rotated, alone and together, generating and
+reloaded."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers.pytorch_utils import Conv1D
+
+from optimum_rmtkd import CalibrationError, RMTKDConfig, UnsupportedArchitectureError, count_parameters, narrow
+from optimum_rmtkd.surgery import narrow_to, reduce
+from optimum_rmtkd.surgery.bases import Projection, rotate_onto_ones
+from optimum_rmtkd.surgery.likelihood import answers
+from optimum_rmtkd.surgery.narrowing import Cuts, build_student, fold_norms, initialise
+from optimum_rmtkd.surgery.norms import norm_of
+from optimum_rmtkd.surgery.sites import get_module
+from optimum_rmtkd.surgery.surgeon import anatomy_of
+
+from . import decoder_zoo as zoo
+
+
+RECIPE = RMTKDConfig(target_reduction=0.3, round_to=4, min_width=4, calibration_samples=48)
+QUICK = ("llama-tied",)
+FAMILIES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in zoo.CONFIGS]
+
+
+def heads_of(model):
+    """(output layer, word table)."""
+    return model.get_output_embeddings(), model.get_input_embeddings()
+
+
+def is_tied(model) -> bool:
+    head, table = heads_of(model)
+    return head.weight is table.weight
+
+
+def rotated(model, seed=3):
+    """The same model in another basis of its stream: random, but for the all-ones direction of layer norms."""
+    anatomy = anatomy_of(model, RECIPE)
+    teacher = fold_norms(model, anatomy)
+    width = anatomy.sites["hidden"].width
+    basis = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=torch.manual_seed(seed)))[0]
+    if norm_of(get_module(model, anatomy.last_norm)).centres:
+        ones = torch.full((width,), width**-0.5, dtype=torch.float64)
+        basis = rotate_onto_ones(basis, basis.T @ ones)
+    cuts = Cuts({"hidden": {"": Projection(basis, basis)}})
+    student = build_student(teacher, anatomy, {"hidden": width}, {}, {})
+    initialise(student, teacher, anatomy, cuts)
+    student.tie_weights()
+    return student
+
+
+@pytest.mark.parametrize("name", zoo.CONFIGS)
+def test_a_rotation_of_the_stream_changes_nothing(name):
+    model = zoo.make(name).double()
+    if is_tied(model):  # a tied head reads the stream through a scale a coordinate, which does not commute
+        norm = norm_of(get_module(model, anatomy_of(model, RECIPE).last_norm))
+        norm.set_scale(torch.full_like(norm.scale, 1.3))
+    batch = zoo.batches(count=1)[0]
+    before, after = zoo.logits(model, batch), zoo.logits(rotated(model), batch)
+    bound = 1e-12 if name in zoo.EXACT else 2e-6  # RMS norms compute in fp32
+    assert (before - after).abs().max() < bound * before.abs().max()
+
+
+def without_effect(model):
+    """The model without the effect of its first key-value group and of its first eight neurons, layer by layer."""
+    anatomy = anatomy_of(model, RECIPE)
+    with torch.no_grad():
+        for unit in anatomy.units:
+            site = anatomy.sites.get(unit.reads)
+            if site is not None and site.kind in ("attention_groups", "intermediate"):
+                weight = get_module(model, unit.path).weight
+                columns = slice(0, site.groups if site.kind == "attention_groups" else 8)
+                (weight if isinstance(get_module(model, unit.path), Conv1D) else weight.T)[columns] = 0
+    return anatomy
+
+
+@pytest.mark.parametrize("kind", ["attention_groups", "intermediate"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_has_no_effect_goes_first_and_costs_nothing(name, kind):
+    model, data = zoo.make(name), zoo.batches()
+    sites = [site for site in without_effect(model).sites.values() if site.kind == kind]
+    less = {site.couple: site.group_width - (1 if kind == "attention_groups" else 8) for site in sites}
+    small = narrow_to(model, data, less, RECIPE.replace(refit=False), progress=False)
+    assert count_parameters(small) < count_parameters(model)
+    before, after = zoo.logits(model, data[0]), zoo.logits(small, data[0])
+    assert (before - after).abs().max() < 1e-4 * before.abs().max()
+
+
+@torch.no_grad()
+def generated(model, ids, mask=None, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    kept = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0, **options}
+    return model.generate(ids, attention_mask=mask, **kept)[:, ids.shape[1] :]
+
+
+def assert_generates_alike(model):
+    """From a cache, without one, from a static one, and behind padding."""
+    ids = torch.randint(3, 61, (2, 6), generator=torch.manual_seed(5))
+    expected = generated(model, ids, use_cache=False)
+    assert torch.equal(generated(model, ids), expected)
+    assert torch.equal(generated(model, ids, cache_implementation="static"), expected)
+    padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
+    assert torch.equal(generated(model, padded, mask), expected)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_life_cycle(name, tmp_path):
+    model, data = zoo.make(name), zoo.batches()
+    before = copy.deepcopy(model.state_dict())
+    found = reduce(model, data, RECIPE, progress=False)
+    small = found.model
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert abs(1 - count_parameters(small) / count_parameters(model) - 0.3) < 0.02
+    assert found.report.planned_parameters == count_parameters(small)
+    assert is_tied(small) == is_tied(model)
+    assert_generates_alike(small)
+    small.save_pretrained(tmp_path / "small")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert type(again).__name__ == "RMTKD" + type(model).__name__ and is_tied(again) == is_tied(model)
+    torch.testing.assert_close(zoo.logits(again, data[0]), zoo.logits(small, data[0]), atol=1e-6, rtol=1e-6)
+    bare = transformers.AutoModel.from_pretrained(tmp_path / "small")
+    assert bare.get_input_embeddings().weight.shape == small.get_input_embeddings().weight.shape
+    twice = narrow(again, data, RECIPE.replace(target_reduction=0.45), progress=False)
+    assert count_parameters(twice) < count_parameters(small) and is_tied(twice) == is_tied(model)
+    twice.save_pretrained(tmp_path / "twice")
+    third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    torch.testing.assert_close(zoo.logits(third, data[0]), zoo.logits(twice, data[0]), atol=1e-6, rtol=1e-6)
+    assert_generates_alike(third)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[] if n == "llama-tied" else [pytest.mark.slow]) for n in zoo.NATIVE]
+)
+def test_the_native_shape_is_a_plain_checkpoint(name, tmp_path):
+    model, data = zoo.make(name), zoo.batches()
+    plain = narrow(model, data, RECIPE.replace(shape="native"), progress=False)
+    assert type(plain) is type(model) and 0.62 < count_parameters(plain) / count_parameters(model) < 0.73
+    plain.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.py"))
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model) and is_tied(again) == is_tied(model)
+    torch.testing.assert_close(zoo.logits(again, data[0]), zoo.logits(plain, data[0]), atol=1e-6, rtol=1e-6)
+    assert_generates_alike(again)
+
+
+FRESH = """
+import sys, torch, transformers
+from safetensors.torch import load_file
+sys.modules["optimum_rmtkd"] = None
+stored = load_file(sys.argv[2])
+logits = stored.pop("logits")
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    torch.testing.assert_close(model(**stored).logits, logits, atol=1e-5, rtol=1e-5)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2", "gemma", "opt"])
+def test_a_fresh_process_without_the_package(name, tmp_path):
+    data = zoo.batches()
+    small = narrow(zoo.make(name), data, RECIPE, progress=False)
+    small.save_pretrained(tmp_path / "small")
+    with torch.no_grad():
+        save_file({**data[0], "logits": small(**data[0]).logits.contiguous()}, tmp_path / "x.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path / "small"), str(tmp_path / "x.safetensors")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hub")},
+    )
+    assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
+
+
+def test_half_precision_is_rounded_once():
+    """The cut of bf16 weights is that of the same weights in fp32, rounded."""
+    model, data = zoo.make("llama-tied").bfloat16(), zoo.batches()
+    widths = {"hidden": 24, "layer.0.attention": 3, "layer.1.intermediate": 40}
+    small = narrow_to(model, data, widths, RECIPE.replace(refit=False, importance="variance"), progress=False)
+    whole = copy.deepcopy(model).float()
+    whole.config.dtype = torch.float32
+    exact = narrow_to(whole, data, widths, RECIPE.replace(refit=False, importance="variance"), progress=False)
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    for (name, ours), theirs in zip(small.named_parameters(), exact.parameters(), strict=True):
+        lost = (ours.float() - theirs).norm() / theirs.norm()
+        assert lost < 5e-3, name  # 2**-9 of each entry, and of activations that were rounded in between
+
+
+def test_answers_are_those_of_the_next_label():
+    model = zoo.make("llama")
+    batch = {"input_ids": torch.randint(3, 61, (2, 5))}
+    labels = torch.tensor([[-100, -100, 7, 8, 9], [5, 6, -100, -100, -100]])
+    with torch.no_grad():
+        given = answers(model, model(**batch), batch | {"labels": labels})
+    expected = torch.tensor([[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]).bool()
+    assert torch.equal(given.mask, expected)
+
+
+def test_a_short_text_is_refused():
+    model, data = zoo.make("llama"), [{"input_ids": torch.randint(3, 61, (2, 10))}]
+    with pytest.raises(CalibrationError, match="calibration text has 20 tokens.*48 features.*expected 384"):
+        narrow(model, data, RECIPE, progress=False)
+
+
+def test_a_text_beyond_the_positions_is_refused():
+    data = [{"input_ids": torch.randint(3, 61, (8, 70))}]
+    with pytest.raises(CalibrationError, match="has 70 tokens, LlamaForCausalLM has positions for 64"):
+        narrow(zoo.make("llama"), data, RECIPE, progress=False)
+
+
+def test_code_that_no_declaration_covers_is_refused_by_name():
+    config = zoo.CONFIGS["opt"][1].to_dict() | {"do_layer_norm_before": False}
+    model = transformers.OPTForCausalLM(transformers.OPTConfig(**config)).eval()
+    with pytest.raises(UnsupportedArchitectureError, match="OPTForCausalLM with config.do_layer_norm_before=False"):
+        narrow(model, zoo.batches(), RECIPE, progress=False)
