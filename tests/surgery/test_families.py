@@ -99,7 +99,8 @@ logits = stored.pop("logits")
 auto = getattr(transformers, sys.argv[4])
 model = copy.deepcopy(auto.from_pretrained(sys.argv[1], trust_remote_code=sys.argv[3] != "plugin"))
 with torch.no_grad():
-    assert torch.equal(model(**stored)[0], logits), "logits moved"
+    found = model(**stored)[0]
+    assert found.shape == logits.shape and torch.allclose(found, logits, rtol=1e-5, atol=1e-5), "logits moved"
 print("equal")
 """
 
@@ -197,7 +198,7 @@ def test_factored_form_of_other_architectures_reloads(name, tmp_path):
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(again(**data[0]).logits, small(**data[0]).logits)
+        assert zoo.close(again(**data[0]).logits, small(**data[0]).logits)
 
 
 def test_factored_form_without_a_target_never_grows():
