@@ -57,7 +57,7 @@ from .checks import (
 )
 from .checks import positions_of as _positions
 from .directions import Directions, site_directions
-from .divergence import answers_per_sample, mean_divergence
+from .divergence import Remembered, answers_per_sample, mean_divergence
 from .grouping import by_length
 from .likelihood import answers, gives_likelihood
 from .narrowing import Cuts, build_student, fold_norms, initialise
@@ -129,9 +129,10 @@ class Surgeon:
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
             check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
-            self.calibration = Calibration(
-                points, self._gradient_points(), config, null_moments=thorough or null_moments, halves=thorough
-            )
+            # several processes look at all batches, and have run over their own alone
+            self.remembered = None if several(accelerator) else Remembered(len(self.batches), model.device)
+            options = {"null_moments": thorough or null_moments, "halves": thorough, "remembered": self.remembered}
+            self.calibration = Calibration(points, self._gradient_points(), config, **options)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
@@ -304,7 +305,10 @@ class Surgeon:
     @functools.cached_property
     def answers(self) -> float:
         """Answers a sample, in a batch of middling length: 1 for a classifier, the tokens of a language model."""
-        batch = self.batches[len(self.batches) // 2]
+        middle = len(self.batches) // 2
+        if self.remembered is not None and middle in self.remembered.per_sample:
+            return max(1.0, self.remembered.per_sample[middle])
+        batch = self.batches[middle]
         with evaluating(self.teacher), torch.no_grad():
             given = answers(self.teacher, run(self.teacher, batch), batch)
         return 1.0 if given is None else max(1.0, answers_per_sample(given))
@@ -319,7 +323,7 @@ class Surgeon:
 
     def divergence(self, student: PreTrainedModel) -> float | None:
         """Measured: see `mean_divergence`. Of a twin: what the user hung on the model does not run here."""
-        return mean_divergence(self.teacher, twin_of(student), self.batches)
+        return mean_divergence(self.teacher, twin_of(student), self.batches, self.remembered)
 
     def _worth(
         self, parameters: float, flops: float, positions: Mapping[str, float]
@@ -390,7 +394,7 @@ class Surgeon:
         """A head that reads the stream but is not declared shows at its first forward pass."""
         try:
             with torch.no_grad():
-                run(student, self.batches[0])
+                run(student, first_samples(self.batches[0], LOOKED_AT))
         except RuntimeError as error:
             raise UnsupportedArchitectureError(
                 f"The narrowed {type(self.source).__name__} cannot run ({error}): it has a layer at the cut widths "
