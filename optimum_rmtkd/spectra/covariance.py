@@ -16,7 +16,7 @@ from ..errors import CalibrationError, RMTKDError
 from .autocorrelation import added, lagged_shapes, lagged_sums, longer, shift_lagged_sums
 from .dependence import time_spectrum_of
 from .laws import TimeSpectrum, spread
-from .products import eigh, exact_matmul, packed, symmetric_product, unpacked
+from .products import BLOCKED_FROM, eigh, exact_matmul, packed, symmetric_product, unpacked
 from .samples import check_finite, checked, select, work_dtype
 
 
@@ -403,7 +403,10 @@ def _made(dim: int, null_moments: bool, halves: bool) -> str:
 
 def _covariance(weight: Tensor, total: Tensor, outer: Tensor) -> Tensor:
     offset = total / weight
-    return _symmetric(outer / weight - torch.outer(offset, offset))
+    found = outer / weight
+    found -= torch.outer(offset, offset)
+    # what comes out of strips is symmetric as it is; another copy of the largest matrices costs seconds
+    return found if len(found) >= BLOCKED_FROM else _symmetric(found)
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import CalibrationError
 
 
-__all__ = ["eigh", "exact_matmul", "packed", "symmetric_product", "unpacked"]
+__all__ = ["BLOCKED_FROM", "eigh", "exact_matmul", "packed", "symmetric_product", "unpacked"]
 
 BLOCKS = 4  # 10 of 16 blocks are computed
 BLOCKED_FROM = 512  # channels under which one product is quicker than ten
@@ -32,7 +32,7 @@ def packed(matrix: Tensor) -> Tensor:
 
 
 def unpacked(strips: Tensor, dim: int) -> Tensor:
-    """Inverse of `packed`."""
+    """Inverse of `packed`; exactly symmetric where there are strips."""
     if dim < BLOCKED_FROM:
         return strips
     matrix, at = strips.new_empty(dim, dim), 0
@@ -41,6 +41,8 @@ def unpacked(strips: Tensor, dim: int) -> Tensor:
         strip = strips[at : at + height * width].reshape(height, width)
         matrix[rows, columns] = strip
         matrix[columns, rows] = strip.T
+        # a product of a block with itself may be unsymmetric by rounding
+        matrix[rows, rows] = (strip[:, :height] + strip[:, :height].T) / 2
         at += height * width
     return matrix
 

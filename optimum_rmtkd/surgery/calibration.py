@@ -17,7 +17,8 @@ from ..errors import CalibrationError, RMTKDError
 from ..modeling_rmtkd import LowRankLinear, is_norm, resolve_path
 from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
-from .likelihood import gives_likelihood, log_likelihood
+from .divergence import Remembered
+from .likelihood import answers, gives_likelihood, log_likelihood
 from .sites import Anatomy, Point, Site, get_module
 
 
@@ -149,6 +150,7 @@ class Calibration:
         null_moments: also accumulate the moments of sign-flipped data, which the estimator "signflip" needs; always
             done where it is the recipe's.
         halves: keep the moments of two halves of the data apart, see `SecondMoments`.
+        remembered: told what the model answers to each batch, where gradients are asked for.
 
     Attributes:
         moments: {point: SecondMoments}; those of the gradient are in `gradient_moment`.
@@ -162,9 +164,10 @@ class Calibration:
         config: RMTKDConfig,
         null_moments: bool = False,
         halves: bool = True,
+        remembered: Remembered | None = None,
     ):
         self.points, self.gradients, self.config = tuple(points), frozenset(gradients), config
-        self.halves = halves
+        self.halves, self.remembered = halves, remembered
         self.null_moments = null_moments or needs_null_moments(config.edge_estimator)
         self.moments: dict[Point, SecondMoments] = {}
         self.batches_seen = self.samples_seen = 0
@@ -217,9 +220,12 @@ class Calibration:
         with observed(model, self.points, see), explained(model, batch, self.batches_seen):
             if self.gradients:
                 with torch.enable_grad(), frozen(model):
-                    likelihood = log_likelihood(model, run(model, batch), batch, self.config.seed)
+                    outputs = run(model, batch)
+                    likelihood = log_likelihood(model, outputs, batch, self.config.seed)
                     forward = False
                     likelihood.backward()
+                    if self.remembered is not None:
+                        self.remembered.keep(self.batches_seen, answers(model, outputs, batch))
             else:
                 with torch.no_grad():
                     run(model, batch)

@@ -34,7 +34,7 @@ __all__ = [
     "positions_of",
 ]
 
-LOOKED_AT = 4  # samples that show what a model computes, what its head reads, and at how many positions
+LOOKED_AT = 2  # samples that show what a model computes, what its head reads, and at how many positions
 
 
 def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..spectra import SecondMoments
+from ..spectra.products import symmetric_product
 from .bases import (
     Projection,
     Selection,
@@ -339,7 +340,7 @@ def table_directions(
     unit = next(u for u in anatomy.units if u.factor == site.name)
     table = dense_table(get_module(model, unit.path)).cpu()
     seen = calibration.moments[site.points[0]].second_moment.cpu()
-    alike = table.T @ table / len(table)
+    alike = symmetric_product(table, table) / len(table)
     moment = (seen / seen.trace() + alike / alike.trace()) * (seen.trace() / 2)
     metric = stream_metric(calibration, unit.lands, table.shape[1])
 

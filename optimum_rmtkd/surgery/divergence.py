@@ -8,17 +8,55 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import evaluating, run
+from ..batches import Store, evaluating, run
 from .likelihood import Answers, answers
 
 
-__all__ = ["LOOKED_AT", "answers_per_sample", "mean_divergence"]
+__all__ = ["LOOKED_AT", "Remembered", "answers_per_sample", "mean_divergence"]
 
 LOOKED_AT = 4  # batches: a warning needs no more, and a cut costs a multiple of so few passes
 
 
+class Remembered:
+    """What a model answered where it ran over the batches anyway: a pass over a large one costs many seconds.
+
+    Args:
+        count: of the batches.
+        device: of the model.
+
+    Attributes:
+        per_sample: answers a sample, by the number of the batch.
+    """
+
+    def __init__(self, count: int, device: torch.device | str):
+        self._wanted, self._places = set(_spread(count)), {}
+        self._logits, self._rest = Store(device), []  # of a language model they are large
+        self.per_sample: dict[int, float] = {}
+
+    def keep(self, index: int, given: Answers) -> None:
+        """The answers to batch `index`; those that `mean_divergence` looks at are kept whole."""
+        self.per_sample[index] = answers_per_sample(given)
+        if index in self._wanted:
+            self._places[index] = len(self._rest)
+            self._logits.append(given.logits)
+            self._rest.append((given.kind, given.mask))
+
+    def of(self, index: int) -> Answers | None:
+        """The answers to batch `index`; None where they were not kept."""
+        if index not in self._places:
+            return None
+        place = self._places[index]
+        kind, mask = self._rest[place]
+        return Answers(kind, self._logits[place], mask)
+
+
 @torch.no_grad()
-def mean_divergence(teacher: nn.Module, student: nn.Module, batches: Sequence[dict[str, Any]]) -> float | None:
+def mean_divergence(
+    teacher: nn.Module,
+    student: nn.Module,
+    batches: Sequence[dict[str, Any]],
+    remembered: Remembered | None = None,
+) -> float | None:
     """Mean Kullback-Leibler divergence of the student's answers from the teacher's, in nats an answer, over a few
     batches spread over all of them.
 
@@ -26,13 +64,19 @@ def mean_divergence(teacher: nn.Module, student: nn.Module, batches: Sequence[di
     has labels), the begin or the end of a span. Independent labels of one sample are summed. Numbers count as Gaussian
     with the variance of the teacher's own numbers: half the share of it that the student misses.
 
+    Args:
+        remembered: the teacher's answers to these batches, as far as they are known.
+
     Returns:
         fp64, >= 0 up to rounding; NaN where a model's answers are not finite; None for models without answers.
     """
     total, count, numbers = 0.0, 0, []
     with evaluating(teacher), evaluating(student):
-        for batch in _spread(batches):
-            true = answers(teacher, run(teacher, batch), batch)
+        for index in _spread(len(batches)):
+            batch = batches[index]
+            true = remembered.of(index) if remembered is not None else None
+            if true is None:
+                true = answers(teacher, run(teacher, batch), batch)
             if true is None:
                 return None
             found = answers(student, run(student, batch), batch)
@@ -49,10 +93,10 @@ def answers_per_sample(given: Answers) -> float:
     return given.count / len(given.logits)
 
 
-def _spread(batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """At most LOOKED_AT of the batches, evenly spaced: they may be sorted by length."""
-    taken = min(LOOKED_AT, len(batches))
-    return [batches[(2 * i + 1) * len(batches) // (2 * taken)] for i in range(taken)]
+def _spread(count: int) -> list[int]:
+    """Numbers of at most LOOKED_AT of so many batches, evenly spaced: they may be sorted by length."""
+    taken = min(LOOKED_AT, count)
+    return [(2 * i + 1) * count // (2 * taken) for i in range(taken)]
 
 
 def _divergences(true: Answers, found: Answers) -> torch.Tensor:

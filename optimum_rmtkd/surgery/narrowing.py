@@ -212,7 +212,7 @@ def _fill(new: nn.Module, old: nn.Module, reads, writes, factor) -> None:
     elif factor is not None and reads is None and writes is None:
         _fill_factors(new, old, factor)
     else:
-        _fill_linear(new, old, encode, decode)
+        _fill_linear(new, old, encode, decode, None if writes is None else writes.index)
 
 
 def _fill_table(new: nn.Embedding, old: nn.Embedding, encode: torch.Tensor | None, factor: Projection | None) -> None:
@@ -248,14 +248,24 @@ def _fill_factors(new: nn.Module, old: nn.Module, factor: Projection) -> None:
         new.bias.copy_(kept if factor.offset is None else kept + factor.offset.to(kept.device))
 
 
-def _fill_linear(new: nn.Module, old: nn.Module, encode: torch.Tensor | None, decode: torch.Tensor | None) -> None:
+def _fill_linear(
+    new: nn.Module,
+    old: nn.Module,
+    encode: torch.Tensor | None,
+    decode: torch.Tensor | None,
+    index: torch.Tensor | None = None,
+) -> None:
+    """`index`: what `encode` selects, where it does."""
     if hasattr(new, "down"):  # stays factored: only the outer widths change
         up, down = old.up.weight.double(), old.down.weight.double()
         new.up.weight.copy_(up if encode is None else torch.einsum("or...,ok->kr...", up, encode))
         new.down.weight.copy_(down if decode is None else torch.einsum("ri...,ik->rk...", down, decode))
     else:
         weight = dense_weight(old)
-        weight = weight if encode is None else torch.einsum("oi...,ok->ki...", weight, encode)
+        if index is not None:
+            weight = weight[index.to(weight.device)]
+        elif encode is not None:
+            weight = torch.einsum("oi...,ok->ki...", weight, encode)
         set_weight(new, weight if decode is None else torch.einsum("oi...,ik->ok...", weight, decode))
     if new.bias is not None:
         new.bias.copy_(old.bias if encode is None else encode.T @ old.bias.double())

@@ -52,7 +52,7 @@ from .checks import (
     check_shape,
 )
 from .directions import Directions, parted_projection, site_directions
-from .divergence import answers_per_sample, mean_divergence
+from .divergence import Remembered, answers_per_sample, mean_divergence
 from .grouping import by_length
 from .latency import Stopwatch
 from .likelihood import answers
@@ -131,7 +131,9 @@ class Surgeon:
             main = accelerator is None or accelerator.is_main_process
             # processes that measure at once disturb each other, and only one of them decides
             self.stopwatch = Stopwatch(model, self.anatomy, self.sites, config) if timed and main else None
-            options = {"null_moments": thorough or null_moments, "halves": thorough}
+            # several processes look at all batches, and have run over their own alone
+            self.remembered = None if several(accelerator) else Remembered(len(self.batches), model.device)
+            options = {"null_moments": thorough or null_moments, "halves": thorough, "remembered": self.remembered}
             self.calibration = Calibration(points, self._with_gradients(), self._calibrating(), **options)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
@@ -260,7 +262,10 @@ class Surgeon:
     @functools.cached_property
     def answers(self) -> float:
         """Answers a sample, in a batch of middling length: 1 for a classifier, the tokens of a language model."""
-        batch = self.batches[len(self.batches) // 2]
+        middle = len(self.batches) // 2
+        if self.remembered is not None and middle in self.remembered.per_sample:
+            return max(1.0, self.remembered.per_sample[middle])
+        batch = self.batches[middle]
         with evaluating(self.teacher), torch.no_grad():
             given = answers(self.teacher, run(self.teacher, batch), batch)
         return 1.0 if given is None else max(1.0, answers_per_sample(given))
@@ -275,7 +280,7 @@ class Surgeon:
 
     def divergence(self, student: PreTrainedModel) -> float | None:
         """Measured: see `mean_divergence`. Of a twin: what the user hung on the model does not run here."""
-        return mean_divergence(self.teacher, twin_of(student), self.batches)
+        return mean_divergence(self.teacher, twin_of(student), self.batches, self.remembered)
 
     def report(self, couples: dict[str, int], curve: list[BudgetPoint], round_to: int | None = None) -> SpectralReport:
         """The spectra of all sites in question and what a `Plan` makes of them."""
@@ -328,7 +333,7 @@ class Surgeon:
         """A head that reads the stream but is not declared shows at its first forward pass."""
         try:
             with torch.no_grad():
-                run(student, self.batches[0])
+                run(student, first_samples(self.batches[0], LOOKED_AT))
         except RuntimeError as error:
             raise UnsupportedArchitectureError(
                 f"The narrowed {type(self.source).__name__} cannot run ({error}): it has a layer at the cut widths "

@@ -3,14 +3,15 @@ configuration and its checkpoints; no trainer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..errors import RMTKDError
 
 
-__all__ = ["check_engine_config", "check_written_by"]
+__all__ = ["check_engine_config", "check_written_by", "partitions_in"]
 
 STAGES = (1, 2, 3)
 KNOWN = {
@@ -58,6 +59,7 @@ WHY = {
 UNKNOWN = "what it means for a cut inside training is not known here. Leave it out"
 ELSE = "or cut first with optimum_rmtkd.narrow and train the result with transformers' own Trainer"
 OPTIMIZERS, WEIGHTS_3 = "*zero_pp_rank_*_optim_states.pt", "*zero_pp_rank_*_model_states.pt"
+_RANK = re.compile(r"zero_pp_rank_(\d+)_")
 
 
 def check_engine_config(config: Mapping[str, Any]) -> None:
@@ -93,22 +95,44 @@ def _off(value: Any) -> bool:
     return value is None or value is False or value == "none"
 
 
-def check_written_by(folder: str | Path, stage: int | None, processes: int) -> None:
+def partitions_in(folder: str | Path) -> set[int]:
+    """Numbers of the processes whose part of the optimizer's state lies in a checkpoint, on the disk of this one."""
+    states = _states_in(folder)
+    names = [] if states is None else [path.name for path in states.glob(OPTIMIZERS)]
+    return {int(match[1]) for name in names if (match := _RANK.search(name))}
+
+
+def _states_in(folder: str | Path) -> Path | None:
+    """Where DeepSpeed's own files lie; None in a checkpoint that it did not write."""
+    return next(iter(sorted(Path(folder).glob("global_step*"))), None)
+
+
+def check_written_by(
+    folder: str | Path, stage: int | None, processes: int, partitions: Collection[int] | None = None
+) -> None:
     """Can the optimizer's state in a checkpoint be read in this run? DeepSpeed's lies in the partitions of one number
     of processes and one kind of stage.
 
     Args:
         stage: of ZeRO in this run; None without DeepSpeed.
+        partitions: `partitions_in` it, together on all machines, which may have disks of their own. None: on this one.
 
     Raises:
-        RMTKDError: it cannot; says how it was written.
+        RMTKDError: it cannot; says how it was written, or whose partitions are missing.
     """
-    states = next(iter(sorted(Path(folder).glob("global_step*"))), None)
+    states = _states_in(folder)
     if states is None and stage is None:
         return
     if states is None:
         raise _other(folder, "without DeepSpeed", f"under DeepSpeed (ZeRO-{stage})", processes)
-    count, third = len(list(states.glob(OPTIMIZERS))), any(states.glob(WEIGHTS_3))
+    found = partitions_in(folder) if partitions is None else set(partitions)
+    count, third = max(found, default=-1) + 1, any(states.glob(WEIGHTS_3))
+    if missing := sorted(set(range(count)) - found):
+        raise RMTKDError(
+            f"{folder} lacks the partitions of process(es) {', '.join(map(str, missing))} of at least {count}, on all "
+            "machines of this run: expected those of all. Copy them from the machines where they were written, or "
+            "resume from another checkpoint."
+        )
     kind = f"under DeepSpeed (ZeRO-{'3' if third else '1 or 2'}) with {count} processes"
     if stage is None:
         raise _other(folder, kind, "without it", processes)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ..errors import RMTKDError
@@ -16,6 +18,8 @@ from ..surgery.processes import several
 
 
 __all__ = ["NoticeBoard"]
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = datetime.timedelta(seconds=10)  # with a store that does not answer
 LONGEST = 1000  # characters of a notice
@@ -51,7 +55,7 @@ class NoticeBoard:
         self.rank, self._store, number = 0, None, next(_numbers)
         self.processes, self._parts, self._kept = accelerator.num_processes, itertools.count(), store
         if store is None and several(accelerator) and dist.is_initialized():
-            store = self._kept = dist.distributed_c10d._get_default_store()  # kept: it may be the one that serves all
+            store = self._kept = _default_store()  # kept: it may be the one that serves all
             if hasattr(store, "clone"):  # a connection of our own: its time limit is not that of others
                 store = store.clone()
                 store.set_timeout(PATIENCE)
@@ -133,7 +137,7 @@ class NoticeBoard:
             if any(self._store.check(keys) for _ in _moments(GRACE)):
                 return
             # somebody waits for us in a collective operation, perhaps for ever
-            dist.distributed_c10d._abort_process_group()
+            _break_connections()
             any(self._store.check(keys) for _ in _moments(GRACE))
 
     def _write(self, error: BaseException) -> None:
@@ -147,6 +151,36 @@ class NoticeBoard:
             if self._store.check([key]):
                 return self._store.get(key).decode("utf8", "replace")
         return None
+
+
+def _default_store() -> dist.Store | None:
+    """Where the processes met. Torch gives it out under a private name alone: a version without it has no board, and a
+    process that loses another one sees a closed connection."""
+    get = getattr(dist.distributed_c10d, "_get_default_store", None)
+    if get is None:
+        logger.warning(
+            "This version of torch (%s) does not give out the store of its processes: a process that loses another "
+            "one cannot say why.",
+            torch.__version__,
+        )
+    return None if get is None else get()
+
+
+def _break_connections() -> None:
+    """Of all process groups, by torch's private way; where a version has none, of the default group, by the public
+    one; where it cannot either, the others wait until this process is gone, or for as long as the group allows."""
+    default = dist.group.WORLD
+    ways = getattr(dist.distributed_c10d, "_abort_process_group", None), getattr(default, "abort", None)
+    abort = next((way for way in ways if way is not None), None)
+    if abort is None:
+        logger.warning(
+            "This version of torch (%s) cannot break off a collective operation: the other processes may wait in one "
+            "until this one has ended, or for %.0f s.",
+            torch.__version__,
+            _patience(),
+        )
+    else:
+        abort()
 
 
 def _words_of(rank: int, error: BaseException) -> str:

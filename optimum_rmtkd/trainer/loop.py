@@ -201,7 +201,7 @@ class RMTKDLoop:
         self._handles = [
             raw.register_step_pre_hook(lambda *_: self.run.tutor.companions.step(raw)),
             raw.register_step_post_hook(lambda *_: self._stepped()),
-            *register_checkpoints(LoopCheckpoints(self.run, self.step, self._taken_up)),
+            *register_checkpoints(LoopCheckpoints(self.run, self._before_save, self._taken_up)),
         ]
         accelerator.register_for_checkpointing(self)
         self._states = WholeStates(self.run, self._board)
@@ -335,13 +335,21 @@ class RMTKDLoop:
 
     def state_dict(self) -> dict[str, Any]:
         """For `accelerator.save_state`, which writes the run itself beside it: the place in the training."""
-        return {"step": self._host.step, "within_epoch": self._host.within_epoch}
+        if self._random is not None:  # what was due at the end of the epoch may have drawn
+            self._random = random_state()
+        return {"step": self._host.step, "draws_on": self._random is not None or self._host.within_epoch}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`, called by `accelerator.load_state` after all else was loaded."""
         self._host.step = int(values["step"])
-        # Within an epoch the uninterrupted run goes on drawing; a resumed one begins an epoch first, which draws.
-        self._random = random_state() if values["within_epoch"] else None
+        # The next step draws what it would have drawn just here: the uninterrupted run has begun its epoch before, or
+        # goes back to the end of the last one (`_stepped`). A resumed one begins an epoch first, which draws.
+        self._random = random_state() if values["draws_on"] else None
+
+    def _before_save(self) -> None:
+        if self._random is not None:
+            set_random_state(self._random)
+        self.step()
 
     def _taken_up(self) -> None:
         self._begun = self._ended = self._due = False
@@ -368,6 +376,8 @@ class RMTKDLoop:
     def _stepped(self) -> None:
         """The optimizer made a step: was it made on our loss?"""
         run, self._due = self.run, self._begun
+        # what a script draws between two epochs, in an evaluation, a resumed one may not draw: no step depends on it
+        self._random = random_state() if self._host.ends_epoch else None
         computed, run.loss.computed = run.loss.computed, 0
         if self._begun:
             self._host.step += 1

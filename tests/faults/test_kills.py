@@ -30,7 +30,11 @@ class Reference:
 
     def of_a_checkpoint(self, rank: int) -> range:
         """Numbers of the file events of the checkpoint after six steps: written, named, older ones pruned."""
-        return range(self.first(rank, "6.partial"), self.first(rank, "8.partial"))
+        # under their whole names: those of files that are being written end at random
+        kind = "step_" if self.run is runs.loop else "checkpoint-"
+        found = range(self.first(rank, f".{kind}6.partial"), self.first(rank, f".{kind}8.partial"))
+        assert len(found) > 3, self.happened[rank]["events"]
+        return found
 
     def first(self, rank: int, *words: str) -> int:
         """Number of the first file event that holds these words."""

@@ -297,3 +297,12 @@ def test_all_reduce_of_one_process_changes_nothing():
     before = moments.covariance
     assert moments.all_reduce() is moments and moments.all_reduce(OneProcess()) is moments
     assert torch.equal(before, moments.covariance)
+
+
+def test_large_covariances_are_exactly_symmetric():
+    """Weights make the product of a block with itself unsymmetric by rounding."""
+    x = torch.randn(40, 516, generator=torch.Generator().manual_seed(3))
+    moments = SecondMoments(516)
+    moments.update(x, weight=torch.rand(40, generator=torch.Generator().manual_seed(4)))
+    for found in (moments.covariance, *moments.half_covariances()):
+        assert torch.equal(found, found.T)

@@ -10,7 +10,8 @@ from transformers.utils import ModelOutput
 
 from optimum_rmtkd import RMTKDConfig
 from optimum_rmtkd.surgery import reduce
-from optimum_rmtkd.surgery.divergence import LOOKED_AT, mean_divergence
+from optimum_rmtkd.surgery.divergence import LOOKED_AT, Remembered, mean_divergence
+from optimum_rmtkd.surgery.likelihood import answers
 
 from . import zoo
 
@@ -101,6 +102,17 @@ def test_few_passes_over_batches_of_all_lengths():
     )
     mean_divergence(true, says([Q, Q]), [batch(length=i + 1) for i in range(20)])
     assert len(seen) == LOOKED_AT and min(seen) <= 4 and max(seen) >= 17
+
+
+def test_answers_that_are_remembered_are_not_computed_again():
+    true, found, batches = says([P, P]), says([Q, P]), [batch(length=i + 1) for i in range(20)]
+    expected = mean_divergence(true, found, batches)
+    remembered, before = Remembered(len(batches), "cpu"), true.passes
+    for index, given in enumerate(batches):
+        remembered.keep(index, answers(true, true(**given), given))
+    after = true.passes
+    assert mean_divergence(true, found, batches, remembered) == expected and true.passes == after > before
+    assert set(remembered.per_sample.values()) == {1.0}
 
 
 RECIPE = RMTKDConfig(target_reduction=0.4, round_to=4, min_width=4, calibration_samples=48)

@@ -103,7 +103,9 @@ for folder, auto in jobs:
     model = copy.deepcopy(auto.from_pretrained(folder, trust_remote_code=not plugin))
     with torch.no_grad():
         values = model(**stored)
-    assert torch.equal(values.logits if "logits" in values else values[0], outputs), "outputs moved: " + folder
+    found = values.logits if "logits" in values else values[0]
+    close = found.shape == outputs.shape and torch.allclose(found, outputs, rtol=1e-5, atol=1e-5)
+    assert close, "outputs moved: " + folder
 print("equal")
 """
 
@@ -194,7 +196,7 @@ def test_factored_form_of_other_architectures_reloads(name, tmp_path):
     small.save_pretrained(tmp_path)
     again = type(small).from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(again(**data[0]).logits, small(**data[0]).logits)
+        assert zoo.close(again(**data[0]).logits, small(**data[0]).logits)
 
 
 def test_factored_form_without_a_target_never_grows():

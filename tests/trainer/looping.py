@@ -98,8 +98,8 @@ def looped(script, recipe=None, **options):
     )
 
 
-def train(script, loop, resume=None, save_to=None, save_every=None, stop_at=None, end=True):
-    """The loop itself; (losses, learning rates) by optimizer step."""
+def train(script, loop, resume=None, save_to=None, save_every=None, stop_at=None, end=True, between=None):
+    """The loop itself; (losses, learning rates) by optimizer step. `between` is called after each epoch."""
     accelerator, model, optimizer = script.accelerator, script.model, script.optimizer
     done, losses, rates = 0, {}, {}
     if resume is not None:
@@ -132,6 +132,8 @@ def train(script, loop, resume=None, save_to=None, save_every=None, stop_at=None
                     accelerator.save_state(str(Path(save_to) / f"step_{done}"))
             if done >= last:
                 break
+        if between is not None:
+            between()
         if done >= last:
             break
     if end:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from optimum_rmtkd.errors import RMTKDError
-from optimum_rmtkd.trainer.engine_checks import check_engine_config, check_written_by
+from optimum_rmtkd.trainer.engine_checks import check_engine_config, check_written_by, partitions_in
 from optimum_rmtkd.trainer.hooks.engines import EngineTrainerHost
 from optimum_rmtkd.trainer.swap import built_whole, is_whole, made_whole, raw_optimizer, whole
 from optimum_rmtkd.trainer.swap.sharded import Holder
@@ -84,6 +84,22 @@ def test_a_checkpoint_is_read_as_it_was_written(tmp_path, half):
     ):
         with pytest.raises(RMTKDError, match=said):
             check_written_by(folder, stage, processes)
+
+
+def test_partitions_on_disks_of_two_machines_count_together(tmp_path):
+    """Each machine has those of its own processes; none of them is another run's for that."""
+    here, there = checkpoint(tmp_path / "here", 4), checkpoint(tmp_path / "there", 4)
+    for folder, foreign in ((here, (2, 3)), (there, (0, 1))):
+        for rank in foreign:
+            (folder / "global_step4" / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt").unlink()
+    together = partitions_in(here) | partitions_in(there)
+    assert partitions_in(here) == {0, 1} and together == {0, 1, 2, 3}
+    for folder in (here, there):
+        check_written_by(folder, 2, 4, together)
+        with pytest.raises(RMTKDError, match="with 4 processes, and this run is under ZeRO-2 with 2"):
+            check_written_by(folder, 2, 2, together)
+    with pytest.raises(RMTKDError, match=r"lacks the partitions of process\(es\) 0, 1 of at least 4"):
+        check_written_by(there, 2, 4)
 
 
 @pytest.mark.parametrize("name", ["optimizer", "lr_scheduler"])

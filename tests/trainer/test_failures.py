@@ -150,6 +150,20 @@ def test_who_waits_in_a_collective_operation_is_freed_and_hears_why(monkeypatch)
     assert str(left[0]).endswith("process 1: OSError: full")
 
 
+def test_a_torch_without_its_private_names_breaks_the_default_group_or_says_what_it_cannot(monkeypatch, caplog):
+    group = type("Group", (), {"abort": lambda self: broken.append(self)})()
+    broken = []
+    monkeypatch.setattr(failures.dist, "group", SimpleNamespace(WORLD=group))
+    monkeypatch.delattr(dist.distributed_c10d, "_abort_process_group", raising=False)
+    failures._break_connections()
+    assert broken == [group] and not caplog.records
+    monkeypatch.setattr(failures.dist, "group", SimpleNamespace(WORLD=object()))
+    failures._break_connections()
+    assert "cannot break off a collective operation" in caplog.text
+    monkeypatch.delattr(dist.distributed_c10d, "_get_default_store", raising=False)
+    assert failures._default_store() is None and "does not give out the store" in caplog.text
+
+
 def test_each_of_two_that_fail_has_its_own_error():
     errors = [RMTKDError("mine"), RMTKDError("mine as well")]
     assert both(dist.HashStore(), *map(raising, errors)) == errors

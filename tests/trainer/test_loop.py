@@ -167,6 +167,31 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, recipe, step):
     assert [s.to_dict() for s in again.stages] == [s.to_dict() for s in loop.stages]
 
 
+@pytest.mark.parametrize("saved", ["before the evaluation", "after the evaluation"])
+def test_what_a_script_draws_between_two_epochs_leaves_no_trace(tmp_path, saved):
+    """Neither in the run, nor in one that goes on from there; there is dropout in the fit."""
+
+    def made():
+        script = prepared(rows=toy_data(32))
+        return script, looped(script, {"fit_share": 0.7})
+
+    plain, loop = made()
+    train(plain, loop)
+    assert loop.run.fit.steps > 4 == len(plain.train)
+    script, loop = made()
+
+    def between():
+        evaluate(script)
+        if saved == "after the evaluation" and loop.run.host.step == 4:
+            script.accelerator.save_state(str(tmp_path / "step_4"))
+
+    save = {"save_to": tmp_path, "save_every": 4} if saved == "before the evaluation" else {}
+    train(script, loop, between=between, **save)
+    other, loop = made()
+    train(other, loop, resume=tmp_path / "step_4")
+    assert same(script.model, plain.model) and same(other.model, plain.model)
+
+
 @pytest.mark.parametrize(
     "parts",
     [

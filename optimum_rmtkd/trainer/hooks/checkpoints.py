@@ -17,9 +17,9 @@ from ...distillation.teachers import clean_copy
 from ...errors import IncompleteCheckpointError
 from ...folders import writing_into
 from ...reparameterization import fold, is_reparameterized
-from ...surgery.processes import from_main, one_for_all
+from ...surgery.processes import from_main, one_for_all, several
 from ..checkpoint import read_process_state, read_state, write_process_state, write_state
-from ..engine_checks import check_written_by
+from ..engine_checks import check_written_by, partitions_in
 from ..failures import NoticeBoard
 from ..parts import transforms_state
 from ..swap import (
@@ -136,12 +136,22 @@ class CheckpointHooks:
         asked = from_main(asked, self.accelerator)
         if asked is True:
             asked = self._newest() or True  # without any, the trainer says so
-        with one_for_all(self.accelerator):
-            if asked and asked is not True:
+        if asked and asked is not True:
+            found = self._partitions_anywhere(asked)
+            with one_for_all(self.accelerator):
                 check_whole(asked)
                 plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-                check_written_by(asked, plugin and plugin.zero_stage, self.args.world_size)
+                check_written_by(asked, plugin and plugin.zero_stage, self.args.world_size, found)
         return asked
+
+    def _partitions_anywhere(self, folder: str) -> set[int]:
+        """Where machines share no disk, each has its own. Collective."""
+        found = partitions_in(folder)
+        if not several(self.accelerator):
+            return found
+        from accelerate.utils import gather_object
+
+        return set().union(*gather_object([found]))
 
     def _newest(self) -> str | None:
         folder = self.args.output_dir

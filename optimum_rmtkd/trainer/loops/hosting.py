@@ -106,8 +106,19 @@ class LoopHost:
     @property
     def within_epoch(self) -> bool:
         """Whether the script has batches of the training data to come before it begins with them anew."""
+        active = self._active()
+        return active is not None and not active.end_of_dataloader
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether the batch at hand is the last one before the script begins with them anew."""
+        active = self._active()
+        return active is not None and active.end_of_dataloader
+
+    def _active(self) -> Any:
+        """The loader that the script runs through now, where it is one of the training data."""
         active = self.accelerator.gradient_state.active_dataloader
-        return getattr(active, "dataset", None) is self.loader.dataset and not active.end_of_dataloader
+        return active if getattr(active, "dataset", None) is self.loader.dataset else None
 
     def looks(self) -> int:
         return max(1, self.max_steps // 20)
