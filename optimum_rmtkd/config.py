@@ -166,7 +166,11 @@ class RMTKDConfig(Recipe):
     refit: bool = _option(
         True, "Refit every narrowed layer by least squares to the teacher's output, shallow to deep."
     )
-    ridge: Positive = _option(1e-4, "Ridge of that refit, relative to the mean variance of the layer's input; > 0.")
+    ridge: Positive | None = _option(
+        None,
+        "Ridge of that refit, relative to the mean variance of the layer's input; > 0. None: for each layer the one "
+        "under which two halves of the data explain each other best.",
+    )
     calibration_samples: Count = _option(1024, "Samples of the data used for spectra and refit.")
 
     # Stages

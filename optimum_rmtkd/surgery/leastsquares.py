@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -13,7 +14,47 @@ from .linalg import JITTERS, check_finite, cholesky
 
 __all__ = ["LeastSquares", "NormFit", "least_squares_update", "norm_fit"]
 
+RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # times the mean variance of what a layer reads
 FP32 = torch.finfo(torch.float32).eps  # share of a matrix's size under which fp32 products tell nothing
+
+
+@dataclass
+class _Sums:
+    """Of some rows, about the pivots of all: X'X (a, a), {name: X'R (a, o)}, {None: sum of X, name: of R}; fp64."""
+
+    count: int = 0
+    gram: torch.Tensor | None = None
+    cross: dict[str, torch.Tensor] = field(default_factory=dict)
+    sums: dict[str | None, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, x: torch.Tensor, residuals: Mapping[str, torch.Tensor], intercept: bool) -> None:
+        self.count += len(x)
+        gram = symmetric_product(x, x)
+        self.gram = gram.double() if self.gram is None else self.gram.add_(gram)
+        for name, r in residuals.items():
+            cross = x.T @ r
+            self.cross[name] = self.cross[name].add_(cross) if name in self.cross else cross.double()
+        for name, rows in {None: x, **residuals}.items() if intercept else ():
+            here = rows.sum(0, dtype=torch.float64)
+            self.sums[name] = self.sums[name].add_(here) if name in self.sums else here
+
+    def of(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """X'X and X'R about the means of these rows; those means, zero without an intercept."""
+        gram, cross = self.gram, self.cross[name]
+        if not self.sums:
+            return gram, cross, gram.new_zeros(len(gram)), cross.new_zeros(cross.shape[1])
+        of_x, of_r = self.sums[None] / self.count, self.sums[name] / self.count
+        gram = gram - self.count * torch.outer(of_x, of_x)
+        return gram, cross - self.count * torch.outer(of_x, of_r), of_x, of_r
+
+    def missed(self, name: str, update: torch.Tensor, shift: torch.Tensor) -> float:
+        """|R - X D' - 1 e'|^2 over these rows, but for |R|^2; D (o, a), e (o,), about the pivots."""
+        explained = update @ self.gram
+        found = (explained * update).sum() - 2 * (update * self.cross[name].T).sum()
+        if self.sums:
+            found = found + self.count * shift.square().sum()
+            found = found - 2 * shift @ (self.sums[name] - update @ self.sums[None])
+        return float(found)
 
 
 class LeastSquares:
@@ -23,23 +64,29 @@ class LeastSquares:
     towards the layer as it is, not towards zero, so a layer that fits exactly is left exactly as it is. Products are
     fp32, so a ridge that is too small for what they can tell apart is raised, with a warning that says to what.
 
+    Without a ridge, each layer has that of `RIDGES` which predicts best what it did not see: the first and the second
+    half of each chunk explain each other (rows of one sentence are neighbours and alike, so that rows held out one by
+    one would say little). Half as many rows stand twice the ridge.
+
     Sums are taken about the mean of the first chunk and moved to the mean of all by exact algebra in fp64, as in
     `spectra.SecondMoments`: so one pass over the data does.
 
     Args:
-        ridge: see above.
+        ridge: see above; None: chosen for each layer.
         intercept: fit e, too; else it is zero.
         unit: this many neighbouring columns of X are measured in one unit, and lambda is taken from their variance
             alone: the result then does not depend on the units. None: all of them are.
     """
 
-    def __init__(self, ridge: float, intercept: bool, unit: int | None = None):
+    def __init__(self, ridge: float | None, intercept: bool, unit: int | None = None):
         self.ridge, self.intercept, self.unit = ridge, intercept, unit
-        self.count = 0
         self._pivots: dict[str | None, torch.Tensor] = {}  # of X under None, of each R under its name; fp64
-        self._sums: dict[str | None, torch.Tensor] = {}
-        self._gram: torch.Tensor | None = None
-        self._cross: dict[str, torch.Tensor] = {}
+        self._halves = [_Sums()] if ridge is not None else [_Sums(), _Sums()]
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return sum(half.count for half in self._halves)
 
     def add(self, x: torch.Tensor, residuals: Mapping[str, torch.Tensor]) -> None:
         """A chunk of rows.
@@ -50,13 +97,11 @@ class LeastSquares:
         """
         if not len(x):
             return
-        self.count += len(x)
-        x = self._about_pivot(None, x)
-        gram = symmetric_product(x, x)
-        self._gram = gram.double() if self._gram is None else self._gram.add_(gram)
-        for name, residual in residuals.items():
-            cross = x.T @ self._about_pivot(name, residual)
-            self._cross[name] = self._cross[name].add_(cross) if name in self._cross else cross.double()
+        rows = {name: self._about_pivot(name, r) for name, r in residuals.items()}
+        x, half = self._about_pivot(None, x), len(x) // 2
+        spans = [slice(None)] if len(self._halves) == 1 else [slice(half), slice(half, None)]
+        for sums, span in zip(self._halves, spans, strict=True):
+            sums.add(x[span], {name: r[span] for name, r in rows.items()}, self.intercept)
 
     def _about_pivot(self, name: str | None, rows: torch.Tensor) -> torch.Tensor:
         if not self.intercept:
@@ -64,10 +109,7 @@ class LeastSquares:
         if name not in self._pivots:
             # a mean as fp32 can state it: else what is subtracted and what is added back would differ
             self._pivots[name] = rows.double().mean(0).float().double()
-            self._sums[name] = torch.zeros_like(self._pivots[name])
-        rows = rows.float() - self._pivots[name].float()
-        self._sums[name] += rows.sum(0, dtype=torch.float64)
-        return rows
+        return rows.float() - self._pivots[name].float()
 
     def solve(self, name: str, what: str = "Refit") -> tuple[torch.Tensor, torch.Tensor]:
         """The change of one layer.
@@ -83,26 +125,48 @@ class LeastSquares:
         """
         if not self.count:
             raise CalibrationError(f"{what}: no rows to fit to, all positions of the calibration data are padding.")
-        gram, cross = self._gram, self._cross[name]
-        if self.intercept:
-            of_x, of_r = self._sums[None] / self.count, self._sums[name] / self.count
-            gram = gram - self.count * torch.outer(of_x, of_x)
-            cross = cross - self.count * torch.outer(of_x, of_r)
+        ridge = self.ridge if self.ridge is not None else self._chosen(name, what)
+        update, shift = self._solved(_both(self._halves, name), name, ridge, what)
+        if not self.intercept:
+            return update, shift
+        return update, self._pivots[name] + shift - update @ self._pivots[None]
+
+    def _chosen(self, name: str, what: str) -> float:
+        """The ridge under which each half explains the other best; the largest where one half is empty."""
+        if not all(half.count for half in self._halves):
+            return RIDGES[-1]
+        pairs = [self._halves, self._halves[::-1]]
+
+        def missed(ridge: float) -> float:
+            return sum(other.missed(name, *self._solved(one, name, ridge, what)) for one, other in pairs)
+
+        return min(RIDGES, key=missed) / 2
+
+    def _solved(self, sums: _Sums, name: str, ridge: float, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """D and e about the pivots."""
+        gram, cross, of_x, of_r = sums.of(name)
         check_finite(cross, what)
         size = _sizes(gram.diagonal(), self.unit)
-        gram = gram / torch.outer(size, size) + self.ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        jitters = (0.0, *[jitter for jitter in JITTERS if jitter > max(self.ridge, FP32)])
-        factor = cholesky(gram, f"{what}, ridge={self.ridge:g}", jitters, resolution=FP32)
+        gram = gram / torch.outer(size, size) + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        jitters = (0.0, *[jitter for jitter in JITTERS if jitter > max(ridge, FP32)])
+        factor = cholesky(gram, f"{what}, ridge={ridge:g}", jitters, resolution=FP32)
         update = (torch.cholesky_solve(cross / size[:, None], factor) / size[:, None]).T
-        if not self.intercept:
-            return update, update.new_zeros(len(update))
-        return update, self._pivots[name] + of_r - update @ (self._pivots[None] + of_x)
+        return update, of_r - update @ of_x
+
+
+def _both(halves: Sequence[_Sums], name: str) -> _Sums:
+    """The sums of all rows, as far as one layer needs them."""
+    if len(halves) == 1 or not halves[1].count:
+        return halves[0]
+    one, other = halves
+    sums = {key: one.sums[key] + other.sums[key] for key in (None, name)} if one.sums else {}
+    return _Sums(one.count + other.count, one.gram + other.gram, {name: one.cross[name] + other.cross[name]}, sums)
 
 
 def least_squares_update(
     inputs: Iterable[torch.Tensor],
     residuals: Iterable[torch.Tensor],
-    ridge: float,
+    ridge: float | None,
     intercept: bool,
     unit: int | None = None,
     what: str = "Refit",

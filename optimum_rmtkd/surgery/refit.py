@@ -59,7 +59,7 @@ def refit(
     anatomy: Anatomy,
     cuts: Cuts,
     batches: Sequence[dict[str, Any]],
-    ridge: float,
+    ridge: float | None,
     progress: bool = True,
 ) -> None:
     """Fit all units of `student` that a cut touches, in place, in forward order."""
@@ -124,7 +124,7 @@ def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
     return hasattr(module, "weight") and (unit.reads in cuts or (inside and unit.writes in cuts))
 
 
-def _fit_part(part: _Part, cuts: Cuts, ridge: float) -> None:
+def _fit_part(part: _Part, cuts: Cuts, ridge: float | None) -> None:
     units = [unit for unit in part.units if _touched(unit, part.student, cuts)]
     groups = [
         list(group)
@@ -168,7 +168,7 @@ def _wants(groups: list[list[Unit]], part: _Part, cuts: Cuts) -> list[Store]:
 
 
 def _fit_group(
-    group: list[Unit], scope: Scope, passes: Iterator[dict[Point, torch.Tensor]], wants: Store, ridge: float
+    group: list[Unit], scope: Scope, passes: Iterator[dict[Point, torch.Tensor]], wants: Store, ridge: float | None
 ) -> None:
     """Fit layers that read the same, in place.
 
@@ -198,7 +198,7 @@ def _fit_group(
                 _change_linear(modules[path], fit, path)
 
 
-def _fits(group: list[Unit], modules: dict[str, nn.Module], ridge: float) -> list[tuple[Any, list[str]]]:
+def _fits(group: list[Unit], modules: dict[str, nn.Module], ridge: float | None) -> list[tuple[Any, list[str]]]:
     """(sums, paths of the layers that they are for): one for all that have a bias, one for all that have none."""
     if _is_norm(modules[group[0].path]):
         return [(NormFit(getattr(modules[u.path], "bias", None) is not None), [u.path]) for u in group]

@@ -17,7 +17,7 @@ from optimum_rmtkd import RMTKDConfig, narrow
 from optimum_rmtkd.batches import padding_mask, run
 from optimum_rmtkd.surgery import reduce, surgeon
 from optimum_rmtkd.surgery.calibration import observed
-from optimum_rmtkd.surgery.leastsquares import LeastSquares, NormFit, least_squares_update, norm_fit
+from optimum_rmtkd.surgery.leastsquares import RIDGES, LeastSquares, NormFit, least_squares_update, norm_fit
 from optimum_rmtkd.surgery.refit import _entry, _fits, _project, _rows, _touched, refit
 from optimum_rmtkd.surgery.replay import Progress, Replay, Scope
 from optimum_rmtkd.surgery.sites import Point, get_module
@@ -132,6 +132,76 @@ def test_chunks_add_up_however_their_means_differ(intercept):
     parts = least_squares_update(x.split(23), residual.split(23), 1e-3, intercept)
     for one, other in zip(whole, parts, strict=True):
         assert torch.allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+def rows_of(count, noise, seed=0, wide=24, outputs=5):
+    """x (count, wide) of uneven scales, and what a layer misses of them: linear in x, and noise."""
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, wide, generator=draw) * torch.logspace(0, -2, wide) + 1.0
+    matrix = torch.randn(wide, outputs, generator=torch.Generator().manual_seed(99))
+    return x, x @ matrix + noise * torch.randn(count, outputs, generator=draw)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+def test_the_ridge_is_the_one_under_which_two_halves_explain_each_other(intercept):
+    x, r = (rows.double() for rows in rows_of(60, 0.5))
+    chunks = list(zip(x.split(20), r.split(20), strict=True))
+    halves = [
+        [torch.cat(parts) for parts in zip(*(c(pair) for pair in chunks), strict=True)]
+        for c in (lambda pair: [t[:10] for t in pair], lambda pair: [t[10:] for t in pair])
+    ]
+
+    def missed(ridge):  # from rows, in fp64
+        total = 0.0
+        for (a, b), (u, v) in (halves, halves[::-1]):
+            of_a, of_b = (a.mean(0), b.mean(0)) if intercept else (0.0, 0.0)
+            centred = a - of_a
+            penalty = ridge * centred.square().sum(0).mean() * torch.eye(len(a.T), dtype=a.dtype)
+            update = torch.linalg.solve(centred.T @ centred + penalty, centred.T @ (b - of_b)).T
+            total += (v - of_b - (u - of_a) @ update.T).square().sum()
+        return float(total)
+
+    best = min(RIDGES, key=missed)
+    assert RIDGES[0] < best < RIDGES[-1]
+    found = least_squares_update(x.split(20), r.split(20), None, intercept)
+    for one, other in zip(found, least_squares_update([x], [r], best / 2, intercept), strict=True):
+        assert torch.allclose(one, other, atol=2e-3)
+
+
+def test_a_chosen_ridge_is_small_for_what_is_exact_and_large_for_noise():
+    def chosen(count, noise):
+        fit = LeastSquares(None, True)
+        x, r = rows_of(count, noise)
+        fit.add(x, {"": r})
+        return 2 * fit._chosen("", "test")
+
+    assert chosen(2000, 0.0) == RIDGES[0]
+    assert chosen(2000, 0.5) < chosen(60, 2.0)
+
+
+def test_a_chosen_ridge_predicts_other_rows_better_than_a_small_one():
+    gained = []
+    for seed in range(10):
+        x, r = rows_of(60, 1.0, seed)
+        others, theirs = rows_of(2000, 0.0, seed + 100)
+        missed = []
+        for ridge in (1e-4, None):
+            update, shift = (t.float() for t in least_squares_update([x], [r], ridge, True))
+            missed.append(float((theirs - others @ update.T - shift).square().mean()))
+        gained.append(missed[1] < missed[0])
+    assert sum(gained) >= 9
+
+
+def test_nothing_to_hold_out_is_fitted_with_care():
+    x, r = torch.randn(1, 4), torch.randn(1, 2)
+    update, shift = least_squares_update([x], [r], None, True)
+    assert torch.equal(update, torch.zeros(2, 4, dtype=torch.float64)) and torch.allclose(shift, r[0].double())
+
+
+def test_a_layer_that_misses_nothing_stays_under_any_ridge():
+    x = torch.randn(40, 4)
+    update, shift = least_squares_update([x], [torch.zeros(40, 3)], None, True)
+    assert not update.any() and not shift.any()
 
 
 def test_layers_that_read_the_same_are_fitted_from_one_sum():
