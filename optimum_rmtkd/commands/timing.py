@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -32,19 +33,24 @@ class Latency:
 
 
 def compare_latency(
-    before: PreTrainedModel, after: PreTrainedModel, inputs: dict[str, Tensor], repeats: int = 12
+    before: PreTrainedModel,
+    after: PreTrainedModel,
+    inputs: dict[str, Tensor] | Callable[[PreTrainedModel], dict[str, Any]],
+    repeats: int = 12,
 ) -> Latency:
     """Time both models in turn, in short blocks of passes, so that a slow moment of the machine falls on both.
 
     Args:
-        inputs: keyword arguments of both models; the models must be on the same device as they are.
+        inputs: keyword arguments of both models, or what makes them anew for each pass, outside the time; the models
+            must be on the same device as they are.
         repeats: pairs of blocks. Of each block the first pass, which warms the caches, is not measured.
     """
     import torch
 
     def seconds(model: PreTrainedModel) -> float:
+        given = inputs(model) if callable(inputs) else inputs
         start = time.perf_counter()
-        model(**inputs)
+        model(**given)
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return time.perf_counter() - start

@@ -13,6 +13,7 @@ from ..batches import evaluating, padding_mask, to_device
 from ..errors import RMTKDError
 from ..validation import Count, checked
 from .signatures import named_inputs
+from .sparse import SparseLogits
 from .teachers import Teacher
 
 
@@ -37,32 +38,57 @@ class CachedTeacher(Teacher):
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         if wanted := list(paths):
             raise RMTKDError(f"Cached answers hold no features, {wanted[0]!r} was asked for; pass a teacher model.")
+        kept = self._kept(inputs)
+        if kept.rest.dim() < 2:
+            return {"logits": kept.dense()}, {}
+        shape = kept.rest.shape
+        flat = SparseLogits(kept.values.flatten(0, 1), kept.indices.flatten(0, 1), kept.rest.flatten(), kept.classes)
+        return {"logits": flat.dense().unflatten(0, shape)}, {}
+
+    def _kept(self, inputs: Mapping[str, Any]) -> SparseLogits:
+        """The answers of a batch, (batch, k), or (batch, tokens, k) where its tokens are; of padding all are 0.
+
+        Raises:
+            RMTKDError: none in the batch, or for fewer tokens than it has.
+        """
         missing = [name for name in COLUMNS if name not in inputs]
         if missing:
             raise RMTKDError(
                 f"The batch has no {', '.join(missing)}: expected training data from cache_answers(teacher, dataset, "
                 "...)."
             )
-        values, indices, rest = inputs[VALUES], inputs[INDICES].long(), inputs[REST]
-        classes = int(inputs[CLASSES].max())
-        logits = rest[..., None].repeat(*(1,) * rest.dim(), classes).float()
-        logits.scatter_(-1, indices, values.float())
-        if logits.dim() == 2:
-            return {"logits": logits}, {}
-        mask = padding_mask(inputs)
-        if mask is None:
-            return {"logits": logits}, {}
-        # Wherever the collator put the padding, the answers belong to the real tokens in their order.
-        full = logits.new_zeros(*mask.shape, classes)
-        held = torch.arange(logits.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
-        if logits.shape[1] < int(mask.sum(1).max()):
+        kept = (inputs[VALUES].float(), inputs[INDICES].long(), inputs[REST].float())
+        classes, mask = int(inputs[CLASSES].max()), padding_mask(inputs)
+        if kept[2].dim() == 1 or mask is None:
+            return SparseLogits(*kept, classes)
+        tokens = kept[2].shape[1]
+        if tokens < int(mask.sum(1).max()):
             raise RMTKDError(
-                f"A sample has {int(mask.sum(1).max())} tokens, its cached answers are for at most {logits.shape[1]}: "
+                f"A sample has {int(mask.sum(1).max())} tokens, its cached answers are for at most {tokens}: "
                 "the data was tokenized or truncated otherwise when the answers were computed. Run cache_answers "
                 "again."
             )
-        full[mask] = logits[held]
-        return {"logits": full}, {}
+        # Wherever the collator put the padding, the answers belong to the real tokens in their order.
+        held = torch.arange(tokens, device=mask.device) < mask.sum(1, keepdim=True)
+        placed = [tensor.new_zeros(*mask.shape, *tensor.shape[2:]) for tensor in kept]
+        for whole, tensor in zip(placed, kept, strict=True):
+            whole[mask] = tensor[held]
+        return SparseLogits(*placed, classes)
+
+    @property
+    def streams(self) -> bool:
+        return type(self).__call__ is CachedTeacher.__call__
+
+    def answers_at(self, inputs: Mapping[str, Any], chosen: torch.Tensor) -> SparseLogits:
+        """The answers at some positions, never written out over all classes.
+
+        Args:
+            chosen: bool (batch, tokens), n of them.
+
+        Raises:
+            RMTKDError: as a call.
+        """
+        return self._kept(inputs)[chosen]
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Knows a run, its models and batches; no trainer.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +20,8 @@ from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
 from .data import isolated_rng
 from .run import Run
-from .step import named_outputs
+from .step import Around, named_outputs
+from .streaming import Plan
 
 
 __all__ = ["outputs_on", "rehearse"]
@@ -46,8 +48,9 @@ def rehearse(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> None:
     if not reading:
         return
     batch = first_samples(batch, ROWS)
-    ours = outputs_on(run, model, batch)
-    step = _step(model, batch, ours, ours)
+    plan = _plan(run, model, None, reading, batch)
+    ours = outputs_on(run, model, batch, plan and plan.student_answers())
+    step = _step(model, batch, ours, ours, plan)
     for objective in reading:
         objective.to(next(model.parameters()).device)
         objective.setup(model, None if tutor.given is None else tutor.given.model, {})
@@ -66,13 +69,15 @@ def rehearse(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> None:
                 ", ".join(objective.label for objective in tutor.objectives),
             )
     if tutor.given is not None and (reading := [o for o in tutor.objectives if o.reads_answers]):
-        step = _step(model, batch, ours, to_device(_taught(run, batch), next(model.parameters()).device))
+        step = _taught_step(run, model, batch, ours, reading)
         for objective in reading:
             objective(step)
 
 
 @torch.no_grad()
-def outputs_on(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def outputs_on(
+    run: Run, model: nn.Module, batch: Mapping[str, Any], around: Around | None = None
+) -> Mapping[str, Any]:
     """What the model, whole, returns by name where it is not told its labels.
 
     Raises:
@@ -82,7 +87,7 @@ def outputs_on(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[
     inputs = without_labels(model, host.columns.for_calibration(first_samples(batch, ROWS)), host.label_names)
     inputs = to_device(dict(inputs), next(model.parameters()).device)
     with isolated_rng(run.config.seed), evaluating(model), named_outputs(model), host.accelerator.autocast():
-        with explained(model, inputs, 0):
+        with explained(model, inputs, 0), around or contextlib.nullcontext():
             return model(**inputs)
 
 
@@ -98,7 +103,28 @@ def _taught(run: Run, batch: Mapping[str, Any]) -> Any:
     return outputs
 
 
-def _step(model: nn.Module, batch: Mapping[str, Any], ours: Any, theirs: Any) -> DistillationStep:
+def _plan(run: Run, model: nn.Module, teacher: Any, reading: list, batch: Mapping[str, Any]) -> Plan | None:
+    """Whether the answers on these rows are too many to be held at once."""
+    batch = to_device(dict(batch), next(model.parameters()).device)
+    read = run.host.columns.for_calibration(batch)
+    return run.loss.streaming.plan(model, teacher, reading, batch, read, "apart", run.config.logits_chunk)
+
+
+def _taught_step(run: Run, model: nn.Module, batch: Mapping[str, Any], ours: Any, reading: list) -> DistillationStep:
+    """Against the teacher that was given."""
+    given, place = run.tutor.given, next(model.parameters()).device
+    plan = _plan(run, model, given, reading, batch)
+    if plan is None:
+        return _step(model, batch, ours, to_device(_taught(run, batch), place))
+    ours = outputs_on(run, model, batch, plan.student_answers())
+    with plan.teacher_answers():
+        theirs = None if plan.cached else to_device(_taught(run, batch), place)
+    return _step(model, batch, ours, theirs, plan, given)
+
+
+def _step(
+    model: nn.Module, batch: Mapping[str, Any], ours: Any, theirs: Any, plan: Plan | None = None, teacher: Any = None
+) -> DistillationStep:
     answers = Answers.of(model)
     batch = to_device(dict(batch), next(model.parameters()).device)
     return DistillationStep(
@@ -108,4 +134,5 @@ def _step(model: nn.Module, batch: Mapping[str, Any], ours: Any, theirs: Any) ->
         mask=padding_mask(batch),
         shifted=answers.shifted,
         decoding=answers.decoding,
+        stream=None if plan is None else plan.stream(batch, answers, ours, teacher, theirs),
     )

@@ -118,7 +118,7 @@ def test_distillation_of_ragged_batches_is_that_of_one_process(tmp_path, batch, 
         assert torch.allclose(tensor, weights[name], atol=5e-3), name
 
 
-@pytest.mark.parametrize("parts", [SLOW("divergences"), "cached", SLOW("several")])
+@pytest.mark.parametrize("parts", [SLOW("divergences"), "cached", SLOW("several"), SLOW("words")])
 def test_other_parts_distil_alike_in_two_processes(tmp_path, parts):
     script, parts = "tests.distributed.distil_script", ("--parts", parts)
     (theirs,), (weights,) = launch(tmp_path / "one", 1, "--batch-size", "8", *parts, module=script)
