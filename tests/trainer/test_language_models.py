@@ -5,9 +5,11 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
+from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
+from optimum_rmtkd import RMTKDConfig, RMTKDLoop
 from optimum_rmtkd.distillation import (
     CachedTeacher,
     DistillationObjective,
@@ -238,3 +240,29 @@ def test_memory_does_not_grow_with_positions_times_words(many_words):
     few, many = (peak_of(many_words(tokens)) for tokens in (24, 96))
     matrix = 2 * (96 - 24) * WORDS * 4  # bytes of one matrix of logits more
     assert many - few < 0.1 * matrix
+
+
+def test_a_loop_of_ones_own_in_chunks():
+    def losses(chunk):
+        model = tiny_llama()
+        teacher, accelerator = perturbed(model), Accelerator(cpu=True)
+        loader = torch.utils.data.DataLoader(ragged(16, kind="causal"), batch_size=4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        recipe = RMTKDConfig(schedule="none", logits_chunk=chunk)
+        loop = RMTKDLoop(
+            accelerator, model, optimizer, loader, max_steps=4, rmtkd_config=recipe, teacher_model=teacher
+        )
+        found = []
+        for batch in loader:
+            loss = loop.loss(batch)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        loop.end()
+        return found
+
+    with Largest(60) as largest:
+        chunks = losses(5)
+    assert largest.positions <= 16 and chunks == pytest.approx(losses(None), rel=1e-4)
