@@ -353,11 +353,14 @@ def _distil(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: 
     train(trainer, training)
     if (spectra := Path(args.output_dir) / SPECTRA).is_file():
         shutil.copyfile(spectra, folder / SPECTRA)
+    fit = trainer.run.fit.to_dict()
+    if fit is not None and task.compute_metrics is None:  # what a Trainer's evaluations know is not all of the task
+        fit |= {"metrics": task.measure(trainer.run.initial, training.eval_batch_size)}
     return Made(
         trainer.accelerator.unwrap_model(trainer.model),
         tuple(trainer.stages),
         tuple(trainer.state.log_history),
-        trainer.run.fit.to_dict(),
+        fit,
     )
 
 

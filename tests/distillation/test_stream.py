@@ -22,10 +22,9 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from optimum_rmtkd.distillation import JensenShannonDivergence, KLDivergence, SkewKLDivergence, TaskLoss
-from optimum_rmtkd.distillation.cached import _kept
+from optimum_rmtkd.distillation import JensenShannonDivergence, KLDivergence, SkewKLDivergence, TaskLoss, cached
 from optimum_rmtkd.distillation.heads import Finish, Heads, Postponed, known_numbers
-from optimum_rmtkd.distillation.sparse import SparseLogits, sparse_kl
+from optimum_rmtkd.distillation.sparse import sparse_kl
 from optimum_rmtkd.distillation.stream import AnswerStream
 
 
@@ -141,7 +140,7 @@ def test_no_position_at_all_is_zero_with_a_gradient():
         lambda part: F.linear(hidden[part], weight), lambda part: torch.zeros(0, 11), 0, None, nothing, TERMS[:1], 4
     )
     stream.mean(TERMS[0]).backward()
-    assert float(stream.mean(TERMS[0])) == 0 and bool((weight.grad == 0).all())
+    assert stream.mean(TERMS[0]).item() == 0 and bool((weight.grad == 0).all())
 
 
 @pytest.mark.parametrize("k", [1, 4, 11])
@@ -149,11 +148,7 @@ def test_no_position_at_all_is_zero_with_a_gradient():
 def test_sparse_kl_is_that_of_the_expanded_answers(k, temperature):
     torch.manual_seed(0)
     teacher, ours = torch.randn(6, 11), torch.randn(6, 11, dtype=torch.float64, requires_grad=True)
-    columns = _kept(teacher[None], None, k)
-    values, indices = (
-        torch.stack([torch.as_tensor(row) for row in columns[n][0]]) for n in ("teacher_values", "teacher_indices")
-    )
-    sparse = SparseLogits(values, indices.long(), torch.as_tensor(columns["teacher_rest"][0]), 11)
+    sparse = cached._largest(teacher, k)
     log_q = (ours / temperature).log_softmax(-1)
     log_p = (sparse.dense().double() / temperature).log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -163,3 +158,27 @@ def test_sparse_kl_is_that_of_the_expanded_answers(k, temperature):
     assert torch.allclose(*gradients, atol=1e-6)
     if k == 11:
         assert torch.allclose(sparse.dense(), teacher)
+
+
+def test_answers_are_cached_in_chunks_where_there_are_many(monkeypatch):
+    import datasets
+
+    torch.manual_seed(0)
+    model = MODELS["gemma2"]().eval()
+    rows = datasets.Dataset.from_dict(
+        {"input_ids": ids(5).tolist(), "attention_mask": [[1] * 6] * 4 + [[1] * 4 + [0] * 2]}
+    )
+
+    def collate(samples):
+        return {name: torch.tensor([sample[name] for sample in samples]) for name in samples[0]}
+
+    def kept(numbers):
+        monkeypatch.setattr(cached, "CHUNK_NUMBERS", numbers)
+        monkeypatch.setattr(cached, "chunk_of", lambda vocabulary: 4)
+        return cached.cache_answers(model, rows, collate, k=3, batch_size=3, progress=False)
+
+    few, many = kept(10**9), kept(1)
+    assert [len(row) for row in many["teacher_rest"]] == [6, 6, 6, 6, 4]
+    assert many["teacher_indices"] == few["teacher_indices"]
+    for one, other in zip(many["teacher_values"], few["teacher_values"], strict=True):
+        assert torch.allclose(torch.tensor(one), torch.tensor(other), atol=1e-5)
