@@ -6,10 +6,11 @@
 
     torchrun --nproc_per_node 2 examples/language_modeling.py ...        # several devices: nothing else changes
 
-Texts: the lines of a .txt, or the column `text` of a csv, json, jsonl or parquet file. They are joined, with the
-tokenizer's eos between two texts of a table, and cut into blocks. Whether the model guesses the next word or hidden
-ones is read from its config; `--unlabelled` leaves the words to be predicted out, so that the student learns from the
-teacher's answers alone. The teacher is the model itself before its cut, or `--teacher`, which has the same words.
+Texts: the lines of a .txt, or the column `text` of a csv, json, jsonl or parquet file. They are joined, with the ends
+that the tokenizer gives a text, or its eos where it gives none, and cut into blocks. Whether the model guesses the next
+word or hidden ones is read from its config; `--unlabelled` leaves the words to be predicted out, so that the student
+learns from the teacher's answers alone. The teacher is the model itself before its cut, or `--teacher`, which has the
+same words.
 Every option of `transformers.TrainingArguments` is an option here. Lines that a plain Trainer script does not have are
 marked with (+), lines that it has otherwise with (~).
 """
@@ -94,7 +95,8 @@ def main() -> None:
     masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    if not masked and tokenizer.eos_token_id is None:
+    ended = bool(tokenizer("")["input_ids"])  # with bos, for example
+    if not ended and tokenizer.eos_token_id is None:
         parser.error("the tokenizer has no eos token, which stands between two texts")
     longest = getattr(config, "max_position_embeddings", None) or data.block_size
     if data.block_size > longest:
@@ -104,8 +106,8 @@ def main() -> None:
 
     def encode(batch):
         texts = [text for text in batch[data.text_column] if text and text.strip()]
-        ids = tokenizer(texts, add_special_tokens=masked, verbose=False)["input_ids"]
-        return {"input_ids": ids if masked else [row + [tokenizer.eos_token_id] for row in ids]}
+        ids = tokenizer(texts, verbose=False)["input_ids"]
+        return {"input_ids": ids if ended else [row + [tokenizer.eos_token_id] for row in ids]}
 
     def in_blocks(batch):
         joined, size = list(chain(*batch["input_ids"])), data.block_size

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
 from .corpora import check_texts, text_columns
 from .inputs import check_tokens, load_tokenizer, longest_text
-from .language import kind_of, token_stream
+from .language import check_separator, kind_of, token_stream
 from .timing import Latency, compare_latency
 
 
@@ -102,11 +101,7 @@ def perplexities(
         raise RMTKDError(f"--window {window}: the models take at most {longest} tokens.")
     window = window or min(512, longest or 512)
     tokenizer = load_tokenizer(name, models[0].config, padded=False)
-    if tokenizer.eos_token_id is None and any(Path(file).suffix != ".txt" for file in files):
-        raise RMTKDError(
-            f"The tokenizer of '{name}' has no eos token, which stands between the texts of {files[0]}: set its "
-            "eos_token and save it, or give running text in a .txt file."
-        )
+    check_separator(name, tokenizer, files)
     ids: list[int] = []
     for part in token_stream(files, text_columns(files, columns), tokenizer):
         ids += part

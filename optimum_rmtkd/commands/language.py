@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.utils.data import DataLoader
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["LanguageTask", "is_plain_text", "kind_of", "load_language_task", "token_stream"]
+__all__ = ["LanguageTask", "is_plain_text", "check_separator", "kind_of", "load_language_task", "token_stream"]
 
 PLAIN = ".txt"
 MASKED_SHARE = 0.15
@@ -195,8 +195,22 @@ def _too_long(name: str, length: int, longest: int) -> RMTKDError:
 def _check_ends(name: str, tokenizer: Any, kind: str, files: Sequence[str]) -> None:
     if kind == "masked" and tokenizer.mask_token_id is None:
         raise RMTKDError(f"The tokenizer of '{name}' has no mask token: it is not that of a masked language model.")
+    check_separator(name, tokenizer, files)
+
+
+def marks_ends(tokenizer: Any) -> bool:
+    """Whether a tokenizer sets tokens of its own before or behind a text: bos, for example."""
+    return bool(tokenizer("")["input_ids"])
+
+
+def check_separator(name: str, tokenizer: Any, files: Sequence[str]) -> None:
+    """Something has to stand between two texts of a table.
+
+    Raises:
+        RMTKDError: the tokenizer sets no ends, and has no eos.
+    """
     tables = [file for file in files if suffix_of(Path(file)) != PLAIN]
-    if kind == "causal" and tables and tokenizer.eos_token_id is None:
+    if tables and not marks_ends(tokenizer) and tokenizer.eos_token_id is None:
         raise RMTKDError(
             f"The tokenizer of '{name}' has no eos token, which stands between the texts of {tables[0]}: set its "
             "eos_token and save it, or give running text in a .txt file."
@@ -207,7 +221,9 @@ def token_stream(
     files: Sequence[str], columns: dict[str, list[str]], tokenizer: Any, kind: str = "causal"
 ) -> Iterator[list[int]]:
     """The ids of each text of the files, one after the other. Lines of a .txt are one running text, and keep their
-    line breaks; cells of a table are texts of their own, each ended by eos (masked: with the tokenizer's own ends)."""
+    line breaks; cells of a table are texts of their own, with the ends that the tokenizer gives them, or eos behind
+    each where it gives none."""
+    ended = marks_ends(tokenizer)
     for file in files:
         running = suffix_of(Path(file)) == PLAIN
         texts = (_as_text(text, file) for text in texts_of([file], columns))
@@ -215,8 +231,8 @@ def token_stream(
             if running and kind == "causal":
                 yield tokenizer("\n".join(part) + "\n", add_special_tokens=False, verbose=False)["input_ids"]
                 continue
-            ids = tokenizer(part, add_special_tokens=kind == "masked", verbose=False)["input_ids"]
-            yield from (row + [tokenizer.eos_token_id] if kind == "causal" else row for row in ids)
+            ids = tokenizer(part, verbose=False)["input_ids"]
+            yield from ids if ended else (row + [tokenizer.eos_token_id] for row in ids)
 
 
 def _as_text(value: Any, file: str) -> str:
