@@ -7,10 +7,10 @@
     torchrun --nproc_per_node 2 examples/language_modeling.py ...        # several devices: nothing else changes
 
 Texts: the lines of a .txt, or the column `text` of a csv, json, jsonl or parquet file. They are joined, with the ends
-that the tokenizer gives a text, or its eos where it gives none, and cut into blocks. Whether the model guesses the next
-word or hidden ones is read from its config; `--unlabelled` leaves the words to be predicted out, so that the student
-learns from the teacher's answers alone. The teacher is the model itself before its cut, or `--teacher`, which has the
-same words.
+that the tokenizer gives a text, or its eos where it gives none, and cut into blocks. Whether the model guesses the
+next word or hidden ones is read from its config; `--unlabelled` leaves the words to be predicted out, so that the
+student learns from the teacher's answers alone. The teacher is the model itself before its cut, or `--teacher`, which
+has the same words.
 Every option of `transformers.TrainingArguments` is an option here. Lines that a plain Trainer script does not have are
 marked with (+), lines that it has otherwise with (~).
 """
