@@ -250,6 +250,11 @@ class RMTKDConfig(Recipe):
         "Batch transform: embedding_mixup, on_policy or adaptive_off_policy, or JSON with arguments, for example "
         '\'{"name": "embedding_mixup", "alpha": 0.4}\'; a list for several.',
     )
+    logits_chunk: Count | None = _option(
+        None,
+        "Tokens of a language model whose logits exist at a time while it is distilled. None: as many as make 2^25 "
+        "numbers, and all of a batch that has no more.",
+    )
     disable_dropout: bool = _option(
         True, "Train the narrowed student without dropout: it is small and fits a dense target."
     )

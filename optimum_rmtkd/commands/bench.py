@@ -14,6 +14,7 @@ from ..files import UNSIGNED, write_signed
 from ..folders import add_to_record
 from ..validation import Count, check_fields
 from .base import Command, set_help
+from .generation import cache_bytes, check_bench_texts, compare_decoding, perplexities, writes
 from .measuring import NOT_MEASURABLE, count_flops, energy_meter, peak_memory
 from .options import add_options, from_options, option
 from .output import check_target, format_table, weight_bytes
@@ -29,8 +30,10 @@ USAGE = "optimum-cli rmtkd bench OUT --against BASE [options]"
 
 DESCRIPTION = """\
 Compare a reduced model with the one it was made from, in one run on this machine: parameters, bytes on disk, FLOPs,
-latency at batch 1, throughput of larger batches, peak memory, and energy with --energy. Both models are timed in turn,
-in short blocks, after a warm-up; ratios are before / after, with the quartiles over all pairs of blocks in brackets.
+latency at batch 1, throughput of larger batches, peak memory, and energy with --energy; of causal language models also
+tokens a second of reading a prompt and of decoding behind it, bytes of the cache, and perplexity with --texts. Both
+models are timed in turn, in short blocks, after a warm-up; ratios are before / after, with the quartiles over all
+pairs of blocks in brackets.
 """
 
 EPILOG = """\
@@ -38,6 +41,7 @@ examples:
   optimum-cli rmtkd bench ./my-bert-small --against ./my-bert
   optimum-cli rmtkd bench ./my-bert-small --against ./my-bert --batch-sizes 1 8 64 --lengths 32 128 --threads 4
   optimum-cli rmtkd bench ./my-bert-small --against ./my-bert --energy
+  optimum-cli rmtkd bench ./llama-small --against ./llama --texts wiki.txt --window 1024
 
 The figures go into OUT/rmtkd_bench.json and into the model card, where OUT has one; a file or a card that somebody
 else wrote or changed stays. What this machine has no counter
@@ -58,6 +62,13 @@ class BenchOptions:
     dtype: str = option("float32", "Number format of the weights.", ("float32", "bfloat16", "float16"))
     device: str = option("auto", "auto: the GPU where there is one.", ("auto", "cpu", "cuda"))
     energy: bool = option(False, "Also measure energy: about 20 seconds for each batch size and length.")
+
+    texts: list[str] | None = option(
+        None, "Files of texts (txt, csv, json, jsonl, parquet) for the perplexity of causal language models."
+    )
+    text_column: list[str] | None = option(None, "Columns of texts in them. None: those that hold strings.")
+    window: Count | None = option(None, "Tokens that are seen at once for it. None: 512, or what the model takes.")
+    text_tokens: Count = option(65536, "Tokens of the texts that are read for it.")
 
     def __post_init__(self):
         check_fields(self, as_options=True)
@@ -124,17 +135,23 @@ def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
     dtype = getattr(torch, options.dtype)
     models = [load_model(name, dtype).to(device) for name in (before, after)]
     _check_comparable(*models, before, after)
+    check_bench_texts(options.texts, options.text_column, models)
     shapes = _shapes(models[0], options)
     values = [
         _value("parameters", "", *(count_parameters(model) for model in models)),
         _value("bytes on disk", "", *(weight_bytes(weights_folder(name)) for name in (before, after))),
     ]
+    if options.texts is not None:
+        asked = options.texts, options.text_column, options.window, options.text_tokens
+        values.append(_value("perplexity", "", *perplexities(models, before, *asked)))
     meter = energy_meter(device) if options.energy else None
     for batch, length in tqdm(shapes, desc="Measuring", unit="shape", leave=False, disable=None):
         inputs = unpadded_inputs(models[0], batch, length)
         where = _label(batch, length)
         values.append(_value(f"FLOPs, {where}", "FLOP", *(count_flops(model, inputs) for model in models)))
         values.append(_timed(models, inputs, batch, where, options.repeats))
+        if all(map(writes, models)):
+            values += _written(models, inputs, batch, length, where, options.repeats)
         peaks = (peak_memory(name, batch, length or 1, options.dtype, device) for name in (before, after))
         values.append(_value(f"peak memory, {where}", "B", *peaks))
         if options.energy:
@@ -201,6 +218,21 @@ def _timed(models: list, inputs: dict, batch: int, where: str, repeats: int) -> 
     return _value(f"throughput, {where}", "/s", batch / found.before, batch / found.after) | spread
 
 
+def _written(models: list, inputs: dict, batch: int, length: int, where: str, repeats: int) -> list[dict[str, Any]]:
+    """Reading a prompt, decoding behind it, and what is kept of it."""
+    from ..distillation.signatures import named_inputs
+    from ..models.timing import compare_latency
+
+    short = {} if any("logits_to_keep" not in named_inputs(m) for m in models) else {"logits_to_keep": 1}
+    read = compare_latency(*models, inputs | short | {"use_cache": True}, repeats=repeats)
+    decoded = compare_decoding(*models, inputs, repeats)
+    rows = []
+    for what, found, tokens in (("prefill", read, batch * length), ("decoding", decoded, batch)):
+        spread = {"ratio": found.ratio, "low": found.low, "high": found.high}
+        rows.append(_value(f"{what}, {where}", "tokens/s", tokens / found.before, tokens / found.after) | spread)
+    return [*rows, _value(f"cache, {where}", "B", *(cache_bytes(model, inputs) for model in models))]
+
+
 def _pass_of(model: PreTrainedModel, inputs: dict) -> Callable[[], None]:
     import torch
 
@@ -230,15 +262,15 @@ def _row(value: dict[str, Any]) -> tuple[str, str, str, str]:
 def _shown(number: float, unit: str) -> str:
     if unit == "s":
         return f"{1e3 * number:.2f} ms"
-    if unit == "/s":
-        return f"{number:,.1f} /s"
+    if unit in ("/s", "tokens/s"):
+        return f"{number:,.1f} {unit}"
     if unit == "J":
         return f"{number:.3g} J"
     if unit == "B":
         return f"{number / 2**20:,.1f} MiB"
     if unit == "FLOP":
         return f"{number / 1e9:,.3f} G"
-    return f"{number:,}"
+    return f"{number:,}" if isinstance(number, int) else f"{number:.4g}"
 
 
 def _setting(device: str, dtype: str, repeats: int) -> str:

@@ -42,11 +42,12 @@ RECIPE_NAME = "rmtkd_recipe.json"
 USAGE = "optimum-cli rmtkd compress --model MODEL (--train-file FILE | --dataset NAME) -o OUT [options]"
 
 DESCRIPTION = """\
-Narrow a fine-tuned text or image classifier (or regressor), distil it from its former self, and save it with its
-tokenizer or image processor. With --fit it is fine-tuned here first, and may come straight from pretraining. No width
-is chosen by hand: give the share of parameters to remove, a time (--target-latency) or what may be lost of the metric
-(--tolerance). Without one, only sites whose spectrum has a separated bulk of noise are cut; where there is none, the
-command asks for a share and shows what sizes are predicted to cost.
+Narrow a fine-tuned text or image classifier (or regressor), or a causal or masked language model, distil it from its
+former self, and save it with its tokenizer or image processor. With --fit it is fine-tuned here first, and may come
+straight from pretraining. No width is chosen by hand: give the share of parameters to remove, a time
+(--target-latency) or what may be lost of the metric (--tolerance). Without one, only sites whose spectrum has a
+separated bulk of noise are cut; where there is none, the command asks for a share and shows what sizes are predicted
+to cost.
 """
 
 EPILOG = """\
@@ -71,6 +72,9 @@ examples:
   half the time of a pass at batch 1 and 64 tokens, on one thread of this machine
     optimum-cli rmtkd compress --model ./my-bert --train-file train.csv --validation-file dev.csv \\
         --target-latency 0.5 --latency-length 64 --latency-threads 1 -o ./my-bert-quick
+  a causal (or masked) language model on plain text: perplexity before and after, by a sliding window
+    optimum-cli rmtkd compress --model ./llama --train-file stories.jsonl --text-column text --max-length 256 \\
+        --target-reduction 0.2 -o ./llama-small
   two text columns, and a dataset of the Hub
     optimum-cli rmtkd compress --model org/bert-mrpc --dataset glue --dataset-config mrpc \\
         --text-column sentence1 sentence2 --target-reduction 0.6 -o ./small
@@ -105,7 +109,7 @@ class CompressCommand(Command):
         parser.add_argument(
             "--model",
             required=True,
-            help="Hub name or local folder of a fine-tuned classifier; with --fit, of any model.",
+            help="Hub name or local folder of a fine-tuned classifier or a language model; with --fit, of any model.",
         )
         parser.add_argument("-o", "--output", required=True, metavar="OUT", help="Folder of the reduced model.")
         parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
@@ -247,13 +251,14 @@ def _compress(
     )
     from ..trainer.parts import parts_of
     from ..trainer.stages import write_journal
-    from .task import load_task, measure, stored_dtype, weights_folder
+    from .task import load_task, stored_dtype, weights_folder
 
     use_threads(training.threads)
     parts_of(recipe)  # unknown parts are refused before anything is loaded
     find_estimator(recipe.edge_estimator)
     head = "made" if _fits(training, recipe) else "required"
-    task = load_task(name, data, recipe.seed, training.attn_implementation, head, *([True] if trim else []))
+    asked = recipe.calibration_samples if recipe.calibration_samples != RMTKDConfig.calibration_samples else None
+    task = load_task(name, data, recipe.seed, training.attn_implementation, head, trim, asked)
     check_recipe(task.model, recipe)  # what cannot work is refused before the first forward pass
     if recipe.schedule != "none":
         loader = task.calibration_loader(training.batch_size, recipe.seed)
@@ -263,7 +268,7 @@ def _compress(
         check_edges(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
     whole, uncut = task.untrimmed or task, uncut_parameters(task.model)
     parameters = count_parameters(whole.model)
-    before = {} if task.new_head else measure(whole, whole.model, training.eval_batch_size)
+    before = {} if task.new_head else whole.measure(whole.model, training.eval_batch_size)
     task, whole = dataclasses.replace(task, untrimmed=None), None  # two models are one too many for a training
     made = (_distil if training.train else _cut)(task, training, recipe, folder)
     if made.fit is not None:  # the model that was cut is the fine-tuned one
@@ -271,7 +276,7 @@ def _compress(
 
     dtype = stored_dtype(name) if save_dtype == "auto" else save_dtype
     model = _rounded_to(made.model, dtype)
-    metrics = {"before": before, "after": measure(task, model, training.eval_batch_size)}
+    metrics = {"before": before, "after": task.measure(model, training.eval_batch_size)}
     _save(model, dtype, task, folder)
     recipe.to_json_file(folder / RECIPE_NAME)
     counts = parameters, count_parameters(model)
@@ -324,7 +329,7 @@ def _told(
     rows += [(*row, "") for row in task.vocabulary.rows() if row[0] != "parameters"] if task.vocabulary else []
     table = format_table(("", "before" if fit is None else "fine-tuned", "after", "change"), rows)
     table += "".join(f"\n{note}" for note in task.vocabulary.notes()) if task.vocabulary else ""
-    if warning := loss_warning(task.metric, *values, greater_is_better=True):
+    if warning := loss_warning(task.metric, *values, greater_is_better=task.greater_is_better):
         table += f"\nwarning: {warning}"
     return table
 
@@ -363,7 +368,7 @@ def _distil(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: 
     from ..trainer import RMTKDTrainer
 
     rate = FIT_RATE if _fits(training, recipe) else RATE
-    judged = {"metric_for_best_model": task.metric, "greater_is_better": True}
+    judged = {"metric_for_best_model": task.trained_by, "greater_is_better": task.greater_is_better}
     args = training_arguments(training, recipe.seed, folder, rate, **judged)
     trainer = RMTKDTrainer(
         model=task.model,
@@ -379,11 +384,14 @@ def _distil(task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: 
     train(trainer, training)
     if (spectra := Path(args.output_dir) / SPECTRA).is_file():
         shutil.copyfile(spectra, folder / SPECTRA)
+    fit = trainer.run.fit.to_dict()
+    if fit is not None and task.compute_metrics is None:  # what a Trainer's evaluations know is not all of the task
+        fit |= {"metrics": task.measure(trainer.run.initial, training.eval_batch_size)}
     return Made(
         trainer.accelerator.unwrap_model(trainer.model),
         tuple(trainer.stages),
         history=tuple(trainer.state.log_history),
-        fit=trainer.run.fit.to_dict(),
+        fit=fit,
     )
 
 

@@ -15,6 +15,7 @@ from ..validation.wording import brief
 from .labels import parse_label_map
 from .metrics import METRICS
 from .options import option
+from .streams import suffix_of
 from .tables import KINDS, check_contents, read_dataset, read_table
 
 
@@ -42,7 +43,8 @@ class DataArguments:
     dataset: str | None = option(None, "Name of a dataset on the Hub. Not together with the files below.")
     dataset_config: str | None = option(None, "Its configuration, for example sst2 for glue.")
     train_file: str | None = option(
-        None, "Local csv, tsv, json, jsonl or parquet file, or a folder of images by class."
+        None,
+        "Local csv, tsv, json, jsonl or parquet file, or a folder of images by class; for language models also txt.",
     )
     validation_file: str | None = option(
         None,
@@ -60,7 +62,9 @@ class DataArguments:
     metric: str | None = option(
         None, "What is measured on the validation rows. None: accuracy, or pearson for regression.", tuple(METRICS)
     )
-    max_length: Count = option(128, "Longer texts are cut to this many tokens.")
+    max_length: Count = option(
+        128, "Longer texts are cut to this many tokens; of language models the tokens of a block, and of a window."
+    )
     max_train_samples: Count | None = option(
         None, "Use only so many training rows, drawn at random with a fixed seed."
     )
@@ -93,6 +97,8 @@ def check_files(data: DataArguments) -> None:
             continue
         if not Path(path).is_file():
             raise RMTKDError(f"{path}: no such file or folder.")
+        if suffix_of(Path(path)) == ".txt":  # of language models, which say what else is wrong with a text
+            continue
         if Path(path).suffix.lower() not in KINDS:
             raise RMTKDError(
                 f"{path}: unknown kind of file '{Path(path).suffix}'; expected one of {', '.join(KINDS)}."
@@ -168,6 +174,8 @@ def _from_path(path: str, data: DataArguments) -> Dataset:
     place = Path(path)
     if place.is_dir():
         return _image_folder(place)
+    if suffix_of(place) == ".txt":
+        raise RMTKDError(f"{path} is plain text, which has no labels; expected a table, or a language model for it.")
     label = (data.label_column,) if data.label_column else LABEL_COLUMNS
     return read_table(place, data.text_column or (), label)
 

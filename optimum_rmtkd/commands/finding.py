@@ -13,29 +13,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..trainer import Stage
+    from .language import LanguageTask
     from .task import Task
 
 __all__ = ["found_size"]
 
 
 def found_size(
-    task: Task, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
+    task: Task | LanguageTask, training: TrainingOptions, recipe: RMTKDConfig, folder: Path
 ) -> tuple[PreTrainedModel, tuple[Stage, ...], tuple[str, ...]]:
     """The smallest model that keeps the recipe's tolerance; a stage for each size that was tried, measured; and the
     table of them. The spectra go into `folder`."""
     from ..hub import write_spectra
     from ..surgery import narrow_within
     from ..trainer import Stage
-    from .task import measure
 
     seen: list[dict[str, float]] = []
 
     def evaluate(model: PreTrainedModel) -> float:
-        seen.append(measure(task, model, training.eval_batch_size))
+        seen.append(task.measure(model, training.eval_batch_size))
         return seen[-1][task.judged_by]
 
     loader = task.calibration_loader(training.batch_size, recipe.seed)
-    reduction, search = narrow_within(task.model, loader, recipe, evaluate)
+    reduction, search = narrow_within(task.model, loader, recipe, evaluate, greater_is_better=task.greater_is_better)
     stages = []
     for index, (tried, metrics) in enumerate(zip(search.path, seen[1:], strict=True)):
         taken = tried is search.found

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-__all__ = ["check_inputs", "image_tools", "load_tokenizer", "text_tools"]
+__all__ = ["check_inputs", "check_tokens", "image_tools", "load_tokenizer", "text_tools"]
 
 DEEP = ("I", "F")  # modes of more than 8 bits a channel
 DRAFT = (64, 64)  # jpeg files are decoded this small to see that they can be: all bytes are read, most work is saved
@@ -48,8 +48,8 @@ def check_inputs(rows: Dataset, columns: list[str]) -> None:
 # -- text -------------------------------------------------------------------------------------------------------------
 
 
-def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
-    """The tokenizer beside a model, which can pad.
+def load_tokenizer(name: str, config: PreTrainedConfig, padded: bool = True) -> Any:
+    """The tokenizer beside a model, which can pad unless that is not asked of it.
 
     Raises:
         RMTKDError: the model has no tokenizer, or one that is not its own.
@@ -65,7 +65,7 @@ def load_tokenizer(name: str, config: PreTrainedConfig) -> Any:
         raise RMTKDError(
             f"'{name}' has no tokenizer files: save the tokenizer the model was fine-tuned with beside it."
         )
-    if tokenizer.pad_token_id is None:
+    if padded and tokenizer.pad_token_id is None:
         raise RMTKDError(
             f"The tokenizer of '{name}', a {type(tokenizer).__name__} of {len(tokenizer)} tokens for a table of "
             f"{config.vocab_size} rows, has no padding token. If it belongs to another model, put the right one in "
@@ -97,7 +97,7 @@ def text_tools(
     def encode(rows: Dataset, what: str) -> Dataset:
         def tokenize(batch: dict[str, list]) -> dict[str, list]:
             encoded = _truncated(tokenizer, [batch[column] for column in columns], length)
-            _check_tokens(encoded["input_ids"], config.vocab_size, name)
+            check_tokens(encoded["input_ids"], config.vocab_size, name)
             return encoded
 
         encoded = rows.map(tokenize, batched=True, remove_columns=columns, desc="tokenizing")
@@ -125,7 +125,7 @@ def _truncated(tokenizer: Any, texts: list[list[str]], length: int) -> dict[str,
     return found
 
 
-def _check_tokens(input_ids: list[list[int]], vocabulary: int, model: str) -> None:
+def check_tokens(input_ids: list[list[int]], vocabulary: int, model: str) -> None:
     highest = max((max(row) for row in input_ids if row), default=0)
     if highest >= vocabulary:
         raise RMTKDError(

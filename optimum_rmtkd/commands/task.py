@@ -7,7 +7,7 @@ import io
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import RMTKDError
 from ..hub.loading import load_config
@@ -16,6 +16,7 @@ from .data import DataArguments, divide, find_columns, has_images, read_rows
 from .heads import with_new_head
 from .inputs import check_inputs, image_tools, load_tokenizer, text_tools
 from .labels import check_label_map, class_names, is_regression, label_values, parse_label_map, shown
+from .language import LanguageTask, is_plain_text, kind_of, load_language_task
 from .metrics import METRICS, REGRESSION, choose_metric
 
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Task", "evaluate", "load_task", "measure", "stored_dtype", "weights_folder"]
 
 HEADS = {"text": "ForSequenceClassification", "image": "ForImageClassification"}
+AUTO = HEADS | {"causal": "ForCausalLM", "masked": "ForMaskedLM"}
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,20 @@ class Task:
     vocabulary: VocabularyReport | None = None
     untrimmed: Task | None = None
 
+    greater_is_better: ClassVar[bool] = True
+
     @property
     def judged_by(self) -> str:
         """Name of the metric among those of `measure`."""
         return f"eval_{self.metric}"
+
+    @property
+    def trained_by(self) -> str:
+        """Name of the metric by which a Trainer judges."""
+        return self.metric
+
+    def measure(self, model: PreTrainedModel, batch_size: int) -> dict[str, float]:
+        return measure(self, model, batch_size)
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """`compute_metrics` of a Trainer: the one metric of the task."""
@@ -88,7 +100,8 @@ def load_task(
     attn_implementation: str | None = None,
     head: Literal["required", "made"] = "required",
     trim: bool = False,
-) -> Task:
+    calibration: int | None = None,
+) -> Task | LanguageTask:
     """Load the model and its data and check that they belong together.
 
     Args:
@@ -97,11 +110,18 @@ def load_task(
         head: "made": a model without a head that fits the labels gets a new one; a line says so.
         trim: drop the tokens that the training texts do not use. Where no validation rows are given, those held out
             do not count.
+        calibration: rows of it that were asked for; None: as many as there are.
 
     Raises:
         RMTKDError: anything missing, unreadable or not matching; nothing has been computed yet.
     """
     config = load_config(model)
+    if kind_of(config) is not None and is_plain_text(data, fit=head == "made"):
+
+        def load(name: str, kind: str) -> PreTrainedModel:
+            return _load_model(name, None, kind, attn_implementation, seed)
+
+        return load_language_task(model, config, data, load, trim, calibration)
     train, validation = read_rows(data)
     kind = "image" if has_images(train) else "text"
     if kind == "image" and trim:
@@ -240,10 +260,10 @@ def _load_model(
         config: of a model that gets a new head, drawn with `seed`; None: its own.
     """
     import torch
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
-    auto = AutoModelForSequenceClassification if kind == "text" else AutoModelForImageClassification
+    auto = getattr(transformers, f"AutoModel{AUTO[kind]}")
     options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -277,10 +297,11 @@ def _in_backbone(model: PreTrainedModel, name: str) -> bool:
 
 
 def _check_head(config: PreTrainedConfig, kind: str, model: str) -> None:
-    names = config.architectures or []
+    names, language = config.architectures or [], kind_of(config) is not None
     if not any(name.endswith(HEADS[kind]) for name in names):
         raise RMTKDError(
             f"'{model}' is a {', '.join(names) or 'model of unknown architecture'}, the data is for {kind} "
             f"classification: expected a fine-tuned ...{HEADS[kind]}. Fine-tune the model on this data first, or "
             "let compress do so (--fit)."
+            + (" For the language model itself, give text in files and name its --text-column." if language else "")
         )

@@ -237,11 +237,16 @@ def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: Te
     from ..ternary import compress_head, pack_model
     from ..ternary.capture import find_part
     from .compress import _rounded_to, _save
+    from .language import LanguageTask
     from .task import evaluate, load_task, stored_dtype, weights_folder
 
     use_threads(training.threads)
     recipe = RMTKDConfig(target_reduction=args.target_reduction, seed=config.seed)
     task = load_task(args.model, data, config.seed, training.attn_implementation)
+    if isinstance(task, LanguageTask):
+        raise RMTKDError(
+            f"'{args.model}' is a language model; expected a fine-tuned classifier, whose head is replaced. Give one."
+        )
     find_part(task.model, args.module)  # a wrong path is refused before the first forward pass
     before, body = evaluate(task, task.model, training.eval_batch_size), task.model
     if args.target_reduction is not None:

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import evaluating, padding_mask, to_device
+from ..batches import evaluating, main_input, padding_mask, to_device
 from ..errors import RMTKDError
 from ..validation import Count, checked
+from .heads import Heads, Postponed, output_layer
 from .signatures import named_inputs
-from .teachers import Teacher
+from .sparse import SparseLogits
+from .stream import CHUNK_NUMBERS, chunk_of
+from .teachers import Teacher, without_labels
 
 
 __all__ = ["COLUMNS", "AnswerCollator", "CachedTeacher", "cache_answers"]
@@ -37,32 +40,57 @@ class CachedTeacher(Teacher):
     ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         if wanted := list(paths):
             raise RMTKDError(f"Cached answers hold no features, {wanted[0]!r} was asked for; pass a teacher model.")
+        kept = self._kept(inputs)
+        if kept.rest.dim() < 2:
+            return {"logits": kept.dense()}, {}
+        shape = kept.rest.shape
+        flat = SparseLogits(kept.values.flatten(0, 1), kept.indices.flatten(0, 1), kept.rest.flatten(), kept.classes)
+        return {"logits": flat.dense().unflatten(0, shape)}, {}
+
+    def _kept(self, inputs: Mapping[str, Any]) -> SparseLogits:
+        """The answers of a batch, (batch, k), or (batch, tokens, k) where its tokens are; of padding all are 0.
+
+        Raises:
+            RMTKDError: none in the batch, or for fewer tokens than it has.
+        """
         missing = [name for name in COLUMNS if name not in inputs]
         if missing:
             raise RMTKDError(
                 f"The batch has no {', '.join(missing)}: expected training data from cache_answers(teacher, dataset, "
                 "...)."
             )
-        values, indices, rest = inputs[VALUES], inputs[INDICES].long(), inputs[REST]
-        classes = int(inputs[CLASSES].max())
-        logits = rest[..., None].repeat(*(1,) * rest.dim(), classes).float()
-        logits.scatter_(-1, indices, values.float())
-        if logits.dim() == 2:
-            return {"logits": logits}, {}
-        mask = padding_mask(inputs)
-        if mask is None:
-            return {"logits": logits}, {}
-        # Wherever the collator put the padding, the answers belong to the real tokens in their order.
-        full = logits.new_zeros(*mask.shape, classes)
-        held = torch.arange(logits.shape[1], device=mask.device) < mask.sum(1, keepdim=True)
-        if logits.shape[1] < int(mask.sum(1).max()):
+        kept = (inputs[VALUES].float(), inputs[INDICES].long(), inputs[REST].float())
+        classes, mask = int(inputs[CLASSES].max()), padding_mask(inputs)
+        if kept[2].dim() == 1 or mask is None:
+            return SparseLogits(*kept, classes)
+        tokens = kept[2].shape[1]
+        if tokens < int(mask.sum(1).max()):
             raise RMTKDError(
-                f"A sample has {int(mask.sum(1).max())} tokens, its cached answers are for at most {logits.shape[1]}: "
+                f"A sample has {int(mask.sum(1).max())} tokens, its cached answers are for at most {tokens}: "
                 "the data was tokenized or truncated otherwise when the answers were computed. Run cache_answers "
                 "again."
             )
-        full[mask] = logits[held]
-        return {"logits": full}, {}
+        # Wherever the collator put the padding, the answers belong to the real tokens in their order.
+        held = torch.arange(tokens, device=mask.device) < mask.sum(1, keepdim=True)
+        placed = [tensor.new_zeros(*mask.shape, *tensor.shape[2:]) for tensor in kept]
+        for whole, tensor in zip(placed, kept, strict=True):
+            whole[mask] = tensor[held]
+        return SparseLogits(*placed, classes)
+
+    @property
+    def streams(self) -> bool:
+        return type(self).__call__ is CachedTeacher.__call__
+
+    def answers_at(self, inputs: Mapping[str, Any], chosen: torch.Tensor) -> SparseLogits:
+        """The answers at some positions, never written out over all classes.
+
+        Args:
+            chosen: bool (batch, tokens), n of them.
+
+        Raises:
+            RMTKDError: as a call.
+        """
+        return self._kept(inputs)[chosen]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -134,13 +162,40 @@ def cache_answers(
     place, names = next(teacher.parameters()).device, set(_input_names(teacher))
     answers: list[datasets.Dataset] = []  # Arrow tables: as Python lists they would take many times the memory
     with evaluating(teacher):
-        ask = Teacher(teacher)
+        ask, heads = Teacher(teacher), Heads()
         for start in tqdm(range(0, len(dataset), batch_size), "teacher's answers", unit="batch", disable=not progress):
             rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
             batch = to_device(collator([{k: v for k, v in row.items() if k in names} for row in rows]), place)
-            outputs, _ = ask(batch, drop=("labels",))
-            answers.append(datasets.Dataset.from_dict(_kept(_logits_of(teacher, outputs), padding_mask(batch), k)))
+            answers.append(datasets.Dataset.from_dict(_columns(_asked(ask, heads, batch, k), padding_mask(batch))))
     return datasets.concatenate_datasets([dataset, datasets.concatenate_datasets(answers)], axis=1)
+
+
+def _asked(ask: Teacher, heads: Heads, batch: Mapping[str, Any], k: int) -> SparseLogits:
+    """The answers of a batch, (batch, k) or (batch, tokens, k). Of many, logits of a few positions exist at a time."""
+    teacher, place = ask.model, main_input(batch)
+    inputs = ask.accepted(without_labels(teacher, batch, ("labels",)))
+    vocabulary = getattr(output_layer(teacher), "out_features", 0)
+    many = place is not None and place.dim() == 2 and place.numel() * vocabulary > CHUNK_NUMBERS
+    head = heads.of(teacher, inputs) if many else "few"
+    if isinstance(head, str):
+        outputs, _ = ask(batch, drop=("labels",))
+        return _largest(_logits_of(teacher, outputs), k)
+    with Postponed().around(head.layer) as kept:
+        ask(batch, drop=("labels",))
+    shape = kept.hidden.shape[:2]
+    parts = [_largest(head(part).float(), k) for part in kept.hidden.flatten(0, 1).split(chunk_of(vocabulary))]
+    whole = (torch.cat([getattr(part, name) for part in parts]) for name in ("values", "indices", "rest"))
+    return SparseLogits(*(tensor.unflatten(0, shape) for tensor in whole), parts[0].classes)
+
+
+def _largest(logits: torch.Tensor, k: int) -> SparseLogits:
+    """The k largest of the last dimension, and the logit that each other class gets."""
+    classes = logits.shape[-1]
+    values, indices = logits.topk(min(k, classes), dim=-1)
+    rest = torch.zeros(logits.shape[:-1], device=logits.device)
+    if k < classes:
+        rest = logits.scatter(-1, indices, -math.inf).logsumexp(-1) - math.log(classes - k)
+    return SparseLogits(values, indices, rest, classes)
 
 
 def _logits_of(teacher: nn.Module, outputs: Mapping[str, Any]) -> torch.Tensor:
@@ -159,30 +214,23 @@ def _input_names(model: nn.Module) -> list[str]:
     return [*named_inputs(model), "labels", "label", "label_ids"]
 
 
-def _kept(logits: torch.Tensor, mask: torch.Tensor | None, k: int) -> dict[str, list]:
+def _columns(answers: SparseLogits, mask: torch.Tensor | None) -> dict[str, list]:
     """One batch's columns."""
     columns: dict[str, list] = {name: [] for name in COLUMNS}
-    classes = logits.shape[-1]
-    if logits.dim() == 3 and mask is not None and mask.shape != logits.shape[:2]:
+    tokens = answers.rest.dim() == 2
+    if tokens and mask is not None and mask.shape != answers.rest.shape:
         raise RMTKDError(
-            f"cache_answers: logits {tuple(logits.shape)} for an attention_mask {tuple(mask.shape)}; expected an "
-            "answer a token."
+            f"cache_answers: logits {(*answers.rest.shape, answers.classes)} for an attention_mask "
+            f"{tuple(mask.shape)}; expected an answer a token."
         )
-    kept = min(k, classes)
-    values, indices = logits.topk(kept, dim=-1)
-    rest = torch.zeros(logits.shape[:-1], device=logits.device)
-    if kept < classes:
-        others = logits.scatter(-1, indices, -math.inf).logsumexp(-1)
-        rest = others - math.log(classes - kept)
-    for number in range(len(logits)):
-        tokens = logits.dim() == 3
-        chosen = mask[number] if tokens and mask is not None else slice(None)
-        kept_values, kept_indices = values[number].cpu().numpy(), indices[number].int().cpu().numpy()
+    for number in range(len(answers.rest)):
+        real = mask[number].cpu().numpy() if tokens and mask is not None else slice(None)
+        values, indices = (t[number].cpu().numpy() for t in (answers.values, answers.indices.int()))
         if tokens:  # Arrow takes lists of rows, no matrices
-            real = mask[number].cpu().numpy() if mask is not None else slice(None)
-            kept_values, kept_indices = list(kept_values[real]), list(kept_indices[real])
-        columns[VALUES].append(kept_values)
-        columns[INDICES].append(kept_indices)
-        columns[REST].append((rest[number][chosen] if tokens else rest[number]).cpu().tolist())
-        columns[CLASSES].append(classes)
+            values, indices = list(values[real]), list(indices[real])
+        columns[VALUES].append(values)
+        columns[INDICES].append(indices)
+        rest = answers.rest[number].cpu()
+        columns[REST].append((rest[real] if tokens else rest).tolist())
+        columns[CLASSES].append(answers.classes)
     return columns

@@ -91,6 +91,13 @@ class WeightedTeachers(Teacher):
         mean = {key: sum(w * a[key].float() for w, a in zip(self.weights, answers, strict=True)) for key in shared}
         return mean, features
 
+    @property
+    def streams(self) -> bool:
+        return type(self).__call__ is WeightedTeachers.__call__ and all(member.streams for member in self.members)
+
+    def merged(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        return sum(weight * one.float() for weight, one in zip(self.weights, logits, strict=True))
+
     def update(self, student: nn.Module) -> None:
         for teacher in self.members:
             teacher.update(student)

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import RMTKDError
 from .counts import UNITS, answers_that_count, count_units, token_labels
+from .stream import AnswerStream
 
 
 __all__ = ["DistillationStep"]
@@ -34,6 +35,8 @@ class DistillationStep:
         task_loss: the Trainer's own task loss (label smoothing and `compute_loss_func` honoured), scalar; None: read
             `student_outputs["loss"]`.
         progress: share of the training steps that are done, in [0, 1].
+        stream: a language model's answers, a few positions at a time; the outputs of both models then hold the logits
+            of the last position alone. None: the outputs hold what there is.
     """
 
     inputs: Mapping[str, Any]
@@ -48,6 +51,7 @@ class DistillationStep:
     decoding: bool = False
     task_loss: torch.Tensor | None = None
     progress: float = 0.0
+    stream: AnswerStream | None = None
 
     def counted(self, decoder: bool) -> tuple[torch.Tensor | None, str]:
         """(bool (batch, tokens), unit): which positions of a feature count, and in what `share` counts them.

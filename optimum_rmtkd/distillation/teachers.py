@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -58,6 +58,16 @@ class Teacher:
         with capture(self.model, paths) as features:
             outputs = self.model(**kept | self._named)
         return outputs, features
+
+    @property
+    def streams(self) -> bool:
+        """Are its logits `merged` from those of its models, position by position? Not known of a subclass that answers
+        otherwise."""
+        return type(self).__call__ is Teacher.__call__
+
+    def merged(self, logits: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Its logits from those of its `models`, in their order."""
+        return logits[0]
 
     def accepted(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Those that the model's forward takes; pixels and the like in the precision of its weights."""

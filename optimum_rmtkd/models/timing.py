@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 
 __all__ = ["Latency", "compare_latency"]
 
+
+Inputs = dict[str, Any] | Callable[[Any], dict[str, Any]]  # keyword arguments, or what makes them for a model
 
 BLOCK = 4  # passes of one model in a row: a served model meets its own weights in the cache, not those of another one
 
@@ -32,12 +34,16 @@ class Latency:
 
 
 def compare_latency(
-    before: PreTrainedModel, after: PreTrainedModel, inputs: dict[str, Tensor], repeats: int = 12
+    before: PreTrainedModel,
+    after: PreTrainedModel,
+    inputs: Inputs,
+    repeats: int = 12,
 ) -> Latency:
     """Time both models in turn, in short blocks of passes, so that a slow moment of the machine falls on both.
 
     Args:
-        inputs: keyword arguments of both models; the models must be on the same device as they are.
+        inputs: keyword arguments of both models, or what makes them anew for each pass, outside the time; the models
+            must be on the same device as they are.
         repeats: pairs of blocks. Of each block the first pass, which warms the caches, is not measured.
     """
     import torch
@@ -57,17 +63,18 @@ def compare_latency(
     )
 
 
-def _block(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+def _block(model: PreTrainedModel, inputs: Inputs) -> float:
     """Median seconds of BLOCK passes, after one that is not measured."""
     _seconds(model, inputs)
     return statistics.median(_seconds(model, inputs) for _ in range(BLOCK))
 
 
-def _seconds(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+def _seconds(model: PreTrainedModel, inputs: Inputs) -> float:
     import torch
 
+    given = inputs(model) if callable(inputs) else inputs
     start = time.perf_counter()
-    model(**inputs)
+    model(**given)
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter() - start

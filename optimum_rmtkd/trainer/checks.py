@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from ..batches import from_loader, main_input, no_mapping
 from ..config import COMPARING, RMTKDConfig
-from ..distillation import CachedTeacher, OnPolicy, TaskLoss
+from ..distillation import CachedTeacher, KLDivergence, OnPolicy, TaskLoss
 from ..distillation.cached import COLUMNS
+from ..distillation.objectives.answers import has_head
 from ..distillation.signatures import named_inputs
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import AROUND_THE_RESULT, check_structure
@@ -363,11 +364,33 @@ def _check_batch(
         )
     needed = any(isinstance(objective, TaskLoss) for objective in tutor.objectives)
     if needed and labels_needed and not any(name in inputs for name in host.label_names):
-        _check_loss(run, model, inputs)
+        if _is_unlabelled_text(run, model):
+            _leave_to_the_teacher(run)
+        else:
+            _check_loss(run, model, inputs)
     if classes_known:
         _check_classes(host.model, inputs)
     run.loss.look_at_labels(host.model, [inputs])
     _check_segments(tutor.given, host.model, inputs)
+
+
+def _is_unlabelled_text(run: Run, model: nn.Module) -> bool:
+    """Are the terms of the loss the recipe's own choice, for a language model that is not to be fine-tuned first?"""
+    language = has_head(model, "CAUSAL_LM") or has_head(model, "MASKED_LM")
+    return language and not run.parts.named and not run.config.fit_share and bool(run.config.kl_weight)
+
+
+def _leave_to_the_teacher(run: Run) -> None:
+    """Without labels the task has no term, and the teacher's answers weigh 1."""
+    tutor = run.tutor
+    tutor.objectives = [o for o in tutor.objectives if not isinstance(o, TaskLoss)]
+    for objective in tutor.objectives:
+        if isinstance(objective, KLDivergence):
+            objective.weight = 1.0
+    logger.warning(
+        "The text has no labels: the task's loss is left out, and the teacher's answers weigh 1. Terms: %s.",
+        ", ".join(objective.label for objective in tutor.objectives),
+    )
 
 
 def _check_loss(run: Run, model: nn.Module, inputs: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ checkpoints, and what it refuses.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -47,6 +48,7 @@ from .loops.schedules import LoopSchedule
 from .parts import parts_of
 from .run import Run
 from .stages import Stage, stage_table
+from .step import Around
 from .swap import raw_optimizer
 from .teaching import accept_teacher
 
@@ -244,7 +246,8 @@ class RMTKDLoop:
         with self._board.watching():
             self._go_on()
             (batch,) = run.begin_batch([batch])
-            loss, outputs = run.loss(host.model, batch, self._forward, host.columns.for_student, run.progress)
+            task = "outputs" if return_outputs or self._task_loss is not None else "model"
+            loss, outputs = run.loss(host.model, batch, self._forward, host.columns.for_student, run.progress, task)
         return (loss, outputs) if return_outputs else loss
 
     def step(self) -> None:
@@ -388,10 +391,13 @@ class RMTKDLoop:
                 "backward from loop.loss(batch)."
             )
 
-    def _forward(self, inputs: Mapping[str, Any], tasked: bool, compared: bool) -> tuple[torch.Tensor | None, Any]:
+    def _forward(
+        self, inputs: Mapping[str, Any], tasked: bool, compared: bool, around: Around | None
+    ) -> tuple[torch.Tensor | None, Any]:
         host, own = self._host, self._task_loss is not None
         taken = host.columns.for_calibration(inputs)
-        outputs = host.wrapped(**(without_labels(host.model, taken, host.label_names) if own else taken))
+        with around or contextlib.nullcontext():
+            outputs = host.wrapped(**(without_labels(host.model, taken, host.label_names) if own else taken))
         if not tasked:
             return None, outputs
         loss = self._task_loss(outputs, inputs) if own else outputs.get("loss")

@@ -5,6 +5,7 @@ Knows a run, its models and batches; no trainer.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -13,11 +14,14 @@ import torch
 from torch import nn
 
 from ..batches import evaluating, explained, first_samples, to_device
+from ..distillation import DistillationStep
+from ..distillation.objectives.answers import Answers
 from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
 from .data import isolated_rng
 from .run import Run
-from .step import named_outputs
+from .step import Around, named_outputs
+from .streaming import Plan
 from .tutor import step_on
 
 
@@ -45,10 +49,10 @@ def rehearse(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> None:
     if not reading:
         return
     batch = first_samples(batch, ROWS)
-    ours = outputs_on(run, model, batch)
     device = next(model.parameters()).device
-    batch = to_device(dict(batch), device)
-    step = step_on(model, batch, student_outputs=ours, teacher_outputs=ours)
+    plan = _plan(run, model, None, reading, batch)
+    ours = outputs_on(run, model, batch, plan and plan.student_answers())
+    step = _step(model, batch, ours, ours, plan)
     for objective in reading:
         objective.to(device)
         objective.setup(model, None if tutor.given is None else tutor.given.model, {})
@@ -67,14 +71,15 @@ def rehearse(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> None:
                 ", ".join(objective.label for objective in tutor.objectives),
             )
     if tutor.given is not None and (reading := [o for o in tutor.objectives if o.reads_answers]):
-        theirs = to_device(_taught(run, batch), device)
-        step = step_on(model, batch, student_outputs=ours, teacher_outputs=theirs)
+        step = _taught_step(run, model, batch, ours, reading)
         for objective in reading:
             objective(step)
 
 
 @torch.no_grad()
-def outputs_on(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+def outputs_on(
+    run: Run, model: nn.Module, batch: Mapping[str, Any], around: Around | None = None
+) -> Mapping[str, Any]:
     """What the model, whole, returns by name where it is not told its labels.
 
     Raises:
@@ -84,7 +89,7 @@ def outputs_on(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> Mapping[
     inputs = without_labels(model, host.columns.for_calibration(first_samples(batch, ROWS)), host.label_names)
     inputs = to_device(dict(inputs), next(model.parameters()).device)
     with isolated_rng(run.config.seed), evaluating(model), named_outputs(model), host.accelerator.autocast():
-        with explained(model, inputs, 0):
+        with explained(model, inputs, 0), around or contextlib.nullcontext():
             return model(**inputs)
 
 
@@ -98,3 +103,30 @@ def _taught(run: Run, batch: Mapping[str, Any]) -> Any:
     with isolated_rng(run.config.seed), run.host.accelerator.autocast():
         outputs, _ = given(batch, (), drop=run.host.label_names)
     return outputs
+
+
+def _plan(run: Run, model: nn.Module, teacher: Any, reading: list, batch: Mapping[str, Any]) -> Plan | None:
+    """Whether the answers on these rows are too many to be held at once."""
+    batch = to_device(dict(batch), next(model.parameters()).device)
+    read = run.host.columns.for_calibration(batch)
+    return run.loss.streaming.plan(model, teacher, reading, batch, read, "apart", run.config.logits_chunk)
+
+
+def _taught_step(run: Run, model: nn.Module, batch: Mapping[str, Any], ours: Any, reading: list) -> DistillationStep:
+    """Against the teacher that was given."""
+    given, place = run.tutor.given, next(model.parameters()).device
+    plan = _plan(run, model, given, reading, batch)
+    if plan is None:
+        return _step(model, batch, ours, to_device(_taught(run, batch), place))
+    ours = outputs_on(run, model, batch, plan.student_answers())
+    with plan.teacher_answers():
+        theirs = None if plan.cached else to_device(_taught(run, batch), place)
+    return _step(model, batch, ours, theirs, plan, given)
+
+
+def _step(
+    model: nn.Module, batch: Mapping[str, Any], ours: Any, theirs: Any, plan: Plan | None = None, teacher: Any = None
+) -> DistillationStep:
+    batch = to_device(dict(batch), next(model.parameters()).device)
+    stream = None if plan is None else plan.stream(batch, Answers.of(model), ours, teacher, theirs)
+    return step_on(model, batch, student_outputs=ours, teacher_outputs=theirs, stream=stream)

@@ -14,15 +14,18 @@ from torch import nn
 from ..distillation import BatchTransform, DistillationObjective, DistillationStep, TaskLoss, capture
 from ..distillation.counts import UNITS, masked_labels, total_units
 from ..distillation.objectives.answers import Answers
+from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
+from .streaming import TASK, Streaming
 from .tutor import Tutor
 
 
-__all__ = ["StepLoss", "named_outputs"]
+__all__ = ["Around", "StepLoss", "named_outputs"]
 
 logger = logging.getLogger(__name__)
 
-Forward = Callable[[Mapping[str, Any], bool, bool], tuple[torch.Tensor | None, Any]]
+Around = contextlib.AbstractContextManager
+Forward = Callable[[Mapping[str, Any], bool, bool, Around | None], tuple[torch.Tensor | None, Any]]
 
 
 class StepLoss:
@@ -32,6 +35,7 @@ class StepLoss:
         totals: (4,) units (`distillation.counts.UNITS`) in the accumulated batch at hand, over all processes; None:
             each batch stands for itself.
         parts: micro-batches in it, over all processes.
+        streaming: whether the logits of a step are made in chunks.
         computed: losses since the last optimizer step.
         reentrant: activations are recomputed by reentrant checkpointing, whose inner features carry no gradient.
     """
@@ -39,6 +43,7 @@ class StepLoss:
     def __init__(self, tutor: Tutor, transforms: list[BatchTransform], host: Any, reentrant: bool = False):
         self.tutor, self.transforms, self.host, self.reentrant = tutor, transforms, host, reentrant
         self._task = TaskLoss(1.0)
+        self.streaming = Streaming(lambda: self.accelerator.autocast(), tutor.label_names)
         self.totals: torch.Tensor | None = None
         self.parts = 1
         self.computed = 0
@@ -73,16 +78,18 @@ class StepLoss:
         forward: Forward,
         strip: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda batch: batch,
         progress: float = 0.0,
+        task: TASK = "outputs",
     ) -> tuple[torch.Tensor, Any]:
         """(weighted sum of the terms, student's outputs).
 
         Args:
             model: the student, without wrappers.
             inputs: a batch on the device, with what is there for the teacher alone.
-            forward: (inputs, whether a task loss is wanted, whether outputs are compared) -> (task loss or None, the
-                student's outputs).
+            forward: (inputs, whether a task loss is wanted, whether outputs are compared, None or a context to open
+                around the pass that these come from) -> (task loss or None, the student's outputs).
             strip: leaves in a batch what the student takes.
             progress: share of the distillation that is done.
+            task: how `forward` comes to the task's loss.
         """
         self.computed += 1
         objectives, teacher = self.objectives, self.tutor.teacher
@@ -92,12 +99,26 @@ class StepLoss:
             for transform in self.transforms if teacher is not None else ():
                 inputs = stack.enter_context(transform.around(inputs, [model, *teacher.models]))
             offered = dict(inputs)  # label smoothing takes the labels out of `inputs`
+            tasked = any(isinstance(objective, TaskLoss) for objective in objectives)
+            compared = any(not isinstance(objective, TaskLoss) for objective in objectives)
+            read, around = strip(inputs), None
+            chunk = self.tutor.config.logits_chunk
+            plan = self.streaming.plan(model, teacher, objectives, offered, read, task, chunk)
+            if plan is not None:
+                around, compared = plan.student_answers(), True
+            if plan is not None and not plan.apart:
+                read, tasked = without_labels(model, read, self.tutor.label_names), False
             with capture(model, paths) as features, named_outputs(model):
-                tasked = any(isinstance(objective, TaskLoss) for objective in objectives)
-                compared = any(not isinstance(objective, TaskLoss) for objective in objectives)
-                task_loss, outputs = forward(strip(inputs), tasked, compared)
+                task_loss, outputs = forward(read, tasked, compared, around)
             self._check(model, outputs, features, paths)
-            taught = self.tutor.side(offered, [o for o in objectives if o.needs_teacher], model)
+            asked = [o for o in objectives if o.needs_teacher]
+            if plan is not None and plan.cached:
+                asked = [o for o in asked if o.features().teacher]
+            with contextlib.nullcontext() if plan is None else plan.teacher_answers():
+                taught = self.tutor.side(offered, asked, model)
+        if plan is not None:
+            stream = plan.stream(offered, Answers.of(model), outputs, teacher, taught.teacher_outputs)
+            taught = dataclasses.replace(taught, stream=stream)
         step = dataclasses.replace(
             taught,
             student_outputs=outputs,
@@ -108,6 +129,21 @@ class StepLoss:
             progress=progress,
         )
         return self._weigh(step, objectives), outputs
+
+    def of_labels(
+        self, model: nn.Module, inputs: Mapping[str, Any], forward: Callable[[Mapping[str, Any]], Any]
+    ) -> torch.Tensor | None:
+        """The model's own loss of a batch of which nothing else is wanted, without its logits; None: they are few, or
+        needed."""
+        if not any(name in inputs for name in self.tutor.label_names):
+            return None
+        chunk = self.tutor.config.logits_chunk
+        plan = self.streaming.plan(model, None, [self._task], inputs, inputs, "model", chunk)
+        if plan is None:
+            return None
+        with named_outputs(model), plan.student_answers():
+            outputs = forward(without_labels(model, inputs, self.tutor.label_names))
+        return plan.stream(inputs, Answers.of(model), outputs, None, None).mean(self._task)
 
     def _check(self, model: nn.Module, outputs: Any, features: Mapping[str, Any], paths: Mapping[str, None]) -> None:
         if not isinstance(outputs, Mapping):

@@ -16,6 +16,7 @@ from optimum_rmtkd.distillation import CachedTeacher, OnlineTeacher, cache_answe
 from optimum_rmtkd.trainer import RMTKDTrainer, RMTKDTrainingArguments
 
 from ..trainer.conftest import ragged, tiny_bert
+from ..trainer.test_language_models import tiny_llama
 from .leaving import leave, wait
 from .sharding import tensors, zero
 
@@ -78,7 +79,18 @@ def beside():
     return {"objectives": objectives, "teacher_model": online, "model": student}
 
 
-PARTS = {part.__name__: part for part in (features, divergences, cached, several, beside)}
+def words():
+    """A language model, whose logits are made a few positions at a time."""
+    return {
+        "model": tiny_llama(),
+        "teacher_model": tiny_llama(3),
+        "objectives": ["task", "kl"],
+        "train_dataset": ragged(kind="causal"),
+        "rmtkd_config": RMTKDConfig(schedule="none", logits_chunk=5),
+    }
+
+
+PARTS = {part.__name__: part for part in (features, divergences, cached, several, beside, words)}
 
 
 def main(given=None):
@@ -94,7 +106,7 @@ def main(given=None):
         "model": tiny_bert(hidden_size=16, cls=transformers.BertForTokenClassification, **STILL),
         "train_dataset": ragged(kind="token"),
     }
-    parts |= PARTS[options.parts]()
+    parts |= {"rmtkd_config": RMTKDConfig(schedule="none", calibration_samples=32)} | PARTS[options.parts]()
     transformers.set_seed(0)
     trainer = RMTKDTrainer(
         args=RMTKDTrainingArguments(
@@ -112,7 +124,6 @@ def main(given=None):
             disable_tqdm=True,
             deepspeed=None if options.stage is None else zero(options.stage),
         ),
-        rmtkd_config=RMTKDConfig(schedule="none", calibration_samples=32),
         **parts,
     )
     trainer.remove_callback(transformers.PrinterCallback)

@@ -200,7 +200,7 @@ def test_cached_answers_distil_alike_in_two_processes(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", ["divergences", "several"])
+@pytest.mark.parametrize("parts", ["divergences", "several", "words"])
 def test_other_parts_distil_alike_in_two_processes(tmp_path, parts):
     one = alone(tmp_path / "one", "--batch-size", "8", "--parts", parts, script="distil")
     options = ("--batch-size", "4", "--parts", parts)

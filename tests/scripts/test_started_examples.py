@@ -115,3 +115,32 @@ def test_a_sentence_encoder_is_narrowed(tmp_path):
     assert journal(out)["reduction"] == pytest.approx(0.5, abs=0.05) and "dev_spearman_cosine" in told
     features = st.SentenceTransformer(str(out), device="cpu").encode("w1 w2").shape[-1]
     assert f"{features} features an embedding" in told
+
+
+@pytest.mark.parametrize("unlabelled", [False, True])
+def test_a_language_model_on_text(tmp_path, texts, unlabelled):
+    save_llama(tmp_path / "base", 64)
+    out, options = tmp_path / "out", {"form": "factored", "target_reduction": 0.2, "block_size": 16}
+    options |= {"model": tmp_path / "base", "output_dir": out, "unlabelled": unlabelled}
+    told = run("language_modeling", options | texts, tmp_path)
+    figures = json.loads((out / "all_results.json").read_text())
+    assert figures["reduction"] == pytest.approx(0.2, abs=0.05) and "after_perplexity" in told
+    assert sum(tensor.numel() for tensor in weights(out).values()) == journal(out)["parameters_after"]
+
+
+def test_a_masked_language_model_on_lines(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+    size = save_tokenizer(tmp_path / "base")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "base")
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    BertForMaskedLM(BertConfig(vocab_size=size + 1, max_position_embeddings=64, **sizes)).save_pretrained(
+        tmp_path / "base"
+    )
+    lines = tmp_path / "lines.txt"
+    lines.write_text("\n".join(" ".join(words) for words in sentences(256, 0)))
+    out, options = tmp_path / "out", {"target_reduction": 0.3, "block_size": 16, "train_file": lines}
+    told = run("language_modeling", options | {"model": tmp_path / "base", "output_dir": out}, tmp_path)
+    assert journal(out)["reduction"] == pytest.approx(0.3, abs=0.05) and "after_perplexity" in told

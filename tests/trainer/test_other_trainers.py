@@ -311,3 +311,28 @@ def test_trainers_of_preferences(tmp_path, tokenizer, kind):
     )
     trainer.train()
     assert trainer.stages[-1].status == "accepted" and all("loss/kl" in line for line in terms(trainer))
+
+
+def test_answers_in_chunks_beside_a_loss_without_logits(make_sft, caplog):
+    teacher = tiny_llama(1)
+
+    def logs(chunk):
+        trainer = make_sft(
+            recipe=NONE | {"logits_chunk": chunk},
+            given={"teacher_model": teacher},
+            max_steps=3,
+            bf16=False,
+            out=f"o{chunk}",
+        )
+        head, positions = trainer.model.get_output_embeddings(), []
+        head.register_forward_hook(lambda module, args, output: positions.append(output.numel() // output.shape[-1]))
+        trainer.train()
+        return [
+            {k: v for k, v in line.items() if k.startswith("loss")} for line in trainer.state.log_history
+        ], positions
+
+    whole, chunks = logs(None), logs(7)
+    for ours, theirs in zip(chunks[0], whole[0], strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-3)
+    assert max(chunks[1]) <= 8 < max(whole[1])  # one position of each of eight rows, beside the chunks
+    assert "kept in memory" not in caplog.text

@@ -282,10 +282,10 @@ def test_cached_answers_are_the_teachers(make_trainer, kind, k):
 
 def test_cached_answers_of_large_vocabularies_keep_the_mass():
     torch.manual_seed(0)
-    from optimum_rmtkd.distillation.cached import _kept
+    from optimum_rmtkd.distillation.cached import _columns, _largest
 
     logits = 3 * torch.randn(2, 40)
-    columns = _kept(logits, None, 5)
+    columns = _columns(_largest(logits, 5), None)
     inputs = {name: torch.stack([torch.as_tensor(v) for v in values]) for name, values in columns.items()}
     found = CachedTeacher()(inputs)[0]["logits"]
     p, q = logits.softmax(-1), found.softmax(-1)

@@ -70,6 +70,7 @@ class TensorAlignment(DistillationObjective):
     """
 
     name = "tensor_alignment"
+    logits = "none"
     needs_teacher = False  # its weights are read in setup, its answers never
 
     def __init__(self, tensors: Literal["auxiliary", "outer", "all"] = "auxiliary", weight: Weight = 1e-3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,13 +18,23 @@ from ..signatures import named_inputs
 from ..step import DistillationStep
 
 
-__all__ = ["Answers", "Divergence", "has_head", "shifts_labels"]
+__all__ = ["Answers", "Divergence", "has_head", "log_softened", "shifts_labels", "softened"]
 
 # (log p teacher, log q student), each (..., classes) fp32 -> (...)
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 SPANS = ("start_logits", "end_logits")
 LOWEST = -1e30  # stands for log 0: finite, because 0 * -inf is NaN, in the loss or in its gradient
+
+
+def log_softened(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Finite log-probabilities in fp32, (..., classes)."""
+    return F.log_softmax(logits.float() / temperature, -1).clamp_min(LOWEST)
+
+
+def softened(ours: torch.Tensor, theirs: torch.Tensor, divergence: Divergence, temperature: float) -> torch.Tensor:
+    """T^2 times the divergence of softened answers, (..., classes) logits each -> (...) fp32."""
+    return divergence(log_softened(theirs, temperature), log_softened(ours, temperature)) * temperature**2
 
 
 def labels_a_decoder(model: nn.Module) -> bool:
@@ -75,9 +86,8 @@ class Answers:
             RMTKDError: no logits, or logits of different shapes.
         """
 
-        def softened(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-            log_p, log_q = (F.log_softmax(z.float() / temperature, -1).clamp_min(LOWEST) for z in (theirs, ours))
-            return divergence(log_p, log_q) * temperature**2
+        def soft(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+            return softened(ours, theirs, divergence, temperature)
 
         student, teacher = step.student_outputs, step.teacher_outputs
         if not isinstance(teacher, Mapping):
@@ -86,7 +96,7 @@ class Answers:
                 "mapping, {'logits': ...}, as models of transformers return it."
             )
         if SPANS[0] in student:
-            parts = [softened(*self._masked_span(student[n], teacher[n], step.mask)).mean() for n in SPANS]
+            parts = [soft(*self._masked_span(student[n], teacher[n], step.mask)).mean() for n in SPANS]
             return 0.5 * sum(parts) * step.share("samples")
         ours, theirs = self.logits(step, who)
         if ours.dim() == 3:
@@ -94,7 +104,7 @@ class Answers:
             if self.is_regression(ours):
                 values = (ours.float() - theirs.float()).square().mean(-1)
             else:
-                values = softened(ours, theirs)
+                values = soft(ours, theirs)
             # No position at all in this micro-batch: zero, still attached to the graph.
             return values.sum() / max(values.numel(), 1) * step.share(unit)
         problem = self.resolved(step).problem
@@ -103,8 +113,8 @@ class Answers:
         if problem == "multi_label_classification":
             # A Bernoulli with logit z is a softmax over (z, 0).
             ours, theirs = (torch.stack((z.float(), torch.zeros_like(z.float())), dim=-1) for z in (ours, theirs))
-            return softened(ours, theirs).sum(-1).mean() * step.share("samples")
-        return softened(ours, theirs).mean() * step.share("samples")
+            return soft(ours, theirs).sum(-1).mean() * step.share("samples")
+        return soft(ours, theirs).mean() * step.share("samples")
 
     def is_regression(self, logits: torch.Tensor) -> bool:
         if self.problem == "multi_label_classification":  # of one label
@@ -138,11 +148,23 @@ class Answers:
         counted in."""
         if self.shifted:
             ours, theirs = ours[:, :-1], theirs[:, :-1]
-        mask = None if step.mask is None or self.decoding else answered(step.mask, self.shifted)
-        for chosen in (answers_that_count(step.inputs, self.shifted, self.decoding), mask):
-            if chosen is not None and chosen.shape == ours.shape[:2]:
-                return ours[chosen], theirs[chosen], "answers"
+        chosen = self.compared(step.inputs, step.mask, ours.shape[:2])
+        if chosen is not None:
+            return ours[chosen], theirs[chosen], "answers"
         return ours.flatten(0, 1), theirs.flatten(0, 1), "answers" if "input_ids" in step.inputs else "samples"
+
+    def compared(self, inputs: Mapping[str, Any], mask: torch.Tensor | None, shape: torch.Size) -> torch.Tensor | None:
+        """Bool (batch, tokens), one position shorter for causal models: which answers are compared; None: all of them.
+
+        Args:
+            mask: `padding_mask` of the inputs.
+            shape: (batch, tokens) of the answers.
+        """
+        mask = None if mask is None or self.decoding else answered(mask, self.shifted)
+        for chosen in (answers_that_count(inputs, self.shifted, self.decoding), mask):
+            if chosen is not None and chosen.shape == shape:
+                return chosen
+        return None
 
     def _masked_span(
         self, ours: torch.Tensor, theirs: torch.Tensor, mask: torch.Tensor | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from ...errors import RMTKDError
 from ...registry import Part, Registry, with_name
 from ...validation import check_value
+from ..sparse import SparseLogits
 from ..step import DistillationStep
 from .schedules import Weight, check_weight, weight_at
 
@@ -68,6 +69,9 @@ class DistillationObjective(Part, nn.Module):
             a teacher that the student was not cut from, and is left out there.
         reads_answers: it compares the models' answers, without features: computed once on a few rows before the run
             begins, so that models without such answers are refused then.
+        logits: how it reads a language model's. "none": not at all; "by_position": through `by_position`, a few
+            positions at a time, so that the logits of a whole batch never exist; "whole": from the outputs.
+        needs_labels: `by_position` is over the positions that have a label, not over all that are compared.
         active: False where `setup` found that there is nothing to compare for these models; it is then left out.
     """
 
@@ -77,6 +81,8 @@ class DistillationObjective(Part, nn.Module):
     needs_projection: bool = False
     reads_answers: bool = False
     observes: bool = False
+    logits: Literal["none", "by_position", "whole"] = "whole"
+    needs_labels: bool = False
 
     def __init__(self, weight: Weight = 1.0):
         super().__init__()
@@ -129,6 +135,18 @@ class DistillationObjective(Part, nn.Module):
     def forward(self, step: DistillationStep) -> torch.Tensor:
         """The unweighted term: a scalar in fp32, this micro-batch's part of a mean over the accumulated batch."""
         raise NotImplementedError(f"{type(self).__name__} must implement forward(step).")
+
+    def by_position(
+        self, ours: torch.Tensor, theirs: torch.Tensor | SparseLogits | None, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The value at each of n positions, (n,) in fp32; `forward` takes `step.stream.mean(self)` where there is a
+        stream.
+
+        Args:
+            ours, theirs: (n, vocabulary) logits; the teacher's without a history, None where nobody is asked.
+            labels: (n,) the words to be predicted; None without labels.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads logits position by position: it must implement that.")
 
     def to_dict(self) -> dict[str, Any]:
         """{"name": ..., constructor arguments}: JSON-able inverse of `from_dict`."""

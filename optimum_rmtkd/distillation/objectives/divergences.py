@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from ...validation import Interval, Positive
+from ..sparse import SparseLogits, sparse_kl
 from ..step import DistillationStep
-from .answers import Answers
+from .answers import Answers, log_softened, softened
 from .base import DistillationObjective, register_objective
 from .schedules import Weight
 
@@ -59,6 +60,7 @@ class _AnswerDivergence(DistillationObjective):
     """An objective that is a divergence of the softened answers; `Answers` says over what it is a mean."""
 
     reads_answers = True
+    logits = "by_position"
 
     def __init__(self, weight: Weight, temperature: Positive):
         super().__init__(weight)
@@ -69,7 +71,15 @@ class _AnswerDivergence(DistillationObjective):
         self._answers = Answers.of(student)
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
+        if step.stream is not None:
+            return step.stream.mean(self) * step.share("answers")
         return self._answers.compare(step, self.divergence, self.temperature, type(self).__name__)
+
+    def by_position(
+        self, ours: torch.Tensor, theirs: torch.Tensor | SparseLogits | None, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        theirs = theirs.dense() if isinstance(theirs, SparseLogits) else theirs
+        return softened(ours, theirs, self.divergence, self.temperature)
 
     def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
@@ -94,6 +104,13 @@ class KLDivergence(_AnswerDivergence):
 
     def divergence(self, log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
         return kl_divergence(log_q, log_p) if self.reverse else kl_divergence(log_p, log_q)
+
+    def by_position(
+        self, ours: torch.Tensor, theirs: torch.Tensor | SparseLogits | None, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        if self.reverse or not isinstance(theirs, SparseLogits):
+            return super().by_position(ours, theirs, labels)
+        return sparse_kl(theirs, log_softened(ours, self.temperature), self.temperature) * self.temperature**2
 
 
 @register_objective

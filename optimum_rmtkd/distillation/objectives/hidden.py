@@ -35,6 +35,7 @@ class HiddenStateLoss(DistillationObjective):
     """
 
     name = "hidden"
+    logits = "none"
     needs_projection = True
     observes = True
 

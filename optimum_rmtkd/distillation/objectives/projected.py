@@ -53,6 +53,7 @@ class ProjectedFeatureLoss(DistillationObjective):
     """
 
     name = "projected_feature"
+    logits = "none"
     observes = True
 
     def __init__(

@@ -47,6 +47,7 @@ class AttentionRelationLoss(DistillationObjective):
     """
 
     name = "attention_relation"
+    logits = "none"
 
     def __init__(
         self,

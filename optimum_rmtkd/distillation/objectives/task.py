@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ...errors import RMTKDError
 from ..counts import token_labels
+from ..sparse import SparseLogits
 from ..step import DistillationStep
 from .base import DistillationObjective, register_objective
 from .schedules import Weight
@@ -24,12 +26,16 @@ class TaskLoss(DistillationObjective):
 
     name = "task"
     needs_teacher = False
+    logits = "by_position"
+    needs_labels = True
 
     def __init__(self, weight: Weight = 0.5):
         super().__init__(weight)
 
     def forward(self, step: DistillationStep) -> torch.Tensor:
         loss = step.task_loss
+        if loss is None and step.stream is not None and step.stream.labels is not None:
+            return step.stream.mean(self) * step.share("labels")
         if loss is None:
             loss = step.student_outputs.get("loss")
         if loss is None:
@@ -44,3 +50,9 @@ class TaskLoss(DistillationObjective):
         if not bool(counted.any()):
             return logits[:0].float().sum()  # a mean over no label is NaN; no value, -inf and NaN, enters
         return loss.float() * step.share("labels")
+
+    def by_position(
+        self, ours: torch.Tensor, theirs: torch.Tensor | SparseLogits | None, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Cross-entropy, which language models are trained with."""
+        return F.cross_entropy(ours.float(), labels, reduction="none")

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from ...distillation.heads import output_layer
 from ...distillation.objectives.answers import Answers
 from ...distillation.teachers import without_labels
 from ...errors import RMTKDError
+from ..streaming import TASK
 from .own_loss import (
     carries_gradient,
     counting,
@@ -31,6 +33,8 @@ class LossHooks:
     """In front of a trainer: `compute_loss` is the sum of all terms where the model trains, the task's elsewhere."""
 
     _term = _blind = False  # the task's term is being computed; from outputs without gradient
+    _loss_alone = False  # an evaluation wants no outputs
+    _calls_head: bool | None = None  # a loss of its own calls the output layer; None: not seen yet
 
     @property
     def whole_loss(self) -> bool:
@@ -84,8 +88,12 @@ class LossHooks:
         behind = self._a_micro_batch(super().compute_loss)
         whole = self.whole_loss and not self.in_front and not _is_trainers(super().compute_loss)
         if not model.training or not self.run.active or self._term or whole:
+            inputs = self._host.columns.for_student(inputs)
+            if self._loss_alone and not self._term and self._task_comes_about() == "model":
+                loss = self.run.loss.of_labels(self._host.model, inputs, lambda read: model(**read))
+                if loss is not None:
+                    return (loss, {}) if return_outputs else loss
             with whole_head(self._host.model):
-                inputs = self._host.columns.for_student(inputs)
                 return behind(model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch)
         loss, outputs = self._distil(model, inputs, behind)
         return (loss, outputs) if return_outputs else loss
@@ -119,23 +127,50 @@ class LossHooks:
         def plain_outputs(inputs):
             return inside.run(model, without_labels(student, columns.for_calibration(inputs), self.label_names))
 
-        def around(read, tasked: bool, compared: bool):
+        def overheard(read, tasked: bool, compared: bool, around):
             loss = self._task_loss(model, dict(inputs), task_loss_of, return_outputs=False) if tasked else None
             return loss, plain_outputs(read) if compared else {}
 
-        def forward(inputs, tasked: bool, compared: bool):
+        def forward(inputs, tasked: bool, compared: bool, around):
             if not tasked:  # the data may be unlabelled
-                return None, model(**columns.for_calibration(inputs))
-            if self._blind and compared:
-                return self._task_loss(model, inputs, task_loss_of, return_outputs=False), plain_outputs(inputs)
+                with around or contextlib.nullcontext():
+                    return None, model(**columns.for_calibration(inputs))
+            if compared and (self._blind or task == "apart" and around is not None):
+                with self._watched_head():
+                    loss = self._task_loss(model, dict(inputs), task_loss_of, return_outputs=False)
+                with around or contextlib.nullcontext():
+                    return loss, plain_outputs(inputs)
             offered = dict(inputs)  # label smoothing takes the labels out
             loss, outputs = self._task_loss(model, inputs, task_loss_of, return_outputs=True)
             if compared and torch.is_grad_enabled() and not carries_gradient(outputs):
                 self._blind, outputs = True, plain_outputs(offered)
             return loss, outputs
 
-        forward = around if inside.wraps else forward
-        return self.run.loss(student, inside.read(inputs), forward, columns.for_student, self.run.progress)
+        task, forward = self._task_comes_about(), overheard if inside.wraps else forward
+        read, progress = inside.read(inputs), self.run.progress
+        return self.run.loss(student, read, forward, columns.for_student, progress, task)
+
+    def _task_comes_about(self) -> TASK:
+        """How the task's loss is computed. Of code that is not known, by whether it was seen to call the output layer,
+        the first time that it matters."""
+        if not self.own_loss and self.label_smoother is None:
+            return "model"
+        return "outputs" if self._calls_head else "apart"
+
+    @contextlib.contextmanager
+    def _watched_head(self) -> Iterator[None]:
+        """While open, remember whether the output layer is called: not by a loss that is fused with it (TRL)."""
+        layer = output_layer(self._host.model)
+        if layer is None or self._calls_head is not None:
+            yield
+            return
+        called: list[bool] = []
+        handle = layer.register_forward_pre_hook(lambda module, args: called.append(torch.is_grad_enabled()))
+        try:
+            yield
+        finally:
+            handle.remove()
+        self._calls_head = any(called)
 
     def _task_loss(self, model, inputs, task_loss_of, return_outputs: bool) -> Any:
         labelled = any(name in inputs for name in self.label_names)  # smoothing takes them out
@@ -174,9 +209,13 @@ class LossHooks:
         told = contextlib.nullcontext()
         if self.in_front:
             told = in_place_of(self, self._a_micro_batch(self.compute_loss))
-        with told:
-            inputs = self._host.columns.for_student(inputs)
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generation)
+        self._loss_alone = prediction_loss_only
+        try:
+            with told:
+                inputs = self._host.columns.for_student(inputs)
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys, **generation)
+        finally:
+            self._loss_alone = False
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As the trainer's own, with the batch transforms applied and the units of the whole batch counted."""
