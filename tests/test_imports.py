@@ -79,7 +79,7 @@ ROOMS = """
     reparameterization vocabulary pages
     models
     modeling_rmtkd
-    loading_rmtkd
+    loading_rmtkd resizing_rmtkd
     layers_rmtkd
     spec_rmtkd batches spectra
     config

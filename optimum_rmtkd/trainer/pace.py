@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config import RMTKDConfig
+from ..models import has_head
 from .host import Training
 from .rates import distil_rate, few_steps, rate_band, warmup_steps
 from .schedule import Phase
@@ -54,6 +55,11 @@ class Pace:
         given = self.host.rate
         return None if given is None or not self.phases else given * self.phases[-1].factor
 
+    @property
+    def _is_language(self) -> bool:
+        # a small one wanted ten times the rate that the rule allows (docs/guides/rates.md)
+        return has_head(self.host.model, "CAUSAL_LM")
+
     def suit(self, removed: float, steps: int) -> None:
         """Choose the rate of the distillation after a cut: the highest of the stage by the rule; that of the whole
         phase where the recipe names it, for then the user has one schedule in mind.
@@ -63,7 +69,7 @@ class Pace:
             steps: to the next cut, or to the end.
         """
         given, wanted = self.host.rate, self.config.distil_learning_rate
-        if given != 0 and (advice := few_steps(removed, steps)):
+        if given != 0 and not self._is_language and (advice := few_steps(removed, steps)):
             logger.warning(advice)
         if not self.phases or not given:
             if given != 0:
@@ -71,7 +77,9 @@ class Pace:
             return
         chosen = wanted or given
         why = f"learning rate of {chosen:.3g}: {'distil_learning_rate' if wanted else 'nothing was removed'}"
-        if wanted is None and 0 < removed < 1:
+        if wanted is None and self._is_language:
+            why = f"learning rate of {given:.3g} as given: the rule was measured on encoders, not on language models"
+        elif wanted is None and 0 < removed < 1:
             chosen, why = dataclasses.astuple(distil_rate(given, removed, steps))
         since = self.host.step if wanted is None else None
         self._change(factor=chosen / given * self.lowering, since=since)
@@ -87,7 +95,7 @@ class Pace:
             why = "its schedule is not known as a function of the step (a LambdaLR)"
         if wanted is not None:
             self._say("distil_learning_rate=%.3g is not used: the learning rate stays yours, for %s.", wanted, why)
-        elif 0 < removed < 1:
+        elif 0 < removed < 1 and not self._is_language:
             self._say(
                 "The learning rate stays yours: %s. With an optimizer of Adam's kind, %.0f%% of the parameters "
                 "removed and %d steps to distil allow %.2g to %.2g.",
