@@ -86,7 +86,9 @@ def _check_length(model: nn.Module, batch: Mapping[str, Any], mask: torch.Tensor
         return
     longest = ids.shape[1] if mask is None else int(mask.sum(-1).max())
     limits = [table.num_embeddings - rows_before(table) for table in _declared_positions(model)]
-    if not limits and _is_decoder(model):  # rotary positions go on for ever, but nothing was trained beyond
+    # rotary positions go on for ever, but nothing was trained beyond; dynamic ones are made to follow the text
+    dynamic = (getattr(model.config, "rope_parameters", None) or {}).get("rope_type") == "dynamic"
+    if not limits and not dynamic and _is_decoder(model):
         limits = [limit] if isinstance(limit := getattr(model.config, "max_position_embeddings", None), int) else []
     for limit in limits:
         if longest > limit:

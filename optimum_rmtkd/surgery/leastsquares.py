@@ -66,7 +66,8 @@ class LeastSquares:
 
     Without a ridge, each layer has that of `RIDGES` which predicts best what it did not see: the first and the second
     half of each chunk explain each other (rows of one sentence are neighbours and alike, so that rows held out one by
-    one would say little). Half as many rows stand twice the ridge.
+    one would say little). Half as many rows stand twice the ridge. Where columns have units of their own (`unit`), the
+    ridge is the least: it would be a matter of units which outputs the choice looks at.
 
     Sums are taken about the mean of the first chunk and moved to the mean of all by exact algebra in fp64, as in
     `spectra.SecondMoments`: so one pass over the data does.
@@ -81,7 +82,9 @@ class LeastSquares:
     def __init__(self, ridge: float | None, intercept: bool, unit: int | None = None):
         self.ridge, self.intercept, self.unit = ridge, intercept, unit
         self._pivots: dict[str | None, torch.Tensor] = {}  # of X under None, of each R under its name; fp64
-        self._halves = [_Sums()] if ridge is not None else [_Sums(), _Sums()]
+        if ridge is None and unit is not None:
+            self.ridge = RIDGES[0]
+        self._halves = [_Sums()] if self.ridge is not None else [_Sums(), _Sums()]
 
     @property
     def count(self) -> int:
@@ -126,7 +129,8 @@ class LeastSquares:
         if not self.count:
             raise CalibrationError(f"{what}: no rows to fit to, all positions of the calibration data are padding.")
         ridge = self.ridge if self.ridge is not None else self._chosen(name, what)
-        update, shift = self._solved(_both(self._halves, name), name, ridge, what)
+        both = _both(self._halves, name)
+        update, shift = self._solved(both, name, ridge, self._sizes_of(both, name), what)
         if not self.intercept:
             return update, shift
         return update, self._pivots[name] + shift - update @ self._pivots[None]
@@ -135,18 +139,26 @@ class LeastSquares:
         """The ridge under which each half explains the other best; the largest where one half is empty."""
         if not all(half.count for half in self._halves):
             return RIDGES[-1]
-        pairs = [self._halves, self._halves[::-1]]
+        pairs, both = [self._halves, self._halves[::-1]], _both(self._halves, name)
+        # the variance is that of all rows: a half may have none that fp32 products could tell
+        each = [self._sizes_of(both, name) * (one.count / both.count) ** 0.5 for one, _ in pairs]
 
         def missed(ridge: float) -> float:
-            return sum(other.missed(name, *self._solved(one, name, ridge, what)) for one, other in pairs)
+            fits = (self._solved(one, name, ridge, size, what) for (one, _), size in zip(pairs, each, strict=True))
+            return sum(other.missed(name, *fit) for (_, other), fit in zip(pairs, fits, strict=True))
 
         return min(RIDGES, key=missed) / 2
 
-    def _solved(self, sums: _Sums, name: str, ridge: float, what: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def _sizes_of(self, sums: _Sums, name: str) -> torch.Tensor:
+        """(a,) root of the sum of squares of each column of X that its part of the ridge is taken from."""
+        return _sizes(sums.of(name)[0].diagonal(), self.unit)
+
+    def _solved(
+        self, sums: _Sums, name: str, ridge: float, size: torch.Tensor, what: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """D and e about the pivots."""
         gram, cross, of_x, of_r = sums.of(name)
         check_finite(cross, what)
-        size = _sizes(gram.diagonal(), self.unit)
         gram = gram / torch.outer(size, size) + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         jitters = (0.0, *[jitter for jitter in JITTERS if jitter > max(ridge, FP32)])
         factor = cholesky(gram, f"{what}, ridge={ridge:g}", jitters, resolution=FP32)

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..batches import Store, batch_size, first_samples, main_input, padding_mask, run
 from ..modeling_rmtkd import is_norm
+from ..spectra.products import exact_matmul
 from .calibration import features_last, token_mask
 from .leastsquares import LeastSquares, NormFit, least_squares_update, norm_fit
 from .linalg import check_finite
@@ -65,7 +66,9 @@ def refit(
     """Fit all units of `student` that a cut touches, in place, in forward order."""
     batches = _cap(batches)
     masks = [padding_mask(batch) for batch in batches]
-    with tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False) as bar:
+    bar = tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False)
+    # sums of products that bf16 has rounded tell nothing of small eigenvalues
+    with bar, exact_matmul(next(student.parameters()).device):
         for part in _parts(student, teacher, anatomy, batches, masks, cuts):
             _fit_part(part, cuts, ridge)
             bar.update()

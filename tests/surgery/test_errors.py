@@ -276,7 +276,7 @@ def test_recipe_survives_json(tmp_path):
     [
         ("sample_unit", "word", "sample_unit='word': expected one of token, spaced, sequence_mean"),
         ("target_reduction", "half", "target_reduction='half': expected a share .* or None; got a str"),
-        ("ridge", True, "ridge=True: expected a number above 0; got a bool"),
+        ("ridge", True, "ridge=True: expected a number above 0 or None; got a bool"),
         ("form", "dense", "form='dense': expected one of absorbed, factored"),
         ("allocation", "greedy", "allocation='greedy': expected one of loss, edge, uniform"),
         ("importance", "hessian", "importance='hessian': expected one of auto, fisher, variance"),

@@ -125,7 +125,7 @@ def test_a_target_that_costs_much_draws_one_warning(caplog):
     with torch.no_grad():
         model.classifier.weight.mul_(200)
     with caplog.at_level(logging.WARNING, logger="optimum_rmtkd"):
-        narrow(model, data, RMTKDConfig(target_reduction=0.8, round_to=4, min_width=4), progress=False)
+        narrow(model, data, RMTKDConfig(target_reduction=0.8, round_to=4, min_width=4, ridge=1e-4), progress=False)
     assert len([r for r in caplog.records if "Three things to try" in r.getMessage()]) == 1
 
 
