@@ -86,7 +86,7 @@ HOSTILE = {
     "nothing.json": (b"[]", "holds no rows"),
     "uneven.json": (b'{"sentence": ["a", "b"], "label": [0]}', "differ in length"),
     "bad_line.jsonl": (b'{"sentence": "a", "label": 0}\n{"sentence": "b", "label"\n', "line 2 is no JSON"),
-    "words.txt": (b"the film\t1\n", "unknown kind of file '.txt'"),
+    "words.txt": (b"the film\t1\n", "words.txt is plain text, which has no labels"),
     "book.xlsx": (zipped(), "unknown kind of file '.xlsx'"),
     "no_suffix": (GOOD.encode(), "unknown kind of file ''"),
     "utf16.json": (b"[]".decode().encode("utf16"), "UTF-16"),
