@@ -167,9 +167,10 @@ class RMTKDConfig(Recipe):
         True, "Refit every narrowed layer by least squares to the teacher's output, shallow to deep."
     )
     ridge: Positive | None = _option(
-        None,
-        "Ridge of that refit, relative to the mean variance of the layer's input; > 0. None: for each layer the one "
-        "under which two halves of the data explain each other best.",
+        1e-4,
+        "Ridge of that refit, relative to the mean variance of the layer's input; > 0. None (null in a recipe file): "
+        "for each layer the one under which two halves of each batch explain each other best; it then depends on how "
+        "the data are put into batches.",
     )
     calibration_samples: Count = _option(1024, "Samples of the data used for spectra and refit.")
 
