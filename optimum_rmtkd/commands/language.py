@@ -86,11 +86,14 @@ class LanguageTask:
 
 
 def kind_of(config: PreTrainedConfig) -> str | None:
-    """Whether a config is of a "causal" or a "masked" language model, reduced or not; None for others."""
+    """Whether a config is of a "causal" or a "masked" language model, reduced or not; None for others,
+    encoders with a decoder among them."""
     from transformers.models.auto import modeling_auto
 
     from ..modeling_rmtkd import PREFIX
 
+    if getattr(config, "is_encoder_decoder", False):  # transformers counts BART among the masked ones
+        return None
     name = (config.architectures or [""])[0].removeprefix(PREFIX)
     if name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "causal"

@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from optimum_rmtkd.batches import padding_mask
+from optimum_rmtkd.commands.language import kind_of
 from optimum_rmtkd.distillation import DistillationObjective, DistillationStep, build_objectives, capture
 from optimum_rmtkd.distillation.counts import total_units
 from optimum_rmtkd.distillation.layers import in_decoder
@@ -212,6 +213,15 @@ def tiny_bart(seed, cls=BartForConditionalGeneration):
     ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
     config = BartConfig(vocab_size=60, d_model=32, max_position_embeddings=32, **sizes, **ends)
     return cls(config)
+
+
+def test_an_encoder_with_a_decoder_is_no_unlabelled_text(make_trainer):
+    """transformers counts BART among the masked language models; its labels are texts of their own."""
+    rows = [{k: v for k, v in row.items() if k != "labels"} for row in ragged(16)]
+    trainer = make_trainer(tiny_bart(0), recipe=NONE, trainer_kwargs={"train_dataset": rows, "eval_dataset": None})
+    with pytest.raises(RMTKDError, match="leave TaskLoss out of the objectives"):
+        trainer.train()
+    assert kind_of(BartConfig(architectures=["BartForConditionalGeneration"])) is None
 
 
 def test_features_of_encoder_decoders(make_trainer):

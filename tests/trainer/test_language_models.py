@@ -20,6 +20,7 @@ from optimum_rmtkd.distillation import (
     cache_answers,
 )
 from optimum_rmtkd.distillation.cached import AnswerCollator
+from optimum_rmtkd.trainer import rehearsal
 
 from .conftest import ragged, tiny_bert
 
@@ -101,6 +102,18 @@ def test_a_run_in_chunks_is_the_run_on_whole_logits(run, kind, caplog):
     if kind == "unlabelled":
         assert "the teacher's answers weigh 1" in caplog.text
         assert chunks[0][0]["loss"] == pytest.approx(chunks[0][0]["loss/kl"], rel=1e-4)
+
+
+def test_a_teacher_on_another_device_is_rehearsed_on_whole_logits(run, monkeypatch):
+    """Its output layer cannot be tried on the student's batch."""
+    asked, plan = [], rehearsal._plan
+    monkeypatch.setattr(rehearsal, "_place", lambda teacher: torch.device("meta"))
+    monkeypatch.setattr(rehearsal, "to_device", lambda batch, device: batch)
+    monkeypatch.setattr(rehearsal, "_plan", lambda *args: asked.append(args[2]) or plan(*args))
+    run(5, ragged(16, kind="causal"), max_steps=1)
+    assert asked == [None]
+    monkeypatch.undo()
+    assert rehearsal._place(SnapshotTeacher(tiny_llama())) == torch.device("cpu")
 
 
 @pytest.mark.parametrize("kind", ["padded", "packed"])
