@@ -1,16 +1,16 @@
 """Narrow a causal or masked language model on text, and distil it back, in the one `train()`.
 
     python examples/language_modeling.py --model ./stories260k_llama --train_file tinystories_sub_train.parquet \\
-        --validation_file tinystories_sub_validation.parquet --form factored --target_reduction 0.2 \\
+        --validation_file tinystories_sub_validation.parquet --target_reduction 0.2 \\
         --block_size 256 --max_train_samples 2000 --output_dir out --max_steps 300 --learning_rate 1e-3
 
     torchrun --nproc_per_node 2 examples/language_modeling.py ...        # several devices: nothing else changes
 
 Texts: the lines of a .txt, or the column `text` of a csv, json, jsonl or parquet file. They are joined, with the ends
 that the tokenizer gives a text, or its eos where it gives none, and cut into blocks. Whether the model guesses the
-next word or hidden ones is read from its config; `--unlabelled` leaves the words to be predicted out, so that the
-student learns from the teacher's answers alone. The teacher is the model itself before its cut, or `--teacher`, which
-has the same words.
+next word or hidden ones is read from its config; `--unlabelled`, of models that guess the next word, leaves the labels
+out, so that the student learns from the teacher's answers alone. The teacher is the model itself before its cut, or
+`--teacher`, which has the same words.
 Every option of `transformers.TrainingArguments` is an option here. Lines that a plain Trainer script does not have are
 marked with (+), lines that it has otherwise with (~).
 """
@@ -93,6 +93,8 @@ def main() -> None:
         parser.error(f"no column {data.text_column!r} in the data; there are {', '.join(rows['train'].column_names)}")
     config = AutoConfig.from_pretrained(arguments.model)
     masked = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+    if data.unlabelled and masked:
+        parser.error("--unlabelled: the words that a masked model guesses are hidden together with their labels")
     auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     ended = bool(tokenizer("")["input_ids"])  # with bos, for example
@@ -124,7 +126,7 @@ def main() -> None:
         if not len(rows[split]):
             parser.error(f"the text for {split} is shorter than one block of {data.block_size} tokens")
     learnt_from = rows["train"]
-    if data.unlabelled and not masked:
+    if data.unlabelled:
         learnt_from = learnt_from.remove_columns("labels")
 
     training.prediction_loss_only = True  # logits of whole batches are not gathered

@@ -6,10 +6,10 @@
 
 The tables (csv, json, jsonl or parquet) have what `SFTTrainer` takes: a column `text`, `prompt` and `completion`, or
 `messages`. Every option of `trl.SFTConfig` is an option here, with its own defaults: activation checkpointing is on,
-and so is bfloat16. Decoders have no declared family yet: their linear layers are replaced by two thin ones each
-(form="factored"), which costs a small model more than it costs a large one. The teacher is the model itself, as it is
-before the cut; so the first steps (`--fit_share`) fine-tune it on the data, or it would be taught what it knew before.
-With `--teacher` nothing is cut: the model learns from that larger one of the same tokenizer.
+and so is bfloat16. A decoder whose family is not declared takes `--form factored`: two thin linear layers in the place
+of each one. The teacher is the model itself, as it is before the cut; so the first steps (`--fit_share`) fine-tune it
+on the data, or it would be taught what it knew before. With `--teacher` nothing is cut: the model learns from that
+larger one of the same tokenizer.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ class ScriptArguments:
     train_file: str = field(metadata={"help": "Table of the training data."})
     validation_file: str | None = field(default=None, metadata={"help": "Table that the stages are judged on."})
     target_reduction: float = field(default=0.2, metadata={"help": "Share of the parameters to remove."})
+    form: str = field(
+        default=RMTKDConfig.form, metadata={"help": "factored: for models whose family is not declared."}
+    )
     fit_share: float = field(
         default=0.4,
         metadata={"help": "Share of the steps that fine-tune the model before its cut; 0: it has learnt such data."},
@@ -49,7 +52,7 @@ def read(path: str):
 def main() -> None:
     script, training = HfArgumentParser((ScriptArguments, SFTConfig)).parse_args_into_dataclasses()
     recipe = RMTKDConfig(
-        form="factored", target_reduction=script.target_reduction, fit_share=script.fit_share, seed=training.seed
+        form=script.form, target_reduction=script.target_reduction, fit_share=script.fit_share, seed=training.seed
     )
     teacher = None
     if script.teacher is not None:

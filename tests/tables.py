@@ -23,7 +23,8 @@ def some_slow(cases: Iterable[Any], quick: Collection[Any]) -> list:
 
 
 def covering(rows: Sequence[Any], columns: Sequence[Any], without: Collection[tuple[Any, Any]] = (), times: int = 1):
-    """(row, column) for all of them but some, so that each row and column is in a quick one, `times` times."""
+    """(row, column) for all of them but some, so that each row and column that has a case is in a quick one; `times`
+    times, as far as those are none of the left out."""
     table = [(row, column) for row in rows for column in columns if (row, column) not in without]
     count = max(len(rows), len(columns))
     diagonals = [
@@ -31,4 +32,9 @@ def covering(rows: Sequence[Any], columns: Sequence[Any], without: Collection[tu
         for shift in range(times)
         for i in range(count)
     ]
-    return some_slow(table, [case for case in diagonals if case not in without])
+    quick = [case for case in diagonals if case not in without]
+    for side in (0, 1):  # where all that lie on the diagonals are left out
+        for case in table:
+            if not any(case[side] == other[side] for other in quick):
+                quick.append(case)
+    return some_slow(table, quick)

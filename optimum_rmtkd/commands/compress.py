@@ -178,6 +178,8 @@ def _check_cut_alone(training: TrainingOptions, recipe: RMTKDConfig) -> None:
     """What would be ignored without training is refused."""
     idle = [n for n in ("objectives", "reparameterization", "transforms") if getattr(recipe, n) is not None]
     idle += ["schedule none"] if recipe.schedule == "none" else []
+    if recipe.tolerance is not None:
+        idle += [name.replace("_", "-") for name in ("rounds", "round_share") if getattr(recipe, name) is not None]
     if idle and not training.train:
         raise RMTKDError(
             f"--no-train and {', '.join('--' + name for name in idle)}: a cut alone trains nothing, and is one cut. "

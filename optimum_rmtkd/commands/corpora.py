@@ -36,19 +36,20 @@ def check_texts(files: Sequence[str]) -> None:
         contents_of(path) if packed else check_contents(path)
 
 
-def texts_of(files: Sequence[str], columns: Mapping[str, Sequence[str]]) -> Iterator[Any]:
+def texts_of(files: Sequence[str], columns: Mapping[str, Sequence[str]], blank_lines: bool = False) -> Iterator[Any]:
     """Every text of the files: the lines of a .txt, the cells of the text columns of a table, which may be nested
     (messages); what is empty passes by.
 
     Args:
         columns: as `text_columns` found them.
+        blank_lines: those of a .txt count, too.
 
     Raises:
         RMTKDError: a file that cannot be read any more, when it is its turn.
     """
     for file in files:
         path = Path(file)
-        yield from _lines(path) if suffix_of(path) == PLAIN else _cells(path, columns[file])
+        yield from _lines(path, blank_lines) if suffix_of(path) == PLAIN else _cells(path, columns[file])
 
 
 def text_columns(files: Sequence[str], columns: Sequence[str] | None = None) -> dict[str, list[str]]:
@@ -65,9 +66,9 @@ def text_columns(files: Sequence[str], columns: Sequence[str] | None = None) -> 
     return {file: _columns(Path(file), columns) for file in dict.fromkeys(files) if suffix_of(Path(file)) != PLAIN}
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, blank: bool) -> Iterator[str]:
     with readable(path), opened(path) as lines:
-        yield from (text for line in lines if (text := line.rstrip("\n")))
+        yield from (text for line in lines if (text := line.rstrip("\n")) or blank)
 
 
 def _columns(path: Path, wanted: Sequence[str] | None) -> list[str]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import RMTKDError
 from .corpora import check_texts, text_columns, texts_of
-from .data import HELD_OUT, LABEL_COLUMNS, DataArguments
+from .data import HELD_OUT, DataArguments
 from .inputs import check_tokens, load_tokenizer
-from .streams import columns_of, suffix_of
+from .streams import TEXT, columns_of, suffix_of
 
 
 if TYPE_CHECKING:
@@ -73,11 +73,15 @@ class LanguageTask:
         return DataLoader(self.train, batch_size, shuffle=True, generator=generator, collate_fn=self.collator)
 
     def measure(self, model: PreTrainedModel, batch_size: int) -> dict[str, float]:
-        """Perplexity of the validation text and its logarithm, named as by `Trainer.evaluate`."""
+        """Perplexity of the validation text and its logarithm, named as by `Trainer.evaluate`. As by a
+        Trainer, the model is moved to the accelerator, where there is one."""
+        import torch
         from torch.utils.data import DataLoader
 
         from ..distillation.perplexity import masked_perplexity, perplexity
 
+        if torch.accelerator.is_available():
+            model.to(torch.accelerator.current_accelerator())
         if self.kind == "masked":
             found = masked_perplexity(model, DataLoader(self.validation, batch_size, collate_fn=self.collator))
         else:
@@ -86,11 +90,14 @@ class LanguageTask:
 
 
 def kind_of(config: PreTrainedConfig) -> str | None:
-    """Whether a config is of a "causal" or a "masked" language model, reduced or not; None for others."""
+    """Whether a config is of a "causal" or a "masked" language model, reduced or not; None for others,
+    encoders with a decoder among them."""
     from transformers.models.auto import modeling_auto
 
     from ..modeling_rmtkd import PREFIX
 
+    if getattr(config, "is_encoder_decoder", False):  # transformers counts BART among the masked ones
+        return None
     name = (config.architectures or [""])[0].removeprefix(PREFIX)
     if name in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return "causal"
@@ -98,15 +105,18 @@ def kind_of(config: PreTrainedConfig) -> str | None:
 
 
 def is_plain_text(data: DataArguments, fit: bool) -> bool:
-    """Whether the data of a language model are texts for it as it is. A table with labels is for a classifier: with
-    `fit` for a new head, as of any other model; without it, unless its text column is named."""
+    """Whether the data of a language model are texts for it as it is. A table is for a classifier, unless its texts
+    are named or its only column; with `fit`, which makes a new head of any other model, unless no column is left for
+    labels."""
     if data.label_column is not None or data.train_file is None or Path(data.train_file).is_dir():
         return False
     path = Path(data.train_file)
     if suffix_of(path) == PLAIN:
         return True
-    labelled = bool(set(columns_of(path)) & set(LABEL_COLUMNS))
-    return not labelled or (data.text_column is not None and not fit)
+    if data.text_column is not None and not fit:
+        return True
+    columns = columns_of(path)
+    return set(columns) == set(data.text_column or ()) or list(columns.values()) == [TEXT]
 
 
 def load_language_task(
@@ -126,6 +136,8 @@ def load_language_task(
     files = [file for file in (data.train_file, data.validation_file) if file is not None]
     check_texts(files)
     kind, columns = kind_of(config), text_columns(files, data.text_column)
+    named = f"the texts in {', '.join(columns[data.train_file])} of" if data.train_file in columns else "the lines of"
+    print(f"'{name}' stays a {kind} language model: cut, distilled and measured on {named} {data.train_file}")
     tokenizer = load_tokenizer(name, config, padded=kind == "masked")
     length = _length(name, config, tokenizer, data.max_length)
     _check_ends(name, tokenizer, kind, files)
@@ -227,10 +239,10 @@ def token_stream(
     each where it gives none."""
     ended = marks_ends(tokenizer)
     for file in files:
-        running = suffix_of(Path(file)) == PLAIN
-        texts = (_as_text(text, file) for text in texts_of([file], columns))
+        running = suffix_of(Path(file)) == PLAIN and kind == "causal"
+        texts = (_as_text(text, file) for text in texts_of([file], columns, blank_lines=running))
         while part := list(islice(texts, AT_ONCE)):
-            if running and kind == "causal":
+            if running:
                 yield tokenizer("\n".join(part) + "\n", add_special_tokens=False, verbose=False)["input_ids"]
                 continue
             ids = tokenizer(part, verbose=False)["input_ids"]

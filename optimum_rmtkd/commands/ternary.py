@@ -100,6 +100,7 @@ class TernaryCommand(Command):
             inputs = read_by(args, data, training.checkpoints)
         else:
             inputs = [("the features", args.features), ("the features", args.test_features)]
+        use_threads(args.threads)
         with writing_beside(args.output, args.overwrite, inputs) as folder:
             if args.features is not None:
                 table = _from_features(args.features, args.test_features, config, folder)
@@ -118,7 +119,7 @@ def _refuse_unused(args, config: TernaryConfig) -> None:
         (args.model is not None, {"test_features"}, "--features"),
         (
             config.weights == "random",
-            {"scale", *fields[TrainingOptions] - {"batch_size", "eval_batch_size"}},
+            {"scale", *fields[TrainingOptions] - {"batch_size", "eval_batch_size", "threads"}},
             "--weights trained",
         ),
         (config.weights == "trained", {"hidden", "activation", "targets", "ridge"}, "--weights random"),
@@ -240,7 +241,6 @@ def _in_a_model(args, data: DataArguments, training: TrainingOptions, config: Te
     from .language import LanguageTask
     from .task import evaluate, load_task, stored_dtype, weights_folder
 
-    use_threads(training.threads)
     recipe = RMTKDConfig(target_reduction=args.target_reduction, seed=config.seed)
     task = load_task(args.model, data, config.seed, training.attn_implementation)
     if isinstance(task, LanguageTask):

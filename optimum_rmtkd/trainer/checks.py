@@ -377,6 +377,7 @@ def _check_batch(
 def _is_unlabelled_text(run: Run, model: nn.Module) -> bool:
     """Are the terms of the loss the recipe's own choice, for a language model that is not to be fine-tuned first?"""
     language = has_head(model, "CAUSAL_LM") or has_head(model, "MASKED_LM")
+    language = language and not getattr(model.config, "is_encoder_decoder", False)  # BART is among the masked ones
     return language and not run.parts.named and not run.config.fit_share and bool(run.config.kl_weight)
 
 

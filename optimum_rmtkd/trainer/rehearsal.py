@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..batches import evaluating, explained, first_samples, to_device
-from ..distillation import DistillationStep
+from ..distillation import DistillationStep, Teacher
 from ..distillation.objectives.answers import Answers
 from ..distillation.teachers import without_labels
 from ..errors import RMTKDError
@@ -71,7 +71,7 @@ def rehearse(run: Run, model: nn.Module, batch: Mapping[str, Any]) -> None:
                 ", ".join(objective.label for objective in tutor.objectives),
             )
     if tutor.given is not None and (reading := [o for o in tutor.objectives if o.reads_answers]):
-        step = _taught_step(run, model, batch, ours, reading)
+        step = _taught_step(run, model, batch, ours if plan is None else None, reading)
         for objective in reading:
             objective(step)
 
@@ -93,13 +93,17 @@ def outputs_on(
             return model(**inputs)
 
 
+def _place(teacher: Teacher) -> torch.device | None:
+    """Device of a teacher's models; None where it has none."""
+    return next((parameter.device for model in teacher.models for parameter in model.parameters()), None)
+
+
 @torch.no_grad()
 def _taught(run: Run, batch: Mapping[str, Any]) -> Any:
     """Answers of the teacher that was given."""
     given = run.tutor.given
-    weights = next((parameter for model in given.models for parameter in model.parameters()), None)
-    if weights is not None:
-        batch = to_device(dict(batch), weights.device)
+    if (place := _place(given)) is not None:
+        batch = to_device(dict(batch), place)
     with isolated_rng(run.config.seed), run.host.accelerator.autocast():
         outputs, _ = given(batch, (), drop=run.host.label_names)
     return outputs
@@ -112,11 +116,18 @@ def _plan(run: Run, model: nn.Module, teacher: Any, reading: list, batch: Mappin
     return run.loss.streaming.plan(model, teacher, reading, batch, read, "apart", run.config.logits_chunk)
 
 
-def _taught_step(run: Run, model: nn.Module, batch: Mapping[str, Any], ours: Any, reading: list) -> DistillationStep:
-    """Against the teacher that was given."""
+def _taught_step(run: Run, model: nn.Module, batch: Mapping[str, Any], whole: Any, reading: list) -> DistillationStep:
+    """Against the teacher that was given. Whole answers are compared where it lies on another device than the model,
+    which some ways of training move late.
+
+    Args:
+        whole: what the student returned; None where its answers were made as a stream.
+    """
     given, place = run.tutor.given, next(model.parameters()).device
-    plan = _plan(run, model, given, reading, batch)
+    apart = _place(given) not in (None, place)
+    plan = None if apart else _plan(run, model, given, reading, batch)
     if plan is None:
+        ours = outputs_on(run, model, batch) if whole is None else whole
         return _step(model, batch, ours, to_device(_taught(run, batch), place))
     ours = outputs_on(run, model, batch, plan.student_answers())
     with plan.teacher_answers():

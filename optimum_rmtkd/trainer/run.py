@@ -242,7 +242,8 @@ class Run:
         if self.judge.baseline.metrics is None:
             self.judge.baseline = measured
         if self._may_cut(measured, step) and not self._target_met():
-            self._cut(cut, step, measured)
+            # a stage that was settled just now may have its weights of just after the cut again
+            self._cut(cut, step, self.judge.last if self.stages else measured)
 
     def _end_fit(self) -> None:
         """The model is fine-tuned: from here on it is the teacher, and the reference of all that follows."""

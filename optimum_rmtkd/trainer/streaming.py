@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 # a pass of its own; or by code that reads the very outputs that are compared.
 TASK = Literal["model", "apart", "outputs"]
 LOSSES = ("ForCausalLMLoss", "ForMaskedLMLoss")  # the mean cross-entropy over the labels, in transformers' words
+KNOWN = ("transformers", __name__.partition(".")[0])  # packages whose forward computes no loss of its own
 
 
 @dataclass
@@ -213,8 +214,12 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def _usual_loss(model: nn.Module) -> bool:
-    function = getattr(unwrapped(model), "loss_function", None)
-    return function is None or getattr(function, "__name__", "") in LOSSES
+    """Whether what the model makes of labels is known: by a forward of transformers', and its loss. A reduced class
+    inherits its own."""
+    inner = unwrapped(model)
+    function = getattr(inner, "loss_function", None)
+    known = getattr(type(inner).forward, "__module__", "").partition(".")[0] in KNOWN
+    return known and (function is None or getattr(function, "__name__", "") in LOSSES)
 
 
 def _reads(objective: DistillationObjective) -> str:

@@ -350,11 +350,14 @@ def test_a_cut_alone_has_no_checkpoints(compress, tmp_path, no_work):
         ("--reparameterization", "mpo"),
         ("--transforms", "embedding_mixup"),
         ("--schedule", "none"),
+        ("--rounds", 3),
+        ("--round-share", 0.1),
     ],
 )
 def test_a_cut_alone_trains_with_nothing(cli, bert, table, tmp_path, no_work, option, value):
     files = ("--model", bert, "--train-file", table, "--validation-file", table, "-o", tmp_path / "out")
-    code, _, err = cli("compress", *files, "--no-train", option, value)
+    search = ("--tolerance", 0.5) if option.startswith("--round") else ()
+    code, _, err = cli("compress", *files, "--no-train", option, value, *search)
     assert code == 2 and f"--no-train and {option}" in err
 
 

@@ -8,6 +8,11 @@ import shutil
 import pytest
 import torch
 
+from optimum_rmtkd.commands.data import DataArguments
+from optimum_rmtkd.commands.generation import compare_decoding
+from optimum_rmtkd.commands.language import LanguageTask, is_plain_text, token_stream
+from optimum_rmtkd.distillation.perplexity import Perplexity
+
 from .conftest import WORDS, sentence_rows, write_csv
 
 
@@ -66,6 +71,7 @@ def compress(cli, llama, jsonl, tmp_path):
 def test_a_causal_model_is_cut_and_its_perplexity_told(compress, tmp_path, jsonl):
     code, out, err = compress("--no-train")
     assert code == 0, err
+    assert f"stays a causal language model: cut, distilled and measured on the texts in story of {jsonl}" in out
     (row,) = [line for line in out.splitlines() if line.startswith("perplexity")]
     before, after = (float(cell) for cell in row.split()[1:3])
     journal = json.loads((tmp_path / "out" / "rmtkd_stages.json").read_text())
@@ -145,10 +151,66 @@ def test_faults_of_models(compress, tmp_path, llama, jsonl):
     assert code == 2 and "Trim it first" in err
 
 
-def test_a_table_with_labels_is_for_a_classifier(compress, tmp_path):
+def test_a_table_is_for_a_classifier_unless_its_texts_are_named(compress, tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_rmtkd.commands.language.LanguageTask.measure", lambda *_: pytest.fail("computed"))
+    rows = [{"review": row["sentence"], "sentiment": "good"} for row in sentence_rows(40)]
+    reviews = write_csv(tmp_path / "reviews.csv", rows)
     table = write_csv(tmp_path / "table.csv", sentence_rows(40))
-    code, _, err = compress(**{"--train-file": table, "--text-column": None})
-    assert code == 2 and "ForSequenceClassification" in err and "name its --text-column" in err
+    for file in (reviews, table):
+        code, _, err = compress(**{"--train-file": file, "--text-column": None})
+        assert code == 2 and "ForSequenceClassification" in err and "name its --text-column" in err
+    for column in (None, "review"):
+        code, _, err = compress("--fit", **{"--train-file": reviews, "--text-column": column})
+        assert code == 2 and "No label column" in err and "Pass --label-column" in err
+
+
+def test_which_tables_are_plain_text(tmp_path):
+    one = str(write_csv(tmp_path / "one.csv", [{"story": "the film is great"}]))
+    two = str(write_csv(tmp_path / "two.csv", [{"story": "the film is great", "mood": "good"}]))
+    for fit in (False, True):
+        assert is_plain_text(DataArguments(train_file=one), fit)
+        assert not is_plain_text(DataArguments(train_file=two), fit)
+        assert is_plain_text(DataArguments(train_file=two, text_column=["story", "mood"]), fit)
+        assert is_plain_text(DataArguments(train_file=two, text_column=["story"]), fit) != fit
+        assert not is_plain_text(DataArguments(train_file=one, label_column="label"), fit)
+
+
+def test_blank_lines_belong_to_a_running_text(tmp_path):
+    read = []
+
+    def tokenizer(text, **_):
+        read.append(text)
+        return {"input_ids": [[1]] if isinstance(text, list) else [1]}
+
+    path = tmp_path / "wiki.txt"
+    path.write_text("\n = Title = \n\nthe film\n\n\nthe plot\n")
+    list(token_stream([str(path)], {}, tokenizer))
+    assert read[-1] == path.read_text()
+    list(token_stream([str(path)], {}, tokenizer, "masked"))
+    assert read[-1] == [" = Title = ", "the film", "the plot"]
+
+
+def test_a_model_is_measured_on_the_accelerator(monkeypatch):
+    found = []
+
+    def perplexity(model, *_, **__):
+        found.append(next(model.parameters()).device.type)
+        return Perplexity(1.0, 1)
+
+    monkeypatch.setattr("optimum_rmtkd.distillation.perplexity.perplexity", perplexity)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("meta"))
+    model = torch.nn.Linear(2, 2)
+    LanguageTask(model, None, None, None, "causal", torch.arange(9), 8).measure(model, 1)
+    assert found == ["meta"]
+
+
+def test_decoding_behind_a_prompt_that_fills_the_positions():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2, n_positions=8)).eval()
+    inputs = {"input_ids": torch.ones(2, 8, dtype=torch.long), "attention_mask": torch.ones(2, 8, dtype=torch.long)}
+    assert compare_decoding(model, model, inputs, repeats=1).before > 0
 
 
 def test_bench_of_a_model_that_writes(llama, jsonl, tmp_path, cli, monkeypatch):

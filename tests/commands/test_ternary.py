@@ -174,6 +174,16 @@ def test_errors_are_one_line(cli, files, monkeypatch, args, match):
     assert line.startswith("optimum-cli rmtkd ternary: error: ") and match in line
 
 
+def test_threads_are_set_without_training_too(cli, bert, files, table, monkeypatch):
+    asked = []
+    monkeypatch.setattr("optimum_rmtkd.commands.ternary.use_threads", asked.append)
+    code, _, err = cli("ternary", "--features", files / "train.npz", "--hidden", 50, "--threads", 1, "-o", files / "a")
+    assert code == 0, err
+    part = ("--model", bert, "--module", "head", "--train-file", table)  # no such part: nothing is computed
+    code, _, err = cli("ternary", *part, "--threads", 2, "-o", files / "b")
+    assert code == 2 and "no module 'head'" in err and asked == [1, 2]
+
+
 def test_wrong_module(cli, bert, table, tmp_path):
     code, _, err = cli("ternary", "--model", bert, "--module", "head", "--train-file", table, "-o", tmp_path / "out")
     assert code == 2 and "no module 'head'; it has bert, classifier" in err

@@ -142,5 +142,9 @@ def test_a_masked_language_model_on_lines(tmp_path):
     lines = tmp_path / "lines.txt"
     lines.write_text("\n".join(" ".join(words) for words in sentences(256, 0)))
     out, options = tmp_path / "out", {"target_reduction": 0.3, "block_size": 16, "train_file": lines}
-    told = run("language_modeling", options | {"model": tmp_path / "base", "output_dir": out}, tmp_path)
+    options |= {"model": tmp_path / "base", "output_dir": out}
+    told = run("language_modeling", options, tmp_path)
     assert journal(out)["reduction"] == pytest.approx(0.3, abs=0.05) and "after_perplexity" in told
+    options = as_options(STEPS | options | {"unlabelled": True})
+    refused = start(ROOT / "examples" / "language_modeling.py", options, tmp_path)
+    assert refused.returncode == 2 and "--unlabelled: the words that a masked model guesses" in refused.stderr

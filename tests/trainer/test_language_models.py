@@ -20,6 +20,7 @@ from optimum_rmtkd.distillation import (
     cache_answers,
 )
 from optimum_rmtkd.distillation.cached import AnswerCollator
+from optimum_rmtkd.trainer import RMTKDTrainer, rehearsal
 
 from .conftest import ragged, tiny_bert
 
@@ -103,6 +104,18 @@ def test_a_run_in_chunks_is_the_run_on_whole_logits(run, kind, caplog):
         assert chunks[0][0]["loss"] == pytest.approx(chunks[0][0]["loss/kl"], rel=1e-4)
 
 
+def test_a_teacher_on_another_device_is_rehearsed_on_whole_logits(run, monkeypatch):
+    """Its output layer cannot be tried on the student's batch."""
+    asked, plan = [], rehearsal._plan
+    monkeypatch.setattr(rehearsal, "_place", lambda teacher: torch.device("meta"))
+    monkeypatch.setattr(rehearsal, "to_device", lambda batch, device: batch)
+    monkeypatch.setattr(rehearsal, "_plan", lambda *args: asked.append(args[2]) or plan(*args))
+    run(5, ragged(16, kind="causal"), max_steps=1)
+    assert asked == [None]
+    monkeypatch.undo()
+    assert rehearsal._place(SnapshotTeacher(tiny_llama())) == torch.device("cpu")
+
+
 @pytest.mark.parametrize("kind", ["padded", "packed"])
 def test_accumulated_chunks_are_one_big_batch(run, kind):
     data = KINDS[kind]()
@@ -164,6 +177,57 @@ def test_an_objective_that_reads_whole_logits_gets_them(run, caplog):
 
     run(5, ragged(16, kind="causal"), objectives=[TaskLoss(), LogitsMSE()])
     assert "LogitsMSE reads them" in caplog.text
+
+
+def test_a_run_that_goes_on_knows_whether_the_loss_calls_the_head(run, make_trainer, tmp_path):
+    class OfLogits(RMTKDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            labels = inputs.pop("labels")
+            outputs = model(**inputs)
+            loss = torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+            return (loss, outputs) if return_outputs else loss
+
+    saving = {"trainer_class": OfLogits, "save_strategy": "steps", "save_steps": 2}
+    whole = run(5, ragged(16, kind="causal"), **saving)[2]
+    assert whole._calls_head is True
+    resumed = make_trainer(
+        model=tiny_llama(),
+        recipe=NONE | {"logits_chunk": 5, "disable_dropout": True},
+        teacher_model=perturbed(tiny_llama()),
+        trainer_kwargs={"train_dataset": ragged(16, kind="causal"), "eval_dataset": None},
+        out="resumed",
+        max_steps=3,
+        per_device_train_batch_size=4,
+        **saving,
+    )
+    resumed._watched_head = lambda: pytest.fail("a pass of its own, to see what is known")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "out5" / "checkpoint-2"))
+    assert resumed.state.log_history[-2]["loss"] == whole.state.log_history[-2]["loss"]
+    assert all(map(torch.equal, resumed.model.parameters(), whole.model.parameters()))
+
+
+def test_label_smoothing_reads_the_outputs_from_the_first_step(run, caplog):
+    *_, trainer = run(5, ragged(16, kind="causal"), label_smoothing_factor=0.1, max_steps=1)
+    assert trainer._task_comes_about() == "outputs" and trainer._calls_head is None
+    assert "the task's loss is computed from them by code of its own" in caplog.text
+
+
+class DoubledLlama(LlamaForCausalLM):
+    """A loss of its own beside the inherited one."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **rest):
+        outputs = super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **rest)
+        return outputs if outputs.loss is None else outputs | {"loss": 2 * outputs.loss}
+
+
+def test_a_model_that_computes_a_loss_of_its_own_trains_on_it(run, caplog):
+    def model():
+        return DoubledLlama(tiny_llama().config)
+
+    whole = run(None, ragged(16, kind="causal"), model=model(), max_steps=1)[0][0]
+    chunks = run(5, ragged(16, kind="causal"), model=model(), max_steps=1)[0][0]
+    assert chunks == pytest.approx(whole, rel=1e-5) and chunks["loss/task"] > 1.5 * torch.tensor(60.0).log()
+    assert "the loss of DoubledLlama is not the mean cross-entropy over the labels" in caplog.text
 
 
 def test_a_term_that_computes_otherwise_is_not_asked_by_position(run, caplog):

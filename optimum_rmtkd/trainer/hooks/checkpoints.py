@@ -175,6 +175,7 @@ class CheckpointHooks:
         values, tensors = read_state(resume_from_checkpoint)
         own = read_process_state(resume_from_checkpoint, self.args.process_index, self.args.world_size)
         self.run.load_state_dict({"values": values, "tensors": tensors | own}, str(resume_from_checkpoint))
+        self._calls_head = values.get("calls_head")
         self._load_weights(resume_from_checkpoint)
         self.run.restore_cores()
 
@@ -186,7 +187,8 @@ class CheckpointHooks:
         write_process_state(output_dir, self.args.process_index, self.args.world_size, own)
         state = self.run.state_dict()  # of every process: some of it may lie in shards
         if self.args.should_save:
-            write_state(output_dir, state["values"], state["tensors"])
+            # seen in the first step, which a run that goes on does not make again
+            write_state(output_dir, state["values"] | {"calls_head": self._calls_head}, state["tensors"])
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or not foreign_optimizer(checkpoint, is_sharded(self.model)):

@@ -153,8 +153,8 @@ class LossHooks:
     def _task_comes_about(self) -> TASK:
         """How the task's loss is computed. Of code that is not known, by whether it was seen to call the output layer,
         the first time that it matters."""
-        if not self.own_loss and self.label_smoother is None:
-            return "model"
+        if not self.own_loss:
+            return "model" if self.label_smoother is None else "outputs"
         return "outputs" if self._calls_head else "apart"
 
     @contextlib.contextmanager
