@@ -98,8 +98,9 @@ class LeastSquares:
         if not len(x):
             return
         rows = {name: self._about_pivot(name, r) for name, r in residuals.items()}
-        x, half = self._about_pivot(None, x), len(x) // 2
-        spans = [slice(None)] if len(self._halves) == 1 else [slice(half), slice(half, None)]
+        x, first, last = self._about_pivot(None, x), self._halves[0], self._halves[-1]
+        half = (len(x) + (first.count < last.count)) // 2  # the odd row to where fewer are: chunks may be single rows
+        spans = [slice(None)] if first is last else [slice(half), slice(half, None)]
         for sums, span in zip(self._halves, spans, strict=True):
             sums.add(x[span], {name: r[span] for name, r in rows.items()}, self.intercept)
 
