@@ -21,7 +21,6 @@ COMPARING = ("stage_threshold", "max_metric_drop", "tolerance")  # fields that c
 LONGEST = 1e9  # milliseconds
 SEARCH_ROUNDS, SEARCH_SHARE, ROUND_SHARE = 8, 0.8, 0.25  # of a training with tolerance
 STAGE_SHARE = 0.3  # of the steps, for the cuts of every other
-SITE_KINDS = ("hidden", "intermediate", "attention_qk", "attention_vo", "embedding", "channels", "linear")
 
 
 def _share(what: str, closed: str = "neither") -> Interval:
@@ -77,7 +76,8 @@ class RMTKDConfig(Recipe):
     # Where
     sites: tuple[str, ...] | None = _option(
         None,
-        "Kinds of sites to narrow (hidden, intermediate, attention_qk, attention_vo, embedding, channels, linear), or "
+        "Kinds of sites to narrow (hidden, intermediate, attention_qk, attention_vo, attention_groups, embedding, "
+        "channels, linear; a model has some of them, and decoders attention_groups alone of those of attention), or "
         "names of single sites. None: all that the family declares in the chosen form.",
     )
     form: str = _option(

@@ -18,12 +18,11 @@ checkpoint serves `AutoModel`, other task heads and another `num_labels` alike:
     parameters  {path: {"dim"}}: last dimension of bare parameters, for example a class token
     attrs       {path: {name: value}}: head sizes and scales that modules keep as plain attributes
     heads       {path of an attention: {"kept", "of"}}: whole key-value groups that were kept, each as wide as before;
-                with "config": true the layer gets a config of its own that says so
+                with "config": true the layer sees a config that says so
     ternary     {path: options of TernaryMLP, and "replaces": class name}: parts with ternary weights
 """
 
 import contextlib
-import copy
 import functools
 import sys
 
@@ -41,7 +40,7 @@ from .layers_rmtkd import (
     check_adapters,
 )
 from .loading_rmtkd import REFUSALS, as_many_as_tensors, finalizing, load_checked, named_errors
-from .resizing_rmtkd import resize_module
+from .resizing_rmtkd import ConfigView, resize_module
 from .spec_rmtkd import (
     COUNTS,
     VERSION,
@@ -257,16 +256,24 @@ def apply_spec(model, spec):
         module = _at(model, raw)
         if module is not None and entry.get("config"):
             module.config = _with_fewer_heads(module.config, entry)
+    _keep_frequencies(model, spec.get("base", {}))
     _retie(model)
 
 
 def _with_fewer_heads(config, entry):
-    """A config of one layer, whose code reads numbers of heads from it."""
-    config = copy.copy(config)
-    for name in COUNTS:
-        if isinstance(getattr(config, name, None), int):
-            setattr(config, name, getattr(config, name) * entry["kept"] // entry["of"])
-    return config
+    """The config as one layer sees it, whose code reads numbers of heads from it."""
+    counts = {name: getattr(config, name, None) for name in COUNTS}
+    return ConfigView(
+        config, {name: n * entry["kept"] // entry["of"] for name, n in counts.items() if isinstance(n, int)}
+    )
+
+
+def _keep_frequencies(model, base):
+    """Rotary frequencies that are computed anew for longer texts follow from the dense widths, as the first ones."""
+    for module in model.modules() if base else ():
+        rotary = any(name.endswith("inv_freq") for name in module._buffers)
+        if rotary and module is not model and getattr(module, "config", None) is model.config:
+            module.config = ConfigView(model.config, base)
 
 
 def _not_applied_yet(model, spec):

@@ -1,4 +1,4 @@
-"""Layers of a dense skeleton are made narrower.
+"""Layers of a dense skeleton are made narrower, and see the config that their code needs.
 
 Lies beside `modeling_rmtkd.py` in every saved repository, and imports torch and transformers alone.
 """
@@ -102,3 +102,21 @@ def resize_module(layer, delta):
         f"A {type(layer).__name__} cannot be narrowed; known: linear, 2-d convolution, batch norm, embedding, and "
         "norms over features."
     )
+
+
+class ConfigView:
+    """A config as one module sees it: some fields are its own, all others those that the model's config has now (the
+    implementation of attention may change at any time).
+
+    Args:
+        config: the model's.
+        own: {field: value}.
+    """
+
+    def __init__(self, config, own):
+        vars(self).update(own, _viewed=config)
+
+    def __getattr__(self, name):  # of what is not its own
+        if name.startswith("__") or "_viewed" not in vars(self):  # while it is copied or unpickled
+            raise AttributeError(name)
+        return getattr(self._viewed, name)

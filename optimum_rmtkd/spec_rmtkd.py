@@ -322,9 +322,9 @@ def check_base(config, base):
 # -- against the dense skeleton ---------------------------------------------------------------------------------------
 
 
-def version_of(spec):
-    """The format that a spec needs: files that an older version of the library can read say so."""
-    return 2 if spec.get("heads") else 1
+def version_of(spec, decoder=False):
+    """The format that a spec needs. The first knew no norms but layer norms, nor heads that go, and so no decoder."""
+    return 2 if decoder or spec.get("heads") else 1
 
 
 def epsilon_name(module):

@@ -116,6 +116,12 @@ def _moment(model: nn.Module, reader: Unit | None, moments: SecondMoments) -> to
     return moments.second_moment.cpu()
 
 
+def _centred(model: nn.Module, anatomy: Anatomy) -> bool:
+    """Whether the norms that read the stream centre it: the first is asked, for not every stream ends in one."""
+    asked = (norm_of(get_module(model, u.path)) for u in anatomy.units if u.block and is_layer(model, u.path))
+    return next((norm.centres for norm in asked if norm is not None), False)
+
+
 def hidden_directions(
     model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
 ) -> Directions:
@@ -128,7 +134,7 @@ def hidden_directions(
     fisher = sum(gradients) / len(gradients) if gradients else None
     dim = site.width
     ones = torch.full((dim, 1), dim**-0.5, dtype=torch.float64)
-    keeps_ones = anatomy.pre_norm and norm_of(get_module(model, anatomy.last_norm)).centres
+    keeps_ones = anatomy.pre_norm and _centred(model, anatomy)
     if keeps_ones:  # what lies along them no layer reads
         joint = joint - ones @ (ones.T @ joint)
         joint = joint - (joint @ ones) @ ones.T
@@ -194,7 +200,7 @@ def neuron_directions(
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
         return {"": neuron_projection(whole(), order[:width].sort().values)}
 
-    if not anatomy.answers:
+    if not anatomy.answers or not calibration.gradients:
         return Directions(site, residual, cut)
     mean = _mean(model, reader, calibration.moments[point])
     return Directions(site, residual, cut, _neuron_changes(moment, effect, order, mean))

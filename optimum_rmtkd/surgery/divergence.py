@@ -15,6 +15,7 @@ from .likelihood import Answers, answers
 __all__ = ["LOOKED_AT", "Remembered", "answers_per_sample", "mean_divergence"]
 
 LOOKED_AT = 4  # batches: a warning needs no more, and a cut costs a multiple of so few passes
+MOST_KEPT = 2**30  # bytes of answers: writing those of a long text over many words takes longer than a pass
 
 
 class Remembered:
@@ -23,20 +24,23 @@ class Remembered:
     Args:
         count: of the batches.
         device: of the model.
+        most: bytes of answers that are kept; those beyond are to be computed again.
 
     Attributes:
         per_sample: answers a sample, by the number of the batch.
     """
 
-    def __init__(self, count: int, device: torch.device | str):
-        self._wanted, self._places = set(_spread(count)), {}
+    def __init__(self, count: int, device: torch.device | str, most: int = MOST_KEPT):
+        self._wanted, self._places, self._left = set(_spread(count)), {}, most
         self._logits, self._rest = Store(device), []  # of a language model they are large
         self.per_sample: dict[int, float] = {}
 
     def keep(self, index: int, given: Answers) -> None:
-        """The answers to batch `index`; those that `mean_divergence` looks at are kept whole."""
+        """The answers to batch `index`; those that `mean_divergence` looks at are kept whole, as far as they fit."""
         self.per_sample[index] = answers_per_sample(given)
-        if index in self._wanted:
+        size = given.logits.numel() * given.logits.element_size()
+        if index in self._wanted and size <= self._left:
+            self._left -= size
             self._places[index] = len(self._rest)
             self._logits.append(given.logits)
             self._rest.append((given.kind, given.mask))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..errors import CalibrationError
-from ..spectra.products import symmetric_product
+from ..spectra.products import exact_matmul, symmetric_product
 from .linalg import JITTERS, check_finite, cholesky
 
 
@@ -101,10 +101,12 @@ class LeastSquares:
         if not len(x):
             return
         rows = {name: self._about_pivot(name, r) for name, r in residuals.items()}
-        x, half = self._about_pivot(None, x), len(x) // 2
-        spans = [slice(None)] if len(self._halves) == 1 else [slice(half), slice(half, None)]
-        for sums, span in zip(self._halves, spans, strict=True):
-            sums.add(x[span], {name: r[span] for name, r in rows.items()}, self.intercept)
+        x, first, last = self._about_pivot(None, x), self._halves[0], self._halves[-1]
+        half = (len(x) + (first.count < last.count)) // 2  # the odd row to where fewer are: chunks may be single rows
+        spans = [slice(None)] if first is last else [slice(half), slice(half, None)]
+        with exact_matmul(x.device):
+            for sums, span in zip(self._halves, spans, strict=True):
+                sums.add(x[span], {name: r[span] for name, r in rows.items()}, self.intercept)
 
     def _about_pivot(self, name: str | None, rows: torch.Tensor) -> torch.Tensor:
         if not self.intercept:

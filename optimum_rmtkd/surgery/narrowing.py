@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import is_flash_attention_requested
 
 from ..errors import RMTKDError
 from ..modeling_rmtkd import TernaryMLP, epsilon_name, version_of
@@ -61,6 +62,8 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     # pixels come in the dtype of the model, ids in any
     for parameter in model.parameters() if anatomy.answers or anatomy.heads else ():
         parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    if (anatomy.answers or anatomy.heads) and is_flash_attention_requested(model.config):
+        model.config._attn_implementation = "sdpa"  # flash attention takes half precision alone
     present = [unit for unit in anatomy.units if is_layer(model, unit.path)]
     output = anatomy.last_norm if model.base_model is model else None
     with torch.no_grad():
@@ -156,7 +159,9 @@ def build_student(
     """The narrow architecture, in the dtype and on the device of `model`; what did not change is copied, the rest is
     still to be initialised."""
     spec = narrow_spec(model, anatomy, couples)
-    record = {"version": version_of(spec), "spec": spec, "recipe": recipe, "provenance": provenance}
+    former = (getattr(model.config, "rmtkd", None) or {}).get("version", 1)  # what it needed, the result needs, too
+    version = max(former, version_of(spec, decoder=bool(anatomy.heads)))
+    record = {"version": version, "spec": spec, "recipe": recipe, "provenance": provenance}
     return rebuilt(model, record, narrow_fields(anatomy, couples))
 
 
@@ -199,7 +204,8 @@ def _fill(new: nn.Module, old: nn.Module, reads, writes, factor) -> None:
     if isinstance(new, nn.Embedding):
         _fill_table(new, old, encode, factor)
     elif (norm := norm_of(old)) is not None:
-        # fewer features share the same sum of squares, so the normalised ones come out larger by sqrt(d / k)
+        # The same sum of squares is divided by fewer features: the mean square is larger by d / k, so that normalised
+        # features come out smaller by sqrt(k / d), where the scale is to be no other.
         shrink = (len(encode) / encode.shape[1]) ** 0.5
         scale = torch.einsum("dk,d,dk->k", encode, norm.scale, encode) * shrink
         dataclasses.replace(norm, module=new).set_scale(scale)

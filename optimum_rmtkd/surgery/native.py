@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..batches import run
 from ..errors import RMTKDError, UnsupportedArchitectureError
+from ..loading_rmtkd import REFUSALS
 from ..modeling_rmtkd import VERSION, LowRankLinear
 from ..models import blank, count_parameters, is_narrowed, match_precision, outline, pinned
 from ..spectra.products import exact_matmul
@@ -274,7 +275,14 @@ def _output_width(table: nn.Module) -> int:
 
 
 def _decoder_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayout) -> PreTrainedConfig:
-    config = widths_config(model, anatomy, layout, _plain_config(model))
+    try:
+        config = widths_config(model, anatomy, layout, _plain_config(model))
+        config.validate()  # else it could be saved, and not be loaded
+    except REFUSALS as error:  # Phi-3 counts the factors of its frequencies by width / heads
+        raise UnsupportedArchitectureError(
+            f"The config of a plain {_base(model).__name__} cannot state the widths of a narrow one ({error}). Use "
+            "shape='free', or leave the stream and the heads as they are (sites='intermediate')."
+        ) from error
     config._attn_implementation = model.config._attn_implementation
     return config
 

@@ -14,7 +14,7 @@ from ..modeling_rmtkd import epsilon_name, is_norm
 
 __all__ = ["Norm", "norm_of"]
 
-CLOSE = 1e-3  # of outputs near 1: what half precision leaves of them
+CLOSE = 1e-3  # of outputs near 1: what half precision, if a norm computes in it, leaves of them
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,10 @@ def norm_of(module: nn.Module) -> Norm | None:
         return None
     if type(module) is nn.LayerNorm:
         return Norm(module, True, 0.0)
-    probe = copy.deepcopy(module).cpu()
+    probe = copy.deepcopy(module).cpu().float()  # half precision leaves too little of what is shifted
     if getattr(probe, "bias", None) is not None:
         probe.bias.zero_()
     x = 3 * torch.randn(3, 4, probe.weight.numel(), generator=torch.Generator().manual_seed(0))
-    x = x.to(probe.weight.dtype)
     probe.weight.zero_()
     offset = 0.0 if bool((probe(x).abs() < CLOSE).all()) else 1.0
     probe.weight.fill_(1.0 - offset)

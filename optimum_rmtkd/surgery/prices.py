@@ -38,7 +38,7 @@ def directional_prices(
 
     Args:
         model: with folded norms; in any mode.
-        found: {site: its directions}; those without `changes` come back as they are.
+        found: {site: its directions}; those without `changes` come back as they are, the others without them.
         seed: of the draws.
     """
     priced = {name: d for name, d in found.items() if d.changes is not None}
@@ -52,7 +52,8 @@ def directional_prices(
                 sums[name][: len(tails)] += 0.5 * tails
             samples += batch_size(batch)
     prices = {name: (total / max(samples, 1)).cummin(0).values for name, total in sums.items()}
-    return {name: dataclasses.replace(d, damage=prices.get(name, d.damage)) for name, d in found.items()}
+    # priced once: what prices are made of holds a matrix a site
+    return {name: dataclasses.replace(d, damage=prices.get(name, d.damage), changes=None) for name, d in found.items()}
 
 
 def _changes(

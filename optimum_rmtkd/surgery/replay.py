@@ -88,12 +88,14 @@ class Replay:
         )
         device = next(model.parameters()).device
         self._rest, self._stream = Store(device), Store(device)
-        alike = False  # are all blocks called with the same arguments beside the stream?
+        one_kind = len(set(getattr(model.config, "layer_types", None) or ())) < 2
+        known = False  # are all blocks called with the same arguments beside the stream, in every batch?
         for index in range(len(whole.masks)):
-            calls = self._calls(whole, index, blocks[:1] if alike else blocks)
+            calls = self._calls(whole, index, blocks[:1] if known else blocks)
             stream, rest, names = _parted(*calls[0])
             others = [_parted(*call)[1:] for call in calls[1:]]
-            alike = alike or all(_same((rest, names), other) for other in others)
+            alike = all(_same((rest, names), other) for other in others)
+            known |= alike and one_kind  # windows of some layers show in batches longer than they are
             self._stream.append(stream)
             self._rest.append([(*rest, names)] if alike else [(*r, n) for r, n in ((rest, names), *others)])
 

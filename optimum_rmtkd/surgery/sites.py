@@ -28,6 +28,7 @@ __all__ = [
     "Point",
     "Site",
     "Unit",
+    "all_but_the_stream",
     "get_module",
     "has_module",
     "is_layer",
@@ -296,6 +297,12 @@ def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, i
     elif isinstance(module, LowRankEmbedding) and delta.get("dim", module.output_dim) <= module.rank:
         delta["rank"] = None  # no thinner than the stream it feeds any more: multiplied out
     return delta
+
+
+def all_but_the_stream(anatomy: Anatomy) -> str:
+    """The option that leaves the stream of this model as wide as it is, as one writes it."""
+    kinds = dict.fromkeys(site.kind for site in anatomy.sites.values() if site.chosen)
+    return f"sites={tuple(kind for kind in kinds if kind != 'hidden')!r}"
 
 
 def select_sites(anatomy: Anatomy, wanted: tuple[str, ...] | None) -> list[Site]:

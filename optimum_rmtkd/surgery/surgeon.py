@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ from .sites import Point, Site, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
 from .untargeted import asks_for_edges
-from .variety import check_variety, enough_rows, warn_of_few
+from .variety import check_variety, enough_rows, extent_of, warn_of_few
 
 
 __all__ = ["Surgeon", "anatomy_of", "check_data", "check_recipe"]
@@ -117,6 +117,7 @@ class Surgeon:
             share = share_of(config.calibration_samples, accelerator)
             batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
         check_variety(batches, accelerator=accelerator)
+        calibrating = self._calibrating(batches, accelerator)
         with one_for_all(accelerator):
             check_behaviour(model, first_samples(batches[0], LOOKED_AT))
             twin = twin_of(model)
@@ -134,23 +135,25 @@ class Surgeon:
             # several processes look at all batches, and have run over their own alone
             self.remembered = None if several(accelerator) else Remembered(len(self.batches), model.device)
             options = {"null_moments": thorough or null_moments, "halves": thorough, "remembered": self.remembered}
-            self.calibration = Calibration(points, self._with_gradients(), self._calibrating(), **options)
+            self.calibration = Calibration(points, self._with_gradients(), calibrating, **options)
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
         self.batches = all_batches(self.batches, model.device, accelerator)
         if sites is None and (accelerator is None or accelerator.is_main_process):  # once, not of each layer of many
             widths = {site.kind: site.width for site in sorted(self.sites, key=lambda site: site.width)}
-            warn_of_few(self.batches, config, widths.get("hidden", max(widths.values(), default=0)))
+            warn_of_few(self.batches, calibrating, widths.get("hidden", max(widths.values(), default=0)))
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
         self._priced = False  # are the directions of a language model priced from the data?
 
-    def _calibrating(self) -> RMTKDConfig:
+    def _calibrating(self, batches: Sequence[dict[str, Any]], accelerator: Any) -> RMTKDConfig:
         """The recipe with as many rows as the widest site needs, where each token is an answer of its own."""
         if not self.anatomy.answers:
             return self.config
-        return enough_rows(self.config, max(site.width for site in self.sites if site.chosen), self.batches)
+        widest, extent = max(site.width for site in self.sites if site.chosen), extent_of(batches, accelerator)
+        with one_for_all(accelerator):
+            return enough_rows(self.config, widest, *extent)
 
     def _with_gradients(self) -> list[Point]:
         return gradient_points(self.teacher, self.anatomy, self.config, self.batches[0])
@@ -321,6 +324,7 @@ class Surgeon:
         student = match_precision(student, self.source)
         if self.config.shape == "native":
             student = self._plain(student)
+        student.config._attn_implementation = self.source.config._attn_implementation  # see `fold_norms`
         return carry_over(self.source, student), self._stream_projection(cuts)
 
     def _plain(self, student: PreTrainedModel) -> PreTrainedModel:

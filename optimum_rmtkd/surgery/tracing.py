@@ -22,7 +22,7 @@ from ..batches import run
 from ..errors import UnsupportedArchitectureError
 from ..modeling_rmtkd import TernaryMLP, resolve_path
 from ..models import nearly_equal
-from .sites import Anatomy, Point, Unit, get_module, is_layer, linear_layers
+from .sites import Anatomy, Point, Unit, all_but_the_stream, get_module, is_layer, linear_layers
 
 
 __all__ = ["with_traced_reads"]
@@ -96,11 +96,11 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[
         if changed is None:
             break
         if not _turns_with(source, after[changed], before[changed], _features(get_module(model, changed))):
-            raise _refused(model, f"{resolve_path(model, changed)} reads what was made of it")
+            raise _refused(model, anatomy, f"{resolve_path(model, changed)} reads what was made of it")
         found.append(changed)
     for name, value in turned_outputs.items():
         if not nearly_equal(value, outputs[name]) and not _turns_with(source, value, outputs[name]):
-            raise _refused(model, f"its output {name!r} depends on it without a linear layer that reads it")
+            raise _refused(model, anatomy, f"its output {name!r} depends on it without a linear layer that reads it")
     if not found:
         return anatomy
     site = anatomy.sites[source.site]
@@ -111,11 +111,11 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[
     return dataclasses.replace(anatomy, units=anatomy.units + units, sites={**anatomy.sites, source.site: site})
 
 
-def _refused(model: nn.Module, how: str) -> UnsupportedArchitectureError:
+def _refused(model: nn.Module, anatomy: Anatomy, how: str) -> UnsupportedArchitectureError:
     return UnsupportedArchitectureError(
         f"The head of {type(model).__name__} uses the residual stream in a way that no declaration of its family "
         f"covers: {how}. Expected linear layers that read the stream itself. Leave the stream as wide as it is "
-        "(RMTKDConfig(sites=('intermediate', 'attention_qk', 'attention_vo'))), declare a layout "
+        f"(RMTKDConfig({all_but_the_stream(anatomy)})), declare a layout "
         "(optimum_rmtkd.register_family), or use form='factored'."
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from ..config import RMTKDConfig
+from ..config import TARGETS, RMTKDConfig
 from ..errors import NoTargetError
 from .budget import BudgetPoint
 from .cautions import MUCH
@@ -67,7 +67,7 @@ def no_target(config: RMTKDConfig, doubts: Mapping[str, str | None], lost: float
     else:
         found = f"the edges of all {len(doubts)} sites leave them as wide as they are"
     return NoTargetError(
-        "No target was given, neither target_reduction nor target_flops, and the spectra do not say how far to cut: "
+        f"No target was given, none of {', '.join(TARGETS)}, and the spectra do not say how far to cut: "
         f"{found}. Give a size, for example target_reduction=0.5 (--target-reduction 0.5); below is what sizes are "
         "predicted to cost before any distillation. An edge is taken as it is where its estimator is named "
         f"(edge_estimator other than {config.edge_estimator!r}).",

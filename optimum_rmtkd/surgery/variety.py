@@ -17,7 +17,7 @@ from ..errors import CalibrationError
 from .processes import one_for_all, several
 
 
-__all__ = ["check_variety", "different_samples", "enough_rows", "warn_of_few"]
+__all__ = ["check_variety", "different_samples", "enough_rows", "extent_of", "warn_of_few"]
 
 ROWS = 8  # of a moment, for each feature: perplexities of small decoders got worse with fewer
 
@@ -74,14 +74,27 @@ def warn_of_few(batches: Sequence[Mapping[str, Any]], config: RMTKDConfig, width
         )
 
 
-def enough_rows(config: RMTKDConfig, width: int, batches: Sequence[Mapping[str, Any]]) -> RMTKDConfig:
-    """The recipe with as many tokens of a sequence as make ROWS samples of each of `width` features, of a language
-    model: its texts are few and long, in the extreme one packed row. No fewer than the recipe's.
+def extent_of(batches: Sequence[Mapping[str, Any]], accelerator: Any = None) -> tuple[int, int]:
+    """(real tokens, samples) of the data of all processes, whose moments are summed. Collective."""
+    own = sum(map(_tokens, batches)), sum(map(batch_size, batches))
+    if not several(accelerator):
+        return own
+    from accelerate.utils import gather_object
+
+    tokens, samples = zip(*gather_object([own]), strict=True)
+    return sum(tokens), sum(samples)
+
+
+def enough_rows(config: RMTKDConfig, width: int, tokens: int, samples: int) -> RMTKDConfig:
+    """The recipe with as many tokens of a sequence as make ROWS rows of each of `width` features, of a language model:
+    its texts are few and long, in the extreme two packed ones. No fewer than the recipe's.
+
+    Args:
+        tokens, samples: of the calibration data, see `extent_of`.
 
     Raises:
         CalibrationError: fewer real tokens than `width`: directions would be guesses.
     """
-    tokens = sum(map(_tokens, batches))
     if tokens < width:
         raise CalibrationError(
             f"The calibration text has {tokens} tokens, and the widest site of the model has {width} features: "
@@ -94,7 +107,7 @@ def enough_rows(config: RMTKDConfig, width: int, batches: Sequence[Mapping[str, 
             width,
             ROWS * width,
         )
-    each = -(-ROWS * width // max(1, sum(map(batch_size, batches))))
+    each = -(-ROWS * width // max(1, samples))
     return config.replace(tokens_per_sequence=max(config.tokens_per_sequence, each))
 
 

@@ -129,7 +129,8 @@ class SentenceEncoder(Inside):
         """
         cure = (
             "Keep the width of the stream: RMTKDConfig(sites=...) without 'hidden', for example "
-            "sites=('intermediate', 'attention_qk', 'attention_vo', 'embedding')."
+            "sites=('intermediate', 'attention_qk', 'attention_vo', 'embedding') of an encoder, "
+            "sites=('intermediate', 'attention_groups') of a decoder."
         )
         for name, module in self._behind():
             if next(module.parameters(), None) is not None:

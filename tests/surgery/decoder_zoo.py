@@ -39,6 +39,23 @@ CONFIGS = {
     ),
     "gemma": (tf.GemmaForCausalLM, tf.GemmaConfig(**PAIRED)),
     "phi3": (tf.Phi3ForCausalLM, tf.Phi3Config(**GROUPED)),
+    "phi3-longrope": (
+        tf.Phi3ForCausalLM,
+        tf.Phi3Config(
+            **GROUPED,
+            original_max_position_embeddings=12,
+            rope_parameters={
+                "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1], "long_factor": [2.0, 4.0]
+            },
+        ),
+    ),
+    "qwen2-dynamic": (
+        tf.Qwen2ForCausalLM,
+        tf.Qwen2Config(
+            **GROUPED | {"max_position_embeddings": 16},
+            rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        ),
+    ),
     "stablelm": (tf.StableLmForCausalLM, tf.StableLmConfig(**GROUPED)),
     "gpt2": (tf.GPT2LMHeadModel, tf.GPT2Config(**G)),
     "opt": (

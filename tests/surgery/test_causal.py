@@ -4,6 +4,7 @@ reloaded."""
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,16 +13,21 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from optimum_rmtkd import CalibrationError, RMTKDConfig, UnsupportedArchitectureError, count_parameters, narrow
 from optimum_rmtkd.surgery import narrow_to, reduce
 from optimum_rmtkd.surgery.bases import Projection, rotate_onto_ones
+from optimum_rmtkd.surgery.directions import _centred
 from optimum_rmtkd.surgery.likelihood import answers
 from optimum_rmtkd.surgery.narrowing import Cuts, build_student, fold_norms, initialise
 from optimum_rmtkd.surgery.norms import norm_of
+from optimum_rmtkd.surgery.replay import Replay, Scope
 from optimum_rmtkd.surgery.sites import get_module
-from optimum_rmtkd.surgery.surgeon import anatomy_of
+from optimum_rmtkd.surgery.surgeon import Surgeon, anatomy_of
 
 from . import decoder_zoo as zoo
 
@@ -151,6 +157,16 @@ def test_the_native_shape_is_a_plain_checkpoint(name, tmp_path):
     assert_generates_alike(again)
 
 
+def test_a_native_shape_that_could_not_be_loaded_is_refused():
+    """The config of Phi-3 wants as many factors of its frequencies as a head of width / heads has, whatever head_dim
+    says."""
+    model, data = zoo.make("phi3-longrope"), zoo.batches()
+    with pytest.raises(UnsupportedArchitectureError, match="(?s)short_factor field must have length.*shape='free'"):
+        narrow(model, data, RECIPE.replace(shape="native"), progress=False)
+    recipe = RECIPE.replace(shape="native", sites="intermediate", target_reduction=0.1)
+    assert type(narrow(model, data, recipe, progress=False)) is type(model)
+
+
 FRESH = """
 import sys, torch, transformers
 from safetensors.torch import load_file
@@ -181,6 +197,35 @@ def test_a_fresh_process_without_the_package(name, tmp_path):
     assert done.stdout.strip().endswith("equal"), done.stderr[-2000:]
 
 
+@pytest.mark.parametrize("name", ["phi3-longrope", "qwen2-dynamic"])
+def test_frequencies_that_follow_the_length_are_those_of_the_whole_model(name, tmp_path):
+    """Heads are as wide as before, which no config says where the stream is narrower."""
+    model, data, long = zoo.make(name), zoo.batches(), torch.randint(3, 61, (1, 24))
+    small = narrow_to(model, data, {"hidden": 20}, RECIPE.replace(refit=False), progress=False)
+    small.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for ids in (long, long[:, :8]):
+        with torch.no_grad():
+            outputs = [m(ids).logits for m in (model, small, again, copy.deepcopy(small))]
+        frequencies = [m.model.rotary_emb.inv_freq for m in (model, small, again)]
+        assert torch.equal(frequencies[0], frequencies[1]) and torch.equal(frequencies[0], frequencies[2])
+        assert torch.equal(outputs[1], outputs[2]) and torch.equal(outputs[1], outputs[3])
+
+
+def test_attention_stays_causal_when_its_implementation_changes():
+    """Layers that read numbers of heads from a config of their own hear of the change."""
+    model = zoo.make("phi3")
+    model.set_attn_implementation("eager")
+    small = narrow_to(model, zoo.batches(), {"layer.0.attention": 3}, RECIPE.replace(refit=False), progress=False)
+    ids = torch.randint(3, 61, (2, 9))
+    with torch.no_grad():
+        expected = small(ids).logits
+        small.set_attn_implementation("sdpa")
+        found = small(ids).logits
+    assert small.model.layers[0].self_attn.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_half_precision_is_rounded_once():
     """The cut of bf16 weights is that of the same weights in fp32, rounded."""
     model, data = zoo.make("llama-tied").bfloat16(), zoo.batches()
@@ -193,6 +238,62 @@ def test_half_precision_is_rounded_once():
     for (name, ours), theirs in zip(small.named_parameters(), exact.parameters(), strict=True):
         lost = (ours.float() - theirs).norm() / theirs.norm()
         assert lost < 5e-3, name  # 2**-9 of each entry, and of activations that were rounded in between
+
+
+def test_flash_attention_is_not_asked_to_compute_in_fp32(monkeypatch):
+    """It takes half precision alone; a cut computes in fp32."""
+    asked = []
+
+    def flash(module, query, key, value, mask, **options):
+        asked.append(query.dtype)
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
+
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_like", flash)
+    monkeypatch.setitem(AttentionMaskInterface._global_mapping, "flash_like", sdpa_mask)
+    model, data = zoo.make("llama").bfloat16(), zoo.batches()
+    monkeypatch.setattr(
+        transformers.PreTrainedModel, "_check_and_adjust_attn_implementation", lambda _self, name, **_: name
+    )  # which looks for a kernel of this name
+    model.set_attn_implementation("flash_like")
+    small = narrow_to(model, data, {"layer.0.attention": 3}, RECIPE.replace(refit=False), progress=False)
+    assert model.config._attn_implementation == small.config._attn_implementation == "flash_like"
+    zoo.logits(small, data[0])
+    assert asked and set(asked) == {torch.bfloat16}
+
+
+def test_what_prices_are_made_of_is_not_held_when_they_are_known():
+    surgeon = Surgeon(zoo.make("llama"), zoo.batches(), RECIPE, progress=False)
+    surgeon.couples()
+    assert surgeon.directions and all(found.changes is None for found in surgeon.directions.values())
+
+
+def test_windows_show_in_batches_longer_than_they_are():
+    """The layers of one model have other masks only where a text is longer than the window."""
+    model = zoo.make("qwen2-sliding")
+    texts = [torch.randint(3, 61, (2, length), generator=torch.manual_seed(length)) for length in (3, 9)]
+    whole = Scope(model, lambda i: model(input_ids=texts[i], use_cache=False), [None] * 2)
+    replay = Replay(model, ("@.layers.0", "@.layers.1"), whole)
+    with torch.no_grad():
+        expected = model.model.layers[1].register_forward_hook(lambda _m, _a, out: seen.append(out))
+        seen = []
+        for index in range(2):
+            whole.run(index)
+        expected.remove()
+        replay.advance()
+        found = [replay._call(index) for index in range(2)]
+    for one, other in zip(found, seen, strict=True):
+        torch.testing.assert_close(one, other if isinstance(other, torch.Tensor) else other[0])
+
+
+@pytest.mark.parametrize("name, version", [("llama", 2), ("gpt2", 2)])
+def test_the_format_of_a_decoder_is_one_that_knows_it(name, version):
+    recipe = RECIPE.replace(sites="intermediate", target_reduction=0.1, refit=False)
+    small = narrow(zoo.make(name), zoo.batches(), recipe, progress=False)
+    assert small.config.rmtkd["version"] == version
+    twice = narrow(
+        small, zoo.batches(), recipe.replace(form="factored", sites=None, target_reduction=0.2), progress=False
+    )
+    assert twice.config.rmtkd["version"] == version
 
 
 def test_answers_are_those_of_the_next_label():
@@ -217,8 +318,34 @@ def test_a_text_beyond_the_positions_is_refused():
         narrow(zoo.make("llama"), data, RECIPE, progress=False)
 
 
-def test_code_that_no_declaration_covers_is_refused_by_name():
-    config = zoo.CONFIGS["opt"][1].to_dict() | {"do_layer_norm_before": False}
+@pytest.mark.parametrize("field", ["do_layer_norm_before", "layer_norm_elementwise_affine"])
+def test_code_that_no_declaration_covers_is_refused_by_name(field):
+    config = zoo.CONFIGS["opt"][1].to_dict() | {field: False}
     model = transformers.OPTForCausalLM(transformers.OPTConfig(**config)).eval()
-    with pytest.raises(UnsupportedArchitectureError, match="OPTForCausalLM with config.do_layer_norm_before=False"):
+    with pytest.raises(UnsupportedArchitectureError, match=f"OPTForCausalLM with config.{field}=False"):
         narrow(model, zoo.batches(), RECIPE, progress=False)
+
+
+@pytest.mark.parametrize("name, centres", [("stablelm", True), ("llama", False)])
+def test_a_stream_without_a_last_norm_asks_its_first(name, centres):
+    model = zoo.make(name)
+    anatomy = dataclasses.replace(anatomy_of(model, RECIPE), last_norm=None)
+    assert _centred(model, anatomy) is centres
+
+
+class Centring(torch.nn.Module):
+    """A layer norm of somebody's own, which computes in the dtype that it gets."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.eps = torch.nn.Parameter(torch.ones(width)), 1e-5
+
+    def forward(self, x):
+        x = x - x.mean(-1, keepdim=True)
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_norm_in_half_precision_is_known_for_what_it_is(dtype):
+    assert norm_of(Centring(384).to(dtype)).centres
+    assert not norm_of(torch.nn.RMSNorm(384).to(dtype)).centres

@@ -115,6 +115,17 @@ def test_answers_that_are_remembered_are_not_computed_again():
     assert set(remembered.per_sample.values()) == {1.0}
 
 
+def test_answers_too_large_to_be_kept_are_computed_again():
+    true, found, batches = says([P, P]), says([Q, P]), [batch() for _ in range(4)]
+    expected = mean_divergence(true, found, batches)
+    remembered = Remembered(len(batches), "cpu", most=2 * 4 * 2 * 3)  # two batches of two samples of three words
+    for index, given in enumerate(batches):
+        remembered.keep(index, answers(true, true(**given), given))
+    assert [remembered.of(index) is None for index in range(4)] == [False, False, True, True]
+    assert len(remembered.per_sample) == 4
+    assert mean_divergence(true, found, batches, remembered) == expected
+
+
 RECIPE = RMTKDConfig(target_reduction=0.4, round_to=4, min_width=4, calibration_samples=48)
 
 

@@ -179,6 +179,15 @@ def test_a_chosen_ridge_is_small_for_what_is_exact_and_large_for_noise():
     assert chosen(2000, 0.5) < chosen(60, 2.0)
 
 
+def test_chunks_of_single_rows_fill_both_halves():
+    x, r = rows_of(2000, 0.0)
+    fit = LeastSquares(None, True)
+    for row in range(len(x)):
+        fit.add(x[row : row + 1], {"": r[row : row + 1]})
+    assert [half.count for half in fit._halves] == [1000, 1000]
+    assert 2 * fit._chosen("", "test") == RIDGES[0]
+
+
 def test_a_chosen_ridge_predicts_other_rows_better_than_a_small_one():
     gained = []
     for seed in range(10):

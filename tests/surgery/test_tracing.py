@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 
@@ -13,11 +14,11 @@ from torch import nn
 from optimum_rmtkd import RMTKDConfig, UnsupportedArchitectureError, narrow
 from optimum_rmtkd.surgery import narrow_to
 from optimum_rmtkd.surgery.families import FAMILIES
-from optimum_rmtkd.surgery.sites import is_layer
+from optimum_rmtkd.surgery.sites import all_but_the_stream, is_layer, select_sites
 from optimum_rmtkd.surgery.surgeon import anatomy_of
 from optimum_rmtkd.surgery.tracing import with_traced_reads
 
-from . import zoo
+from . import decoder_zoo, zoo
 
 
 RECIPE = RMTKDConfig(target_reduction=0.4, round_to=4, min_width=4, calibration_samples=48)
@@ -114,3 +115,11 @@ def test_nothing_is_traced_where_the_stream_stays(monkeypatch):
     assert not traced
     narrow(model, data, RECIPE, progress=False)
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("make", [lambda: decoder_zoo.make("llama"), lambda: zoo.make("bert", "Model")])
+def test_the_advice_to_leave_the_stream_names_sites_that_there_are(make):
+    anatomy = anatomy_of(make(), RECIPE)
+    sites = ast.literal_eval(all_but_the_stream(anatomy).removeprefix("sites="))
+    kinds = {site.kind for site in select_sites(anatomy, sites)}
+    assert "intermediate" in kinds and "hidden" not in kinds

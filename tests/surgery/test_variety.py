@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from optimum_rmtkd import CalibrationError, RMTKDConfig, analyze, narrow
 from optimum_rmtkd.surgery import check_variety
-from optimum_rmtkd.surgery.variety import different_samples, warn_of_few
+from optimum_rmtkd.surgery.variety import ROWS, different_samples, enough_rows, extent_of, warn_of_few
 
-from . import zoo
+from . import decoder_zoo, zoo
 
 
 RECIPE = RMTKDConfig(target_reduction=0.3, round_to=4, min_width=4, calibration_samples=48, refit=False)
@@ -93,3 +94,23 @@ def test_how_many_samples_are_enough(unit, enough, caplog):
         caplog.clear()
         warn_of_few([texts(*([5, i] for i in range(count)))], config, 8)
         assert bool(caplog.records) == (count < enough)
+
+
+def test_a_few_long_texts_of_a_language_model_are_not_called_few(caplog):
+    """Half as many texts as would do at the recipe's tokens a sequence, each long enough."""
+    model, data = decoder_zoo.make("llama"), decoder_zoo.batches(count=2, size=2, length=60)
+    narrow(model, data, RECIPE.replace(tokens_per_sequence=4), progress=False)
+    assert not [r.getMessage() for r in caplog.records if "different samples" in r.getMessage()]
+
+
+def test_rows_are_counted_over_all_processes(monkeypatch):
+    """The share of one process need not be as many tokens as the widest site has features: moments are summed."""
+    two = SimpleNamespace(num_processes=2)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, (30, 3)])
+    data = [texts([5, 6, 7], [5, 6]), texts([5])]
+    assert extent_of(data) == (6, 3)
+    assert extent_of(data, two) == (36, 6)
+    config = enough_rows(RECIPE, 32, *extent_of(data, two))
+    assert config.tokens_per_sequence == -(-ROWS * 32 // 6)
+    with pytest.raises(CalibrationError, match="has 6 tokens"):
+        enough_rows(RECIPE, 32, *extent_of(data))

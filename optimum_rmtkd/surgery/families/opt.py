@@ -21,7 +21,11 @@ register_family(
             ffn_norm="final_layer_norm",
             final_norm="@.decoder.final_layer_norm",
             counts=("num_heads",),
-            needs={"do_layer_norm_before": True},
+            needs={
+                "do_layer_norm_before": True,
+                "layer_norm_elementwise_affine": True,
+                "_remove_final_layer_norm": False,
+            },
         ),
     )
 )
