@@ -100,7 +100,7 @@ class TernaryCommand(Command):
             inputs = read_by(args, data, training.checkpoints)
         else:
             inputs = [("the features", args.features), ("the features", args.test_features)]
-        use_threads(args.threads)
+        use_threads(getattr(args, "threads", None))  # an option that is not given leaves no trace
         with writing_beside(args.output, args.overwrite, inputs) as folder:
             if args.features is not None:
                 table = _from_features(args.features, args.test_features, config, folder)
