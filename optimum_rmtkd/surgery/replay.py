@@ -88,7 +88,7 @@ class Replay:
         )
         device = next(model.parameters()).device
         self._rest, self._stream = Store(device), Store(device)
-        one_kind = len(set(getattr(model.config, "layer_types", None) or ())) < 2
+        one_kind = len(set(getattr(getattr(model, "config", None), "layer_types", None) or ())) < 2
         known = False  # are all blocks called with the same arguments beside the stream, in every batch?
         for index in range(len(whole.masks)):
             calls = self._calls(whole, index, blocks[:1] if known else blocks)
