@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -18,14 +18,29 @@ from torch.utils.checkpoint import checkpoint
 from .sparse import SparseLogits
 
 
-if TYPE_CHECKING:
-    from .objectives.base import DistillationObjective
-
-__all__ = ["CHUNK_NUMBERS", "AnswerStream", "chunk_of"]
+__all__ = ["CHUNK_NUMBERS", "AnswerStream", "Term", "chunk_of"]
 
 CHUNK_NUMBERS = 2**25  # logits that exist at a time: 128 MiB in fp32, of which a term keeps three to five
 
 Logits = Callable[[slice], "torch.Tensor | SparseLogits"]
+
+
+class Term(Protocol):
+    """What a stream asks of an objective.
+
+    Attributes:
+        needs_labels: it counts the positions that have a label, not those that are compared.
+    """
+
+    needs_labels: bool
+
+    def by_position(
+        self,
+        ours: torch.Tensor,
+        theirs: torch.Tensor | SparseLogits | None,
+        labels: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """(m, vocabulary) logits of both, (m,) int64 labels -> (m,) fp32."""
 
 
 def chunk_of(vocabulary: int, asked: int | None = None) -> int:
@@ -52,10 +67,10 @@ class AnswerStream:
     count: int
     labels: torch.Tensor | None
     compared: torch.Tensor
-    terms: Sequence[DistillationObjective]
+    terms: Sequence[Term]
     chunk: int
 
-    def mean(self, objective: DistillationObjective) -> torch.Tensor:
+    def mean(self, objective: Term) -> torch.Tensor:
         """Of one of `terms`, over the positions that it counts: a scalar; zero, with a history, over none."""
         return self._means[[id(term) for term in self.terms].index(id(objective))]
 
@@ -72,7 +87,7 @@ class AnswerStream:
         counts = [self.count if mask is None else int(mask.sum()) for mask in chosen]
         return total / total.new_tensor(counts).clamp_min(1)
 
-    def _counted(self, term: DistillationObjective) -> torch.Tensor | None:
+    def _counted(self, term: Term) -> torch.Tensor | None:
         """(n,) bool; None: all positions."""
         mask = self.labels != -100 if term.needs_labels else self.compared
         return None if bool(mask.all()) else mask
