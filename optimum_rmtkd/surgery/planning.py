@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
+from transformers import PreTrainedModel
+
+from ..config import RMTKDConfig
 from ..models import uncut_parameters
 from .budget import BudgetPoint, Couple, Plan, allocate, descent, flops_of, parameters_of, speed_weight_of
 from .cautions import MUCH
 from .checks import positions_of
-from .sites import Unit
+from .latency import Stopwatch
+from .sites import Anatomy, Unit
 from .untargeted import SHARES, curve_table, has_target, no_size, no_target
 
 
-if TYPE_CHECKING:
-    from .surgeon import Surgeon
-
-__all__ = ["moves_of", "planned"]
+__all__ = ["Known", "moves_of", "planned"]
 
 Price = Callable[[Mapping[str, int]], float]
 
 
-def planned(surgeon: Surgeon, target_reduction: float | None = None) -> Plan | None:
+class Known(Protocol):
+    """What a plan is made from; a `Surgeon` knows it."""
+
+    source: PreTrainedModel
+    teacher: PreTrainedModel
+    config: RMTKDConfig
+    anatomy: Anatomy
+    batches: Sequence[dict[str, Any]]
+    stopwatch: Stopwatch | None
+    trust_edges: bool
+    answers: float
+    loss_unit: str | None
+
+    def couples(self, spectra: bool = False) -> list[Couple]: ...
+
+    def doubts(self) -> dict[str, str | None]: ...
+
+    def predicted_loss(self, couples: Mapping[str, int]) -> float | None: ...
+
+
+def planned(surgeon: Known, target_reduction: float | None = None) -> Plan | None:
     """Widths by budget where there is a target, else by the spectral edges that mean something; None on a process that
     does not measure the time that is the target.
 
@@ -49,7 +70,7 @@ def planned(surgeon: Surgeon, target_reduction: float | None = None) -> Plan | N
     return allocate(couples, cost, _worth_in_flops(surgeon), goal, whole, config, what)
 
 
-def _by_time(surgeon: Surgeon, couples: list[Couple]) -> Plan | None:
+def _by_time(surgeon: Known, couples: list[Couple]) -> Plan | None:
     watch = surgeon.stopwatch
     if watch is None:
         return None
@@ -58,7 +79,7 @@ def _by_time(surgeon: Surgeon, couples: list[Couple]) -> Plan | None:
     return watch.plan(couples, worth)
 
 
-def _by_edges(surgeon: Surgeon, couples: list[Couple]) -> Plan:
+def _by_edges(surgeon: Known, couples: list[Couple]) -> Plan:
     parameters = parameters_of(surgeon.teacher, surgeon.anatomy)
     whole, doubts, widths = parameters({}), surgeon.doubts(), {}
     for c in couples:
@@ -71,13 +92,13 @@ def _by_edges(surgeon: Surgeon, couples: list[Couple]) -> Plan:
     return Plan(widths, [], surgeon.config.round_to)
 
 
-def moves_of(surgeon: Surgeon, couples: list[Couple], goal: float = 0.0) -> list[BudgetPoint]:
+def moves_of(surgeon: Known, couples: list[Couple], goal: float = 0.0) -> list[BudgetPoint]:
     """The moves of the budget from the model at hand down to so many parameters, or as far as they go."""
     parameters, whole = parameters_of(surgeon.teacher, surgeon.anatomy), float(uncut_parameters(surgeon.source))
     return descent(couples, parameters, _worth_in_flops(surgeon), goal, whole, surgeon.config)
 
 
-def _curve(surgeon: Surgeon, couples: list[Couple]) -> str:
+def _curve(surgeon: Known, couples: list[Couple]) -> str:
     """What sizes are predicted to cost, as a table."""
     now = parameters_of(surgeon.teacher, surgeon.anatomy)({})
     whole = float(uncut_parameters(surgeon.source))
@@ -90,7 +111,7 @@ def _curve(surgeon: Surgeon, couples: list[Couple]) -> str:
     return curve_table(moves, now, whole, unit, per)
 
 
-def _worth_in_flops(surgeon: Surgeon) -> Callable[[Couple], Price]:
+def _worth_in_flops(surgeon: Known) -> Callable[[Couple], Price]:
     teacher, anatomy = surgeon.teacher, surgeon.anatomy
     positions = positions_of(teacher, surgeon.batches)
     whole = max(flops_of(teacher, anatomy, positions)({}), 1.0)
@@ -101,7 +122,7 @@ def _worth_in_flops(surgeon: Surgeon) -> Callable[[Couple], Price]:
 
 
 def _worth(
-    surgeon: Surgeon, whole: float, work_of: Callable[[Couple], Price], speed_weight: float
+    surgeon: Known, whole: float, work_of: Callable[[Couple], Price], speed_weight: float
 ) -> Callable[[Couple], Price]:
     """couple -> widths -> share of the parameters and, times `speed_weight`, of the work that its layers make up.
 
@@ -118,6 +139,6 @@ def _worth(
     return worth
 
 
-def _units_of(surgeon: Surgeon, couple: Couple) -> list[Unit]:
+def _units_of(surgeon: Known, couple: Couple) -> list[Unit]:
     names = {site.name for site in couple.sites} | ({"pooler"} if couple.name == "hidden" else set())
     return [u for u in surgeon.anatomy.units if names & {u.reads, u.writes, u.factor}]
