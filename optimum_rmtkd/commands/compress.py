@@ -228,6 +228,20 @@ class Made:
     fit: dict | None = None
 
 
+def _check_cut(task: Task, training: TrainingOptions, recipe: RMTKDConfig) -> None:
+    """What cannot work is refused before the first expensive step."""
+    from ..surgery import check_data, check_edges, check_latency, check_recipe, check_variety
+
+    check_recipe(task.model, recipe)
+    if recipe.schedule == "none":
+        return
+    loader = task.calibration_loader(training.batch_size, recipe.seed)
+    check_data(task.model, itertools.islice(loader, 1), recipe)
+    check_variety(loader)
+    check_latency(task.model, recipe)
+    check_edges(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
+
+
 def _compress(
     name: str,
     data: DataArguments,
@@ -242,15 +256,7 @@ def _compress(
     from ..hub.measures import of_quality
     from ..hub.run import public_name
     from ..spectra.edges import find_estimator
-    from ..surgery import (
-        check_data,
-        check_edges,
-        check_latency,
-        check_recipe,
-        check_variety,
-        count_parameters,
-        uncut_parameters,
-    )
+    from ..surgery import count_parameters, uncut_parameters
     from ..trainer.parts import parts_of
     from ..trainer.stages import write_journal
     from .task import load_task, stored_dtype, weights_folder
@@ -261,13 +267,7 @@ def _compress(
     head = "made" if _fits(training, recipe) else "required"
     asked = recipe.calibration_samples if recipe.calibration_samples != RMTKDConfig.calibration_samples else None
     task = load_task(name, data, recipe.seed, training.attn_implementation, head, trim, asked)
-    check_recipe(task.model, recipe)  # what cannot work is refused before the first forward pass
-    if recipe.schedule != "none":
-        loader = task.calibration_loader(training.batch_size, recipe.seed)
-        check_data(task.model, itertools.islice(loader, 1), recipe)
-        check_variety(loader)
-        check_latency(task.model, recipe)
-        check_edges(task.model, task.calibration_loader(training.batch_size, recipe.seed), recipe)
+    _check_cut(task, training, recipe)
     whole, uncut = task.untrimmed or task, uncut_parameters(task.model)
     parameters = count_parameters(whole.model)
     before = {} if task.new_head else whole.measure(whole.model, training.eval_batch_size)

@@ -93,6 +93,14 @@ class Task:
         return DataLoader(self.train, batch_size, shuffle=True, generator=generator, collate_fn=self.collator)
 
 
+def _check_columns(validation: Dataset, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name not in validation.column_names:
+            raise RMTKDError(
+                f"The validation data has no column '{name}'; it has {', '.join(validation.column_names)}."
+            )
+
+
 def load_task(
     model: str,
     data: DataArguments,
@@ -130,11 +138,7 @@ def load_task(
         _check_head(config, kind, model)
     inputs, label = find_columns(train, data)
     if validation is not None:
-        for name in (*inputs, label):
-            if name not in validation.column_names:
-                raise RMTKDError(
-                    f"The validation data has no column '{name}'; it has {', '.join(validation.column_names)}."
-                )
+        _check_columns(validation, (*inputs, label))
     new = head == "made" and (why := _unfit(config, kind, train, label, data))
     if new:
         config = with_new_head(config, train, label, data.metric, parse_label_map(data.label_map))
