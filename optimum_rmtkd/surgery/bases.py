@@ -34,6 +34,9 @@ __all__ = [
 ]
 
 EIGENVALUE_FLOOR = 1e-9  # share of the largest eigenvalue below which a square root is not inverted
+# Of a feature's own second moment: what is left of it under this share, once others have predicted it, is rounding of
+# the fp32 products that moments are sums of (`linalg.JITTERS`).
+RESOLUTION = 1e-5
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,11 @@ class Selection(Projection):
         decode: (d, k) fp64.
         index: (k,).
         width: d.
+        offset: (d,) or None.
     """
 
-    def __init__(self, decode: torch.Tensor, index: torch.Tensor, width: int):
-        for name, value in (("decode", decode), ("index", index), ("offset", None), ("width", width)):
+    def __init__(self, decode: torch.Tensor, index: torch.Tensor, width: int, offset: torch.Tensor | None = None):
+        for name, value in (("decode", decode), ("index", index), ("offset", offset), ("width", width)):
             object.__setattr__(self, name, value)
 
     @property
@@ -119,6 +123,9 @@ def fisher_directions(moment: torch.Tensor, gradient: torch.Tensor | None) -> tu
 def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Greedy choice of features that span the rest (Harbrecht, Peters and Schneider 2012).
 
+    Where those chosen span all others, to within RESOLUTION of each, what is left of them is rounding, which says
+    nothing of what to choose: from there on the largest go first.
+
     Args:
         gram: (m, m) fp64, symmetric positive semi-definite.
         rank: number of pivots, at most m.
@@ -129,14 +136,16 @@ def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
     check_finite(gram, "Choice of features")
     size = len(gram)
     factor = torch.zeros(rank, size, dtype=gram.dtype)
-    left = gram.diagonal().clone()
+    own = gram.diagonal().clamp_min(0)
+    left = own.clone()
     floor = 1e-12 * left.sum().clamp_min(torch.finfo(gram.dtype).tiny) / size
     pivots, residual = [], [left.sum().item()]
     chosen = torch.zeros(size, dtype=torch.bool)
     for step in range(rank):
-        pivot = int(left.masked_fill(chosen, -1.0).argmax())
+        new = left.masked_fill(chosen | (left <= RESOLUTION * own), -1.0)
+        pivot = int((new if bool((new > floor).any()) else own.masked_fill(chosen, -1.0)).argmax())
         chosen[pivot] = True
-        if left[pivot] > floor:
+        if new[pivot] > floor:
             row = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / left[pivot].sqrt()
             factor[step] = row
             left = (left - row.square()).clamp_min(0)
@@ -212,12 +221,16 @@ def never_free(moment: torch.Tensor, effect: torch.Tensor, samples: int) -> torc
     return torch.where(torch.diag(silent), torch.diag(guess / effect.clamp_min(1e-300)), moment)
 
 
-def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
+def neuron_projection(moment: torch.Tensor, index: torch.Tensor, mean: torch.Tensor | None = None) -> Projection:
     """Keep the features `index` (k,); the consumer is compensated by the best linear prediction of all from those
     kept.
 
     decode = S[:, index] S[index, index]^-1 (Nystrom), with the first jitter under which the kept block is positive
     definite; it does not depend on the scale that each feature is measured in.
+
+    Args:
+        moment: (m, m) fp64 second moment, or covariance about `mean` (m,): what the prediction then lacks of the mean
+            is the `offset`.
 
     Raises:
         CalibrationError: the moment is not finite, or not positive definite.
@@ -232,7 +245,7 @@ def neuron_projection(moment: torch.Tensor, index: torch.Tensor) -> Projection:
     decode = torch.cholesky_solve(alike[:, index].T.contiguous(), factor).T * size[:, None] / size[index]
     # what is kept predicts itself, also where it was silent in the data and its moment is null
     decode[index] = torch.eye(len(index), dtype=moment.dtype)
-    return Selection(decode, index, len(moment))
+    return Selection(decode, index, len(moment), None if mean is None else mean - decode @ mean[index])
 
 
 def value_directions(context: torch.Tensor, effect: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -280,6 +293,10 @@ def natural_gauge(encode: torch.Tensor, decode: torch.Tensor) -> tuple[torch.Ten
     return encode @ upper.mT, orthonormal
 
 
-def head_projection(encode: torch.Tensor, decode: torch.Tensor, width: int) -> Projection:
-    """Block-diagonal cut of all heads to `width` features each, from per-head (heads, w, w) directions."""
-    return Projection(torch.block_diag(*encode[..., :width].unbind()), torch.block_diag(*decode[..., :width].unbind()))
+def head_projection(
+    encode: torch.Tensor, decode: torch.Tensor, width: int, mean: torch.Tensor | None = None
+) -> Projection:
+    """Block-diagonal cut of all heads to `width` features each, from per-head (heads, w, w) directions; `mean`
+    (heads * w,), where those are of what varies about it."""
+    encode, decode = (torch.block_diag(*each[..., :width].unbind()) for each in (encode, decode))
+    return Projection(encode, decode, offset=None if mean is None else mean - decode @ (mean @ encode))

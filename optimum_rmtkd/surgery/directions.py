@@ -197,12 +197,13 @@ def neuron_directions(
     else:
         order, residual = neuron_order(moment, effect.sqrt())
 
+    mean = _mean(model, reader, calibration.moments[point])
+
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
-        return {"": neuron_projection(whole(), order[:width].sort().values)}
+        return {"": neuron_projection(whole(), order[:width].sort().values, mean)}
 
     if not anatomy.answers or not calibration.gradients:
         return Directions(site, residual, cut)
-    mean = _mean(model, reader, calibration.moments[point])
     return Directions(site, residual, cut, _neuron_changes(moment, effect, order, mean))
 
 
@@ -260,8 +261,10 @@ def value_site_directions(
     if basis == "random":
         encode = decode = _random_head_bases(site, calibration)
 
+    mean = _mean(model, _unit_reading(model, anatomy, site), calibration.moments[site.points[0]])
+
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
-        return {"": head_projection(*natural_gauge(encode[..., :width], decode[..., :width]), width)}
+        return {"": head_projection(*natural_gauge(encode[..., :width], decode[..., :width]), width, mean)}
 
     return Directions(site, _tail_sums(scores.sum(0)), cut)
 
@@ -317,10 +320,10 @@ def group_directions(
         generator = torch.Generator().manual_seed(calibration.config.seed + site.depth)
         order = torch.randperm(count, generator=generator)
 
-    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
-        return {"": neuron_projection(moment(), site.features_of(order[:width].sort().values))}
-
     mean = _mean(model, unit, calibration.moments[point])
+
+    def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
+        return {"": neuron_projection(moment(), site.features_of(order[:width].sort().values), mean)}
 
     def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         return (_less(x, mean) * gradient).unflatten(1, (count, -1)).sum(-1)[:, order]

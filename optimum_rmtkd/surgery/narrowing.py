@@ -218,7 +218,8 @@ def _fill(new: nn.Module, old: nn.Module, reads, writes, factor) -> None:
     elif factor is not None and reads is None and writes is None:
         _fill_factors(new, old, factor)
     else:
-        _fill_linear(new, old, encode, decode, None if writes is None else writes.index)
+        offset = None if reads is None or reads.offset is None else reads.offset.to(device)
+        _fill_linear(new, old, encode, decode, None if writes is None else writes.index, offset)
 
 
 def _fill_table(new: nn.Embedding, old: nn.Embedding, encode: torch.Tensor | None, factor: Projection | None) -> None:
@@ -260,8 +261,9 @@ def _fill_linear(
     encode: torch.Tensor | None,
     decode: torch.Tensor | None,
     index: torch.Tensor | None = None,
+    offset: torch.Tensor | None = None,
 ) -> None:
-    """`index`: what `encode` selects, where it does."""
+    """`index`: what `encode` selects, where it does; `offset`: what `decode` lacks of the mean of the input."""
     if hasattr(new, "down"):  # stays factored: only the outer widths change
         up, down = old.up.weight.double(), old.down.weight.double()
         new.up.weight.copy_(up if encode is None else torch.einsum("or...,ok->kr...", up, encode))
@@ -274,4 +276,7 @@ def _fill_linear(
             weight = torch.einsum("oi...,ok->ki...", weight, encode)
         set_weight(new, weight if decode is None else torch.einsum("oi...,ik->ok...", weight, decode))
     if new.bias is not None:
-        new.bias.copy_(old.bias if encode is None else encode.T @ old.bias.double())
+        bias = old.bias.double()
+        if offset is not None and _takes_shift(old):
+            bias = bias + dense_weight(old).flatten(1) @ offset
+        new.bias.copy_(bias if encode is None else encode.T @ bias)

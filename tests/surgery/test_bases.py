@@ -71,6 +71,17 @@ def test_pivoted_cholesky_of_a_low_rank_gram_chooses_every_feature_once():
     assert residual[4:].max() < 1e-9 * residual[0]
 
 
+def test_what_rounding_has_left_of_dependent_features_is_not_chosen_from():
+    """Fp32 products leave more of large features that others span than small ones of no effect have at all."""
+    x = (normal(400, 4) @ normal(4, 12)).float()
+    gram = (x.T @ x).double() / len(x)
+    effect = torch.ones(12, dtype=torch.float64)
+    effect[[2, 7]] = 1e-3
+    order, residual = neuron_order(gram, effect)
+    assert set(order[-2:].tolist()) == {2, 7}
+    assert bool((residual.diff() <= 0).all()) and residual[4] < 1e-5 * residual[0]
+
+
 def test_neuron_order_sees_features_through_their_consumer():
     second, effect = moment(10), torch.rand(10, dtype=torch.float64)
     effect[3] = 0.0  # nobody reads this neuron
@@ -87,6 +98,18 @@ def test_neuron_projection_is_the_best_linear_prediction():
     assert_close(cut.decode, torch.tensor(oracle).T, 1e-6)
     assert_close(x @ cut.encode, x[:, kept])
     assert torch.equal(cut.index, kept)
+
+
+@pytest.mark.parametrize("heads", [False, True])
+def test_what_varies_about_a_mean_is_put_back_where_it_was(heads):
+    mean = 5 * normal(6)
+    x = normal(50, 2) @ normal(2, 6) + mean
+    centred = (x - x.mean(0)).T @ (x - x.mean(0)) / 50
+    cut = neuron_projection(centred, torch.tensor([1, 4]), x.mean(0))
+    if heads:
+        basis = torch.linalg.eigh(centred)[1].flip(1)[None]
+        cut = head_projection(basis, basis, 2, x.mean(0))
+    assert_close(x @ cut.encode @ cut.decode.T + cut.offset, x, 1e-6)
 
 
 def test_neuron_projection_survives_silent_neurons_and_refuses_nan():
