@@ -15,7 +15,8 @@ checkpoint serves `AutoModel`, other task heads and another `num_labels` alike:
 
     base        fields of the config that the dense skeleton is built from, for example {"hidden_size": 384}
     modules     {path: {"in", "out", "rank", "dim", "eps"}}: widths of linear, convolution, norm and embedding layers
-    parameters  {path: {"dim"}}: last dimension of bare parameters, for example a class token
+    parameters  {path: {"dim", "axis"}}: last dimension of bare parameters, for example a class token; with "axis": -2
+                the one before it
     attrs       {path: {name: value}}: head sizes and scales that modules keep as plain attributes
     heads       {path of an attention: {"kept", "of"}}: whole key-value groups that were kept, each as wide as before;
                 with "config": true the layer sees a config that says so
@@ -143,8 +144,8 @@ def check_spec(model, spec):
                     raise mismatch(where, raw, f"a path of a {type(model).__name__}, or of another head, that fits")
             elif section == "modules":
                 check_module(found, entry, where)
-            elif section == "parameters" and entry["dim"] > found.shape[-1]:
-                raise mismatch(f"{where}.dim", entry["dim"], f"at most {found.shape[-1]}")
+            elif section == "parameters" and entry["dim"] > found.shape[entry.get("axis", -1)]:
+                raise mismatch(f"{where}.dim", entry["dim"], f"at most {found.shape[entry.get('axis', -1)]}")
             elif section == "attrs":
                 check_attributes(found, entry, where)
             elif isinstance(found, nn.Linear) and entry["in_features"] > found.in_features:
@@ -165,7 +166,7 @@ def _check_all_heads(model, spec):
 
 _FITS = {
     "modules": lambda found, entry: widest(found) is not None,
-    "parameters": lambda found, entry: isinstance(found, nn.Parameter) and found.dim() > 0,
+    "parameters": lambda found, entry: isinstance(found, nn.Parameter) and found.dim() >= -entry.get("axis", -1),
     "attrs": lambda found, entry: isinstance(found, nn.Module),
     "heads": lambda found, entry: isinstance(found, nn.Module),
     "ternary": lambda found, entry: type(found).__name__ == entry["replaces"],
@@ -241,9 +242,9 @@ def apply_spec(model, spec):
         found = _locate(model, raw)
         if found is not None:
             old = _child(*found)
-            setattr(
-                *found, nn.Parameter(torch.zeros(*old.shape[:-1], delta["dim"], dtype=old.dtype, device=old.device))
-            )
+            shape = list(old.shape)
+            shape[delta.get("axis", -1)] = delta["dim"]
+            setattr(*found, nn.Parameter(torch.zeros(shape, dtype=old.dtype, device=old.device)))
     for raw, options in spec.get("ternary", {}).items():
         found = _locate(model, raw)
         if found is not None and type(_child(*found)).__name__ == options["replaces"]:

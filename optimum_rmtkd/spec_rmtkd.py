@@ -32,12 +32,12 @@ NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 # What modules of transformers call the widths of their heads, and numbers that no config states, with their range.
 WIDTHS = frozenset(
-    """all_head_size attention_head_size d_head d_kv dim dim_head dim_per_head embed_dim head_dim head_size hidden_size
+    """all_head_size attention_head_size d_head d_kv dim dim_head dim_per_head embed_dim head_dim head_size hidden_dim hidden_size
     inner_dim key_value_proj_dim kv_dim qk_head_dim split_size v_head_dim
     num_attention_heads num_heads num_key_value_heads""".split()
 )
 COUNTS = frozenset(("num_attention_heads", "num_heads", "num_key_value_heads"))  # of heads, where code reads them
-WHOLE = {"all_head_size", "dim", "embed_dim", "hidden_size", "inner_dim", "kv_dim", "split_size"}
+WHOLE = {"all_head_size", "dim", "embed_dim", "hidden_dim", "hidden_size", "inner_dim", "kv_dim", "split_size"}
 HEADS = WIDTHS - WHOLE - COUNTS  # widths of one head
 EPSILONS = ("eps", "variance_epsilon", "epsilon")  # what norms call it
 NUMBERS = {
@@ -177,8 +177,10 @@ def _check_delta(delta, where):
 
 
 def _check_parameter(delta, where):
-    _object(delta, where, ("dim",))
+    _object(delta, where, ("dim", "axis"))
     _whole(delta.get("dim"), f"{where}.dim")
+    if isinstance(delta.get("axis", -1), bool) or delta.get("axis", -1) not in (-1, -2):
+        raise mismatch(f"{where}.axis", delta["axis"], "-1 or -2")
 
 
 def _check_attributes(attributes, where):

@@ -16,6 +16,7 @@ from .linalg import check_finite, cholesky, eigh, qr, svd
 
 __all__ = [
     "Projection",
+    "Rescaled",
     "Selection",
     "encoding",
     "fisher_directions",
@@ -42,12 +43,14 @@ RESOLUTION = 1e-5
 @dataclass(frozen=True)
 class Projection:
     """A cut of one site: encode and decode, each (d, k) fp64; `index` (k,) where the cut selects features; `offset`
-    (d,) what a reconstruction adds where the cut was made around the mean."""
+    (d,) what a reconstruction adds where the cut was made around the mean; `scale` (k,) that of a norm whose output
+    is cut so, where it is not the diagonal of the old one in the new coordinates."""
 
     encode: torch.Tensor
     decode: torch.Tensor
     index: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
 
 
 class Selection(Projection):
@@ -62,7 +65,8 @@ class Selection(Projection):
     """
 
     def __init__(self, decode: torch.Tensor, index: torch.Tensor, width: int, offset: torch.Tensor | None = None):
-        for name, value in (("decode", decode), ("index", index), ("offset", offset), ("width", width)):
+        values = {"decode": decode, "index": index, "offset": offset, "scale": None, "width": width}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     @property
@@ -73,9 +77,34 @@ class Selection(Projection):
         return encode
 
 
+class Rescaled(Projection):
+    """The cut of what a norm makes into the stream: with s (d,) the scale of that norm and P (d, k) the basis of the
+    stream, encode = diag(s) P / g, where g (k,) is the root of the sum of squares of each column of diag(s) P.
+
+    Between a layer that gives u and the sum that it is added to, the norm makes s u / rms(u). A norm of scale g behind
+    P' diag(s) u / g makes P' diag(s) u / rms(.): the right direction for any P, and of the right length as far as the
+    two rms go together; exact where P permutes the axes. Made whenever it is asked for, as `Selection`; it is not
+    read from.
+    """
+
+    def __init__(self, basis: torch.Tensor, scale: torch.Tensor):
+        size = (basis.square() * scale[:, None].square()).sum(0).sqrt()
+        values = {"basis": basis, "rows": scale, "scale": size, "decode": basis.new_empty(0)}
+        for name, value in (values | {"index": None, "offset": None}).items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def encode(self) -> torch.Tensor:
+        """(d, k) fp64."""
+        tiny = torch.finfo(self.basis.dtype).tiny
+        return self.rows[:, None] * self.basis / self.scale.clamp_min(tiny)
+
+
 def encoding(cut: Projection) -> Projection:
     """A cut without its decode, which is read once, when layers are filled."""
     none = cut.decode.new_empty(0)
+    if isinstance(cut, Rescaled):
+        return cut
     if isinstance(cut, Selection):
         return Selection(none, cut.index, cut.width)
     return Projection(cut.encode, none, cut.index)

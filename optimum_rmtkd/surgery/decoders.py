@@ -6,6 +6,7 @@ distance) live inside a head, and configs and caches know how many heads there a
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -35,6 +36,13 @@ class DecoderLayout:
             makes both, one behind the other.
         down: the layer that reads them.
         attention_norm, ffn_norm: norms in front of attention and feed-forward; without the second both read the first.
+            Without either, both read the stream as it is (OLMo 2).
+        after_attention, after_ffn: norms between what attention and feed-forward give and the sum.
+        query_norm, key_norm: norms over all heads of queries and keys together.
+        reads, writes: bare parameters of a block that read what the second norm gives, with their last axis, or write
+            the stream, with the last but one: a router and its experts. Together with `down=""`.
+        refused: {kind of site: why it is not cut}.
+        multiple: widths of the stream are multiples of it, whatever the recipe rounds to.
         parallel: attention and feed-forward read the same stream, and their sum is added to it.
         final_norm: the norm in front of the head.
         heads: layers of the task heads of this family that read the stream; each is the layer of some class. One may
@@ -42,6 +50,7 @@ class DecoderLayout:
         counts, query_counts: attributes of `attention` that hold the number of key-value groups, of query heads.
         heads_in_config: the code of `attention` reads these numbers from its config.
         widths: attributes of `attention` that hold the width of all query heads.
+        stream_widths: {module of a block: its attribute that holds the width of the stream}.
         multiplier: field of the config by which what a block adds is multiplied.
         inner_field: field of the config that states the feed-forward width, where together with the usual names of
             heads (num_attention_heads, num_key_value_heads, head_dim) it says all widths that shape="native" needs,
@@ -54,8 +63,8 @@ class DecoderLayout:
     blocks: str
     output: str
     down: str
-    attention_norm: str
     final_norm: str
+    attention_norm: str | None = None
     attention: str = "self_attn"
     query: str = ""
     key: str = ""
@@ -65,6 +74,14 @@ class DecoderLayout:
     up: tuple[str, ...] = ()
     fused_up: str | None = None
     ffn_norm: str | None = None
+    after_attention: str | None = None
+    after_ffn: str | None = None
+    query_norm: str | None = None
+    key_norm: str | None = None
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    multiple: int = 1
     parallel: bool = False
     heads: tuple[str, ...] = ("lm_head", "score", "qa_outputs")
     head_size: str = "head_dim"
@@ -72,6 +89,7 @@ class DecoderLayout:
     query_counts: tuple[str, ...] = ()
     heads_in_config: bool = False
     widths: tuple[str, ...] = ()
+    stream_widths: dict[str, str] = field(default_factory=dict)
     multiplier: str | None = None
     needs: dict[str, object] = field(default_factory=dict)
     width_field: str = "hidden_size"
@@ -92,9 +110,13 @@ class DecoderLayout:
             attention = self._attention_sites(model, block, depth)
             inner = self._inner_sites(model, block, depth)
             sites |= {site.name: site for site in (*attention, *inner)}
-            after = f"{blocks[depth + 1]}.{self.attention_norm}" if depth + 1 < len(blocks) else self.final_norm
+            following = blocks[depth + 1] if depth + 1 < len(blocks) else None
+            after = Point(self._at(following, self.attention_norm) if following else self.final_norm, "input")
             units += self._units(model, block, depth, after)
             norms += [f"{block}.{path}" for path in (self.attention_norm, self.ffn_norm) if path]
+            attributes += [
+                Attribute(f"{block}.{path}", name, "hidden", False) for path, name in self.stream_widths.items()
+            ]
             at, lead = f"{block}.{self.attention}", attention[0].name
             each = getattr(get_module(model, at), self.head_size)
             attributes += [Attribute(at, name, lead, True) for name in self.counts]
@@ -103,12 +125,11 @@ class DecoderLayout:
             heads[at] = lead
         units.append(Unit(self.final_norm, writes="hidden"))
         width = get_module(model, self.final_norm).weight.numel()
+        step = self.multiple if width % self.multiple == 0 else 1
         answers = shifts_labels(model)
-        # raw streams hold few tokens with most of the energy: what readers see is what counts
-        sides = ("output",) if answers else ("input", "output")
-        points = tuple(Point(path, side) for path in (*norms, self.final_norm) for side in sides)
+        points = self._stream_points(model, blocks, norms, answers)
         return Anatomy(
-            sites={"hidden": Site("hidden", "hidden", width, points, couple="hidden"), **sites},
+            sites={"hidden": Site("hidden", "hidden", width, points, step, couple="hidden"), **sites},
             units=(*units, *self._heads(model)),
             blocks=tuple(blocks),
             attributes=tuple(attributes),
@@ -118,7 +139,26 @@ class DecoderLayout:
             pre_norm=True,
             last_norm=self.final_norm,
             answers=answers,
+            refused=self.refused,
         )
+
+    @staticmethod
+    def _at(block: str, path: str | None) -> str:
+        """A path in a block; the block itself where it has no such module."""
+        return f"{block}.{path}" if path else block
+
+    def _stream_points(
+        self, model: nn.Module, blocks: list[str], norms: list[str], answers: bool
+    ) -> tuple[Point, ...]:
+        """Where the stream is observed. Raw streams hold few tokens with most of the energy, so what readers see is
+        what counts. Where they read the raw stream itself, it is what was added to it: the gradient at the stream holds
+        that of all later readers, and each term of a sum is lost once."""
+        if self.attention_norm is None:
+            added = [path for path in self.stream if has_module(model, path)]
+            added += [f"{block}.{path}" for block in blocks for path in (self.after_attention, self.after_ffn)]
+            return tuple(Point(path) for path in added)
+        sides = ("output",) if answers else ("input", "output")
+        return tuple(Point(path, side) for path in (*norms, self.final_norm) for side in sides)
 
     def _check(self, model: nn.Module) -> None:
         for name, value in self.needs.items():
@@ -166,33 +206,70 @@ class DecoderLayout:
             return [lead]
         return [lead, Site(f"{name}.made", "parted", 2 * inner, (), 2, depth, name, (1, 1), name)]
 
-    def _units(self, model: nn.Module, block: str, depth: int, after: str) -> list[Unit]:
+    def _units(self, model: nn.Module, block: str, depth: int, after: Point) -> list[Unit]:
         at = lambda path: f"{block}.{path}"  # noqa: E731
-        heads, inner = f"layer.{depth}.attention", f"layer.{depth}.intermediate"
-        first, second = at(self.attention_norm), at(self.ffn_norm or self.attention_norm)
-        entrance, between = Point(block, "input"), Point(at(self.ffn_norm or self.attention_norm), "input")
-        lands = Point(after if self.parallel else at(self.ffn_norm), "input")
+        first = at(self.attention_norm) if self.attention_norm else None
+        second = at(self.ffn_norm) if self.ffn_norm else first
         scale = float(getattr(model.config, self.multiplier)) if self.multiplier else 1.0
+        entrance = Point(block, "input")
+        inner = [] if not self.down else self._inner_units(block, f"layer.{depth}.intermediate", second)
+        inner += [Unit(at(path), "hidden", block=block, through=second) for path in self.reads]
+        inner += [Unit(at(path), writes="hidden", block=block, axis=-2) for path in self.writes]
+        between = Point(second if self.ffn_norm else inner[0].path, "input")
+        attention = self._added(
+            self._attention_units(block, f"layer.{depth}.attention", first),
+            self.after_attention and at(self.after_attention),
+            entrance,
+            after if self.parallel else between,
+            scale,
+        )
+        feed_forward = self._added(
+            inner,
+            self.after_ffn and at(self.after_ffn),
+            entrance if self.parallel else between,
+            after,
+            scale,
+            Point(at(self.output)) if self.parallel else None,
+        )
+        norms = [[Unit(path, writes="hidden", block=block)] for path in dict.fromkeys((first, second)) if path]
+        return [
+            *(norms[0] if norms else ()),
+            *attention,
+            *(norms[1] if len(norms) > 1 else ()),
+            *feed_forward,
+        ]
+
+    def _attention_units(self, block: str, heads: str, through: str | None) -> list[Unit]:
+        """What makes queries, keys and values, and the layer behind the heads."""
+        at = lambda path: f"{block}.{path}"  # noqa: E731
         made = (
             {self.fused: f"{heads}.made"}
             if self.fused
             else {self.query: heads, self.key: f"{heads}.made", self.value: f"{heads}.made"}
         )
-        attention = [Unit(at(path), "hidden", site, block=block, through=first) for path, site in made.items()]
-        attention.append(Unit(at(self.output), heads, "hidden", entrance, lands, block, scale=scale))
+        norms = {self.query_norm: heads, self.key_norm: f"{heads}.made"}
+        return [
+            *(Unit(at(path), "hidden", site, block=block, through=through) for path, site in made.items()),
+            *(Unit(at(path), writes=site, block=block) for path, site in norms.items() if path),
+            Unit(at(self.output), heads, "hidden", block=block),
+        ]
+
+    def _inner_units(self, block: str, inner: str, through: str | None) -> list[Unit]:
+        at = lambda path: f"{block}.{path}"  # noqa: E731
         ups = {self.fused_up: f"{inner}.made"} if self.fused_up else dict.fromkeys(self.up, inner)
-        feed_forward = [Unit(at(path), "hidden", site, block=block, through=second) for path, site in ups.items()]
-        feed_forward.append(
-            Unit(
-                at(self.down),
-                inner,
-                "hidden",
-                entrance if self.parallel else between,
-                Point(after, "input"),
-                block,
-                beside=Point(at(self.output)) if self.parallel else None,
-                scale=scale,
-            )
-        )
-        norms = [[Unit(path, writes="hidden", block=block)] for path in dict.fromkeys((first, second))]
-        return norms[0] + attention + (norms[1] if len(norms) > 1 else []) + feed_forward
+        made = [Unit(at(path), "hidden", site, block=block, through=through) for path, site in ups.items()]
+        return [*made, Unit(at(self.down), inner, "hidden", block=block)]
+
+    @staticmethod
+    def _added(
+        units: list[Unit], norm: str | None, skip: Point, lands: Point, scale: float, beside: Point | None = None
+    ) -> list[Unit]:
+        """Units of which the last is added to the stream, through `norm` where there is one."""
+        last = units[-1]
+        if last.axis != -1:  # experts are not fitted to what their sum lacks
+            return units
+        if norm is None:
+            added = dataclasses.replace(last, skip=skip, lands=lands, beside=beside, scale=scale)
+            return [*units[:-1], added]
+        writer = dataclasses.replace(last, lands=Point(norm, "input"), behind=norm)
+        return [*units[:-1], writer, Unit(norm, writes="hidden", skip=skip, block=last.block, scale=scale)]

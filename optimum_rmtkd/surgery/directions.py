@@ -18,6 +18,7 @@ from ..spectra import SecondMoments
 from ..spectra.products import symmetric_product
 from .bases import (
     Projection,
+    Rescaled,
     Selection,
     fisher_directions,
     head_projection,
@@ -163,13 +164,23 @@ def hidden_directions(
             inside = kept.T @ joint @ kept
             quiet = (kept.T @ ones)[:, 0] if keeps_ones else eigh(inside, "Rotation of the stream")[1][:, 0]
             kept = rotate_onto_ones(kept, quiet / quiet.norm())
-        return {"": Projection(kept, kept)}
+        return {"": Projection(kept, kept), **_before_norms(model, anatomy, kept)}
 
     def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         basis = nested.to(x)
         return (x @ basis) * (gradient @ basis)
 
     return Directions(site, damage.cummin(0).values, cut, changes if anatomy.answers else None)
+
+
+def _before_norms(model: nn.Module, anatomy: Anatomy, basis: torch.Tensor) -> dict[str, Projection]:
+    """Cuts of layers whose output goes through a norm before it is added to the stream, and of these norms."""
+    found = {}
+    for unit in anatomy.units:
+        if unit.behind is not None:
+            before = Rescaled(basis, norm_of(get_module(model, unit.behind)).scale.cpu())
+            found |= {unit.path: before, unit.behind: Projection(basis, basis, scale=before.scale)}
+    return found
 
 
 def neuron_directions(

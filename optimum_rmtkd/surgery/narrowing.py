@@ -91,6 +91,8 @@ def _fold_scale(norm: Norm, readers: list[nn.Module]) -> None:
 
 def _takes_shift(reader: nn.Module) -> bool:
     """Whether a constant input can become part of the bias: there is one, and it sees all of the input everywhere."""
+    if isinstance(reader, nn.Parameter):
+        return False
     return reader.bias is not None and (reader.weight.dim() == 2 or reader.weight.shape[2:] == (1, 1))
 
 
@@ -108,7 +110,7 @@ def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, 
         delta = unit_delta(unit, module, widths)
         if not delta:
             continue
-        if (norm := norm_of(module)) is not None:
+        if (norm := norm_of(module)) is not None and anatomy.sites[unit.writes].kind == "hidden":
             # the same sum of squares is now divided by fewer features
             delta["eps"] = norm.eps * module.weight.numel() / delta["dim"]
             attrs.get(unit.path, {}).pop(epsilon_name(module), None)  # of an earlier cut
@@ -183,7 +185,8 @@ def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: C
             if reads is None and writes is None and factor is None:
                 continue
             if isinstance(new, nn.Parameter):
-                new.copy_(old.double() @ writes.encode.to(old.device))
+                change = (writes.encode if reads is None else reads.decode).to(old.device)
+                new.copy_((old.double().movedim(unit.axis, -1) @ change).movedim(-1, unit.axis))
                 touched.add(id(new))
                 continue
             _fill(new, old, reads, writes, factor)
@@ -205,9 +208,12 @@ def _fill(new: nn.Module, old: nn.Module, reads, writes, factor) -> None:
         _fill_table(new, old, encode, factor)
     elif (norm := norm_of(old)) is not None:
         # The same sum of squares is divided by fewer features: the mean square is larger by d / k, so that normalised
-        # features come out smaller by sqrt(k / d), where the scale is to be no other.
-        shrink = (len(encode) / encode.shape[1]) ** 0.5
-        scale = torch.einsum("dk,d,dk->k", encode, norm.scale, encode) * shrink
+        # features come out smaller by sqrt(k / d), where the scale is to be no other. Whole heads are as large as all.
+        shrink = (len(encode) / encode.shape[1]) ** 0.5 if writes.index is None else 1.0
+        scale = writes.scale
+        if scale is None:
+            scale = torch.einsum("dk,d,dk->k", encode, norm.scale, encode)
+        scale = scale.to(device) * shrink
         dataclasses.replace(norm, module=new).set_scale(scale)
         if norm.shift is not None:
             new.bias.copy_(encode.T @ norm.shift)

@@ -62,9 +62,10 @@ class Site:
             (fused layers; keys and values of attention whose whole groups are cut).
         width: number of features now.
         points: where its activation is observed.
-        groups: number of attention heads the width is split into, 1 elsewhere; groups are cut alike. That of the
-            heads where the width of the stream is tied to theirs. Where whole key-value groups are cut, it is the
-            number of features that one of them has here, so that `group_width` counts them.
+        groups: number of attention heads the width is split into, 1 elsewhere; groups are cut alike. Of the stream,
+            what its width is always a multiple of: the number of heads where it is tied to theirs. Where whole
+            key-value groups are cut, the number of features that one of them has here, so that `group_width` counts
+            them.
         depth: index of the block, -1 for the stream and the tables, the number of blocks for heads.
         couple: sites with the same couple share one width a group.
         parts: how the features of `parted` and `attention_groups` sites are laid out: stretches that lie one behind
@@ -123,6 +124,8 @@ class Unit:
         beside: what else is added to the same sum before its own output is, beside the residual path (the attention
             of a parallel block).
         tied: it has no weight of its own, but that of the word table.
+        behind: path of the norm that its output goes through before it is added to the stream.
+        axis: of a bare parameter, the one that the site is: -1, or -2 for experts (number, out, in) that write it.
         scale: what its output is multiplied with before it is added.
     """
 
@@ -138,6 +141,8 @@ class Unit:
     through: str | None = None
     beside: Point | None = None
     tied: bool = False
+    behind: str | None = None
+    axis: int = -1
     scale: float = 1.0
 
     @property
@@ -176,6 +181,7 @@ class Anatomy:
         pre_norm: the stream is normalised before the layers that read it, and is itself a plain sum.
         last_norm: path of the norm between a pre-norm stream and the head.
         answers: a language model: each token is a sample of its own, and prices are taken token by token.
+        refused: {kind of a site that models of this family have and that is not cut: why}.
     """
 
     sites: dict[str, Site]
@@ -189,6 +195,7 @@ class Anatomy:
     pre_norm: bool = False
     last_norm: str | None = None
     answers: bool = False
+    refused: dict[str, str] = field(default_factory=dict)
 
     def units_of(self, site: str) -> list[Unit]:
         """Units that read, write or are factored by `site`."""
@@ -252,7 +259,8 @@ def module_parameters(module: nn.Module | nn.Parameter, delta: dict[str, int]) -
     """Number of parameters that a layer has once `delta` ("in", "out", "dim", "rank") is applied; without building
     it."""
     if isinstance(module, nn.Parameter):
-        return module.numel() // module.shape[-1] * delta.get("dim", module.shape[-1])
+        width = module.shape[delta.get("axis", -1)]
+        return module.numel() // width * delta.get("dim", width)
     if isinstance(module, (nn.Embedding, LowRankEmbedding)):
         dim = delta.get("dim", getattr(module, "output_dim", module.embedding_dim))
         rank = delta.get("rank", getattr(module, "rank", None))
@@ -285,8 +293,9 @@ def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, i
     """Spec entry of one unit under `widths` {site: new width}; empty where nothing of it changes."""
     delta = {}
     if isinstance(module, (nn.Embedding, nn.BatchNorm2d, nn.Parameter)) or is_norm(module):
-        if unit.writes in widths:
-            delta["dim"] = widths[unit.writes]
+        name = unit.reads if unit.reads in widths else unit.writes
+        if name in widths:
+            delta = {"dim": widths[name]} | ({"axis": unit.axis} if unit.axis != -1 else {})
     else:
         if unit.reads in widths:
             delta["in"] = widths[unit.reads]
@@ -310,9 +319,15 @@ def select_sites(anatomy: Anatomy, wanted: tuple[str, ...] | None) -> list[Site]
 
     Raises:
         RMTKDError: a name that is neither; the message lists those of this model.
+        UnsupportedArchitectureError: a kind that is not cut in this family; says why.
     """
     if wanted is None:
         return list(anatomy.sites.values())
+    for name in wanted:
+        if name in anatomy.refused:
+            raise UnsupportedArchitectureError(
+                f"The site {name!r} is not cut in this model: {anatomy.refused[name]}. Leave it out of `sites`."
+            )
     kinds = {site.kind for site in anatomy.sites.values()}
     unknown = [name for name in wanted if name not in kinds and name not in anatomy.sites]
     if unknown:

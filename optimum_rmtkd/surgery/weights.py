@@ -32,6 +32,10 @@ def dense_table(module: nn.Module) -> torch.Tensor:
 def scale_inputs(module: nn.Module, scale: torch.Tensor) -> None:
     """Multiply each input feature of a linear layer or convolution by its entry of `scale` (in,), in place, in fp64
     and rounded once."""
+    if isinstance(module, nn.Parameter):  # experts (number, out, in)
+        with torch.no_grad():
+            module.copy_(module.double() * scale)
+        return
     first = module.down if hasattr(module, "down") else module
     if isinstance(first, Conv1D):
         scale = scale[:, None]

@@ -71,6 +71,15 @@ CONFIGS = {
     ),
     "gptj": (tf.GPTJForCausalLM, tf.GPTJConfig(**G, rotary_dim=4)),
     "phi": (tf.PhiForCausalLM, tf.PhiConfig(**TEXT | BODY | {"num_attention_heads": 4, "num_key_value_heads": 4})),
+    "gemma2": (tf.Gemma2ForCausalLM, tf.Gemma2Config(**PAIRED, query_pre_attn_scalar=4, sliding_window=4)),
+    "gemma3": (
+        tf.Gemma3ForCausalLM,
+        tf.Gemma3TextConfig(**PAIRED, query_pre_attn_scalar=4, sliding_window=4, sliding_window_pattern=2),
+    ),
+    "olmo2": (tf.Olmo2ForCausalLM, tf.Olmo2Config(**GROUPED)),
+    "cohere": (tf.CohereForCausalLM, tf.CohereConfig(**GROUPED)),
+    "cohere2": (tf.Cohere2ForCausalLM, tf.Cohere2Config(**PAIRED, sliding_window=4, sliding_window_pattern=2)),
+    "mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig(**GROUPED, num_local_experts=4)),
 }  # fmt: skip
 EXACT = {
     "gpt2",

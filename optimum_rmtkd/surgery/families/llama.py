@@ -32,6 +32,3 @@ register_family(
         layout=dataclasses.replace(NATIVE_LAYOUT, heads=("lm_head",), multiplier="residual_multiplier"),
     )
 )
-register_family(  # its table is scaled by the root of its width, its norms multiply by 1 + w
-    Family(name="Gemma", model_types=("gemma",), layout=dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head", "score")))
-)
