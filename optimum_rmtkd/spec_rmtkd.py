@@ -32,8 +32,8 @@ NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
 # What modules of transformers call the widths of their heads, and numbers that no config states, with their range.
 WIDTHS = frozenset(
-    """all_head_size attention_head_size d_head d_kv dim dim_head dim_per_head embed_dim head_dim head_size hidden_dim hidden_size
-    inner_dim key_value_proj_dim kv_dim qk_head_dim split_size v_head_dim
+    """all_head_size attention_head_size d_head d_kv dim dim_head dim_per_head embed_dim head_dim head_size hidden_dim
+    hidden_size inner_dim key_value_proj_dim kv_dim qk_head_dim split_size v_head_dim
     num_attention_heads num_heads num_key_value_heads""".split()
 )
 COUNTS = frozenset(("num_attention_heads", "num_heads", "num_key_value_heads"))  # of heads, where code reads them

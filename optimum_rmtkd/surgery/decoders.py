@@ -151,8 +151,8 @@ class DecoderLayout:
         self, model: nn.Module, blocks: list[str], norms: list[str], answers: bool
     ) -> tuple[Point, ...]:
         """Where the stream is observed. Raw streams hold few tokens with most of the energy, so what readers see is
-        what counts. Where they read the raw stream itself, it is what was added to it: the gradient at the stream holds
-        that of all later readers, and each term of a sum is lost once."""
+        what counts. Where they read the raw stream itself, it is what was added to it: the gradient there holds that
+        of all later readers, and each term of a sum is lost once."""
         if self.attention_norm is None:
             added = [path for path in self.stream if has_module(model, path)]
             added += [f"{block}.{path}" for block in blocks for path in (self.after_attention, self.after_ffn)]

@@ -1,5 +1,5 @@
-"""OLMo 2 and 3: Llama's paths; attention and feed-forward read the stream as it is, norms stand behind them, and others
-over all heads of queries and of keys."""
+"""OLMo 2 and 3: Llama's paths; attention and feed-forward read the stream as it is, norms stand behind them, and
+others over all heads of queries and of keys."""
 
 import dataclasses
 
