@@ -157,6 +157,11 @@ def _hints(model: nn.Module, batch: Mapping[str, Any], error: str) -> Iterator[s
             "labels, as DataCollatorForSeq2Seq does, and the model shifts them as in training."
         )
     yield from list(_length_hints(model, batch)) or _shape_hints(model, batch)
+    if "padding token" in error:  # classifiers look for the last token that is none
+        yield (
+            f"{type(model).__name__} reads the last token of each text, and config.pad_token_id is not set: set it to "
+            "that of the tokenizer (which may be its eos), before anything is padded."
+        )
     limit, places = position_limit(model), batch.get("position_ids")
     if isinstance(places, torch.Tensor) and places.numel() and int(places.min()) < 0:
         yield f"position_ids hold {int(places.min())}: expected numbers of at least 0."

@@ -129,7 +129,7 @@ def load_language_task(
         asked: rows of calibration that were asked for; None: as many as there are.
 
     Raises:
-        RMTKDError: options that are for classifiers, quantised weights, a text that is missing or too short, blocks
+        RMTKDError: options that are for classifiers, a text that is missing or too short, blocks
             longer than the model takes; nothing has been computed yet.
     """
     _check_options(name, config, data, trim)
@@ -177,12 +177,6 @@ def _check_options(name: str, config: PreTrainedConfig, data: DataArguments, tri
         raise RMTKDError(
             f"--trim-vocabulary: '{name}' is a language model, whose perplexities before and after would be over "
             "different words. Trim it first (optimum-cli rmtkd trim), and compress the result."
-        )
-    if (quantized := getattr(config, "quantization_config", None)) is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
-        raise RMTKDError(
-            f"The weights of '{name}' are quantised ({method}), and a cut needs plain numbers: take the checkpoint "
-            "that they were made from, or load it with dequantize and save it again. Quantise the narrow model."
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import RMTKDError
-from ..hub.loading import load_config
+from ..hub.loading import check_plain, load_config
 from ..hub.measures import of_quality
 from .data import DataArguments, divide, find_columns, has_images, read_rows
 from .heads import with_new_head
@@ -124,6 +124,7 @@ def load_task(
         RMTKDError: anything missing, unreadable or not matching; nothing has been computed yet.
     """
     config = load_config(model)
+    check_plain(model, config)
     if kind_of(config) is not None and is_plain_text(data, fit=head == "made"):
 
         def load(name: str, kind: str) -> PreTrainedModel:

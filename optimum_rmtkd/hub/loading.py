@@ -12,7 +12,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["load_config", "load_model", "load_processor"]
+__all__ = ["check_plain", "load_config", "load_model", "load_processor"]
+
+PLAIN = {  # quantisation -> what makes plain numbers of it in transformers
+    "bitsandbytes": "load it, call model.dequantize()",
+    "mxfp4": "load it with quantization_config=Mxfp4Config(dequantize=True)",
+    "fp8": "load it with quantization_config=FineGrainedFP8Config(dequantize=True)",
+}
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -32,8 +38,42 @@ def load_config(name: str | Path) -> PreTrainedConfig:
         raise
     # the last four: a config.json that is no object, or holds values of other kinds than its class declares
     except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+        if (packed := _gguf(name)) is not None:
+            raise RMTKDError(
+                f"Cannot load model '{name}': {packed.name} holds packed weights (GGUF), and a cut needs plain "
+                "numbers. Take the checkpoint that it was made from, or unpack it with AutoModelForCausalLM."
+                "from_pretrained("
+                f"{str(packed.parent)!r}, gguf_file={packed.name!r}).save_pretrained(FOLDER), its tokenizer alike. "
+                "Convert the narrow model to GGUF in the end."
+            ) from error
         hint = "" if Path(name).is_dir() else f" There is no folder {name} here, so it was looked for on the Hub."
         raise RMTKDError(f"Cannot load model '{name}': {error}{hint}") from error
+
+
+def _gguf(name: str | Path) -> Path | None:
+    """The first GGUF file that a path names or holds."""
+    path = Path(name)
+    if path.suffix == ".gguf" and path.is_file():
+        return path
+    return min(path.glob("*.gguf"), default=None) if path.is_dir() else None
+
+
+def check_plain(name: str | Path, config: PreTrainedConfig) -> None:
+    """Refuse quantised weights, by their config alone.
+
+    Raises:
+        RMTKDError: names the method, and how to get plain numbers.
+    """
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
+        return
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized.quant_method
+    method = str(getattr(method, "value", method))
+    unpack = f", or {PLAIN[method]} and save it" if method in PLAIN else ""
+    raise RMTKDError(
+        f"The weights of '{name}' are quantised ({method}), and a cut needs plain numbers: take the checkpoint that "
+        f"they were made from{unpack}. Quantise the narrow model."
+    )
 
 
 def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrainedModel:

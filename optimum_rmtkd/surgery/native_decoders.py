@@ -1,8 +1,9 @@
 """Reduced decoders as plain checkpoints of their base: one width of the stream, one of all feed-forward parts, and as
 many key-value groups in every layer, of which each may have kept others.
 
-Nothing has to be computed: the tensors are those of the stock class already, and a config says their sizes. The last
-norm of a tied model has a scale a coordinate, so that the table stays tied.
+Hardly anything has to be computed: the tensors are those of the stock class already, and a config says their sizes.
+The last norm of a tied model has a scale a coordinate, so that the table stays tied. A table whose rows are multiplied
+by the root of its width (Gemma) takes what that number loses, and such a norm gives it back to the head.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import copy
 import dataclasses
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import RMTKDError, SpecMismatchError, UnsupportedArchitectureError
@@ -77,15 +80,16 @@ def widths_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayou
     """`config`, in place, with the widths of `model`: those of its first layer, and the stream's."""
     block = anatomy.blocks[0]
     attention = next(site for site in anatomy.sites.values() if site.kind == "attention_groups")
-    inner = next(site for site in anatomy.sites.values() if site.kind == "intermediate")
+    inner = next((site for site in anatomy.sites.values() if site.kind == "intermediate"), None)
     each = getattr(get_module(model, f"{block}.{layout.attention}"), layout.head_size)
     values = {
         layout.width_field: anatomy.sites["hidden"].width,
-        layout.inner_field: inner.width,
         "num_attention_heads": attention.width // each,
         "num_key_value_heads": attention.group_width,
         "head_dim": each,
     }
+    if inner is not None:  # that of experts stays
+        values[layout.inner_field] = inner.width
     for name, value in values.items():
         setattr(config, name, value)
     norm = get_module(model, anatomy.last_norm)
@@ -95,8 +99,10 @@ def widths_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayou
     return config
 
 
-def plain_decoder(model: PreTrainedModel, stock: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance of the stock class with the tensors of `model`.
+def plain_decoder(
+    model: PreTrainedModel, stock: type[PreTrainedModel], config: PreTrainedConfig, last_norm: str
+) -> PreTrainedModel:
+    """An instance of the stock class with the tensors of `model`; `last_norm`: path of the norm before its head.
 
     Raises:
         RMTKDError: layers of unequal widths; names the first.
@@ -112,6 +118,24 @@ def plain_decoder(model: PreTrainedModel, stock: type[PreTrainedModel], config: 
             )
     native.load_state_dict(copy.deepcopy(given))
     native.tie_weights()
+    share = _scale_of(model.get_input_embeddings()) / _scale_of(native.get_input_embeddings())
+    if share != 1:
+        _scale_table(native, share, last_norm)
     if getattr(model, "generation_config", None) is not None:
         native.generation_config = copy.deepcopy(model.generation_config)
     return native
+
+
+def _scale_of(table: nn.Module) -> float:
+    """What a word table multiplies its rows with."""
+    return float(getattr(table, "embed_scale", 1.0))
+
+
+@torch.no_grad()
+def _scale_table(model: PreTrainedModel, share: float, last_norm: str) -> None:
+    """Multiply the word table, and nothing that a head gives."""
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    table.weight.copy_(table.weight.double() * share)
+    if head is not None and head.weight is table.weight:
+        norm = norm_of(get_module(model, last_norm))
+        norm.set_scale(norm.scale / share)

@@ -90,7 +90,23 @@ EXACT = {
     "stablelm",
 }  # layer norms compute in the dtype they get, RMS norms in fp32
 
-NATIVE = ("llama-tied", "llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "phi3")
+NATIVE = (
+    "llama-tied",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "smollm3",
+    "granite",
+    "phi3",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "cohere",
+    "cohere2",
+    "mixtral",
+)
 
 
 def make(name: str, seed: int = 0) -> tf.PreTrainedModel:

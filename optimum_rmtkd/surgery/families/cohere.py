@@ -4,10 +4,10 @@ head whose logits are scaled."""
 import dataclasses
 
 from . import Family, register_family
-from .llama import LLAMA_LAYOUT
+from .llama import NATIVE_LAYOUT
 
 
-COHERE_LAYOUT = dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head",), ffn_norm=None, parallel=True)
+COHERE_LAYOUT = dataclasses.replace(NATIVE_LAYOUT, heads=("lm_head",), ffn_norm=None, parallel=True)
 
 register_family(
     Family(

@@ -4,10 +4,10 @@ second on what attention and feed-forward give goes through a norm before it is 
 import dataclasses
 
 from . import Family, register_family
-from .llama import LLAMA_LAYOUT
+from .llama import NATIVE_LAYOUT
 
 
-GEMMA_LAYOUT = dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head", "score"))
+GEMMA_LAYOUT = dataclasses.replace(NATIVE_LAYOUT, heads=("lm_head", "score"))
 
 register_family(Family(name="Gemma", model_types=("gemma",), layout=GEMMA_LAYOUT))
 register_family(

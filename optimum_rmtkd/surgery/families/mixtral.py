@@ -3,7 +3,7 @@
 import dataclasses
 
 from . import Family, register_family
-from .llama import LLAMA_LAYOUT
+from .llama import NATIVE_LAYOUT
 
 
 register_family(
@@ -11,7 +11,7 @@ register_family(
         name="Mixtral",
         model_types=("mixtral",),
         layout=dataclasses.replace(
-            LLAMA_LAYOUT,
+            NATIVE_LAYOUT,
             up=(),
             down="",
             reads=("mlp.gate.weight", "mlp.experts.gate_up_proj"),

@@ -4,7 +4,7 @@ others over all heads of queries and of keys."""
 import dataclasses
 
 from . import Family, register_family
-from .llama import LLAMA_LAYOUT
+from .llama import NATIVE_LAYOUT
 
 
 register_family(
@@ -12,7 +12,7 @@ register_family(
         name="OLMo 2 and 3",
         model_types=("olmo2", "olmo3"),
         layout=dataclasses.replace(
-            LLAMA_LAYOUT,
+            NATIVE_LAYOUT,
             heads=("lm_head", "score"),
             attention_norm=None,
             ffn_norm=None,
