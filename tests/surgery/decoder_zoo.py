@@ -81,6 +81,30 @@ CONFIGS = {
     "cohere2": (tf.Cohere2ForCausalLM, tf.Cohere2Config(**PAIRED, sliding_window=4, sliding_window_pattern=2)),
     "mixtral": (tf.MixtralForCausalLM, tf.MixtralConfig(**GROUPED, num_local_experts=4)),
 }  # fmt: skip
+# families that share code with one of those
+KIN = {
+    "ministral": (tf.MinistralForCausalLM, tf.MinistralConfig(**PAIRED, sliding_window=4)),
+    "seed_oss": (tf.SeedOssForCausalLM, tf.SeedOssConfig(**PAIRED)),
+    "helium": (tf.HeliumForCausalLM, tf.HeliumConfig(**PAIRED)),
+    "hunyuan": (tf.HunYuanDenseV1ForCausalLM, tf.HunYuanDenseV1Config(**PAIRED)),
+    "ernie": (tf.Ernie4_5ForCausalLM, tf.Ernie4_5Config(**PAIRED)),
+    "cwm": (tf.CwmForCausalLM, tf.CwmConfig(**PAIRED, sliding_window=4, layer_types=["full_attention"] * 2)),
+    "vaultgemma": (tf.VaultGemmaForCausalLM, tf.VaultGemmaConfig(**PAIRED, query_pre_attn_scalar=4, sliding_window=4)),
+    "olmo3": (tf.Olmo3ForCausalLM, tf.Olmo3Config(**GROUPED, sliding_window=4)),
+    "exaone4": (tf.Exaone4ForCausalLM, tf.Exaone4Config(**PAIRED, sliding_window=4, sliding_window_pattern=2)),
+    "glm": (tf.GlmForCausalLM, tf.GlmConfig(**PAIRED)),
+    "glm4": (tf.Glm4ForCausalLM, tf.Glm4Config(**PAIRED)),
+    "arcee": (tf.ArceeForCausalLM, tf.ArceeConfig(**PAIRED)),
+    "nemotron": (tf.NemotronForCausalLM, tf.NemotronConfig(**PAIRED)),
+    "jais2": (tf.Jais2ForCausalLM, tf.Jais2Config(**PAIRED)),
+    "starcoder2": (tf.Starcoder2ForCausalLM, tf.Starcoder2Config(**GROUPED)),
+    "apertus": (tf.ApertusForCausalLM, tf.ApertusConfig(**GROUPED)),
+    "qwen3_moe": (
+        tf.Qwen3MoeForCausalLM,
+        tf.Qwen3MoeConfig(**PAIRED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+    ),
+    "olmoe": (tf.OlmoeForCausalLM, tf.OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2)),
+}
 EXACT = {
     "gpt2",
     "opt",
@@ -88,6 +112,9 @@ EXACT = {
     "gptj",
     "phi",
     "stablelm",
+    "nemotron",
+    "jais2",
+    "starcoder2",
 }  # layer norms compute in the dtype they get, RMS norms in fp32
 
 NATIVE = (
@@ -112,7 +139,7 @@ NATIVE = (
 def make(name: str, seed: int = 0) -> tf.PreTrainedModel:
     """A random model whose layers and norms matter."""
     torch.manual_seed(seed)
-    cls, config = CONFIGS[name]
+    cls, config = (CONFIGS | KIN)[name]
     model = cls(type(config)(**config.to_dict())).eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "Family", "family_of", "register_family"]
 
 ENCODERS = ("bert", "roberta", "distilbert", "electra", "vit", "deit", "resnet")
-DECODERS = ("llama", "gpt2", "opt", "neox", "phi3", "stablelm", "gemma", "olmo", "cohere", "mixtral")
+DECODERS = ("llama", "gpt2", "opt", "neox", "phi3", "stablelm", "gemma", "olmo", "cohere", "experts", "glm", "single")
 FAMILIES: dict[str, Family] = {}
 
 

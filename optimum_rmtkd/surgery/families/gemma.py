@@ -4,7 +4,7 @@ second on what attention and feed-forward give goes through a norm before it is 
 import dataclasses
 
 from . import Family, register_family
-from .llama import NATIVE_LAYOUT
+from .llama import LLAMA_LAYOUT, NATIVE_LAYOUT
 
 
 GEMMA_LAYOUT = dataclasses.replace(NATIVE_LAYOUT, heads=("lm_head", "score"))
@@ -20,5 +20,12 @@ register_family(
             ffn_norm="pre_feedforward_layernorm",
             after_ffn="post_feedforward_layernorm",
         ),
+    )
+)
+register_family(
+    Family(
+        name="VaultGemma",
+        model_types=("vaultgemma",),
+        layout=dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head",), ffn_norm="pre_feedforward_layernorm"),
     )
 )

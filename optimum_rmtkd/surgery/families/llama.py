@@ -26,6 +26,23 @@ register_family(
     Family(name="Llama", model_types=("llama", "mistral", "qwen2", "qwen3", "smollm3"), layout=NATIVE_LAYOUT)
 )
 register_family(
+    Family(name="Llama's kin", model_types=("ministral", "seed_oss"), layout=LLAMA_LAYOUT),
+)
+register_family(
+    Family(
+        name="Llama's kin without question answering",
+        model_types=("helium", "hunyuan_v1_dense"),
+        layout=dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head", "score")),
+    )
+)
+register_family(
+    Family(
+        name="Llama's kin that generate alone",
+        model_types=("ernie4_5", "cwm"),
+        layout=dataclasses.replace(LLAMA_LAYOUT, heads=("lm_head",)),
+    )
+)
+register_family(
     Family(
         name="Granite",
         model_types=("granite",),
