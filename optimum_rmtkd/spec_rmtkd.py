@@ -179,8 +179,7 @@ def _check_delta(delta, where):
 def _check_parameter(delta, where):
     _object(delta, where, ("dim", "axis"))
     _whole(delta.get("dim"), f"{where}.dim")
-    if isinstance(delta.get("axis", -1), bool) or delta.get("axis", -1) not in (-1, -2):
-        raise mismatch(f"{where}.axis", delta["axis"], "-1 or -2")
+    _whole(delta.get("axis", -1), f"{where}.axis", most=-1, least=-2)
 
 
 def _check_attributes(attributes, where):

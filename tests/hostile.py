@@ -226,6 +226,8 @@ WRONG: dict[str, tuple[str, Change]] = {
     "path twice": ("narrow", with_delta("bert.encoder.layer.0.intermediate.dense", out=24)),
     "path of dots": ("narrow", with_delta("@..encoder", out=4)),
     "parameter path to nothing": ("narrow", with_spec("parameters", {"@.nothing": {"dim": 4}})),
+    "parameter axis zero": ("narrow", with_spec("parameters", {FFN + ".weight": {"dim": 4, "axis": 0}})),
+    "parameter axis a float": ("narrow", with_spec("parameters", {FFN + ".weight": {"dim": 4, "axis": -2.0}})),
     "attrs path to nothing": ("narrow", with_attributes("@.nothing", scaling=0.5)),
     "ternary path to nothing": (
         "part",

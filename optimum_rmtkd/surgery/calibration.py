@@ -19,7 +19,7 @@ from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
 from .divergence import Remembered
 from .likelihood import answers, gives_likelihood, log_likelihood
-from .sites import Anatomy, Point, Site, get_module
+from .sites import Anatomy, Point, Site, Unit, get_module
 
 
 __all__ = [
@@ -39,12 +39,18 @@ GOLDEN = (5**0.5 - 1) / 2  # the turn after which few others come near the same 
 
 def points_of(anatomy: Anatomy, sites: Sequence[Site]) -> list[Point]:
     """Where activations are to be observed in order to cut `sites`. The stream is in any case, where there is one: its
-    loss gradients price all other cuts. So are sums that a norm of a unit lands in: they say what its effect is worth.
+    loss gradients price all other cuts. So are sums that a norm of a unit lands in, and norms that it goes through
+    before: they say what its effect is worth.
     """
     needed = [s for s in anatomy.sites.values() if s in sites or s.kind == "hidden"]
     points = {point for site in needed for point in site.points}
-    points |= {u.lands for u in anatomy.units if u.lands is not None and (u.norm is not None or anatomy.answers)}
+    points |= {u.lands for u in anatomy.units if u.lands is not None and (u.norm is not None or _apart(u, anatomy))}
     return sorted(points, key=str)
+
+
+def _apart(unit: Unit, anatomy: Anatomy) -> bool:
+    """Whether a unit lands where the stream itself is not observed."""
+    return anatomy.answers or unit.behind is not None
 
 
 def gradient_points(model: nn.Module, anatomy: Anatomy, config: RMTKDConfig, batch: Mapping[str, Any]) -> list[Point]:
@@ -65,7 +71,7 @@ def gradient_points(model: nn.Module, anatomy: Anatomy, config: RMTKDConfig, bat
             )
         return []
     if gives_likelihood(model, batch):
-        lands = {u.lands for u in anatomy.units if u.lands is not None} if anatomy.answers else set()
+        lands = {u.lands for u in anatomy.units if u.lands is not None and _apart(u, anatomy)}
         return [*hidden.points, *sorted(lands - set(hidden.points), key=str)]
     if importance == "fisher":
         raise CalibrationError(

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..batches import batch_size, evaluating, first_samples, run
 from ..config import RMTKDConfig
-from ..errors import CalibrationError
+from ..errors import CalibrationError, RMTKDError
 from ..models import check_behaviour, check_structure, uncut_parameters
 from ..spectra.edges import find_estimator
 from .budget import check_reachable, flops_of, parameters_of
@@ -61,6 +61,8 @@ def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:
     sites = select_sites(anatomy, config.sites)
     check_shape(model, anatomy, sites, config)
     find_estimator(config.edge_estimator)
+    if config.target_flops is not None:
+        check_counted(model, anatomy)
     check_finite(model)
     check_parameters(model, anatomy, sites, config, config.target_reduction)
 
@@ -107,6 +109,19 @@ def check_parameters(
         check_reachable(sites, parameters_of(model, anatomy), (1 - target) * whole, whole, config, "parameters")
 
 
+def check_counted(model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Refuse to count FLOPs that depend on the data.
+
+    Raises:
+        RMTKDError: a model with experts.
+    """
+    if any(unit.axis != -1 for unit in anatomy.units):
+        raise RMTKDError(
+            f"target_flops: the experts of {type(model).__name__} run for the tokens that are routed to them, and "
+            "their work is not counted. Ask for a size (target_reduction) or a time (target_latency)."
+        )
+
+
 def check_flops(
     model: PreTrainedModel,
     anatomy: Anatomy,
@@ -116,6 +131,7 @@ def check_flops(
     target: float | None,
 ) -> None:
     if target is not None:
+        check_counted(model, anatomy)
         flops = flops_of(model, anatomy, positions_of(model, batches))
         check_reachable(sites, flops, (1 - target) * flops({}), flops({}), config, "FLOPs")
 

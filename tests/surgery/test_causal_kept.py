@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from optimum_rmtkd import CalibrationError, RMTKDConfig, narrow
+from optimum_rmtkd import CalibrationError, RMTKDConfig, RMTKDError, narrow
 from optimum_rmtkd.surgery import narrow_to
-from optimum_rmtkd.surgery.surgeon import anatomy_of
+from optimum_rmtkd.surgery.surgeon import Surgeon, anatomy_of
 
 from . import decoder_zoo as zoo
 
@@ -61,6 +61,24 @@ def test_half_precision_is_cut_as_full_precision_is(name, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert again.dtype == torch.bfloat16
     assert torch.equal(zoo.logits(again, data[0]).float(), ours)
+
+
+@pytest.mark.parametrize("name", ["Gemma2", pytest.param("Olmo2", marks=pytest.mark.slow)])
+def test_layers_before_a_norm_are_priced_where_they_land_in_classifiers_too(name):
+    torch.manual_seed(0)
+    config = zoo.CONFIGS[name.lower()][1].to_dict() | {"num_labels": 3}
+    model = getattr(transformers, f"{name}ForSequenceClassification")(getattr(transformers, f"{name}Config")(**config))
+    surgeon = Surgeon(model.eval(), zoo.batches(), RECIPE, progress=False)
+    lands = {unit.lands for unit in surgeon.anatomy.units if unit.behind is not None}
+    assert len(lands) == 4 and lands <= surgeon.calibration.gradients
+    assert all(surgeon.calibration.moments[point].gradient_moment.trace() > 0 for point in lands)
+    small, _ = surgeon.operate({"hidden": 24, "layer.0.attention": 3, "layer.1.intermediate": 40})
+    assert small(**zoo.batches()[0]).logits.shape == (8, 3)
+
+
+def test_the_work_of_experts_is_not_counted():
+    with pytest.raises(RMTKDError, match="target_flops: the experts of MixtralForCausalLM.*target_reduction"):
+        narrow(zoo.make("mixtral"), zoo.batches(), RECIPE.replace(target_flops=0.3), progress=False)
 
 
 def test_a_classifier_without_a_padding_token_is_told_so():
