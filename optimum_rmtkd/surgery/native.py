@@ -78,7 +78,7 @@ def plain_form(model: PreTrainedModel, inputs: Mapping[str, Any], pad: bool = Fa
     """
     anatomy = _anatomy(model)
     if isinstance(layout := family_of(model).layout, DecoderLayout):
-        native = plain_decoder(model, _base(model), _decoder_config(model, anatomy, layout), anatomy.last_norm)
+        native = plain_decoder(model, _base(model), _decoder_config(model, anatomy, layout), anatomy)
         sizes = count_parameters(model), count_parameters(native)
         return NativeExport(native, *sizes, {}, _difference(model, native, inputs))
     widths, heads = _native_widths(model, anatomy)

@@ -18,10 +18,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import RMTKDError, SpecMismatchError, UnsupportedArchitectureError
 from ..loading_rmtkd import named_errors
+from ..modeling_rmtkd import is_norm
 from ..models import match_precision
 from .decoders import DecoderLayout
 from .norms import norm_of
-from .sites import Anatomy, get_module
+from .sites import Anatomy, get_module, has_module
 
 
 __all__ = ["coupled", "plain_decoder", "widths_config"]
@@ -92,17 +93,28 @@ def widths_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayou
         values[layout.inner_field] = inner.width
     for name, value in values.items():
         setattr(config, name, value)
-    norm = get_module(model, anatomy.last_norm)
     field = next((name for name in EPSILONS if hasattr(config, name)), None)
-    if field is not None and not norm.weight.is_meta:
-        setattr(config, field, norm_of(norm).eps)
+    if field is not None and not get_module(model, anatomy.last_norm).weight.is_meta:
+        inside = [module for path, module in model.named_modules() if is_norm(module) and not _on(anatomy, path)]
+        setattr(config, field, norm_of(inside[0] if inside else get_module(model, anatomy.last_norm)).eps)
     return config
 
 
+def _on(anatomy: Anatomy, path: str) -> bool:
+    """Whether the norm at `path` has the features of the stream."""
+    return path == anatomy.last_norm or any(
+        path in (unit.through, unit.behind) or (path == unit.path and unit.writes == "hidden") for unit in anatomy.units
+    )
+
+
 def plain_decoder(
-    model: PreTrainedModel, stock: type[PreTrainedModel], config: PreTrainedConfig, last_norm: str
+    model: PreTrainedModel, stock: type[PreTrainedModel], config: PreTrainedConfig, anatomy: Anatomy
 ) -> PreTrainedModel:
-    """An instance of the stock class with the tensors of `model`; `last_norm`: path of the norm before its head.
+    """An instance of the stock class with the tensors of `model`; `anatomy` is that of `model`.
+
+    The norms that read a narrow stream have another epsilon than those inside attention (Qwen 3), and a config has one
+    for all. rms(c u) with an epsilon of c^2 e is c rms(u) with e: so the stream is scaled until its epsilon is that of
+    the config.
 
     Raises:
         RMTKDError: layers of unequal widths; names the first.
@@ -120,7 +132,10 @@ def plain_decoder(
     native.tie_weights()
     share = _scale_of(model.get_input_embeddings()) / _scale_of(native.get_input_embeddings())
     if share != 1:
-        _scale_table(native, share, last_norm)
+        _scale_table(native, share, anatomy.last_norm)
+    narrow, plain = (norm_of(get_module(m, anatomy.last_norm)).eps for m in (model, native))
+    if narrow != plain and narrow > 0:
+        _scale_stream(native, anatomy, (plain / narrow) ** 0.5)
     if getattr(model, "generation_config", None) is not None:
         native.generation_config = copy.deepcopy(model.generation_config)
     return native
@@ -139,3 +154,25 @@ def _scale_table(model: PreTrainedModel, share: float, last_norm: str) -> None:
     if head is not None and head.weight is table.weight:
         norm = norm_of(get_module(model, last_norm))
         norm.set_scale(norm.scale / share)
+
+
+@torch.no_grad()
+def _scale_stream(model: PreTrainedModel, anatomy: Anatomy, share: float) -> None:
+    """Multiply all that is added to the stream, and nothing that a head gives. Where a norm stands between a layer and
+    the sum, both are multiplied: the one for that norm's epsilon, the other for the stream's."""
+    _scale_table(model, share, anatomy.last_norm)
+    table = model.get_input_embeddings()
+    for unit in (unit for unit in anatomy.units if unit.writes == "hidden"):
+        layer = get_module(model, unit.path)
+        if is_norm(layer) or layer is table:
+            continue
+        for tensor in (layer,) if isinstance(layer, nn.Parameter) else layer.parameters(recurse=False):
+            tensor.copy_(tensor.double() * share)
+        if unit.behind:
+            norm = norm_of(get_module(model, unit.behind))
+            norm.set_scale(norm.scale * share)
+    for unit in anatomy.units:
+        if unit.reads == "hidden" and unit.through is None and has_module(model, unit.path):  # no norm undoes it
+            layer = get_module(model, unit.path)
+            weight = layer if isinstance(layer, nn.Parameter) else layer.weight
+            weight.copy_(weight.double() / share)

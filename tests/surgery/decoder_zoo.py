@@ -140,7 +140,12 @@ def make(name: str, seed: int = 0) -> tf.PreTrainedModel:
     """A random model whose layers and norms matter."""
     torch.manual_seed(seed)
     cls, config = (CONFIGS | KIN)[name]
-    model = cls(type(config)(**config.to_dict())).eval()
+    return enlivened(cls(type(config)(**config.to_dict())))
+
+
+def enlivened(model: tf.PreTrainedModel) -> tf.PreTrainedModel:
+    """The same model, in place, with layers and norms that matter."""
+    model.eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0) if parameter.dim() > 1 else parameter.add_(0.3 * torch.randn_like(parameter))

@@ -189,6 +189,16 @@ def test_the_native_shape_is_a_plain_checkpoint(name, tmp_path):
     assert_generates_alike(again)
 
 
+@pytest.mark.parametrize("name", ["qwen3", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gemma3", "olmo2"))])
+def test_norms_inside_attention_keep_their_epsilon_in_a_native_shape(name):
+    """A config has one epsilon for them and for those that read a narrower stream."""
+    cls, config = zoo.CONFIGS[name]
+    model = zoo.enlivened(cls(type(config)(**config.to_dict() | {"rms_norm_eps": 0.1})))
+    recipe = RECIPE.replace(shape="native", sites="hidden", target_reduction=0.2)
+    plain = narrow(model, zoo.batches(), recipe, progress=False)  # compares the outputs
+    assert type(plain) is cls and plain.config.hidden_size < 32 and plain.config.rms_norm_eps == 0.1
+
+
 def test_a_native_shape_that_could_not_be_loaded_is_refused():
     """The config of Phi-3 wants as many factors of its frequencies as a head of width / heads has, whatever head_dim
     says."""
