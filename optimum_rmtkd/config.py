@@ -278,6 +278,11 @@ class RMTKDConfig(Recipe):
                 f"shape='native' and {what}: a plain config states one width for all layers, and no factors. Drop one "
                 "of them."
             )
+        if self.shape == "native" and "embedding" in (self.sites or ()):
+            raise RMTKDError(
+                "shape='native' and the site 'embedding': no plain config states a word table in two factors. Drop "
+                "one of them; trim_vocabulary makes a table smaller that stays plain."
+            )
         if self.sites is not None and not self.sites:
             raise RMTKDError(
                 "sites is empty: nothing would be cut. Name kinds or single sites, or leave it None for all."
@@ -333,6 +338,15 @@ class RMTKDConfig(Recipe):
                 f"round_share={self.round_share} without tolerance: it says how far each round of a search for a size "
                 "goes. Give a tolerance, or drop it; rounds divides a target."
             )
+
+        if self.target_latency is None:
+            defaults = {field.name: field.default for field in dataclasses.fields(self)}
+            timed = [n for n, default in defaults.items() if n.startswith("latency_") and getattr(self, n) != default]
+            if timed:
+                raise RMTKDError(
+                    f"{timed[0]}={getattr(self, timed[0])!r} without target_latency: it says which pass that means. "
+                    "Give a target_latency, or drop it."
+                )
 
     def check_no_terms(self) -> None:
         """Nothing is said of the three terms that objectives replace.

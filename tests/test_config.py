@@ -187,6 +187,8 @@ def test_three_targets_are_all_named():
         ({"tolerance": 0.5, "max_metric_drop": 0.1}, "both say which stage stands"),
         ({"tolerance": 0.5, "stage_threshold": 0.9}, "both say which stage stands"),
         ({"target_reduction": 0.5, "round_share": 0.2}, "round_share=0.2 without tolerance"),
+        ({"target_reduction": 0.5, "latency_length": 64}, "latency_length=64 without target_latency"),
+        ({"latency_dtype": "bfloat16"}, "latency_dtype='bfloat16' without target_latency"),
     ],
 )
 def test_what_contradicts_a_target_is_refused(values, message):

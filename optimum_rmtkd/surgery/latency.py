@@ -215,6 +215,13 @@ class Stopwatch:
         )
 
     def _out_of_reach(self) -> LatencyError:
+        if self.shortest >= self.before:
+            return LatencyError(
+                f"{self._asked()}, and the narrowest (min_width={self.config.min_width}, the chosen sites) "
+                f"{self.shortest:.3g} ms (measured): narrower layers save no time in this setting, or the machine was "
+                "busy. Ask for a size (target_reduction), time a larger pass (latency_batch_size, latency_length), or "
+                "try again on a quiet machine."
+            )
         return LatencyError(
             f"{self._asked()}, and with min_width={self.config.min_width} and the chosen sites at least "
             f"{self.shortest:.3g} ms (measured; {self.shortest / self.before:.2f} of that): what is left is not in "

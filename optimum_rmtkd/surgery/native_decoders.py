@@ -102,9 +102,8 @@ def widths_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayou
 
 def _on(anatomy: Anatomy, path: str) -> bool:
     """Whether the norm at `path` has the features of the stream."""
-    return path == anatomy.last_norm or any(
-        path in (unit.through, unit.behind) or (path == unit.path and unit.writes == "hidden") for unit in anatomy.units
-    )
+    written = {unit.path for unit in anatomy.units if unit.writes == "hidden"}
+    return path in {anatomy.last_norm, *written, *(p for unit in anatomy.units for p in (unit.through, unit.behind))}
 
 
 def plain_decoder(

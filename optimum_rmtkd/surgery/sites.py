@@ -318,7 +318,8 @@ def select_sites(anatomy: Anatomy, wanted: tuple[str, ...] | None) -> list[Site]
     """Sites that a recipe's `sites` names, by kind or by name; coupled partners come along.
 
     Raises:
-        RMTKDError: a name that is neither; the message lists those of this model.
+        RMTKDError: a name that is neither, the message lists those of this model; a site that follows the stream,
+            which is not named.
         UnsupportedArchitectureError: a kind that is not cut in this family; says why.
     """
     if wanted is None:
@@ -335,5 +336,13 @@ def select_sites(anatomy: Anatomy, wanted: tuple[str, ...] | None) -> list[Site]
             f"Unknown site(s) {', '.join(unknown)}. Kinds of this model: {', '.join(sorted(kinds - set(FOLLOWERS)))}; "
             f"single sites: {', '.join(anatomy.sites)}."
         )
-    couples = {site.couple for site in anatomy.sites.values() if site.kind in wanted or site.name in wanted}
-    return [site for site in anatomy.sites.values() if site.couple in couples]
+    named = [site for site in anatomy.sites.values() if site.kind in wanted or site.name in wanted]
+    couples = {site.couple for site in named}
+    chosen = [site for site in anatomy.sites.values() if site.couple in couples]
+    if (stream := anatomy.sites.get("hidden")) in chosen and stream not in named:
+        partner = next(site for site in named if site.couple == stream.couple)
+        raise RMTKDError(
+            f"The site {partner.kind!r} has no width of its own in this shape: it follows that of the stream, and "
+            "`sites` does not name 'hidden'. Name it too, leave both out, or use shape='free'."
+        )
+    return chosen

@@ -21,6 +21,9 @@ from .ids import configs_in, renumber, token_ids
 __all__ = ["TokenTables", "find_tables"]
 
 
+SIZES = ("vocab_size", "decoder_vocab_size")  # fields of a config; the second says it of the same tokens (Marian)
+
+
 @dataclass(frozen=True)
 class TokenTables:
     """What of a model is indexed by tokens.
@@ -78,7 +81,9 @@ class TokenTables:
                 renumber(part, new)
         for part in inside:
             if getattr(part, "vocab_size", None) == self.rows:
-                part.vocab_size = rows
+                for name in SIZES:
+                    if getattr(part, name, None) == self.rows:
+                        setattr(part, name, rows)
 
     def _axes(self, before: nn.Module, after: nn.Module, rows: int) -> dict[str, int]:
         """{name of a tensor: which of its dimensions counts tokens}."""

@@ -69,17 +69,18 @@ def _strings(item: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def encoded(backend: Tokenizer, batch: list[str]) -> list[list[int]]:
-    """Ids of each text, without special tokens, neither cut nor padded.
+def encoded(backend: Tokenizer, batch: list[str] | list[tuple[str, str]], special: bool = False) -> list[list[int]]:
+    """Ids of each text, or pair of texts, neither cut nor padded.
 
     Args:
         backend: without truncation and padding.
+        special: with the special tokens that it puts around them.
 
     Raises:
         RMTKDError: a text that is no Unicode.
     """
     try:
-        return [found.ids for found in backend.encode_batch_fast(batch, add_special_tokens=False)]
+        return [found.ids for found in backend.encode_batch_fast(batch, add_special_tokens=special)]
     except UnicodeEncodeError as error:
         raise RMTKDError(
             f"A text holds half a character ({error}), which is no Unicode: decode the file it comes from anew, for "

@@ -141,7 +141,15 @@ FROM_FILES = (
 )
 
 # what users set on a tokenizer that is loaded, and files keep only in part
-SET_LATER = ("name_or_path", "padding_side", "truncation_side", "model_max_length", "model_input_names")
+SET_LATER = (
+    "name_or_path",
+    "padding_side",
+    "truncation_side",
+    "model_max_length",
+    "model_input_names",
+    "split_special_tokens",
+    "clean_up_tokenization_spaces",
+)
 
 
 def _with_ids(processor: Any, new: Mapping[int, int]) -> Any:

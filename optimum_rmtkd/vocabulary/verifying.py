@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -48,10 +49,20 @@ def held_out(vocabulary: Vocabulary, backend: Tokenizer, new: Mapping[int, int],
 def check_cut(vocabulary: Vocabulary, backend: Tokenizer, new: Mapping[int, int], texts: list[str]) -> None:
     """
     Raises:
-        RMTKDError: a text whose tokens all stayed is cut otherwise.
+        RMTKDError: a text whose tokens all stayed is cut otherwise, or gets other special tokens around it.
     """
-    for _ in _cut(vocabulary, backend, new, texts):
-        pass
+    rows = _cut(vocabulary, backend, new, texts)
+    whole = [text for text, (old, _) in zip(texts, rows, strict=True) if all(i in new for i in old)]
+    for batch in (whole, list(itertools.pairwise(whole))):
+        ours, theirs = (encoded(b, batch, special=True) for b in (vocabulary.backend, backend))
+        for text, old, now in zip(batch, ours, theirs, strict=True):
+            if [new.get(i) for i in old] != now:
+                name = type(vocabulary.tokenizer).__name__
+                raise RMTKDError(
+                    f"{name} puts special tokens around {str(text)[:80]!r} otherwise when it is loaded anew: its "
+                    "class does not keep the post-processor that this one was given. Make it a "
+                    "PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, ...), and trim that one."
+                )
 
 
 def _cut(
@@ -82,7 +93,8 @@ def difference(
     Raises:
         RMTKDError: the outputs are not the same, or there is no memory to compute them.
     """
-    model, ids = tables.model, _sample(vocabulary, new, texts)
+    model = tables.model
+    ids = _sample(model, vocabulary, new, texts)
     if model.main_input_name != "input_ids":
         return None, f"{type(model).__name__} reads {model.main_input_name}, not token ids"
     if not ids:
@@ -126,11 +138,15 @@ def _check_memory(error: Exception, model: PreTrainedModel) -> None:
         ) from error
 
 
-def _sample(vocabulary: Vocabulary, new: Mapping[int, int], texts: list[str]) -> list[list[int]]:
+def _sample(
+    model: PreTrainedModel, vocabulary: Vocabulary, new: Mapping[int, int], texts: list[str]
+) -> list[list[int]]:
     """Old ids of a few texts, without those of tokens that went, all of one length."""
     rows = [[i for i in row if i in new][:LENGTH] for row in encoded(vocabulary.backend, texts[:SAMPLE])]
     rows = [row for row in rows if row]
-    return [row[: min(map(len, rows))] for row in rows]
+    end = getattr(model.config, "eos_token_id", None)
+    ending = [end] if model.config.is_encoder_decoder and isinstance(end, int) and end in new else []  # classifiers read what is there (BART)
+    return [row[: min(map(len, rows)) - len(ending)] + ending for row in rows]
 
 
 def _outputs(model: PreTrainedModel, ids: list[list[int]]) -> list[torch.Tensor]:

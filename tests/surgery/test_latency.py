@@ -81,6 +81,15 @@ def test_a_time_out_of_reach_is_refused_with_the_shortest_one(wide, machine, tar
     assert repr(target) in str(error.value) and "batch 1, length 16, cpu, " in str(error.value)
 
 
+def test_where_narrower_layers_save_no_time_no_time_is_named(wide, machine, monkeypatch):  # noqa: F811
+    machine()
+    slower = Measurement(5.0, 10.0, 11.0, 0.9, 0.8, 1.0, 5.0, True, "here")
+    monkeypatch.setattr(Stopwatch, "_measured", lambda *a: slower)
+    with pytest.raises(LatencyError, match="save no time in this setting") as error:
+        check_latency(wide[0], RECIPE.replace(target_latency=0.9))
+    assert "at least" not in str(error.value)
+
+
 def test_a_time_that_is_met_already_is_refused(wide, machine):  # noqa: F811
     machine()
     with pytest.raises(LatencyError, match="nothing is left to narrow"):
@@ -132,7 +141,8 @@ def test_a_setting_that_cannot_be_is_refused(name, recipe, message):
 
 
 def test_the_setting_is_filled_up_from_the_model():
-    found = setting_of(zoo.make("bert", "ForSequenceClassification"), RMTKDConfig(latency_threads=3))
+    recipe = RMTKDConfig(target_latency=0.5, latency_threads=3)
+    found = setting_of(zoo.make("bert", "ForSequenceClassification"), recipe)
     assert (found.batch, found.length, found.threads) == (1, 40, 3)
     assert str(found).startswith("batch 1, length 40, ")
     assert setting_of(zoo.make("vit", "ForImageClassification"), RMTKDConfig()).length is None

@@ -204,7 +204,16 @@ def test_a_head_that_the_config_cannot_narrow_is_refused():
         narrow(model, zoo.batches("bert"), RECIPE, progress=False)
 
 
+def test_a_site_that_follows_the_stream_is_not_cut_alone():
+    """BERT's heads are as wide as its stream together."""
+    model = zoo.make("bert", "ForSequenceClassification")
+    with pytest.raises(RMTKDError, match="'attention_vo' has no width of its own in this shape.*'hidden'"):
+        narrow(model, zoo.batches("bert"), RECIPE.replace(shape="native", sites=("intermediate", "attention_vo")))
+
+
 def test_contradictory_recipes():
+    with pytest.raises(RMTKDError, match="word table in two factors"):
+        RMTKDConfig(shape="native", sites=("hidden", "embedding"))
     for other in ({"form": "factored"}, {"schedule": "layerwise"}):
         with pytest.raises(RMTKDError, match="one width for all layers"):
             RMTKDConfig(shape="native", **other)
