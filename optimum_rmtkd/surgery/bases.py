@@ -55,10 +55,11 @@ class Selection(Projection):
         decode: (d, k) fp64.
         index: (k,).
         width: d.
+        offset: see `Projection`.
     """
 
-    def __init__(self, decode: torch.Tensor, index: torch.Tensor, width: int):
-        for name, value in (("decode", decode), ("index", index), ("offset", None), ("width", width)):
+    def __init__(self, decode: torch.Tensor, index: torch.Tensor, width: int, offset: torch.Tensor | None = None):
+        for name, value in (("decode", decode), ("index", index), ("offset", offset), ("width", width)):
             object.__setattr__(self, name, value)
 
     @property

@@ -19,7 +19,8 @@ from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
 from .divergence import Remembered
 from .likelihood import answers, gives_likelihood, log_likelihood
-from .sites import Anatomy, Point, Site, get_module
+from .norms import turns_axes
+from .sites import CHANNELS, Anatomy, Point, Site, get_module
 
 
 __all__ = [
@@ -57,14 +58,17 @@ def gradient_points(model: nn.Module, anatomy: Anatomy, config: RMTKDConfig, bat
         RMTKDError, CalibrationError: importance="fisher" for a model without a stream, or without logits.
     """
     hidden, importance = anatomy.sites.get("hidden"), config.importance
-    if importance == "variance" or hidden is None:
-        if importance == "fisher":
-            raise RMTKDError(
-                f"importance='fisher' was asked for, but {type(model).__name__} in form {config.form!r} has no "
-                "residual stream whose loss gradient could weigh directions; use 'auto' or 'variance'."
-            )
+    channels = any(site.kind in CHANNELS for site in anatomy.sites.values())
+    if importance == "fisher" and hidden is None and not channels:
+        raise RMTKDError(
+            f"importance='fisher' was asked for, but {type(model).__name__} in form {config.form!r} has no "
+            "residual stream whose loss gradient could weigh directions; use 'auto' or 'variance'."
+        )
+    if importance == "variance" or (hidden is None and importance != "fisher"):
         return []
     if gives_likelihood(model, batch):
+        if hidden is None:
+            return []  # channels are priced where they are read (`channels`)
         lands = {u.lands for u in anatomy.units if u.lands is not None} if anatomy.answers else set()
         return [*hidden.points, *sorted(lands - set(hidden.points), key=str)]
     if importance == "fisher":
@@ -90,7 +94,7 @@ def token_mask(batch: Mapping[str, Any], x: torch.Tensor, decoder: torch.Tensor 
 
 
 def _features_are_last(module: nn.Module | None) -> bool:
-    return isinstance(module, FEATURES_LAST) or is_norm(module)
+    return isinstance(module, FEATURES_LAST) or (is_norm(module) and not turns_axes(module))
 
 
 def features_last(x: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
@@ -154,6 +158,7 @@ class Calibration:
 
     Attributes:
         moments: {point: SecondMoments}; those of the gradient are in `gradient_moment`.
+        effects: {point: what a unit of variance of each channel costs there}, see `channels`; kept here, not made.
         batches_seen, samples_seen, tokens_seen: what has flowed through; tokens are unmasked positions.
     """
 
@@ -170,6 +175,7 @@ class Calibration:
         self.halves, self.remembered = halves, remembered
         self.null_moments = null_moments or needs_null_moments(config.edge_estimator)
         self.moments: dict[Point, SecondMoments] = {}
+        self.effects: dict[Point, torch.Tensor] = {}
         self.batches_seen = self.samples_seen = 0
         self.tokens_seen = 0.0
 

@@ -395,7 +395,6 @@ def factored_directions(
 KINDS: dict[str, Callable[..., Directions]] = {
     "hidden": hidden_directions,
     "intermediate": neuron_directions,
-    "channels": neuron_directions,
     "pooled": neuron_directions,
     "attention_vo": value_site_directions,
     "attention_qk": query_key_site_directions,
