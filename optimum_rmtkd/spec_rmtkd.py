@@ -3,8 +3,8 @@
 A config comes from whoever wrote it, so its grammar is closed: what is not described here is refused, with the entry's
 name. Lies beside `modeling_rmtkd.py` in every saved repository, and imports torch and transformers alone.
 
-    version     1, 2 where the spec has `heads`, or 3 where it has `groups` of convolutions; missing in a config without
-                widths. A later format is refused, with the advice to upgrade
+    version     1, 2 where the spec has `heads`, or 3 where it has `groups` of convolutions; missing in a config
+                without widths. A later format is refused, with the advice to upgrade
     spec        base, modules, parameters, attrs, heads, ternary: see `modeling_rmtkd.py`
     recipe      how it was narrowed; a record that nothing is built from
     provenance  where it comes from: base_model, parameters_before, rounds, ternary

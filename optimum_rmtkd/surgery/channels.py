@@ -170,8 +170,8 @@ def channel_directions(
 
 
 def _never_free(energy: torch.Tensor, silent: torch.Tensor, samples: int) -> torch.Tensor:
-    """(m,) energies with one for features that were `silent` in so many samples: by the rule of succession they vary in
-    one of samples + 2 cases, and what was seen to vary comes first (see `bases.never_free`)."""
+    """(m,) energies with one for features that were `silent` in so many samples: by the rule of succession they vary
+    in one of samples + 2 cases, and what was seen to vary comes first (see `bases.never_free`)."""
     seen = energy[energy > 0]
     if not len(seen):
         return energy

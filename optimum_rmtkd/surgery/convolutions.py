@@ -124,7 +124,7 @@ class ResidualConvLayout:
         return walk.anatomy(tuple(blocks), self.output)
 
     def _block(self, walk: _Walk, block: str, name: str) -> None:
-        steps = _under(f"{block}.", self.steps or self._inner(walk.model, block))
+        steps = _under(f"{block}.", self.inner_steps(walk.model, block))
         shortcut = _under(f"{block}.", (self.shortcut,) if self.shortcut is not None else ())
         projected = bool(shortcut) and is_layer(walk.model, shortcut[0].path)
         adds = self._adds(walk.model, block) and not projected
@@ -141,7 +141,10 @@ class ResidualConvLayout:
         owner, _, name = f"{block}.{self.adds}".rpartition(".")
         return bool(getattr(get_module(model, owner), name))
 
-    def _inner(self, model: nn.Module, block: str) -> tuple[Step, ...]:
+    def inner_steps(self, model: nn.Module, block: str) -> tuple[Step | Gate, ...]:
+        """The steps of a block, relative to it."""
+        if self.steps:
+            return self.steps
         layers = [f"{self.inner}.{i}" for i in range(len(get_module(model, f"{block}.{self.inner}")))]
         return tuple(Step(f"{path}.{self.convolution}", (f"{path}.{self.normalization}",)) for path in layers)
 

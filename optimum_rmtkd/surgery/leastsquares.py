@@ -67,8 +67,8 @@ class LeastSquares:
 
     Without a ridge, each layer has that of `RIDGES` which predicts best what it did not see: the first and the second
     half of each chunk explain each other (rows of one sentence are neighbours and alike, so that rows held out one by
-    one would say little). Half as many rows stand twice the ridge. Where columns have units of their own (`unit`), the
-    ridge is the least: it would be a matter of units which outputs the choice looks at.
+    one would say little). Half as many rows stand twice the ridge. Where outputs have units of their own
+    (`by_outputs`), the ridge is the least: it would be a matter of units which of them the choice looks at.
 
     Sums are taken about the mean of the first chunk and moved to the mean of all by exact algebra in fp64, as in
     `spectra.SecondMoments`: so one pass over the data does.
@@ -78,12 +78,14 @@ class LeastSquares:
         intercept: fit e, too; else it is zero.
         unit: this many neighbouring columns of X are measured in one unit, and lambda is taken from their variance
             alone: the result then does not depend on the units. None: all of them are.
+        by_outputs: outputs are measured in one unit and may be compared. None: where columns are.
     """
 
-    def __init__(self, ridge: float | None, intercept: bool, unit: int | None = None):
+    def __init__(self, ridge: float | None, intercept: bool, unit: int | None = None, by_outputs: bool | None = None):
         self.ridge, self.intercept, self.unit = ridge, intercept, unit
         self._pivots: dict[str | None, torch.Tensor] = {}  # of X under None, of each R under its name; fp64
-        if ridge is None and unit is not None:
+        by_outputs = unit is None if by_outputs is None else by_outputs
+        if ridge is None and not by_outputs:
             self.ridge = RIDGES[0]
         self._halves = [_Sums()] if self.ridge is not None else [_Sums(), _Sums()]
 

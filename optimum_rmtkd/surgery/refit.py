@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from ..batches import Store, batch_size, first_samples, main_input, padding_mask, run
 from ..modeling_rmtkd import is_norm
 from ..spectra.products import exact_matmul
+from .bases import Selection
 from .calibration import features_last, token_mask
 from .leastsquares import BatchStatistics, LeastSquares, NormFit, least_squares_update, norm_fit
 from .linalg import check_finite
@@ -141,7 +142,7 @@ def _fit_part(part: _Part, cuts: Cuts, ridge: float | None) -> None:
     points = [[Point(g[0].path, "input"), *g[0].sums] for g in groups]
     progress = Progress(part.student, [([u.path for u in g], seen) for g, seen in zip(groups, points, strict=True)])
     for step, (group, wanted) in enumerate(zip(groups, wants, strict=True)):
-        _fit_group(group, part.student, progress.through(step), wanted, ridge)
+        _fit_group(group, part.student, progress.through(step), wanted, cuts, ridge)
     if part.through is not None:
         part.through[0](progress.output)
 
@@ -173,7 +174,12 @@ def _wants(groups: list[list[Unit]], part: _Part, cuts: Cuts) -> list[Store]:
 
 
 def _fit_group(
-    group: list[Unit], scope: Scope, passes: Iterator[dict[Point, torch.Tensor]], wants: Store, ridge: float | None
+    group: list[Unit],
+    scope: Scope,
+    passes: Iterator[dict[Point, torch.Tensor]],
+    wants: Store,
+    cuts: Cuts,
+    ridge: float | None,
 ) -> None:
     """Fit layers that read the same, in place.
 
@@ -183,7 +189,7 @@ def _fit_group(
     """
     modules = {unit.path: get_module(scope.module, unit.path) for unit in group}
     first, entrance, sums = modules[group[0].path], Point(group[0].path, "input"), group[0].sums
-    fits = _fits(group, modules, ridge)
+    fits = _fits(group, modules, cuts, ridge)
     means = [BatchStatistics()] if isinstance(first, nn.BatchNorm2d) and first.running_mean is not None else []
     for index, seen in enumerate(passes):
         mask, count, wanted = scope.masks[index], len(scope.masks), wants[index]
@@ -208,7 +214,9 @@ def _fit_group(
                 _change_linear(modules[path], fit, path)
 
 
-def _fits(group: list[Unit], modules: dict[str, nn.Module], ridge: float | None) -> list[tuple[Any, list[str]]]:
+def _fits(
+    group: list[Unit], modules: dict[str, nn.Module], cuts: Cuts, ridge: float | None
+) -> list[tuple[Any, list[str]]]:
     """(sums, paths of the layers that they are for): one for all that have a bias, one for all that have none."""
     if _is_norm(modules[group[0].path]):
         return [(NormFit(getattr(modules[u.path], "bias", None) is not None), [u.path]) for u in group]
@@ -217,9 +225,12 @@ def _fits(group: list[Unit], modules: dict[str, nn.Module], ridge: float | None)
         paths = [path for path, module in modules.items() if (_last(module).bias is not None) == bias]
         if paths:
             last = _last(modules[paths[0]])
-            # each channel of a convolution has a scale of its own, which the norms around it make arbitrary
+            # each channel of a convolution has a scale of its own, which the norms around it make arbitrary; so has
+            # each neuron whose function is homogeneous
             area = last.kernel_size[0] * last.kernel_size[1] if isinstance(last, nn.Conv2d) else None
-            fits.append((LeastSquares(ridge, bias, area), paths))
+            selected = isinstance(cuts.of(group[0].reads, group[0].path), Selection)
+            unit = 1 if area is None and selected else area
+            fits.append((LeastSquares(ridge, bias, unit, by_outputs=area is None), paths))
     return fits
 
 

@@ -59,9 +59,9 @@ class Site:
     Attributes:
         name: unique in the model, for example "layer.3.intermediate".
         kind: one of hidden, intermediate, attention_qk, attention_vo, attention_groups, embedding, channels,
-            residual_channels, linear; or one of FOLLOWERS, which are never chosen on their own: "pooled", the element-wise width of a pooler,
-            which follows the hidden width, and "parted", the output of a layer that makes what another site holds
-            (fused layers; keys and values of attention whose whole groups are cut).
+            residual_channels, linear; or one of FOLLOWERS, which are never chosen on their own: "pooled", the
+            element-wise width of a pooler, which follows the hidden width, and "parted", the output of a layer that
+            makes what another site holds (fused layers; keys and values of attention whose whole groups are cut).
         width: number of features now.
         points: where its activation is observed.
         groups: number of attention heads the width is split into, 1 elsewhere; groups are cut alike. That of the

@@ -140,6 +140,7 @@ class Surgeon:
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
+        self.sites = self._alive()
         self.batches = all_batches(self.batches, model.device, accelerator)
         if sites is None and (accelerator is None or accelerator.is_main_process):  # once, not of each layer of many
             widths = {site.kind: site.width for site in sorted(self.sites, key=lambda site: site.width)}
@@ -163,13 +164,25 @@ class Surgeon:
         """Directions of a site, computed once."""
         if site.name not in self.directions:
             if site.kind in CHANNELS and not self.calibration.effects:
-                self.calibration.effects = reading_effects(self.teacher, self.batches, self._channels(), *self._drawn())
+                self.calibration.effects = reading_effects(
+                    self.teacher, self.batches, self._channels(), *self._drawn()
+                )
             find = channel_directions if site.kind in CHANNELS else site_directions
             with _naming(site):
                 self.directions[site.name] = find(
                     self.teacher, site, self.anatomy, self.calibration, self.config.basis
                 )
         return self.directions[site.name]
+
+    def _alive(self) -> list[Site]:
+        """The sites without those of channels which never varied, as the gates of a squeeze-and-excitation may: there
+        is nothing to choose by, and they stay. Where none varies, all are kept, for the error to name the first."""
+
+        def varies(site: Site) -> bool:
+            return bool((self._observed(site).variance > 0).any())
+
+        found = [site for site in self.sites if site.kind not in CHANNELS or varies(site)]
+        return found or self.sites
 
     def _channels(self) -> list[Site]:
         return [site for site in self.sites if site.kind in CHANNELS]
@@ -243,9 +256,7 @@ class Surgeon:
         return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
 
     def _check_varies(self, site: Site) -> None:
-        """A constant activation is refused whether or not its spectrum is asked for; channels that are, are free."""
-        if site.kind in CHANNELS:
-            return
+        """A constant activation is refused whether or not its spectrum is asked for."""
         moments = self._observed(site)
         try:
             check_varies(moments)
