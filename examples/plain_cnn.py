@@ -12,11 +12,15 @@ and a family.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -113,3 +117,48 @@ def pretrained(folder: str | Path) -> CifarResNetForImageClassification:
                 places = torch.arange(inputs)
                 module.shortcut.weight[places + (outputs - inputs) // 2, places] = 1.0
     return model
+
+
+def images_of(folder: str | Path, part: str, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first images of CIFAR-10 as pixel values (count, 3, 32, 32), and their labels."""
+    rows = pq.read_table(Path(folder) / f"cifar10_jpg_{part}.parquet").slice(0, count).to_pydict()
+    arrays = [np.asarray(Image.open(io.BytesIO(image["bytes"])).convert("RGB")) for image in rows["image"]]
+    pixels = torch.tensor(np.stack(arrays)).movedim(-1, 1) / 255
+    mean, spread = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    return (pixels - mean) / spread, torch.tensor(rows["label"])
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, pixels: torch.Tensor) -> torch.Tensor:
+    """(count, classes)"""
+    return torch.cat([model(pixel_values=part).logits for part in pixels.split(250)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", required=True, help="Of the checkpoint.")
+    parser.add_argument("--images", required=True, help="Folder of the parquet files of CIFAR-10.")
+    parser.add_argument("--target-flops", type=float, default=0.3, help="Share of the work to remove.")
+    parser.add_argument("-o", "--output", required=True, help="Folder for the narrow model.")
+    arguments = parser.parse_args()
+    model = pretrained(arguments.folder)
+    calibration, (pixels, labels) = (
+        images_of(arguments.images, "train", 512)[0],
+        images_of(arguments.images, "test", 500),
+    )
+    recipe = RMTKDConfig(target_flops=arguments.target_flops, round_to=1, min_width=2, calibration_samples=512)
+    small = narrow(model, [{"pixel_values": part} for part in calibration.split(64)], recipe)
+    small.save_pretrained(arguments.output)
+    again = type(small).from_pretrained(arguments.output).eval()
+    dense, found = logits_of(model, pixels).argmax(-1), logits_of(again, pixels).argmax(-1)
+    print(f"parameters {count_parameters(model):,} -> {count_parameters(again):,}")
+    for name, same in (
+        ("accuracy before", dense == labels),
+        ("after", found == labels),
+        ("agreement", found == dense),
+    ):
+        print(f"{name} {100 * float(same.double().mean()):.1f} %")
+
+
+if __name__ == "__main__":
+    main()

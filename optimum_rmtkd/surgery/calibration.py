@@ -40,11 +40,11 @@ GOLDEN = (5**0.5 - 1) / 2  # the turn after which few others come near the same 
 
 def points_of(anatomy: Anatomy, sites: Sequence[Site]) -> list[Point]:
     """Where activations are to be observed in order to cut `sites`. The stream is in any case, where there is one: its
-    loss gradients price all other cuts. So are sums that a norm of a unit lands in: they say what its effect is worth.
+    loss gradients price all other cuts. So are, of language models, the sums that units land in.
     """
     needed = [s for s in anatomy.sites.values() if s in sites or s.kind == "hidden"]
     points = {point for site in needed for point in site.points}
-    points |= {u.lands for u in anatomy.units if u.lands is not None and (u.norm is not None or anatomy.answers)}
+    points |= {u.lands for u in anatomy.units if u.lands is not None and anatomy.answers}
     return sorted(points, key=str)
 
 

@@ -119,7 +119,7 @@ class Unit:
         factor: name of a site whose width becomes the rank of this layer (a decoder tied to a table of that width; a
             factored layer; a factorised table).
         full: the width of `factor` at which nothing is inserted: the layer stays as it is.
-        norm: path of the batch norm that follows at once, whose scale is part of what this layer does.
+        norm: path of the batch norm that follows at once, which takes up a constant where this layer has no bias.
         through: path of the norm through which it reads the stream of a pre-norm model; the scale of that norm is
             folded into it.
         beside: what else is added to the same sum before its own output is, beside the residual path (the attention

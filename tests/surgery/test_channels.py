@@ -113,7 +113,7 @@ def test_rows_of_a_refit_come_from_all_columns():
 def test_the_spectra_are_those_of_spaced_positions():
     model, data = zoo.make("resnet-basic", "ForImageClassification"), zoo.batches("resnet-basic")
     report = analyze(model, data, RECIPE, progress=False)
-    assert {site.subspace.n for site in report.sites} == {48 * 4}
+    assert {site.subspace.n for site in report.sites if "channels" in site.name} == {48 * 4}
 
 
 # On real images
