@@ -77,8 +77,8 @@ class RMTKDConfig(Recipe):
     sites: tuple[str, ...] | None = _option(
         None,
         "Kinds of sites to narrow (hidden, intermediate, attention_qk, attention_vo, attention_groups, embedding, "
-        "channels, linear; a model has some of them, and decoders attention_groups alone of those of attention), or "
-        "names of single sites. None: all that the family declares in the chosen form.",
+        "channels, residual_channels, linear; a model has some of them, and decoders attention_groups alone of those "
+        "of attention), or names of single sites. None: all that the family declares in the chosen form.",
     )
     form: str = _option(
         "absorbed",
@@ -155,7 +155,8 @@ class RMTKDConfig(Recipe):
     importance: str = _option(
         "auto",
         "What a direction is worth. fisher: variance times squared loss gradient. variance. auto: fisher where the "
-        "model gives logits.",
+        "model gives logits; channels of convolutional networks: the share of the answers' energy, of fisher their "
+        "likelihood.",
         ("auto", "fisher", "variance"),
     )
     basis: str = _option(

@@ -14,7 +14,8 @@ as deltas against the dense one, in paths that start with "@." where they are re
 checkpoint serves `AutoModel`, other task heads and another `num_labels` alike:
 
     base        fields of the config that the dense skeleton is built from, for example {"hidden_size": 384}
-    modules     {path: {"in", "out", "rank", "dim", "eps"}}: widths of linear, convolution, norm and embedding layers
+    modules     {path: {"in", "out", "rank", "dim", "eps", "groups"}}: widths of linear, convolution, norm and
+                embedding layers
     parameters  {path: {"dim", "axis"}}: last dimension of bare parameters, for example a class token; with "axis": -2
                 the one before it
     attrs       {path: {name: value}}: head sizes and scales that modules keep as plain attributes

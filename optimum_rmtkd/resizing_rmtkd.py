@@ -40,7 +40,8 @@ def _resize_conv(layer, delta):
     channels_in, channels_out = delta.get("in", layer.in_channels), delta.get("out", layer.out_channels)
     if "rank" in delta:
         return LowRankConv2d(channels_in, channels_out, delta["rank"], layer.stride, layer.bias is not None)
-    layer.weight = _corner(layer.weight, channels_out, channels_in // layer.groups)
+    groups = delta.get("groups", layer.groups)
+    layer.weight, layer.groups = _corner(layer.weight, channels_out, channels_in // groups), groups
     if layer.bias is not None:
         layer.bias = _corner(layer.bias, channels_out)
     layer.in_channels, layer.out_channels = channels_in, channels_out

@@ -3,8 +3,8 @@
 A config comes from whoever wrote it, so its grammar is closed: what is not described here is refused, with the entry's
 name. Lies beside `modeling_rmtkd.py` in every saved repository, and imports torch and transformers alone.
 
-    version     1, or 2 where the spec has `heads`; missing in a config without widths. A later format is refused, with
-                the advice to upgrade
+    version     1, 2 where the spec has `heads`, or 3 where it has `groups` of convolutions; missing in a config
+                without widths. A later format is refused, with the advice to upgrade
     spec        base, modules, parameters, attrs, heads, ternary: see `modeling_rmtkd.py`
     recipe      how it was narrowed; a record that nothing is built from
     provenance  where it comes from: base_model, parameters_before, rounds, ternary
@@ -24,9 +24,9 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 
-VERSION = 2
+VERSION = 3
 SECTIONS = ("base", "modules", "parameters", "attrs", "heads", "ternary")
-DELTAS = ("in", "out", "rank", "dim", "eps")
+DELTAS = ("in", "out", "rank", "dim", "eps", "groups")
 PATH = re.compile(r"(@\.)?[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
 
@@ -324,7 +324,10 @@ def check_base(config, base):
 
 
 def version_of(spec, decoder=False):
-    """The format that a spec needs. The first knew no norms but layer norms, nor heads that go, and so no decoder."""
+    """The format that a spec needs. The first knew no norms but layer norms, nor heads that go, and so no decoder; the
+    second no convolutions in groups."""
+    if any("groups" in delta for delta in spec.get("modules", {}).values()):
+        return 3
     return 2 if decoder or spec.get("heads") else 1
 
 
@@ -353,7 +356,9 @@ def widest(module):
         features = module.weight.shape
         return {"in": features[0], "out": features[1], "rank": max(features)}
     if isinstance(module, nn.Conv2d):
-        widths = {"in": module.in_channels, "out": module.out_channels} if module.groups == 1 else {}
+        widths = {"in": module.in_channels, "out": module.out_channels}
+        if module.groups > 1:
+            return {**widths, "groups": module.groups}
         pointwise = module.kernel_size == (1, 1) and module.groups == 1
         return {**widths, "rank": max(widths.values())} if pointwise else widths
     if isinstance(module, nn.LayerNorm):
@@ -382,6 +387,11 @@ def check_module(module, delta, where):
             raise mismatch(where, name, f"only what a {type(module).__name__} like this one has: {known}")
         if value > most[name]:
             raise mismatch(f"{where}.{name}", value, f"at most {most[name]}, as in the dense layer")
+    if "groups" in most and delta:
+        groups = delta.get("groups", module.groups)
+        sizes = {"in": module.in_channels, "out": module.out_channels}
+        if any(delta.get(side, size) * module.groups != size * groups for side, size in sizes.items()):
+            raise mismatch(where, delta, f"groups as wide as those of {sizes} in {module.groups} groups")
     if (is_norm(module) or isinstance(module, nn.BatchNorm2d)) and "dim" not in delta:
         raise mismatch(where, delta, f"the entry 'dim', which a {type(module).__name__} needs")
 

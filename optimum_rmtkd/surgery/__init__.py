@@ -5,10 +5,11 @@ from __future__ import annotations
 from ..models import count_parameters, uncut_parameters
 from .cautions import divergence_warning, loss_warning
 from .checks import anatomy_of, check_data, check_recipe
+from .convolutions import Gate, ResidualConvLayout, Step
 from .decoders import DecoderLayout
 from .families import Family, family_of, register_family
 from .latency import Measurement, check_latency
-from .layouts import EncoderLayout, ResidualConvLayout
+from .layouts import EncoderLayout
 from .reduction import (
     Reduction,
     SiteRecord,
@@ -30,11 +31,13 @@ __all__ = [
     "DecoderLayout",
     "EncoderLayout",
     "Family",
+    "Gate",
     "Measurement",
     "Reduction",
     "ResidualConvLayout",
     "SiteRecord",
     "SpectralReport",
+    "Step",
     "allowed_loss",
     "analyze",
     "anatomy_of",

@@ -61,7 +61,7 @@ class Selection(Projection):
         decode: (d, k) fp64.
         index: (k,).
         width: d.
-        offset: (d,) or None.
+        offset: see `Projection`.
     """
 
     def __init__(self, decode: torch.Tensor, index: torch.Tensor, width: int, offset: torch.Tensor | None = None):

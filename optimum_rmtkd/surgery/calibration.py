@@ -19,7 +19,8 @@ from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
 from .divergence import Remembered
 from .likelihood import answers, gives_likelihood, log_likelihood
-from .sites import Anatomy, Point, Site, Unit, get_module
+from .norms import turns_axes
+from .sites import CHANNELS, Anatomy, Point, Site, Unit, get_module
 
 
 __all__ = [
@@ -39,12 +40,12 @@ GOLDEN = (5**0.5 - 1) / 2  # the turn after which few others come near the same 
 
 def points_of(anatomy: Anatomy, sites: Sequence[Site]) -> list[Point]:
     """Where activations are to be observed in order to cut `sites`. The stream is in any case, where there is one: its
-    loss gradients price all other cuts. So are sums that a norm of a unit lands in, and norms that it goes through
-    before: they say what its effect is worth.
+    loss gradients price all other cuts. So are sums that units land in, of language models and where a norm stands
+    between.
     """
     needed = [s for s in anatomy.sites.values() if s in sites or s.kind == "hidden"]
     points = {point for site in needed for point in site.points}
-    points |= {u.lands for u in anatomy.units if u.lands is not None and (u.norm is not None or _apart(u, anatomy))}
+    points |= {u.lands for u in anatomy.units if u.lands is not None and _apart(u, anatomy)}
     return sorted(points, key=str)
 
 
@@ -63,14 +64,17 @@ def gradient_points(model: nn.Module, anatomy: Anatomy, config: RMTKDConfig, bat
         RMTKDError, CalibrationError: importance="fisher" for a model without a stream, or without logits.
     """
     hidden, importance = anatomy.sites.get("hidden"), config.importance
-    if importance == "variance" or hidden is None:
-        if importance == "fisher":
-            raise RMTKDError(
-                f"importance='fisher' was asked for, but {type(model).__name__} in form {config.form!r} has no "
-                "residual stream whose loss gradient could weigh directions; use 'auto' or 'variance'."
-            )
+    channels = any(site.kind in CHANNELS for site in anatomy.sites.values())
+    if importance == "fisher" and hidden is None and not channels:
+        raise RMTKDError(
+            f"importance='fisher' was asked for, but {type(model).__name__} in form {config.form!r} has no "
+            "residual stream whose loss gradient could weigh directions; use 'auto' or 'variance'."
+        )
+    if importance == "variance" or (hidden is None and importance != "fisher"):
         return []
     if gives_likelihood(model, batch):
+        if hidden is None:
+            return []  # channels are priced where they are read (`channels`)
         lands = {u.lands for u in anatomy.units if u.lands is not None and _apart(u, anatomy)}
         return [*hidden.points, *sorted(lands - set(hidden.points), key=str)]
     if importance == "fisher":
@@ -96,7 +100,7 @@ def token_mask(batch: Mapping[str, Any], x: torch.Tensor, decoder: torch.Tensor 
 
 
 def _features_are_last(module: nn.Module | None) -> bool:
-    return isinstance(module, FEATURES_LAST) or is_norm(module)
+    return isinstance(module, FEATURES_LAST) or (is_norm(module) and not turns_axes(module))
 
 
 def features_last(x: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
@@ -160,6 +164,7 @@ class Calibration:
 
     Attributes:
         moments: {point: SecondMoments}; those of the gradient are in `gradient_moment`.
+        effects: {point: what a unit of variance of each channel costs there}, see `channels`; kept here, not made.
         batches_seen, samples_seen, tokens_seen: what has flowed through; tokens are unmasked positions.
     """
 
@@ -176,6 +181,7 @@ class Calibration:
         self.halves, self.remembered = halves, remembered
         self.null_moments = null_moments or needs_null_moments(config.edge_estimator)
         self.moments: dict[Point, SecondMoments] = {}
+        self.effects: dict[Point, torch.Tensor] = {}
         self.batches_seen = self.samples_seen = 0
         self.tokens_seen = 0.0
 

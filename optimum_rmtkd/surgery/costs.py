@@ -131,7 +131,9 @@ def flops_of(
 
     def work(unit: Unit, module: nn.Module, widths: Mapping[str, int]) -> tuple[float, ...]:
         shape, delta = linear_shape(module), unit_delta(unit, module, widths)
-        inputs, outputs = delta.get("in", shape[0]), delta.get("out", shape[1])
+        # a grouped convolution has fewer groups, each reads as much as before
+        inputs = shape[0] if "groups" in delta else delta.get("in", shape[0])
+        outputs = delta.get("out", shape[1])
         rank = delta.get("rank", getattr(module, "rank", None))
         products = inputs * outputs * shape[2] if rank is None else rank * (inputs + outputs)
         linear = 2.0 * products * positions[unit.path]

@@ -84,30 +84,9 @@ def _unit_reading(model: nn.Module, anatomy: Anatomy, site: Site) -> Unit | None
 
 
 def _weight_behind(model: nn.Module, unit: Unit) -> torch.Tensor:
-    """(out, in, positions) fp64 weight of a unit, through the scale of the batch norm that follows: where that divides
-    by running statistics, the scale of the weight itself means nothing."""
+    """(out, in, positions) fp64 weight of a unit."""
     weight = dense_weight(get_module(model, unit.path)).cpu()
-    weight = unit.scale * (weight.flatten(2) if weight.dim() == 4 else weight[..., None])
-    norm = get_module(model, unit.norm) if unit.norm and is_layer(model, unit.norm) else None
-    if norm is None or norm.running_var is None:
-        return weight
-    scale = (norm.running_var.detach().double() + norm.eps).rsqrt()
-    scale = scale if norm.weight is None else scale * norm.weight.detach().double()
-    return weight * scale.cpu()[:, None, None]
-
-
-def _metric_behind(model: nn.Module, anatomy: Anatomy, unit: Unit, calibration: Calibration) -> torch.Tensor:
-    """(out, out) metric of errors of a unit's output. Between two convolutions of a block it is that of the next one,
-    seen through its weight: an activation between them passes errors on, at most."""
-    dim = len(_weight_behind(model, unit))
-    following = (
-        None if unit.lands or unit.writes is None else _unit_reading(model, anatomy, anatomy.sites[unit.writes])
-    )
-    if following is None or following.norm is None:
-        return stream_metric(calibration, unit.lands, dim)
-    weight = _weight_behind(model, following)
-    metric = _metric_behind(model, anatomy, following, calibration)
-    return torch.einsum("oik,op,pjk->ij", weight, metric, weight)
+    return unit.scale * (weight.flatten(2) if weight.dim() == 4 else weight[..., None])
 
 
 def _moment(model: nn.Module, reader: Unit | None, moments: SecondMoments) -> torch.Tensor:
@@ -186,14 +165,14 @@ def _before_norms(model: nn.Module, anatomy: Anatomy, basis: torch.Tensor) -> di
 def neuron_directions(
     model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
 ) -> Directions:
-    """Element-wise sites (feed-forward neurons, channels, a pooler): select by pivoted Cholesky, compensate."""
+    """Element-wise sites (feed-forward neurons, a pooler): select by pivoted Cholesky, compensate."""
     reader = _unit_reading(model, anatomy, site)
     point, count = site.points[0], calibration.moments[site.points[0]].count
     if reader is None:
         effect = torch.ones(site.width, dtype=torch.float64)
     else:
         weight = _weight_behind(model, reader)
-        metric = _metric_behind(model, anatomy, reader, calibration)
+        metric = stream_metric(calibration, reader.lands, len(weight))
         effect = torch.einsum("oik,op,pik->i", weight, metric, weight).clamp_min(0)
 
     def whole() -> torch.Tensor:
@@ -259,7 +238,7 @@ def _random_head_bases(site: Site, calibration: Calibration) -> torch.Tensor:
 def _values(model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration):
     unit = next(u for u in anatomy.units if u.reads == site.name)
     weight = dense_weight(get_module(model, unit.path)).cpu()
-    effect = weight.T @ _metric_behind(model, anatomy, unit, calibration) @ weight
+    effect = weight.T @ stream_metric(calibration, unit.lands, len(weight)) @ weight
     context = _moment(model, unit, calibration.moments[site.points[0]])
     return value_directions(_per_head(context, site.groups), _per_head(effect, site.groups))
 
@@ -318,7 +297,7 @@ def group_directions(
     """Whole key-value groups of attention, each with all query heads that share it: what they give to the stream."""
     unit = next(u for u in anatomy.units if u.reads == site.name)
     weight = dense_weight(get_module(model, unit.path)).cpu()
-    effect = unit.scale**2 * weight.T @ _metric_behind(model, anatomy, unit, calibration) @ weight
+    effect = unit.scale**2 * weight.T @ stream_metric(calibration, unit.lands, len(weight)) @ weight
     point = site.points[0]
 
     def moment() -> torch.Tensor:
@@ -409,7 +388,6 @@ def factored_directions(
 KINDS: dict[str, Callable[..., Directions]] = {
     "hidden": hidden_directions,
     "intermediate": neuron_directions,
-    "channels": neuron_directions,
     "pooled": neuron_directions,
     "attention_vo": value_site_directions,
     "attention_qk": query_key_site_directions,

@@ -1,4 +1,5 @@
-"""Layouts: how the anatomy of a model is read off a declaration of paths. Two serve all families shipped here."""
+"""Layouts: how the anatomy of a model is read off a declaration of paths; that of encoders, and the one without a
+declaration."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from ..modeling_rmtkd import LowRankConv2d, LowRankLinear
 from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, is_layer, linear_layers, linear_shape
 
 
-__all__ = ["EncoderLayout", "ResidualConvLayout", "factored_anatomy"]
+__all__ = ["EncoderLayout", "factored_anatomy"]
 
 
 THINNEST_FACTORED = 16  # two factors of such a layer save next to nothing
@@ -219,50 +220,6 @@ class EncoderLayout:
         if self._ties(model):
             units.append(Unit(self.decoder, factor="hidden", full=width))
         return units, sites
-
-
-@dataclass(frozen=True)
-class ResidualConvLayout:
-    """Stages of residual blocks of convolutions; the channels inside a block can be cut, those of the sum cannot.
-
-    Attributes:
-        stages: the ModuleList of stages; `blocks` the Sequential of blocks in a stage.
-        inner: the Sequential of convolution layers in a block, each with `convolution` and `normalization`.
-        sum: a module of a block whose input is the sum of the convolutions and the shortcut.
-    """
-
-    stages: str
-    blocks: str
-    inner: str
-    convolution: str = "convolution"
-    normalization: str = "normalization"
-    sum: str = "activation"
-
-    def anatomy(self, model: nn.Module) -> Anatomy:
-        """Sites and units of `model`; raises UnsupportedArchitectureError where it lacks a declared module."""
-        sites, units, blocks = {}, [], []
-        for s in range(len(get_module(model, self.stages))):
-            for b in range(len(get_module(model, f"{self.stages}.{s}.{self.blocks}"))):
-                block = f"{self.stages}.{s}.{self.blocks}.{b}"
-                inner = [f"{block}.{self.inner}.{i}" for i in range(len(get_module(model, f"{block}.{self.inner}")))]
-                names = [f"stage.{s}.{b}.channels.{i}" for i in range(len(inner) - 1)]
-                for i, name in enumerate(names):
-                    width = linear_shape(get_module(model, f"{inner[i]}.{self.convolution}"))[1]
-                    # all positions cost less than the convolution behind; a few would miss channels that fire rarely
-                    reader = f"{inner[i + 1]}.{self.convolution}"
-                    points = Point(reader, "input", whole=True), Point(reader, "input")
-                    sites[name] = Site(name, "channels", width, points, depth=len(blocks), couple=name)
-                for i, layer in enumerate(inner):
-                    reads = names[i - 1] if i else None
-                    writes = names[i] if i < len(names) else None
-                    norm = f"{layer}.{self.normalization}"
-                    lands = Point(f"{block}.{self.sum}", "input") if writes is None else None
-                    units.append(
-                        Unit(f"{layer}.{self.convolution}", reads, writes, lands=lands, block=block, norm=norm)
-                    )
-                    units.append(Unit(norm, None, writes, block=block))
-                blocks.append(block)
-        return Anatomy(sites, tuple(units), tuple(blocks))
 
 
 def factored_anatomy(model: nn.Module) -> Anatomy:

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import nn
 
 from ..errors import CalibrationError
 from ..spectra.products import exact_matmul, symmetric_product
 from .linalg import JITTERS, check_finite, cholesky
 
 
-__all__ = ["LeastSquares", "NormFit", "least_squares_update", "norm_fit"]
+__all__ = ["BatchStatistics", "LeastSquares", "NormFit", "least_squares_update", "norm_fit"]
 
 RIDGES = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)  # times the mean variance of what a layer reads
 FP32 = torch.finfo(torch.float32).eps  # share of a matrix's size under which fp32 products tell nothing
@@ -66,8 +67,8 @@ class LeastSquares:
 
     Without a ridge, each layer has that of `RIDGES` which predicts best what it did not see: the first and the second
     half of each chunk explain each other (rows of one sentence are neighbours and alike, so that rows held out one by
-    one would say little). Half as many rows stand twice the ridge. Where columns have units of their own (`unit`), the
-    ridge is the least: it would be a matter of units which outputs the choice looks at.
+    one would say little). Half as many rows stand twice the ridge. Where outputs have units of their own
+    (`by_outputs`), the ridge is the least: it would be a matter of units which of them the choice looks at.
 
     Sums are taken about the mean of the first chunk and moved to the mean of all by exact algebra in fp64, as in
     `spectra.SecondMoments`: so one pass over the data does.
@@ -77,12 +78,14 @@ class LeastSquares:
         intercept: fit e, too; else it is zero.
         unit: this many neighbouring columns of X are measured in one unit, and lambda is taken from their variance
             alone: the result then does not depend on the units. None: all of them are.
+        by_outputs: outputs are measured in one unit and may be compared. None: where columns are.
     """
 
-    def __init__(self, ridge: float | None, intercept: bool, unit: int | None = None):
+    def __init__(self, ridge: float | None, intercept: bool, unit: int | None = None, by_outputs: bool | None = None):
         self.ridge, self.intercept, self.unit = ridge, intercept, unit
         self._pivots: dict[str | None, torch.Tensor] = {}  # of X under None, of each R under its name; fp64
-        if ridge is None and unit is not None:
+        by_outputs = unit is None if by_outputs is None else by_outputs
+        if ridge is None and not by_outputs:
             self.ridge = RIDGES[0]
         self._halves = [_Sums()] if self.ridge is not None else [_Sums(), _Sums()]
 
@@ -239,3 +242,40 @@ def norm_fit(normalised: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tens
     fit = NormFit()
     fit.add(normalised, target)
     return fit.solve()
+
+
+class BatchStatistics:
+    """Mean and variance of each channel over all positions of all batches, in fp64, for the batch norm that reads
+    them: the moving averages of training are those of another network after a cut."""
+
+    def __init__(self) -> None:
+        self.count, self._mean, self._squares = 0, None, None
+
+    def add(self, x: torch.Tensor) -> None:
+        """(samples, channels, height, width) of any float dtype."""
+        rows = x.double().movedim(1, 0).flatten(1)
+        count, mean = rows.shape[1], rows.mean(1)
+        squares = (rows - mean[:, None]).square().sum(1)
+        if self._mean is None:
+            self.count, self._mean, self._squares = count, mean, squares
+            return
+        # Chan, Golub and LeVeque (1983)
+        total, gap = self.count + count, mean - self._mean
+        self._squares = self._squares + squares + gap.square() * self.count * count / total
+        self._mean, self.count = self._mean + gap * count / total, total
+
+    def install(self, norm: nn.BatchNorm2d) -> None:
+        """Give them to a batch norm, in place, without a change of what it computes: its scale and shift follow. One
+        without scale and shift, and channels that do not vary, keep what they have."""
+        if norm.weight is None or norm.bias is None or self.count < 2:
+            return
+        variance = self._squares / (self.count - 1)
+        with torch.no_grad():
+            old_mean, old_variance = norm.running_mean.double(), norm.running_var.double()
+            keep = variance <= 1e-9 * (variance + self._mean.square())
+            mean, variance = torch.where(keep, old_mean, self._mean), torch.where(keep, old_variance, variance)
+            slope = norm.weight.double() * (old_variance + norm.eps).rsqrt()
+            norm.bias.copy_(norm.bias.double() + slope * (mean - old_mean))
+            norm.weight.copy_(slope * (variance + norm.eps).sqrt())
+            norm.running_mean.copy_(mean)
+            norm.running_var.copy_(variance)

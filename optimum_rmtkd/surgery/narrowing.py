@@ -191,6 +191,10 @@ def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: C
                 continue
             _fill(new, old, reads, writes, factor)
             touched.update(id(p) for p in new.parameters())
+        for unit in anatomy.units:
+            reads = cuts.of(unit.reads, unit.path)
+            if reads is not None and reads.offset is not None and is_layer(teacher, unit.path):
+                _shift(student, unit, get_module(teacher, unit.path), reads, cuts.of(unit.writes, unit.path))
     shapes = {name: p.shape for name, p in teacher.named_parameters()}
     forgotten = [n for n, p in student.named_parameters() if id(p) not in touched and shapes.get(n) != p.shape]
     if forgotten:
@@ -198,6 +202,21 @@ def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: C
             f"{len(forgotten)} tensor(s) of the narrowed model were not initialised, the first is {forgotten[0]}: the "
             "declaration of this family names a site but not all layers that read or write it. Complete its layout."
         )
+
+
+def _shift(student: nn.Module, unit: Unit, old: nn.Module, reads: Projection, writes: Projection | None) -> None:
+    """What a reconstruction adds goes through a layer into its bias, or into the mean that the batch norm behind it
+    subtracts."""
+    weight = dense_weight(old)
+    added = torch.einsum("oi...,i->o...", weight, reads.offset.to(weight.device))
+    added = added.reshape(len(weight), -1).sum(1)
+    added = added if writes is None else added[writes.index.to(added.device)]
+    bias = get_module(student, unit.path).bias
+    if bias is not None:
+        bias.copy_(bias.double() + added)
+    elif unit.norm is not None:
+        norm = get_module(student, unit.norm)
+        norm.running_mean.copy_(norm.running_mean.double() - added)
 
 
 def _fill(new: nn.Module, old: nn.Module, reads, writes, factor) -> None:
@@ -274,6 +293,8 @@ def _fill_linear(
         up, down = old.up.weight.double(), old.down.weight.double()
         new.up.weight.copy_(up if encode is None else torch.einsum("or...,ok->kr...", up, encode))
         new.down.weight.copy_(down if decode is None else torch.einsum("ri...,ik->rk...", down, decode))
+    elif getattr(old, "groups", 1) > 1:  # whole groups of a convolution
+        set_weight(new, dense_weight(old)[index.to(old.weight.device)])
     else:
         weight = dense_weight(old)
         if index is not None:

@@ -31,11 +31,13 @@ from ..loading_rmtkd import REFUSALS
 from ..modeling_rmtkd import VERSION, LowRankLinear
 from ..models import blank, count_parameters, is_narrowed, match_precision, outline, pinned
 from ..spectra.products import exact_matmul
+from .convolutions import ResidualConvLayout
 from .decoders import DecoderLayout
 from .families import family_of
 from .layouts import EncoderLayout
 from .narrowing import narrow_fields, narrow_spec
-from .native_decoders import coupled, plain_decoder, widths_config
+from .native_convolutions import coupled_channels, sizes_config
+from .native_decoders import coupled, plain_copy, settle, widths_config
 from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
 
 
@@ -77,8 +79,11 @@ def plain_form(model: PreTrainedModel, inputs: Mapping[str, Any], pad: bool = Fa
             (the message states its cost); or outputs that differ.
     """
     anatomy = _anatomy(model)
-    if isinstance(layout := family_of(model).layout, DecoderLayout):
-        native = plain_decoder(model, _base(model), _decoder_config(model, anatomy, layout), anatomy)
+    layout = family_of(model).layout
+    if isinstance(layout, (DecoderLayout, ResidualConvLayout)):  # a config says all widths
+        native = plain_copy(model, _base(model), _stated_config(model, anatomy, layout))
+        if isinstance(layout, DecoderLayout):
+            settle(native, model, anatomy)
         sizes = count_parameters(model), count_parameters(native)
         return NativeExport(native, *sizes, {}, _difference(model, native, inputs))
     widths, heads = _native_widths(model, anatomy)
@@ -111,6 +116,8 @@ def native_anatomy(model: PreTrainedModel) -> Anatomy:
     layout = family_of(model).layout
     if isinstance(layout, DecoderLayout):
         return coupled(model, layout)
+    if isinstance(layout, ResidualConvLayout):
+        return coupled_channels(model, layout)
     if not isinstance(layout, EncoderLayout):
         raise UnsupportedArchitectureError(
             f"shape='native': the config of {type(model).__name__} has no field for the widths inside a block. "
@@ -173,8 +180,8 @@ def check_expressible(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping
         student = outline(model, {"version": VERSION, "spec": spec}, fields)
         own = family_of(student).layout.anatomy(student)
         layout = family_of(student).layout
-        if isinstance(layout, DecoderLayout):
-            native = _base(student)(_decoder_config(student, own, layout))
+        if isinstance(layout, (DecoderLayout, ResidualConvLayout)):
+            native = _base(student)(_stated_config(student, own, layout))
         else:
             native = _base(student)(_native_config(student, own, *_native_widths(student, own)))
     expected, found = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (native, student))
@@ -198,6 +205,8 @@ def _anatomy(model: PreTrainedModel) -> Anatomy:
         )
     layout = family_of(model).layout
     if isinstance(layout, DecoderLayout) and layout.inner_field is not None:
+        return layout.anatomy(model)
+    if isinstance(layout, ResidualConvLayout) and layout.sizes_field is not None:
         return layout.anatomy(model)
     if not isinstance(layout, EncoderLayout):
         raise RMTKDError(
@@ -274,9 +283,15 @@ def _output_width(table: nn.Module) -> int:
     return getattr(table, "output_dim", table.embedding_dim)
 
 
-def _decoder_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayout) -> PreTrainedConfig:
+def _stated_config(
+    model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayout | ResidualConvLayout
+) -> PreTrainedConfig:
     try:
-        config = widths_config(model, anatomy, layout, _plain_config(model))
+        config = _plain_config(model)
+        if isinstance(layout, ResidualConvLayout):
+            config = sizes_config(model, layout, config)
+        else:
+            config = widths_config(model, anatomy, layout, config)
         config.validate()  # else it could be saved, and not be loaded
     except REFUSALS as error:  # Phi-3 counts the factors of its frequencies by width / heads
         raise UnsupportedArchitectureError(

@@ -25,7 +25,7 @@ from .norms import norm_of
 from .sites import Anatomy, get_module, has_module
 
 
-__all__ = ["coupled", "plain_decoder", "widths_config"]
+__all__ = ["coupled", "plain_copy", "settle", "widths_config"]
 
 NAMES = ("model_type", "rmtkd", "auto_map", "architectures", "transformers_version")  # that config classes set
 EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")
@@ -106,14 +106,8 @@ def _on(anatomy: Anatomy, path: str) -> bool:
     return path in {anatomy.last_norm, *written, *(p for unit in anatomy.units for p in (unit.through, unit.behind))}
 
 
-def plain_decoder(
-    model: PreTrainedModel, stock: type[PreTrainedModel], config: PreTrainedConfig, anatomy: Anatomy
-) -> PreTrainedModel:
-    """An instance of the stock class with the tensors of `model`; `anatomy` is that of `model`.
-
-    The norms that read a narrow stream have another epsilon than those inside attention (Qwen 3), and a config has one
-    for all. rms(c u) with an epsilon of c^2 e is c rms(u) with e: so the stream is scaled until its epsilon is that of
-    the config.
+def plain_copy(model: PreTrainedModel, stock: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """An instance of the stock class with the tensors of `model`.
 
     Raises:
         RMTKDError: layers of unequal widths; names the first.
@@ -129,15 +123,25 @@ def plain_decoder(
             )
     native.load_state_dict(copy.deepcopy(given))
     native.tie_weights()
+    if getattr(model, "generation_config", None) is not None:
+        native.generation_config = copy.deepcopy(model.generation_config)
+    return native
+
+
+def settle(native: PreTrainedModel, model: PreTrainedModel, anatomy: Anatomy) -> None:
+    """Put into the tensors of a plain copy, in place, what its class computes from its config otherwise than `model`,
+    whose anatomy is given.
+
+    The norms that read a narrow stream have another epsilon than those inside attention (Qwen 3), and a config has one
+    for all. rms(c u) with an epsilon of c^2 e is c rms(u) with e: so the stream is scaled until its epsilon is that of
+    the config.
+    """
     share = _scale_of(model.get_input_embeddings()) / _scale_of(native.get_input_embeddings())
     if share != 1:
         _scale_table(native, share, anatomy.last_norm)
     narrow, plain = (norm_of(get_module(m, anatomy.last_norm)).eps for m in (model, native))
     if narrow != plain and narrow > 0:
         _scale_stream(native, anatomy, (plain / narrow) ** 0.5)
-    if getattr(model, "generation_config", None) is not None:
-        native.generation_config = copy.deepcopy(model.generation_config)
-    return native
 
 
 def _scale_of(table: nn.Module) -> float:

@@ -12,7 +12,7 @@ from ..errors import UnsupportedArchitectureError
 from ..modeling_rmtkd import epsilon_name, is_norm
 
 
-__all__ = ["Norm", "norm_of"]
+__all__ = ["Norm", "norm_of", "turns_axes"]
 
 CLOSE = 1e-3  # of outputs near 1: what half precision, if a norm computes in it, leaves of them
 
@@ -60,6 +60,11 @@ class Norm:
         return x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
 
 
+def turns_axes(module: nn.Module) -> bool:
+    """Whether a norm of a convolutional network takes (batch, d, height, width), and turns the axes itself."""
+    return getattr(module, "data_format", "") == "channels_first"
+
+
 @torch.no_grad()
 def norm_of(module: nn.Module) -> Norm | None:
     """The norm that a module is; None for all that `is_norm` does not take for one.
@@ -77,12 +82,16 @@ def norm_of(module: nn.Module) -> Norm | None:
     if getattr(probe, "bias", None) is not None:
         probe.bias.zero_()
     x = 3 * torch.randn(3, 4, probe.weight.numel(), generator=torch.Generator().manual_seed(0))
+
+    def given(x: torch.Tensor) -> torch.Tensor:
+        return probe(x.mT[..., None])[..., 0].mT if turns_axes(module) else probe(x)
+
     probe.weight.zero_()
-    offset = 0.0 if bool((probe(x).abs() < CLOSE).all()) else 1.0
+    offset = 0.0 if bool((given(x).abs() < CLOSE).all()) else 1.0
     probe.weight.fill_(1.0 - offset)
-    found = Norm(module, bool(torch.allclose(probe(x + 5.0), probe(x), atol=10 * CLOSE)), offset)
+    found = Norm(module, bool(torch.allclose(given(x + 5.0), given(x), atol=10 * CLOSE)), offset)
     expected = Norm(probe, found.centres, offset).normalised(x)
-    if not torch.allclose(probe(x).to(expected), expected, atol=10 * CLOSE, rtol=10 * CLOSE):
+    if not torch.allclose(given(x).to(expected), expected, atol=10 * CLOSE, rtol=10 * CLOSE):
         raise UnsupportedArchitectureError(
             f"{type(module).__name__} has a weight a feature and an epsilon, but computes neither a layer norm nor an "
             "RMS norm: a stream behind it cannot be narrowed. Leave the stream as wide as it is (sites without "

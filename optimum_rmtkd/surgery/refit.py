@@ -24,8 +24,9 @@ from transformers.pytorch_utils import Conv1D
 from ..batches import Store, batch_size, first_samples, main_input, padding_mask, run
 from ..modeling_rmtkd import is_norm
 from ..spectra.products import exact_matmul
+from .bases import Selection
 from .calibration import features_last, token_mask
-from .leastsquares import LeastSquares, NormFit, least_squares_update, norm_fit
+from .leastsquares import BatchStatistics, LeastSquares, NormFit, least_squares_update, norm_fit
 from .linalg import check_finite
 from .narrowing import Cuts
 from .norms import norm_of
@@ -121,6 +122,8 @@ def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
     module = get_module(scope.module, unit.path)
     if isinstance(module, (nn.Parameter, nn.Embedding)) or unit.factor is not None or unit.tied:
         return False
+    if getattr(module, "groups", 1) > 1:
+        return False  # each channel has its own few weights; the batch norm behind is fitted
     if _is_norm(module):
         return unit.writes in cuts or (isinstance(module, nn.BatchNorm2d) and bool(cuts.projections))
     inside = unit.reads is not None or unit.block is not None
@@ -139,7 +142,7 @@ def _fit_part(part: _Part, cuts: Cuts, ridge: float | None) -> None:
     points = [[Point(g[0].path, "input"), *g[0].sums] for g in groups]
     progress = Progress(part.student, [([u.path for u in g], seen) for g, seen in zip(groups, points, strict=True)])
     for step, (group, wanted) in enumerate(zip(groups, wants, strict=True)):
-        _fit_group(group, part.student, progress.through(step), wanted, ridge)
+        _fit_group(group, part.student, progress.through(step), wanted, cuts, ridge)
     if part.through is not None:
         part.through[0](progress.output)
 
@@ -153,7 +156,7 @@ def _wants(groups: list[list[Unit]], part: _Part, cuts: Cuts) -> list[Store]:
     wants = [Store(device) for _ in groups]
 
     def keep(index: int, seen: dict[Point, torch.Tensor]) -> None:
-        rows = {p: _spaced(_rows(x, scope.masks[index]), count) for p, x in seen.items()}
+        rows = {p: _spaced(_rows(x, scope.masks[index], _at(scope, p)), count) for p, x in seen.items()}
         for group, store in zip(groups, wants, strict=True):
             store.append({u.path: _wanted(u, rows, cuts) for u in group})
 
@@ -171,7 +174,12 @@ def _wants(groups: list[list[Unit]], part: _Part, cuts: Cuts) -> list[Store]:
 
 
 def _fit_group(
-    group: list[Unit], scope: Scope, passes: Iterator[dict[Point, torch.Tensor]], wants: Store, ridge: float | None
+    group: list[Unit],
+    scope: Scope,
+    passes: Iterator[dict[Point, torch.Tensor]],
+    wants: Store,
+    cuts: Cuts,
+    ridge: float | None,
 ) -> None:
     """Fit layers that read the same, in place.
 
@@ -181,12 +189,15 @@ def _fit_group(
     """
     modules = {unit.path: get_module(scope.module, unit.path) for unit in group}
     first, entrance, sums = modules[group[0].path], Point(group[0].path, "input"), group[0].sums
-    fits = _fits(group, modules, ridge)
+    fits = _fits(group, modules, cuts, ridge)
+    means = [BatchStatistics()] if isinstance(first, nn.BatchNorm2d) and first.running_mean is not None else []
     for index, seen in enumerate(passes):
         mask, count, wanted = scope.masks[index], len(scope.masks), wants[index]
         with torch.no_grad():
             x = _spaced(_entry(first, seen[entrance], mask), count)
-            lacking = {point: _spaced(_rows(seen[point], mask), count) for point in sums}
+            lacking = {point: _spaced(_rows(seen[point], mask, _at(scope, point)), count) for point in sums}
+            for statistics in means:
+                statistics.add(seen[entrance])
             for fit, paths in fits:
                 rows = {path: _less(wanted[path], lacking, group[0]) for path in paths}
                 if isinstance(fit, NormFit):
@@ -197,11 +208,15 @@ def _fit_group(
         for path in paths:
             if isinstance(fit, NormFit):
                 _set_norm(modules[path], fit, f"Refit of {path}")
+                for statistics in means:
+                    statistics.install(modules[path])
             else:
                 _change_linear(modules[path], fit, path)
 
 
-def _fits(group: list[Unit], modules: dict[str, nn.Module], ridge: float | None) -> list[tuple[Any, list[str]]]:
+def _fits(
+    group: list[Unit], modules: dict[str, nn.Module], cuts: Cuts, ridge: float | None
+) -> list[tuple[Any, list[str]]]:
     """(sums, paths of the layers that they are for): one for all that have a bias, one for all that have none."""
     if _is_norm(modules[group[0].path]):
         return [(NormFit(getattr(modules[u.path], "bias", None) is not None), [u.path]) for u in group]
@@ -210,16 +225,23 @@ def _fits(group: list[Unit], modules: dict[str, nn.Module], ridge: float | None)
         paths = [path for path, module in modules.items() if (_last(module).bias is not None) == bias]
         if paths:
             last = _last(modules[paths[0]])
-            # each channel of a convolution has a scale of its own, which the norms around it make arbitrary
-            unit = last.kernel_size[0] * last.kernel_size[1] if isinstance(last, nn.Conv2d) else None
-            fits.append((LeastSquares(ridge, bias, unit), paths))
+            # each channel of a convolution has a scale of its own, which the norms around it make arbitrary; so has
+            # each neuron whose function is homogeneous
+            area = last.kernel_size[0] * last.kernel_size[1] if isinstance(last, nn.Conv2d) else None
+            selected = isinstance(cuts.of(group[0].reads, group[0].path), Selection)
+            unit = 1 if area is None and selected else area
+            fits.append((LeastSquares(ridge, bias, unit, by_outputs=area is None), paths))
     return fits
 
 
 def _reads_alone(scope: Scope, unit: Unit) -> bool:
-    """Norms and factored layers have an entry of their own; the others share that of their site."""
+    """Norms, convolutions and factored layers have an entry of their own; the others share that of their site."""
     module = get_module(scope.module, unit.path)
-    return _is_norm(module) or hasattr(module, "down")
+    return _is_norm(module) or isinstance(module, nn.Conv2d) or hasattr(module, "down")
+
+
+def _at(scope: Scope, point: Point) -> nn.Module | nn.Parameter:
+    return get_module(scope.module, point.path)
 
 
 def _is_norm(module: nn.Module | nn.Parameter) -> bool:
@@ -237,10 +259,11 @@ def _answer(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight, last.bias)
 
 
-def _rows(x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """(n, d) of the unmasked positions of (batch, length, d), (batch, d) or (batch, d, h, w)."""
+def _rows(x: torch.Tensor, mask: torch.Tensor | None, module: nn.Module | None = None) -> torch.Tensor:
+    """(n, d) of the unmasked positions of (batch, length, d), (batch, d) or (batch, d, h, w); behind a `module` whose
+    features are last, of (batch, h, w, d)."""
     keep = token_mask({"attention_mask": mask}, x) if mask is not None else None
-    x = features_last(x)
+    x = features_last(x, module)
     return x[keep] if keep is not None else x.reshape(-1, x.shape[-1])
 
 
@@ -260,13 +283,23 @@ def _entry(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> tor
     if hasattr(module, "down"):
         return _entry(module.up, module.down(x), mask)
     if (norm := norm_of(module)) is not None:
-        return _rows(norm.normalised(x), mask)
+        return norm.normalised(_rows(x, mask, module))
     if isinstance(module, nn.BatchNorm2d):
-        return _rows(F.batch_norm(x, module.running_mean, module.running_var, eps=module.eps), mask)
+        own = module.running_mean is None
+        return _rows(F.batch_norm(x, module.running_mean, module.running_var, training=own, eps=module.eps), mask)
     if isinstance(module, nn.Conv2d):
-        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        patches = F.unfold(x, module.kernel_size, module.dilation, _padding(module), module.stride)
         return patches.mT.reshape(-1, patches.shape[1])
-    return _rows(x, mask)
+    return _rows(x, mask, module)
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, ...]:
+    """Zeros on each side of an image; those of "same" are as many on both sides for kernels of odd size."""
+    if module.padding == "valid":
+        return (0, 0)
+    if module.padding == "same":
+        return tuple(d * (k - 1) // 2 for d, k in zip(module.dilation, module.kernel_size, strict=True))
+    return module.padding
 
 
 def _wanted(unit: Unit, target: dict[Point, torch.Tensor], cuts: Cuts) -> torch.Tensor:

@@ -22,6 +22,7 @@ from ..modeling_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear, is_
 
 
 __all__ = [
+    "CHANNELS",
     "FOLLOWERS",
     "Anatomy",
     "Attribute",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 
+CHANNELS = ("channels", "residual_channels")  # kinds of sites of convolutional networks
 FOLLOWERS = ("pooled", "parted")  # kinds of sites whose width follows another's
 
 
@@ -56,10 +58,10 @@ class Site:
 
     Attributes:
         name: unique in the model, for example "layer.3.intermediate".
-        kind: one of hidden, intermediate, attention_qk, attention_vo, attention_groups, embedding, channels, linear;
-            or one of FOLLOWERS, which are never chosen on their own: "pooled", the element-wise width of a pooler,
-            which follows the hidden width, and "parted", the output of a layer that makes what another site holds
-            (fused layers; keys and values of attention whose whole groups are cut).
+        kind: one of hidden, intermediate, attention_qk, attention_vo, attention_groups, embedding, channels,
+            residual_channels, linear; or one of FOLLOWERS, which are never chosen on their own: "pooled", the
+            element-wise width of a pooler, which follows the hidden width, and "parted", the output of a layer that
+            makes what another site holds (fused layers; keys and values of attention whose whole groups are cut).
         width: number of features now.
         points: where its activation is observed.
         groups: number of attention heads the width is split into, 1 elsewhere; groups are cut alike. Of the stream,
@@ -71,7 +73,7 @@ class Site:
         parts: how the features of `parted` and `attention_groups` sites are laid out: stretches that lie one behind
             the other, each with so many features of every group (neuron), group by group. Queries, keys and values of
             one fused layer with 4 query heads of 8 features a group: (32, 8, 8); where they are mixed head by head:
-            (24,); gate and up in one layer: (1, 1).
+            (24,); gate and up in one layer: (1, 1). Of channels in a grouped convolution: (channels of a group,).
         follows: of a `parted` site, the one whose groups (neurons) it holds.
     """
 
@@ -118,7 +120,7 @@ class Unit:
         factor: name of a site whose width becomes the rank of this layer (a decoder tied to a table of that width; a
             factored layer; a factorised table).
         full: the width of `factor` at which nothing is inserted: the layer stays as it is.
-        norm: path of the batch norm that follows at once, whose scale is part of what this layer does.
+        norm: path of the batch norm that follows at once, which takes up a constant where this layer has no bias.
         through: path of the norm through which it reads the stream of a pre-norm model; the scale of that norm is
             folded into it.
         beside: what else is added to the same sum before its own output is, beside the residual path (the attention
@@ -268,7 +270,9 @@ def module_parameters(module: nn.Module | nn.Parameter, delta: dict[str, int]) -
     if isinstance(module, nn.BatchNorm2d) or is_norm(module):
         return len(list(module.parameters())) * delta.get("dim", module.weight.numel())
     features_in, features_out, area = linear_shape(module)
-    features_in, features_out = delta.get("in", features_in), delta.get("out", features_out)
+    # a grouped convolution has fewer groups, each reads as much as before
+    features_in = features_in if "groups" in delta else delta.get("in", features_in)
+    features_out = delta.get("out", features_out)
     rank = delta.get("rank", getattr(module, "rank", None))
     bias = features_out if module.bias is not None else 0
     if rank is None:
@@ -301,6 +305,8 @@ def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, i
             delta["in"] = widths[unit.reads]
         if unit.writes in widths:
             delta["out"] = widths[unit.writes]
+        if delta and getattr(module, "groups", 1) > 1:
+            delta["groups"] = delta["in"] // (module.in_channels // module.groups)
     if unit.factor in widths and widths[unit.factor] != unit.full:
         delta["rank"] = widths[unit.factor]
     elif isinstance(module, LowRankEmbedding) and delta.get("dim", module.output_dim) <= module.rank:

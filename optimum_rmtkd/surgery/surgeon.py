@@ -41,6 +41,7 @@ from .budget import (
     site_widths,
 )
 from .calibration import Calibration, calibrate, gradient_points, points_of
+from .channels import channel_directions, channel_prices, reading_effects
 from .checks import (
     LOOKED_AT,
     anatomy_of,
@@ -63,7 +64,7 @@ from .prices import directional_prices
 from .processes import all_batches, one_for_all, several, share_of
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
-from .sites import Point, Site, select_sites
+from .sites import CHANNELS, Point, Site, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
 from .untargeted import asks_for_edges
@@ -139,6 +140,7 @@ class Surgeon:
             calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
+        self.sites = self._alive()
         self.batches = all_batches(self.batches, model.device, accelerator)
         if sites is None and (accelerator is None or accelerator.is_main_process):  # once, not of each layer of many
             widths = {site.kind: site.width for site in sorted(self.sites, key=lambda site: site.width)}
@@ -161,11 +163,33 @@ class Surgeon:
     def directions_of(self, site: Site) -> Directions:
         """Directions of a site, computed once."""
         if site.name not in self.directions:
+            if site.kind in CHANNELS and not self.calibration.effects:
+                self.calibration.effects = reading_effects(
+                    self.teacher, self.batches, self._channels(), *self._drawn()
+                )
+            find = channel_directions if site.kind in CHANNELS else site_directions
             with _naming(site):
-                self.directions[site.name] = site_directions(
+                self.directions[site.name] = find(
                     self.teacher, site, self.anatomy, self.calibration, self.config.basis
                 )
         return self.directions[site.name]
+
+    def _alive(self) -> list[Site]:
+        """The sites without those of channels which never varied, as the gates of a squeeze-and-excitation may: there
+        is nothing to choose by, and they stay. Where none varies, all are kept, for the error to name the first."""
+
+        def varies(site: Site) -> bool:
+            return bool((self._observed(site).variance > 0).any())
+
+        found = [site for site in self.sites if site.kind not in CHANNELS or varies(site)]
+        return found or self.sites
+
+    def _channels(self) -> list[Site]:
+        return [site for site in self.sites if site.kind in CHANNELS]
+
+    def _drawn(self) -> tuple[int, bool]:
+        """The seed of what is observed of the answers, and whether losses of channels are in nats."""
+        return self.config.seed, self.config.importance == "fisher"
 
     def subspace_of(self, site: Site) -> SignalSubspace:
         """Spectral diagnosis of a site, computed once."""
@@ -200,6 +224,10 @@ class Surgeon:
         if self.anatomy.answers and self.calibration.gradients and not self._priced:
             found = {site.name: self.directions_of(site) for site in self.sites if site.chosen}
             self.directions |= directional_prices(self.teacher, self.batches, found, self.config.seed)
+            self._priced = True
+        if (channels := self._channels()) and not self._priced:
+            found = {site.name: self.directions_of(site) for site in channels}
+            self.directions |= channel_prices(self.teacher, self.batches, found, *self._drawn())
             self._priced = True
         return [self._couple(name, members, spectra) for name, members in self._members().items()]
 
@@ -256,11 +284,12 @@ class Surgeon:
     @property
     def loss_unit(self) -> str | None:
         """What a predicted loss is counted in: "nats" of the model's own likelihood, an answer; "energy", the sum over
-        sites of the share of the stream's (or block sum's) energy; None for factors, where each layer is weighed by
-        itself."""
+        sites of the share of the energy of the stream (of convolutional networks: of the answers); None for factors,
+        where each layer is weighed by itself."""
         if self.config.form == "factored":
             return None
-        return "nats" if self.calibration.gradients else "energy"
+        channels = self._channels() and self._drawn()[1]
+        return "nats" if self.calibration.gradients or channels else "energy"
 
     @functools.cached_property
     def answers(self) -> float:

@@ -1,8 +1,6 @@
-"""Channels of a ResNet: what they are worth does not depend on units, and channels that fire rarely are seen."""
+"""Channels of a ResNet: those that fire rarely are seen, and on real images prices are worth something."""
 
 from __future__ import annotations
-
-import copy
 
 import pytest
 import torch
@@ -18,118 +16,12 @@ from optimum_rmtkd.surgery.surgeon import Surgeon
 from . import zoo
 
 
-KINDS = ("resnet-basic", "resnet-bottleneck")
 RECIPE = RMTKDConfig(target_reduction=0.12, round_to=1, min_width=1, calibration_samples=48)
 
 
 def layers_of(model) -> list[list[torch.nn.Module]]:
     """The convolution layers of each block."""
     return [list(block.layer) for stage in model.resnet.encoder.stages for block in stage.layers]
-
-
-def drawn(count: int, spread: float, each: bool) -> torch.Tensor:
-    """Log-normal factors, one a channel or one for all."""
-    return torch.exp(spread * (torch.randn(count) if each else torch.randn(1).expand(count)))
-
-
-def rescaled(model, seed: int, each: bool, affine: bool):
-    """The same function in other units: those of convolutions, and (affine) of what stands between ReLU and the next
-    convolution."""
-    model = copy.deepcopy(model)
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for layers in layers_of(model):
-            for i, layer in enumerate(layers):
-                norm, width = layer.normalization, len(layer.normalization.running_var)
-                c = drawn(width, 1.0, each)
-                layer.convolution.weight.mul_(c[:, None, None, None])
-                norm.running_mean.mul_(c)
-                if each:  # eps is one number for all channels, so it goes into the variance
-                    norm.running_var.copy_(c.square() * (norm.running_var + norm.eps) - norm.eps)
-                else:
-                    norm.running_var.mul_(c.square())
-                    norm.eps *= float(c[0] ** 2)
-                if affine and i + 1 < len(layers):
-                    s = drawn(width, 1.0, each)
-                    norm.weight.mul_(s)
-                    norm.bias.mul_(s)
-                    layers[i + 1].convolution.weight.div_(s[:, None, None])
-    return model
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    "seed, each, affine", [(1, False, False), (2, True, False), (3, True, True), (4, False, True)]
-)
-def test_the_cut_does_not_depend_on_units(kind, seed, each, affine):
-    model, data = zoo.make(kind, "ForImageClassification"), zoo.batches(kind)
-    other = rescaled(model, seed, each, affine)
-    wanted = zoo.outputs(model, data[0])
-    assert (zoo.outputs(other, data[0]) - wanted).abs().max() < 1e-4 * wanted.abs().max()
-    changed = [not torch.allclose(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True)]
-    assert sum(changed) >= 4
-    recipe = RECIPE.replace(target_reduction=0.4 if kind == "resnet-basic" else 0.15)
-    one, two = (reduce(m, data, recipe, progress=False) for m in (model, other))
-    assert [s.width_after for s in one.sites] == [s.width_after for s in two.sites]
-    assert any(s.width_after < s.width_before for s in one.sites)
-    for a, b in zip(one.report.budget, two.report.budget, strict=True):
-        assert (a.couple, a.width) == (b.couple, b.width)
-        assert a.predicted_loss == pytest.approx(b.predicted_loss, rel=1e-3)
-    dense, a, b = (zoo.outputs(found, data[1]) for found in (model, one.model, two.model))
-    assert (a - b).abs().max() < 0.02 * (a - dense).abs().max()
-    assert (a - dense).abs().max() > 1e-3 * dense.abs().max()  # the cut itself is no rounding
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_pivots_do_not_depend_on_units(kind):
-    model, data = zoo.make(kind, "ForImageClassification"), zoo.batches(kind)
-    chosen = []
-    for m in (model, rescaled(model, 5, True, True)):
-        surgeon = Surgeon(m, data, RECIPE, progress=False)
-        cuts = {s.name: surgeon.directions_of(s).cut(s.width // 2, None)[""].index.tolist() for s in surgeon.sites}
-        damage = torch.cat([surgeon.directions_of(s).damage[:-1] for s in surgeon.sites])
-        chosen.append((cuts, damage))
-    assert chosen[0][0] == chosen[1][0]
-    assert torch.allclose(chosen[0][1], chosen[1][1], rtol=1e-3, atol=1e-9)
-
-
-def test_a_price_is_the_share_of_the_sum_that_is_lost():
-    """The last channels of a basic block by brute force: what setting one to zero changes in the sum."""
-    model, data = zoo.make("resnet-basic", "ForImageClassification"), zoo.batches("resnet-basic")
-    recipe = RECIPE.replace(sample_unit="token")
-    surgeon = Surgeon(model, data, recipe, progress=False)
-    site = surgeon.anatomy.sites["stage.1.1.channels.0"]
-    block = model.resnet.encoder.stages[1].layers[1]
-    sums, kept = [], torch.ones(site.width)
-    hooks = [
-        block.activation.register_forward_pre_hook(lambda m, args: sums.append(args[0].detach().double())),
-        block.layer[0].register_forward_hook(lambda m, args, out: out * kept[:, None, None]),
-    ]
-    energies = []
-    with torch.no_grad():
-        for dropped in (None, 0, 7, 20):
-            kept = torch.ones(site.width)
-            if dropped is not None:
-                kept[dropped] = 0
-            sums.clear()
-            for batch in data:
-                model(**batch)
-            energies.append(torch.cat(sums))
-    for hook in hooks:
-        hook.remove()
-    whole = energies[0]
-    singles = [float((e - whole).square().mean() / whole.square().mean()) for e in energies[1:]]
-    from optimum_rmtkd.surgery.directions import _metric_behind, _weight_behind
-
-    reader = next(u for u in surgeon.anatomy.units if u.reads == site.name)
-    weight = _weight_behind(surgeon.teacher, reader)
-    metric = _metric_behind(surgeon.teacher, surgeon.anatomy, reader, surgeon.calibration)
-    effect = torch.einsum("oik,op,pik->i", weight, metric, weight)
-    energy = surgeon.calibration.moments[site.points[0]].second_moment.diagonal()
-    predicted = (effect * energy)[[0, 7, 20]].tolist()
-    # zeros at the border, and neighbouring positions that are not independent, are what the estimate leaves out
-    for single, price in zip(singles, predicted, strict=True):
-        assert 0.4 < price / single < 2.5
 
 
 # What a few positions do not show
@@ -155,7 +47,7 @@ def test_channels_that_fire_rarely_are_not_free():
     data = zoo.batches("resnet-basic", size=2)
     model = blinking(zoo.make("resnet-basic", "ForImageClassification"), data)
     surgeon = Surgeon(model, data, RECIPE, progress=False)
-    site = next(iter(surgeon.anatomy.sites.values()))
+    site = surgeon.anatomy.sites["stage.0.0.channels.0"]
     every, few = (surgeon.calibration.moments[point] for point in site.points)
     assert every.count == 12 * 64 and few.count == 12 * 4
     assert every.second_moment[0, 0] > 0 and few.second_moment[0, 0] == 0
@@ -166,7 +58,7 @@ def test_of_two_equal_channels_one_is_kept():
     data = zoo.batches("resnet-basic", size=2)
     model = blinking(zoo.make("resnet-basic", "ForImageClassification"), data, duplicates=True)
     surgeon = Surgeon(model, data, RECIPE, progress=False)
-    site = next(iter(surgeon.anatomy.sites.values()))
+    site = surgeon.anatomy.sites["stage.0.0.channels.0"]
     kept = surgeon.directions_of(site).cut(site.width - 1, None)[""].index.tolist()
     assert len({0, 1} & set(kept)) == 1
     narrowed = narrow_to(model, data, {site.couple: site.width - 1}, RECIPE, progress=False)
@@ -221,7 +113,7 @@ def test_rows_of_a_refit_come_from_all_columns():
 def test_the_spectra_are_those_of_spaced_positions():
     model, data = zoo.make("resnet-basic", "ForImageClassification"), zoo.batches("resnet-basic")
     report = analyze(model, data, RECIPE, progress=False)
-    assert {site.subspace.n for site in report.sites} == {48 * 4}
+    assert {site.subspace.n for site in report.sites if "channels" in site.name} == {48 * 4}
 
 
 # On real images

@@ -17,7 +17,7 @@ from optimum_rmtkd.surgery.budget import couple_grid
 from optimum_rmtkd.surgery.native import native_anatomy
 from optimum_rmtkd.surgery.surgeon import Surgeon
 
-from . import zoo
+from . import conv_zoo, zoo
 
 
 HEADS = {
@@ -189,7 +189,7 @@ def test_what_no_config_can_state_is_refused_before_the_data_is_read():
             narrow(model, data(), RECIPE, progress=False)
 
     refused(zoo.make("bert", "ForMaskedLM"), "tied to the word table")
-    refused(zoo.make("resnet-basic", "ForImageClassification"), "no field for the widths")
+    refused(conv_zoo.make("convnext"), "no field for the widths")
     _, free = cut("bert", "ForSequenceClassification", RECIPE.replace(shape="free"))
     refused(free, "free shape already", RMTKDError)
     odd = zoo.make("bert", "ForSequenceClassification")

@@ -16,11 +16,13 @@ from torch.utils._pytree import tree_leaves
 from optimum_rmtkd import RMTKDConfig, narrow
 from optimum_rmtkd.batches import padding_mask, run
 from optimum_rmtkd.surgery import reduce, surgeon
+from optimum_rmtkd.surgery.bases import Selection
 from optimum_rmtkd.surgery.calibration import observed
 from optimum_rmtkd.surgery.leastsquares import RIDGES, LeastSquares, NormFit, least_squares_update, norm_fit
+from optimum_rmtkd.surgery.narrowing import Cuts
 from optimum_rmtkd.surgery.refit import _entry, _fits, _project, _rows, _touched, refit
 from optimum_rmtkd.surgery.replay import Progress, Replay, Scope
-from optimum_rmtkd.surgery.sites import Point, get_module
+from optimum_rmtkd.surgery.sites import Point, Unit, get_module
 from optimum_rmtkd.surgery.surgeon import Surgeon
 
 from . import zoo
@@ -67,6 +69,16 @@ def rows(model, batches, point):
     return torch.cat([_rows(x, padding_mask(batch)) for x, batch in zip(found, batches, strict=True)]).double()
 
 
+def with_statistics(norm, channels):
+    """The same function with the mean and variance of what it reads, (channels, positions)."""
+    slope = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    shift = norm.bias.double() - slope * norm.running_mean.double()
+    norm.running_mean.copy_(channels.mean(1))
+    norm.running_var.copy_(channels.var(1))
+    norm.weight.copy_(slope * (channels.var(1) + norm.eps).sqrt())
+    norm.bias.copy_(shift + slope * channels.mean(1))
+
+
 def refit_one_by_one(student, teacher, anatomy, cuts, batches, ridge):
     """Every unit by itself, in fp64, from whole passes of both networks over all data, every row held."""
     scope = Scope(student, None, [])
@@ -86,13 +98,17 @@ def refit_one_by_one(student, teacher, anatomy, cuts, batches, ridge):
                 slope = (u * t).sum(0) / u.square().sum(0)
                 module.weight.copy_(slope)
                 module.bias.copy_(wanted.mean(0) - slope * x.mean(0))
+                if isinstance(module, nn.BatchNorm2d):
+                    with_statistics(module, torch.cat(entries).double().movedim(1, 0).flatten(1))
                 continue
             last = module.up if hasattr(module, "down") else module
             bias = None if last.bias is None else last.bias.double()
             residual = wanted - F.linear(x, last.weight.double().flatten(1), bias)
             centre_x, centre_r = (x.mean(0), residual.mean(0)) if bias is not None else (0.0, 0.0)
             centred = x - centre_x
+            selected = isinstance(cuts.of(unit.reads, unit.path), Selection)
             area = last.kernel_size[0] * last.kernel_size[1] if isinstance(last, nn.Conv2d) else x.shape[1]
+            area = 1 if selected and not isinstance(last, nn.Conv2d) else area
             mean = centred.square().sum(0).reshape(-1, area).mean(1).repeat_interleave(area)
             penalty = torch.diag(ridge * torch.where(mean > 0, mean, centred.square().sum(0).mean()))
             update = torch.linalg.solve(centred.T @ centred + penalty, centred.T @ (residual - centre_r)).T
@@ -224,9 +240,9 @@ def test_layers_that_read_the_same_are_fitted_from_one_sum():
 
 
 def test_a_layer_without_bias_beside_one_with_it():
-    units = [type("Unit", (), {"path": path}) for path in "ab"]
     modules = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2, bias=False)}
-    assert [(fit.intercept, paths) for fit, paths in _fits(units, modules, 0.1)] == [(True, ["a"]), (False, ["b"])]
+    found = _fits([Unit(path) for path in "ab"], modules, Cuts({}), 0.1)
+    assert [(fit.intercept, paths) for fit, paths in found] == [(True, ["a"]), (False, ["b"])]
 
 
 def test_norms_add_up_too():

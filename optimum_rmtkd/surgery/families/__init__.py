@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import UnsupportedArchitectureError
 from ...modeling_rmtkd import TYPE_PREFIX
-from ..layouts import EncoderLayout, ResidualConvLayout
+from ..convolutions import ResidualConvLayout
+from ..layouts import EncoderLayout
 
 
 if TYPE_CHECKING:
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Family", "family_of", "register_family"]
 
-ENCODERS = ("bert", "roberta", "distilbert", "electra", "vit", "deit", "resnet")
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "vit", "deit")
+CONVOLUTIONS = ("resnet", "regnet", "mobilenet", "convnext")
 DECODERS = ("llama", "gpt2", "opt", "neox", "phi3", "stablelm", "gemma", "olmo", "cohere", "experts", "glm", "single")
 FAMILIES: dict[str, Family] = {}
 
@@ -65,8 +67,8 @@ def register_family(family: Family) -> Family:
     "@." stands for the backbone (`model.base_model`), so that one declaration serves the bare model and all task
     heads. The attention module must take its head size from a plain attribute (`head_size`) at each forward, as
     transformers' do. `inert_padding=True` lets calibration regroup texts by length. A causal language model with norms
-    in front of its layers declares a `DecoderLayout` (`families/llama.py` shows one), a CNN with residual blocks a
-    `ResidualConvLayout`; anything else may bring a layout of its own with a method
+    in front of its layers declares a `DecoderLayout` (`families/llama.py` shows one), a convolutional network a
+    `ResidualConvLayout` (`families/resnet.py`); anything else may bring a layout of its own with a method
     `anatomy(model) -> Anatomy`. Check it with `optimum_rmtkd.narrow` at every width left full:
     the logits must not move by more than 1e-5. A model type registered again replaces the former declaration.
     """
@@ -87,7 +89,7 @@ def family_of(model: nn.Module) -> Family:
         UnsupportedArchitectureError: none is registered for its `config.model_type`; names the linear layers that were
             found and both ways out.
     """
-    for name in (*ENCODERS, *DECODERS):
+    for name in (*ENCODERS, *CONVOLUTIONS, *DECODERS):
         import_module(f"{__name__}.{name}")
     model_type = base_model_type(model)
     if model_type in FAMILIES:

@@ -1,6 +1,6 @@
-"""ResNet: the inner channels of basic and bottleneck blocks, with their batch norms."""
+"""ResNet: the channels inside basic and bottleneck blocks and those of their sums, with their batch norms."""
 
-from ..layouts import ResidualConvLayout
+from ..convolutions import ResidualConvLayout, Step
 from . import Family, register_family
 
 
@@ -8,6 +8,17 @@ register_family(
     Family(
         name="ResNet",
         model_types=("resnet",),
-        layout=ResidualConvLayout(stages="@.encoder.stages", blocks="layers", inner="layer"),
+        layout=ResidualConvLayout(
+            stem=(Step("@.embedder.embedder.convolution", ("@.embedder.embedder.normalization",)),),
+            stages="@.encoder.stages",
+            blocks="layers",
+            inner="layer",
+            shortcut=Step("shortcut.convolution", ("shortcut.normalization",)),
+            heads=("classifier.1",),
+            output="@.pooler",
+            stem_field="embedding_size",
+            sizes_field="hidden_sizes",
+            inner_share={"basic": 1.0, "bottleneck": 0.25},
+        ),
     )
 )
