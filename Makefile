@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip
 # What an install depends on: with an unchanged pyproject.toml the stamp is newer and nothing is installed again.
 RECIPE := pyproject.toml constraints.txt optimum_rmtkd/commands/register_rmtkd.py
 
-.PHONY: help demo test slow_tests faults quality style docs benchmark clean
+.PHONY: help demo test slow_tests faults quality style docs families benchmark clean
 
 help:
 	@echo "make demo        install into $(VENV) and run the demonstration (no network once installed)"
@@ -16,6 +16,7 @@ help:
 	@echo "make quality     ruff check and ruff format --check"
 	@echo "make style       let ruff repair what it can"
 	@echo "make docs        build the documentation into build/site; a warning is an error"
+	@echo "make families    write the table of docs/guides/families.md from the registry"
 	@echo "make benchmark   the measurements of docs/results.md"
 
 $(BIN)/python:
@@ -55,6 +56,9 @@ style: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+families: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.surgery.families_page
 
 benchmark: $(VENV)/.installed-dev
 	$(BIN)/python examples/benchmarks/surgery.py

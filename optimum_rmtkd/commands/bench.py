@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,9 @@ from .threads import THREADS, use_threads
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["BenchCommand", "BenchOptions", "compare"]
+__all__ = ["BenchCommand", "BenchOptions", "compare", "timings", "write_bench"]
+
+REPEATS = 12  # pairs of blocks
 
 USAGE = "optimum-cli rmtkd bench OUT --against BASE [options]"
 
@@ -57,7 +59,7 @@ class BenchOptions:
     lengths: list[Count] | None = option(
         None, "Tokens of a text. None: 128, or what the model takes at most. Images have one size."
     )
-    repeats: Count = option(12, "Pairs of blocks of four passes.")
+    repeats: Count = option(REPEATS, "Pairs of blocks of four passes.")
     threads: Count | None = option(None, THREADS)
     dtype: str = option("float32", "Number format of the weights.", ("float32", "bfloat16", "float16"))
     device: str = option("auto", "auto: the GPU where there is one.", ("auto", "cpu", "cuda"))
@@ -97,7 +99,7 @@ class BenchCommand(Command):
         print(f"{found['setting']}\n")
         print(format_table(("", "before", "after", "change"), found["rows"]))
         if target is not None:
-            write_signed(target, json.dumps(found | {"written_by": UNSIGNED}, indent=1) + "\n")
+            write_bench(target, found)
             if self.args.json is None:
                 add_to_record(folder, [BENCH])
             print(f"\nwritten to {target}")
@@ -109,6 +111,11 @@ class BenchCommand(Command):
             print(f"and into {folder / CARD}")
         else:
             print(f"not into {folder / CARD}, which somebody else wrote or changed")
+
+
+def write_bench(target: Path, found: dict[str, Any]) -> None:
+    """What `compare` or `timings` found, signed; raises RMTKDError where somebody else's file lies."""
+    write_signed(target, json.dumps(found | {"written_by": UNSIGNED}, indent=1) + "\n")
 
 
 def compare(before: str, after: str, options: BenchOptions) -> dict[str, Any]:
@@ -189,6 +196,20 @@ def _other_base(dense: PreTrainedModel, small: PreTrainedModel) -> str:
     if uncut in (found, count_parameters(small)):  # nothing is known of another one
         return ""
     return f"; against a model of {found:,} parameters, not the uncut one of {uncut:,}"
+
+
+def timings(models: tuple[PreTrainedModel, PreTrainedModel], inputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Latency alone, of two models (before, after) on the CPU in fp32, at each of `inputs`, as `compare` has it."""
+    from ..models.timing import compare_latency
+
+    values = []
+    for each in inputs:
+        where = f"batch {len(next(iter(each.values())))}"
+        found = compare_latency(*models, each)
+        spread = {"ratio": found.ratio, "low": found.low, "high": found.high}
+        values.append(_value(f"latency, {where}", "s", found.before, found.after) | spread)
+    setting = _setting("cpu", "float32", REPEATS)
+    return {"version": 1, "setting": setting, "rows": [_row(value) for value in values], "values": values}
 
 
 def _shapes(model: PreTrainedModel, options: BenchOptions) -> list[tuple[int, int | None]]:

@@ -10,6 +10,7 @@ from .bench import BenchCommand
 from .compress import CompressCommand
 from .demo import DemoCommand
 from .export import ExportCommand
+from .families import FamiliesCommand
 from .report import ReportCommand
 from .ternary import TernaryCommand
 from .trim import TrimCommand
@@ -31,6 +32,8 @@ examples:
   optimum-cli rmtkd compress --model MODEL --train-file train.csv --validation-file dev.csv \\
       --target-reduction 0.8 -o OUT
       cut, distil, evaluate, save
+  optimum-cli rmtkd families
+      which architectures can be narrowed, and where
   optimum-cli rmtkd trim MODEL --texts corpus.txt -o OUT
       without the rows of the token table that a domain does not use
   optimum-cli rmtkd ternary --model MODEL --module classifier --train-file train.csv -o OUT
@@ -78,6 +81,11 @@ class RMTKDCommand(BaseOptimumCLICommand):
             name="export",
             help="Write a reduced model as a plain checkpoint or as ONNX.",
             subcommand_class=ExportCommand,
+        ),
+        CommandInfo(
+            name="families",
+            help="Print which architectures can be narrowed, at which sites, in which form.",
+            subcommand_class=FamiliesCommand,
         ),
         CommandInfo(
             name="bench",

@@ -134,8 +134,9 @@ def _demonstrate(options: DemoOptions, folder: Path, name: str) -> float:
 
     import optimum_rmtkd  # noqa: F401  registers the reduced classes
 
-    from ..models.timing import compare_latency
+    from ..hub.run import BENCH
     from ..surgery import count_parameters
+    from .bench import timings, write_bench
 
     recipe = RMTKDConfig(target_reduction=options.target_reduction, fit_share=0, seed=options.seed)  # trained below
     digits = read_digits(options.train_samples)
@@ -165,11 +166,11 @@ def _demonstrate(options: DemoOptions, folder: Path, name: str) -> float:
     size = dense_bytes, weight_bytes(folder)
     rows = comparison(parameters=sizes, size=size, metric="accuracy", values=values)
     held_out = len(digits.test_labels)
+    timed = timings((dense, narrow), [{"pixel_values": digits.test_pixels[:batch]} for batch in (1, 256)])
+    write_bench(folder / BENCH, timed)
     _record(trainer, recipe, options, folder, name, parameters=sizes, bytes=size, values=values, rows=held_out)
-    for batch in (1, 256):
-        latency = compare_latency(dense, narrow, {"pixel_values": digits.test_pixels[:batch]})
-        times = f"{1e3 * latency.before:.2f} ms", f"{1e3 * latency.after:.2f} ms"
-        rows.append((f"latency, batch {batch}", *times, f"{latency.ratio:.2f}x faster"))
+    for (what, *times, _), value in zip(timed["rows"], timed["values"], strict=True):
+        rows.append((what, *times, f"{value['ratio']:.1f} times as fast"))
     print(format_table(("", "before", "after", "change"), rows))
     return values[0] - values[1]
 

@@ -62,7 +62,7 @@ def draw_stages(stages: Sequence[Mapping[str, Any]], axes: Axes) -> None:
     if points:
         right = axes.twinx()
         right.plot(*zip(*points, strict=True), "o-", color=PALETTE["signal"], ms=4)
-        style(right, "", stages[0].get("metric_name") or "metric")
+        style(right, "", (stages[0].get("metric_name") or "metric").removeprefix("eval_"))
         right.spines["right"].set_visible(True)
 
 

@@ -37,7 +37,7 @@ TRIMMED_MAY = {"held_out": dict | None, "caution": NAME, "difference": NUMBER, "
 TRIMMED_MAY |= {"narrowed": bool}
 HELD_OUT = dict.fromkeys(("texts", "changed", "tokens_before", "tokens_after", "longest_growth", "lost"), int)
 METRIC = {"name": str, "before": NUMBER, "after": NUMBER}
-BENCH = {"setting": str, "rows": list[list]}
+BENCH = {"setting": str, "rows": list[list], "values": list[dict]}
 
 
 def check_record(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import check_matplotlib
 from .escaping import figure_text
+from .rounding import rounded, short
 
 
 if TYPE_CHECKING:
@@ -77,38 +78,49 @@ def bulk_law(site: Mapping[str, Any]) -> BulkFit | None:
 
 
 def draw_spectrum(site: Mapping[str, Any], axes: Axes, explained: bool = True) -> None:
-    """Histogram of a site's eigenvalues in logarithmic bins, signal and bulk apart, the fitted law and the edge."""
+    """Histogram of a site's eigenvalues in logarithmic bins, signal and bulk apart, the fitted law and the edge.
+
+    Heights are on a scale of square roots (a rootogram, Tukey 1977), on which counts scatter alike whether they are
+    large or small: a law far narrower than the bulk stays inside, and the histogram can still be read beside it.
+    """
     import numpy as np
     import torch
 
     values = np.array([v for v in site["eigenvalues"] if v > FLOOR * site["eigenvalues"][0]])
     rank = site["spectral_rank"]
     bins = np.geomspace(values.min() * 0.98, values.max() * 1.02, BINS + 1)
-    heights = [np.histogram(part, bins)[0] for part in (values[rank:], values[:rank])]
-    axes.bar(bins[:-1], heights[0], np.diff(bins), align="edge", color=PALETTE["bulk"], label="bulk")
-    axes.bar(
-        bins[:-1],
-        heights[1],
-        np.diff(bins),
-        bottom=heights[0],
-        align="edge",
-        color=PALETTE["signal"],
-        label="above the edge",
-    )
+    bulk, signal = (np.histogram(part, bins)[0] for part in (values[rank:], values[:rank]))
+    bars = {"width": np.diff(bins), "align": "edge", "linewidth": 0}
+    axes.bar(bins[:-1], bulk, color=PALETTE["bulk"], label="bulk", **bars)
+    axes.bar(bins[:-1], signal, bottom=bulk, color=PALETTE["signal"], label="above the edge", **bars)
+    highest = float((bulk + signal).max())
     if law := bulk_law(site):
         half = (bins[1] / bins[0]) ** 0.5
         at = torch.tensor(np.geomspace(bins[0], bins[-1], 400))
         expected = len(law.eigenvalues) * (law.share_below(at * half) - law.share_below(at / half))
-        axes.plot(at, expected, color=PALETTE["law"], lw=1.3, label="Marchenko-Pastur fit")
+        axes.plot(at, expected.clamp_min(0), color=PALETTE["law"], lw=1.4, label="Marchenko-Pastur fit")
+        highest = max(highest, float(expected.max()))
     axes.set_xscale("log")
-    # A law far narrower than the bulk would flatten the histogram it is compared with.
-    axes.set_ylim(0, 1.25 * max(1, int((heights[0] + heights[1]).max())))
+    axes.xaxis.get_major_locator().set_params(numticks=6)
+    _root_scale(axes, max(1.0, highest))
     if site.get("edge"):
         axes.axvline(site["edge"], color=PALETTE["edge"], lw=1.2, ls="--", label="edge")
-    axes.yaxis.get_major_locator().set_params(integer=True)
     style(axes, "eigenvalue", "directions")
     if explained:
         legend(axes, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+
+
+def _root_scale(axes: Axes, highest: float) -> None:
+    """From 0 to a little above `highest`, by the square root; round numbers at even distances."""
+    import numpy as np
+
+    axes.set_yscale("function", functions=(lambda y: np.sqrt(np.maximum(y, 0)), np.square))
+    axes.set_ylim(0, 1.12 * highest)
+    ticks = [0]
+    for tick in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000):
+        if ticks[-1] ** 0.5 + 0.2 * highest**0.5 <= tick**0.5 <= (1.05 * highest) ** 0.5:
+            ticks.append(tick)
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
 
 
 def draw_budget(report: Mapping[str, Any], axes: Axes) -> None:
@@ -116,19 +128,16 @@ def draw_budget(report: Mapping[str, Any], axes: Axes) -> None:
     points = report["budget"]
     costs = [point["cost"] for point in points]
     losses = [point["predicted_loss"] for point in points]
-    axes.plot(costs, losses, color=PALETTE["bulk"], lw=1.5)
-    axes.plot(costs[-1], losses[-1], "o", color=PALETTE["signal"], label=f"taken: {short(costs[-1])}")
-    axes.invert_xaxis()
-    axes.xaxis.set_major_formatter(lambda value, _: short(value))
     recipe = report["recipe"]
     target = "FLOPs" if recipe.get("target_flops") else "ms a pass" if recipe.get("target_latency") else "parameters"
+    axes.plot(costs, losses, color=PALETTE["bulk"], lw=1.6)
+    axes.axvline(costs[-1], color=PALETTE["signal"], lw=1, ls=":")
+    axes.plot(costs[-1], losses[-1], "o", color=PALETTE["signal"], ms=6, label=f"taken: {short(costs[-1])}")
+    axes.invert_xaxis()
+    axes.margins(x=0.06, y=0.08)
+    axes.xaxis.set_major_formatter(lambda value, _: short(value))
+    axes.yaxis.set_major_formatter(lambda value, _: rounded(value) if abs(value) < 1e-3 else short(value))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(nbins=4)
     style(axes, target, "predicted loss")
-    legend(axes)
-
-
-def short(value: float) -> str:
-    """1234567 as 1.23M."""
-    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= scale:
-            return f"{value / scale:.3g}{unit}"
-    return f"{value:.3g}"
+    legend(axes, loc="upper left")

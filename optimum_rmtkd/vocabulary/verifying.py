@@ -145,7 +145,8 @@ def _sample(
     rows = [[i for i in row if i in new][:LENGTH] for row in encoded(vocabulary.backend, texts[:SAMPLE])]
     rows = [row for row in rows if row]
     end = getattr(model.config, "eos_token_id", None)
-    ending = [end] if model.config.is_encoder_decoder and isinstance(end, int) and end in new else []  # classifiers read what is there (BART)
+    read = model.config.is_encoder_decoder and isinstance(end, int) and end in new  # by classifiers (BART)
+    ending = [end] if read else []
     return [row[: min(map(len, rows)) - len(ending)] + ending for row in rows]
 
 

@@ -26,7 +26,7 @@ def test_small_demo_goes_the_whole_way(cli, tmp_path):
     assert 0.4 < after / before < 0.55
     accuracy = [float(row(out, "accuracy")[i].split()[0]) for i in (1, 2)]
     assert (code == 1) == (accuracy[0] - accuracy[1] > 1) == ("more than the one point" in out)
-    assert float(row(out, "latency, batch 256")[3].split("x")[0]) > 0
+    assert float(row(out, "latency, batch 256")[3].split(" times")[0]) > 0
     assert float(re.search(r"largest difference of the logits: (\S+)", out)[1]) <= 1e-5
     assert {"config.json", "model.safetensors"} <= {p.name for p in (tmp_path / "out").iterdir()}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -50,8 +50,10 @@ def assert_recorded(cli, folder, accuracy):
     code, _, err = cli("report", folder)
     assert code == 0, err
     page = (folder / "report.html").read_text()
-    titles = ("Before and after", "Stages", "Width map", "Training", "Budget", "Spectra", "Eigenvalues site by site")
+    titles = ("Size", "Speed", "Accuracy", "Width map", "Budget", "Stages", "Training", "Before and after")
+    titles += ("Eigenvalues site by site", "Spectra in numbers", "Recipe")
     assert [title for title in titles if title not in re.findall(r"<h2[^>]*>([^<]*)", page)] == []
+    assert "not measured" not in page
 
 
 def test_the_extra_of_the_demonstration_draws_the_report():

@@ -11,7 +11,9 @@ import torch
 
 from optimum_rmtkd import RMTKDConfig, RMTKDError, analyze
 from optimum_rmtkd.hub import Run, report_page, spectra_page, write_results, write_spectra
-from optimum_rmtkd.pages.figures import PALETTE, bulk_law
+from optimum_rmtkd.pages.figures import PALETTE, bulk_law, draw_spectrum, new_figure
+from optimum_rmtkd.pages.rounding import counted, duration, rounded, signed, size
+from optimum_rmtkd.pages.widths import width_map
 from optimum_rmtkd.spectra import marchenko_pastur as mp
 from optimum_rmtkd.trainer import Stage
 from optimum_rmtkd.trainer.stages import write_journal
@@ -48,7 +50,8 @@ def run_folder(spectra, tmp_path_factory):
     for stage in stages:
         write_spectra(folder, stage.index, spectra)
     log = [{"step": i, "loss": 1 / i, "loss/kl": 0.5 / i} for i in range(1, 9)] + [{"step": 8, "eval_loss": 0.3}]
-    write_results(folder, log_history=log, base_model="org/base", recipe=RECIPE.to_dict())
+    metric = {"name": "accuracy", "before": 0.9, "after": 0.88}
+    write_results(folder, log_history=log, base_model="org/base", recipe=RECIPE.to_dict(), metric=metric)
     return folder
 
 
@@ -102,6 +105,77 @@ def test_letters_of_the_figures_can_be_read_on_a_phone(open_page, page_file):  #
     assert len(sizes) > 30 and min(sizes) > 8.5
 
 
+def tiles(html: str) -> dict[str, str]:
+    """{label: value} of the tiles at the head of a page."""
+    return dict(re.findall(r'<h2 id="tile-\d">(.*?)</h2>\n<p class="value">(.*?)</p>', html))
+
+
+def test_the_answers_come_first(page_file, run_folder):
+    html = page_file.read_text(encoding="utf8")
+    assert tiles(html) == {"Size": "30.0 % smaller", "Speed": "not measured", "Accuracy": "−2.00 points"}
+    assert f"optimum-cli rmtkd bench {run_folder.name} --against org/base" in html
+    order = ["tile-3", "Width map", "Budget", "Stages", "All metrics of the stages", "Eigenvalues site by site"]
+    places = [re.search(rf'<h2 id="(tile-\d">|[^"]*">[^<]*)?{name}', html).start() for name in order[1:]]
+    assert places == sorted(places) and html.index(order[0]) < places[0]
+
+
+@pytest.mark.parametrize("hostile", [{"what": "batch 1"}, {"what": "latency, batch 1", "before": 0}, {}])
+def test_the_speed_is_that_of_the_smallest_batch(hostile):
+    values = [
+        {"what": "throughput, batch 32, length 8", "unit": "/s", "before": 10.0, "after": 41.0, "ratio": 4.1},
+        {"what": "latency, batch 1, length 8", "unit": "s", "before": 0.03, "after": 0.0125, "ratio": 2.4},
+        {"what": "prefill, batch 1, length 8", "unit": "tokens/s", "before": 1.0, "after": 9.0, "ratio": 9.0},
+        hostile,
+    ]
+    html = report_page(Run("small", bench={"setting": "cpu, 2 threads; torch", "rows": [], "values": values}))
+    assert tiles(html)["Speed"] == "2.4× as fast"
+    assert "30 ms" in html and "12.5 ms" in html and "4.1× as fast at batch 32, length 8" in html
+
+
+def test_metrics_are_shown_as_people_read_them():
+    shown = []
+    for name, before, after in (("f1", 88.5, 87.25), ("pearson", 0.9, 0.85), ("perplexity", 20.0, 21.5)):
+        run = Run("small", results={"metric": {"name": name, "before": before, "after": after}})
+        shown.append(list(tiles(report_page(run)).items())[-1])
+    assert shown == [("F1", "−1.25 points"), ("Pearson", "−0.050"), ("Perplexity", "+1.500")]
+    run = Run("small", metrics={"before": {"eval_loss": 0.5, "eval_x": 1}, "after": {"eval_loss": 0.625}})
+    assert tiles(report_page(run))["Loss"] == "+0.125"
+
+
+def test_numbers_are_rounded_for_people():
+    assert [counted(n) for n in (999, 238_650, 999_999, 22_713_986)] == ["999", "239 k", "1 M", "22.7 M"]
+    assert [size(4_788_056), duration(0.01159)] == ["4.79 MB", "11.6 ms"]
+    assert [signed(-0.6), signed(-0.001)] == ["−0.60", "±0.00"]
+    numbers = (4096.0, 0.9716, 1.855e-7, -12.345, float("nan"))
+    assert [rounded(n) for n in numbers] == ["4,096", "0.9716", "1.9 × 10⁻⁷", "−12.35", "–"]
+
+
+def test_the_map_has_a_row_a_block_and_a_column_a_kind():
+    kinds = ("attention_qk", "attention_vo", "intermediate")
+    sites = [("hidden", 64, 32), *((f"layer.{i}.{kind}", 64, 16 * (i + 1)) for i in range(2) for kind in kinds)]
+    found = width_map(sites)
+    assert found["columns"] == list(kinds)
+    assert [row["title"] for row in found["rows"]] == ["hidden", "layer 0", "layer 1"]
+    assert [len(row["cells"]) for row in found["rows"]] == [1, 3, 3]
+    assert [cell["share"] for cell in found["rows"][2]["cells"]] == [0.5] * 3
+    holed = width_map([site for site in sites if site[0] != "layer.0.attention_vo"])
+    assert holed["rows"][1]["cells"][1] is None or holed["columns"] == ["attention_qk", "intermediate", "attention_vo"]
+    assert width_map([("@.a.0.q", 8, 4), ("@.a.1.k", 8, 4), ("@.b.2.v", 8, 4)])["columns"] == []
+    assert width_map([("x", 0, 4)])["rows"][0]["cells"][0]["share"] == 0
+
+
+def test_a_law_far_narrower_than_the_bulk_stays_inside_the_axes():
+    """With many samples for each channel the law is a line; real spectra are not."""
+    values = [10.0 ** (3 - 6 * i / 199) for i in range(200)]
+    axes = new_figure().subplots()
+    draw_spectrum({"eigenvalues": values, "spectral_rank": 5, "n_eff": 200_000, "edge": 1e2}, axes)
+    bars = max(bar.get_height() + bar.get_y() for bar in axes.patches)
+    law = max(max(line.get_ydata()) for line in axes.lines if len(line.get_ydata()) > 2)
+    assert law > 3 * bars and law < axes.get_ylim()[1] and axes.get_ylim()[0] == 0
+    heights = axes.transAxes.inverted().transform(axes.transData.transform([(1.0, bars), (1.0, law)]))[:, 1]
+    assert heights[0] > 0.1 and heights[1] < 1  # both can be read
+
+
 def test_names_of_sites_cannot_leave_their_attribute(spectra):
     report = spectra.to_dict()
     report["sites"] = [report["sites"][0] | {"name": '"><script>alert(1)</script>'}]
@@ -119,8 +193,9 @@ def test_every_site_and_estimator_is_there(page_file, spectra):
 
 def test_spectral_report_writes_the_page(spectra, tmp_path):
     html = spectra.to_html(tmp_path / "spectra.html")
-    assert (tmp_path / "spectra.html").read_text(encoding="utf8") == html == spectra_page(spectra.to_dict())
-    assert "Budget" in html and "Stages" not in html
+    assert (tmp_path / "spectra.html").read_text(encoding="utf8") == html
+    assert list(tiles(html)) == ["Planned size", "Predicted price", "Signal"]
+    assert ">Budget<" in html and ">Stages<" not in html
 
 
 def test_the_fitted_law_recovers_the_noise():
@@ -207,6 +282,22 @@ def test_a_repeated_stage_replaces_the_later_ones(spectra, tmp_path):
 # In a browser
 
 
+@pytest.mark.parametrize("width, scheme", [(400, "light"), (1400, "dark")])
+def test_one_column_on_a_phone_and_the_width_of_a_desktop(open_page, page_file, width, scheme):  # noqa: F811
+    page, _ = open_page(page_file, width, scheme)
+    places = "[...document.querySelectorAll('.tile, main > section')].map(e => e.getBoundingClientRect())"
+    found = page.evaluate(f"{places}.map(r => [r.left, r.right])")
+    assert min(left for left, _ in found) < 0.05 * width and max(right for _, right in found) > 0.95 * width
+    assert (len({round(left) for left, _ in found}) == 1) == (width == 400)
+    clipped = page.evaluate("""[...document.querySelectorAll("svg")].flatMap(svg => {
+        const box = svg.getBoundingClientRect();
+        const out = r => r.left < box.left - 2 || r.right > box.right + 2 || r.bottom > box.bottom + 2;
+        const texts = [...svg.querySelectorAll("text")];
+        return texts.filter(t => out(t.getBoundingClientRect())).map(t => t.textContent);
+    })""")
+    assert clipped == []
+
+
 @pytest.mark.parametrize("width, scheme", [(400, "dark"), (1400, "light")])
 def test_page_in_a_browser(open_page, page_file, width, scheme, tmp_path):  # noqa: F811
     page, complaints = open_page(page_file, width, scheme)
@@ -257,11 +348,11 @@ def test_everything_can_be_reached_by_keyboard(open_page, page_file):  # noqa: F
     assert page.evaluate("document.activeElement.textContent") == "Skip to the content"
     reachable = "[...document.querySelectorAll('th button, summary, .scroll, nav a')].every(e => e.tabIndex >= 0)"
     assert page.evaluate(reachable)
-    closed = page.locator("details").nth(1)
-    assert not closed.evaluate("d => d.open")
-    closed.locator("summary").focus()
+    site = page.locator(".sites details").nth(1)
+    assert site.evaluate("d => d.open")
+    site.locator("summary").focus()
     page.keyboard.press("Enter")
-    assert closed.evaluate("d => d.open")
+    assert not site.evaluate("d => d.open")
 
 
 def test_json_of_the_record_is_strict(run_folder):
