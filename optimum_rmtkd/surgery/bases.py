@@ -33,18 +33,21 @@ __all__ = [
     "value_directions",
 ]
 
+PANEL = 128  # pivots between two updates of all that is left; one by one they would each read the whole matrix
 EIGENVALUE_FLOOR = 1e-9  # share of the largest eigenvalue below which a square root is not inverted
 
 
 @dataclass(frozen=True)
 class Projection:
     """A cut of one site: encode and decode, each (d, k) fp64; `index` (k,) where the cut selects features; `offset`
-    (d,) what a reconstruction adds where the cut was made around the mean."""
+    (d,) what a reconstruction adds where the cut was made around the mean; `blocks`: heads that are cut each by itself,
+    one behind the other (block-diagonal matrices)."""
 
     encode: torch.Tensor
     decode: torch.Tensor
     index: torch.Tensor | None = None
     offset: torch.Tensor | None = None
+    blocks: int = 1
 
 
 class Selection(Projection):
@@ -74,7 +77,7 @@ def encoding(cut: Projection) -> Projection:
     none = cut.decode.new_empty(0)
     if isinstance(cut, Selection):
         return Selection(none, cut.index, cut.width)
-    return Projection(cut.encode, none, cut.index)
+    return Projection(cut.encode, none, cut.index, blocks=cut.blocks)
 
 
 def identity_projection(width: int) -> Projection:
@@ -117,7 +120,8 @@ def fisher_directions(moment: torch.Tensor, gradient: torch.Tensor | None) -> tu
 
 
 def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy choice of features that span the rest (Harbrecht, Peters and Schneider 2012).
+    """Greedy choice of features that span the rest (Harbrecht, Peters and Schneider 2012), in panels of pivots (Lucas
+    2004, LAPACK's dpstrf): products of matrices in place of passes over memory.
 
     Args:
         gram: (m, m) fp64, symmetric positive semi-definite.
@@ -127,21 +131,25 @@ def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
         (pivots (rank,) in order of choice, residual (rank + 1,): the trace of what 0, 1, ... rank pivots leave).
     """
     check_finite(gram, "Choice of features")
-    size = len(gram)
-    factor = torch.zeros(rank, size, dtype=gram.dtype)
-    left = gram.diagonal().clone()
-    floor = 1e-12 * left.sum().clamp_min(torch.finfo(gram.dtype).tiny) / size
+    left, there = gram.diagonal().clone(), torch.arange(len(gram))
+    floor = 1e-12 * left.sum().clamp_min(torch.finfo(gram.dtype).tiny) / len(gram)
     pivots, residual = [], [left.sum().item()]
-    chosen = torch.zeros(size, dtype=torch.bool)
-    for step in range(rank):
-        pivot = int(left.masked_fill(chosen, -1.0).argmax())
-        chosen[pivot] = True
-        if left[pivot] > floor:
-            row = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / left[pivot].sqrt()
-            factor[step] = row
-            left = (left - row.square()).clamp_min(0)
-        pivots.append(pivot)
-        residual.append(left.masked_fill(chosen, 0.0).sum().item())
+    while len(pivots) < rank:
+        # `gram` is what the pivots so far leave of the features that are `there` still, `left` its diagonal
+        panel = gram.new_zeros(min(PANEL, rank - len(pivots)), len(there))
+        chosen = torch.zeros(len(there), dtype=torch.bool)
+        for step in range(len(panel)):
+            pivot = int(left.masked_fill(chosen, -1.0).argmax())
+            chosen[pivot] = True
+            if left[pivot] > floor:
+                row = (gram[pivot] - panel[:step, pivot] @ panel[:step]) / left[pivot].sqrt()
+                panel[step] = row
+                left = (left - row.square()).clamp_min(0)
+            pivots.append(int(there[pivot]))
+            residual.append(left.masked_fill(chosen, 0.0).sum().item())
+        kept = (~chosen).nonzero()[:, 0]
+        panel, left, there = panel[:, kept], left[kept], there[kept]
+        gram = gram[kept[:, None], kept].addmm_(panel.T, panel, alpha=-1.0)
     return torch.tensor(pivots), torch.tensor(residual, dtype=torch.float64)
 
 
@@ -282,4 +290,6 @@ def natural_gauge(encode: torch.Tensor, decode: torch.Tensor) -> tuple[torch.Ten
 
 def head_projection(encode: torch.Tensor, decode: torch.Tensor, width: int) -> Projection:
     """Block-diagonal cut of all heads to `width` features each, from per-head (heads, w, w) directions."""
-    return Projection(torch.block_diag(*encode[..., :width].unbind()), torch.block_diag(*decode[..., :width].unbind()))
+    heads = len(encode)
+    encode, decode = (torch.block_diag(*one[..., :width].unbind()) for one in (encode, decode))
+    return Projection(encode, decode, blocks=heads)
