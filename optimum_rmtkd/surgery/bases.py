@@ -40,8 +40,8 @@ EIGENVALUE_FLOOR = 1e-9  # share of the largest eigenvalue below which a square 
 @dataclass(frozen=True)
 class Projection:
     """A cut of one site: encode and decode, each (d, k) fp64; `index` (k,) where the cut selects features; `offset`
-    (d,) what a reconstruction adds where the cut was made around the mean; `blocks`: heads that are cut each by itself,
-    one behind the other (block-diagonal matrices)."""
+    (d,) what a reconstruction adds where the cut was made around the mean; `blocks`: heads that are cut each by
+    itself, one behind the other (block-diagonal matrices)."""
 
     encode: torch.Tensor
     decode: torch.Tensor
