@@ -16,7 +16,7 @@ from ..errors import CalibrationError, RMTKDError
 from .autocorrelation import added, lagged_shapes, lagged_sums, longer, shift_lagged_sums
 from .dependence import time_spectrum_of
 from .laws import TimeSpectrum, spread
-from .products import BLOCKED_FROM, eigh, exact_matmul, packed, symmetric_product, unpacked
+from .products import BLOCKED_FROM, diagonal_of, eigh, exact_matmul, packed, packed_product, packed_size, unpacked
 from .samples import check_finite, checked, select, work_dtype
 
 
@@ -91,12 +91,13 @@ class SecondMoments:
             lagged = lagged_sums(x, mask, pivot) if x.dim() > 2 else None
         # One non-finite value makes its diagonal entry non-finite: d numbers to look at instead of n x d. Nothing is
         # committed before that.
-        check_finite([outer for _, (_, _, outer, _) in moments], [rows for _, (rows, _) in parts], "activations")
+        squares = [diagonal_of(outer, self.dim) for _, (_, _, outer, _) in moments]
+        check_finite(squares, [rows for _, (rows, _) in parts], "activations")
         self._prepare(pivot, x.device)
         for half, (scalars, total, outer, null) in moments:
             self._sums["scalars"][half] += scalars.to(self.device)
             self._sums["sum"][half] += total.to(self.device)
-            self._sums["outer"][half] += packed(outer).to(self.device)
+            self._sums["outer"][half] += outer.to(self.device)
             if null is not None:
                 self._sums["null"] += null.to(self.device)
         for name, value in (lagged or {}).items():
@@ -115,11 +116,22 @@ class SecondMoments:
             return
         rows = rows.to(work_dtype(rows))
         with exact_matmul(rows.device):
-            outer = symmetric_product(rows, rows)
-        check_finite([outer], [rows], "gradients")
+            outer = packed_product(rows, rows)
+        check_finite([diagonal_of(outer, self.dim)], [rows], "gradients")
         self._prepare(None, g.device)
-        self._sums.setdefault("gradient", self._zeros(self.dim, self.dim)).add_(outer.to(self.device))
-        self._sums.setdefault("gradient_count", self._zeros(1)).add_(len(rows))
+        self._add_gradient(outer.to(self.device), len(rows))
+
+    def _add_gradient(self, outer: Tensor | None, count: int) -> None:
+        if "gradient" not in self._sums:
+            self._sums["gradient"], self._sums["gradient_count"] = self._zeros(*self._shape), self._zeros(1)
+        if outer is not None:
+            self._sums["gradient"] += outer
+        self._sums["gradient_count"] += count
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        """Of a symmetric matrix as it is held."""
+        return (self.dim, self.dim) if self.dim < BLOCKED_FROM else (packed_size(self.dim),)
 
     def _split(self, x, mask, weight):
         counts = self._sums["scalars"][:, 0].tolist() if "scalars" in self._sums else [0.0, 0.0]
@@ -132,7 +144,7 @@ class SecondMoments:
         """Sums of one selection of rows (n, dim) about the pivot."""
         centred = rows.to(work_dtype(rows)) - pivot.to(rows.device, work_dtype(rows))
         weighted = centred if weight is None else centred * weight.to(centred)[:, None]
-        outer = symmetric_product(weighted, centred)
+        outer = packed_product(weighted, centred)
         w = torch.ones(1, dtype=torch.float64) * len(rows) if weight is None else weight.double()
         w2 = w if weight is None else w.square()
         scalars = torch.stack(
@@ -141,7 +153,7 @@ class SecondMoments:
         null = None
         if self.null_moments:
             signs = self._signs(centred)
-            null = symmetric_product(weighted * signs, centred * signs)
+            null = packed_product(weighted * signs, centred * signs)
         return scalars, weighted.sum(0, dtype=torch.float64), outer, null
 
     def _signs(self, like: Tensor) -> Tensor:
@@ -157,9 +169,8 @@ class SecondMoments:
             return
         self._pivot = pivot.to(self.device, torch.float64)
         parts = 2 if self.halves else 1
-        outer = packed(torch.empty(self.dim, self.dim, device="meta")).shape
-        shapes = {"scalars": (parts, 3), "sum": (parts, self.dim), "outer": (parts, *outer)}
-        shapes |= {"null": (self.dim, self.dim)} if self.null_moments else {}
+        shapes = {"scalars": (parts, 3), "sum": (parts, self.dim), "outer": (parts, *self._shape)}
+        shapes |= {"null": self._shape} if self.null_moments else {}
         self._sums |= {name: self._zeros(*shape) for name, shape in (shapes | lagged_shapes(self.dim)).items()}
 
     def _zeros(self, *shape: int) -> Tensor:
@@ -210,13 +221,18 @@ class SecondMoments:
     def _outer(self, half: int | None = None) -> Tensor:
         """(dim, dim) fp64: sum of outer products of all samples, or of one half."""
         sums = self._sums["outer"]
-        return unpacked(sums.sum(0) if half is None else sums[half], self.dim)
+        if half is None and len(sums) > 1:
+            return unpacked(sums.sum(0), self.dim)
+        return unpacked(sums[half or 0], self.dim)
+
+    def _diagonal(self) -> Tensor:
+        return diagonal_of(self._sums["outer"].sum(0), self.dim)
 
     @property
     def variance(self) -> Tensor:
         """(dim,) fp64: the diagonal of `covariance`, without the rest."""
         sums = self._require()
-        squares = self._outer().diagonal() / sums["scalars"][:, 1].sum()
+        squares = self._diagonal() / sums["scalars"][:, 1].sum()
         return squares - self._offset().square()
 
     @property
@@ -246,7 +262,7 @@ class SecondMoments:
         if not self.null_moments:
             return None
         sums = self._require()
-        null = _symmetric(sums["null"] / sums["scalars"][:, 1].sum())
+        null = self._made_symmetric(sums["null"] / sums["scalars"][:, 1].sum())
         variance, seen = self.covariance.diagonal(), null.diagonal().clone()
         scale = torch.where(seen > 0, variance / seen.clamp_min(torch.finfo(torch.float64).tiny), 0.0).sqrt()
         return null * scale[:, None] * scale[None, :]
@@ -261,7 +277,11 @@ class SecondMoments:
         """(dim, dim) fp64: E[g g^T], uncentred; None when no gradient was given."""
         if not self.gradient_count:
             return None
-        return _symmetric(self._sums["gradient"] / self.gradient_count)
+        return self._made_symmetric(self._sums["gradient"] / self.gradient_count)
+
+    def _made_symmetric(self, strips: Tensor) -> Tensor:
+        # what comes out of strips is symmetric as it is; another copy of the largest matrices costs seconds
+        return _symmetric(strips) if self.dim < BLOCKED_FROM else unpacked(strips, self.dim)
 
     def time_spectrum(self, eigenvalues: Tensor, vectors: Tensor) -> TimeSpectrum | None:
         """(eigenvalues, shares) of the correlation between samples, mean 1; None if they count as independent.
@@ -344,8 +364,7 @@ class SecondMoments:
         votes = torch.cat([pivot * weight, pivot.new_tensor([weight, float("gradient" in self._sums)])])
         votes = reduce(votes)
         if votes[-1] > 0:
-            self._sums.setdefault("gradient", self._zeros(self.dim, self.dim))
-            self._sums.setdefault("gradient_count", self._zeros(1))
+            self._add_gradient(None, 0)
         if votes[-2] > 0:
             common = (votes[:-2] / votes[-2]).float().double()
             self._prepare(common, common.device)
@@ -405,7 +424,6 @@ def _covariance(weight: Tensor, total: Tensor, outer: Tensor) -> Tensor:
     offset = total / weight
     found = outer / weight
     found -= torch.outer(offset, offset)
-    # what comes out of strips is symmetric as it is; another copy of the largest matrices costs seconds
     return found if len(found) >= BLOCKED_FROM else _symmetric(found)
 
 

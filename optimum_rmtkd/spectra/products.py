@@ -11,9 +11,18 @@ from torch import Tensor
 from ..errors import CalibrationError
 
 
-__all__ = ["BLOCKED_FROM", "eigh", "exact_matmul", "packed", "symmetric_product", "unpacked"]
+__all__ = [
+    "BLOCKED_FROM",
+    "diagonal_of",
+    "eigh",
+    "exact_matmul",
+    "packed",
+    "packed_product",
+    "packed_size",
+    "symmetric_product",
+    "unpacked",
+]
 
-BLOCKS = 4  # 10 of 16 blocks are computed
 BLOCKED_FROM = 512  # channels under which one product is quicker than ten
 STRIPS = 16  # 17 of 32 halves of a matrix are held
 
@@ -47,24 +56,45 @@ def unpacked(strips: Tensor, dim: int) -> Tensor:
     return matrix
 
 
-def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
-    """left.T @ right (dim, dim) where that is known to be symmetric, for (n, dim) inputs of one dtype.
+def diagonal_of(strips: Tensor, dim: int) -> Tensor:
+    """(dim,) the diagonal of what `packed` gives for a (dim, dim) matrix."""
+    if dim < BLOCKED_FROM:
+        return strips.diagonal()
+    found, at = [], 0
+    for rows, _ in _strips(dim):
+        height, width = rows.stop - rows.start, dim - rows.start
+        found.append(strips[at : at + height * width].view(height, width).diagonal())
+        at += height * width
+    return torch.cat(found)
 
-    Torch has no symmetric rank-k update; computing the upper triangle of blocks and mirroring it saves three eighths.
+
+def packed_product(left: Tensor, right: Tensor) -> Tensor:
+    """`packed` of left.T @ right (dim, dim) where that is known to be symmetric, for (n, dim) inputs of one dtype.
+
+    Torch has no symmetric rank-k update: the products of strips save nearly half, and nothing is mirrored or copied.
     """
     dim = right.shape[1]
     if dim < BLOCKED_FROM:
         return left.T @ right
-    result = right.new_empty(dim, dim)
-    edges = [round(i * dim / BLOCKS) for i in range(BLOCKS + 1)]
-    spans = [slice(a, b) for a, b in zip(edges, edges[1:])]
-    for i, rows in enumerate(spans):
-        for columns in spans[i:]:
-            block = left[:, rows].T @ right[:, columns]
-            result[rows, columns] = block
-            if rows != columns:
-                result[columns, rows] = block.T
+    result, at = right.new_empty(packed_size(dim)), 0
+    for rows, columns in _strips(dim):
+        height, width = rows.stop - rows.start, dim - rows.start
+        part = result[at : at + height * width].view(height, width)
+        torch.mm(left[:, rows].T, right[:, columns], out=part)
+        at += height * width
     return result
+
+
+def packed_size(dim: int) -> int:
+    """Entries that `packed` holds of a (dim, dim) matrix."""
+    if dim < BLOCKED_FROM:
+        return dim * dim
+    return sum((rows.stop - rows.start) * (dim - rows.start) for rows, _ in _strips(dim))
+
+
+def symmetric_product(left: Tensor, right: Tensor) -> Tensor:
+    """left.T @ right (dim, dim) where that is known to be symmetric, for (n, dim) inputs of one dtype."""
+    return unpacked(packed_product(left, right), right.shape[1])
 
 
 def eigh(covariance: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,10 +92,9 @@ def select(x, mask, weight):
     return x[mask], None if weight is None else weight[mask]
 
 
-def check_finite(outers: list[Tensor], rows: list[Tensor], what: str) -> None:
-    """Raise CalibrationError when a sum of squares (a diagonal of `outers`) is not finite, naming how many values are
-    bad."""
-    if all(bool(torch.isfinite(outer.diagonal()).all()) for outer in outers):
+def check_finite(squares: list[Tensor], rows: list[Tensor], what: str) -> None:
+    """Raise CalibrationError when a sum of squares is not finite, naming how many values are bad."""
+    if all(bool(torch.isfinite(each).all()) for each in squares):
         return
     values = torch.cat(rows)
     bad = ~torch.isfinite(values)

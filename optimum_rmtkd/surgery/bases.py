@@ -34,6 +34,7 @@ __all__ = [
     "value_directions",
 ]
 
+PANEL = 128  # pivots between two updates of all that is left; one by one they would each read the whole matrix
 EIGENVALUE_FLOOR = 1e-9  # share of the largest eigenvalue below which a square root is not inverted
 # Of a feature's own second moment: what is left of it under this share, once others have predicted it, is rounding of
 # the fp32 products that moments are sums of (`linalg.JITTERS`).
@@ -44,13 +45,15 @@ RESOLUTION = 1e-5
 class Projection:
     """A cut of one site: encode and decode, each (d, k) fp64; `index` (k,) where the cut selects features; `offset`
     (d,) what a reconstruction adds where the cut was made around the mean; `scale` (k,) that of a norm whose output
-    is cut so, where it is not the diagonal of the old one in the new coordinates."""
+    is cut so, where it is not the diagonal of the old one in the new coordinates; `blocks`: heads that are cut each by
+    itself, one behind the other (block-diagonal matrices)."""
 
     encode: torch.Tensor
     decode: torch.Tensor
     index: torch.Tensor | None = None
     offset: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    blocks: int = 1
 
 
 class Selection(Projection):
@@ -107,7 +110,7 @@ def encoding(cut: Projection) -> Projection:
         return cut
     if isinstance(cut, Selection):
         return Selection(none, cut.index, cut.width)
-    return Projection(cut.encode, none, cut.index)
+    return Projection(cut.encode, none, cut.index, blocks=cut.blocks)
 
 
 def identity_projection(width: int) -> Projection:
@@ -150,7 +153,8 @@ def fisher_directions(moment: torch.Tensor, gradient: torch.Tensor | None) -> tu
 
 
 def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Greedy choice of features that span the rest (Harbrecht, Peters and Schneider 2012).
+    """Greedy choice of features that span the rest (Harbrecht, Peters and Schneider 2012), in panels of pivots (Lucas
+    2004, LAPACK's dpstrf): products of matrices in place of passes over memory.
 
     Where those chosen span all others, to within RESOLUTION of each, what is left of them is rounding, which says
     nothing of what to choose: from there on the largest go first.
@@ -163,23 +167,27 @@ def pivoted_cholesky(gram: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch
         (pivots (rank,) in order of choice, residual (rank + 1,): the trace of what 0, 1, ... rank pivots leave).
     """
     check_finite(gram, "Choice of features")
-    size = len(gram)
-    factor = torch.zeros(rank, size, dtype=gram.dtype)
     own = gram.diagonal().clamp_min(0)
-    left = own.clone()
-    floor = 1e-12 * left.sum().clamp_min(torch.finfo(gram.dtype).tiny) / size
+    left, there = own.clone(), torch.arange(len(gram))
+    floor = 1e-12 * left.sum().clamp_min(torch.finfo(gram.dtype).tiny) / len(gram)
     pivots, residual = [], [left.sum().item()]
-    chosen = torch.zeros(size, dtype=torch.bool)
-    for step in range(rank):
-        new = left.masked_fill(chosen | (left <= RESOLUTION * own), -1.0)
-        pivot = int((new if bool((new > floor).any()) else own.masked_fill(chosen, -1.0)).argmax())
-        chosen[pivot] = True
-        if new[pivot] > floor:
-            row = (gram[pivot] - factor[:step, pivot] @ factor[:step]) / left[pivot].sqrt()
-            factor[step] = row
-            left = (left - row.square()).clamp_min(0)
-        pivots.append(pivot)
-        residual.append(left.masked_fill(chosen, 0.0).sum().item())
+    while len(pivots) < rank:
+        # `gram` is what the pivots so far leave of the features that are `there` still, `left` its diagonal
+        panel = gram.new_zeros(min(PANEL, rank - len(pivots)), len(there))
+        chosen = torch.zeros(len(there), dtype=torch.bool)
+        for step in range(len(panel)):
+            new = left.masked_fill(chosen | (left <= RESOLUTION * own), -1.0)
+            pivot = int((new if bool((new > floor).any()) else own.masked_fill(chosen, -1.0)).argmax())
+            chosen[pivot] = True
+            if new[pivot] > floor:
+                row = (gram[pivot] - panel[:step, pivot] @ panel[:step]) / left[pivot].sqrt()
+                panel[step] = row
+                left = (left - row.square()).clamp_min(0)
+            pivots.append(int(there[pivot]))
+            residual.append(left.masked_fill(chosen, 0.0).sum().item())
+        kept = (~chosen).nonzero()[:, 0]
+        panel, own, left, there = panel[:, kept], own[kept], left[kept], there[kept]
+        gram = gram[kept[:, None], kept].addmm_(panel.T, panel, alpha=-1.0)
     return torch.tensor(pivots), torch.tensor(residual, dtype=torch.float64)
 
 
@@ -327,5 +335,6 @@ def head_projection(
 ) -> Projection:
     """Block-diagonal cut of all heads to `width` features each, from per-head (heads, w, w) directions; `mean`
     (heads * w,), where those are of what varies about it."""
+    heads = len(encode)
     encode, decode = (torch.block_diag(*each[..., :width].unbind()) for each in (encode, decode))
-    return Projection(encode, decode, offset=None if mean is None else mean - decode @ (mean @ encode))
+    return Projection(encode, decode, offset=None if mean is None else mean - decode @ (mean @ encode), blocks=heads)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..errors import CalibrationError
-from ..spectra.products import exact_matmul, symmetric_product
+from ..spectra.products import exact_matmul, packed_product, unpacked
+from ..spectra.samples import work_dtype
 from .linalg import JITTERS, check_finite, cholesky
 
 
@@ -21,23 +22,29 @@ FP32 = torch.finfo(torch.float32).eps  # share of a matrix's size under which fp
 
 @dataclass
 class _Sums:
-    """Of some rows, about the pivots of all: X'X (a, a), {name: X'R (a, o)}, {None: sum of X, name: of R}; fp64."""
+    """Of some rows, about the pivots of all: `packed` X'X (a, a), {name: X'R (a, o)}, {None: sum of X, name: of R};
+    fp64, the sums over one chunk fp32."""
 
     count: int = 0
-    gram: torch.Tensor | None = None
+    strips: torch.Tensor | None = None
     cross: dict[str, torch.Tensor] = field(default_factory=dict)
     sums: dict[str | None, torch.Tensor] = field(default_factory=dict)
 
     def add(self, x: torch.Tensor, residuals: Mapping[str, torch.Tensor], intercept: bool) -> None:
         self.count += len(x)
-        gram = symmetric_product(x, x)
-        self.gram = gram.double() if self.gram is None else self.gram.add_(gram)
+        gram = packed_product(x, x)
+        self.strips = gram.double() if self.strips is None else self.strips.add_(gram)
         for name, r in residuals.items():
             cross = x.T @ r
             self.cross[name] = self.cross[name].add_(cross) if name in self.cross else cross.double()
         for name, rows in {None: x, **residuals}.items() if intercept else ():
-            here = rows.sum(0, dtype=torch.float64)
+            here = rows.sum(0).double()
             self.sums[name] = self.sums[name].add_(here) if name in self.sums else here
+
+    @property
+    def gram(self) -> torch.Tensor:
+        """X'X (a, a)."""
+        return unpacked(self.strips, len(next(iter(self.cross.values()))))
 
     def of(self, name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """X'X and X'R about the means of these rows; those means, zero without an intercept."""
@@ -177,7 +184,7 @@ def _both(halves: Sequence[_Sums], name: str) -> _Sums:
         return halves[0]
     one, other = halves
     sums = {key: one.sums[key] + other.sums[key] for key in (None, name)} if one.sums else {}
-    return _Sums(one.count + other.count, one.gram + other.gram, {name: one.cross[name] + other.cross[name]}, sums)
+    return _Sums(one.count + other.count, one.strips + other.strips, {name: one.cross[name] + other.cross[name]}, sums)
 
 
 def least_squares_update(
@@ -205,8 +212,8 @@ def _sizes(squares: torch.Tensor, unit: int | None) -> torch.Tensor:
 
 
 class NormFit:
-    """Scale and shift per coordinate by least squares, from fp64 sums about the means of the first chunk; about zero
-    for a norm without a shift (`intercept`)."""
+    """Scale and shift per coordinate by least squares, from sums about the means of the first chunk, or about zero for
+    a norm without a shift (`intercept`). Sums over a chunk are fp32 (fp64 of fp64 rows), sums over chunks fp64."""
 
     def __init__(self, intercept: bool = True) -> None:
         self.count, self.intercept = 0, intercept
@@ -217,11 +224,13 @@ class NormFit:
         """A chunk of rows, (n, k) each."""
         if not len(normalised):
             return
-        u, t = normalised.double(), target.double()
+        u, t = (rows.to(work_dtype(rows)) for rows in (normalised, target))
         if self._pivots is None:
-            self._pivots = (u.mean(0), t.mean(0)) if self.intercept else (u.new_zeros(()), u.new_zeros(()))
+            # as fp32 can state it, see `LeastSquares`
+            means = [rows.mean(0).float().double() for rows in (u, t)]
+            self._pivots = tuple(means if self.intercept else map(torch.zeros_like, means))
             self._sums = torch.zeros(4, u.shape[1], dtype=torch.float64, device=u.device)
-        u, t = u - self._pivots[0], t - self._pivots[1]
+        u, t = u - self._pivots[0].to(u), t - self._pivots[1].to(t)
         self._sums += torch.stack([u.sum(0), t.sum(0), u.square().sum(0), (u * t).sum(0)])
         self.count += len(u)
 

@@ -66,7 +66,7 @@ def refit(
 ) -> None:
     """Fit all units of `student` that a cut touches, in place, in forward order."""
     batches = _cap(batches)
-    masks = [padding_mask(batch) for batch in batches]
+    masks = [_mask(batch) for batch in batches]
     bar = tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False)
     # sums of products that bf16 has rounded tell nothing of small eigenvalues
     with bar, exact_matmul(next(student.parameters()).device):
@@ -79,6 +79,12 @@ def _cap(batches: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Evenly spaced batches that hold about MAX_TOKENS tokens: batches are sorted by length, and all lengths count.
     Images are all taken: of each there are as many rows as it takes, see `_spaced`."""
     return batches[:: max(1, -(-sum(map(_tokens, batches)) // MAX_TOKENS))]
+
+
+def _mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
+    """(batch, length) bool of the positions that are no padding; None where none is."""
+    mask = padding_mask(batch)
+    return None if mask is None or bool(mask.all()) else mask
 
 
 def _tokens(batch: Mapping[str, Any]) -> int:
@@ -138,83 +144,103 @@ def _fit_part(part: _Part, cuts: Cuts, ridge: float | None) -> None:
             units, key=lambda u: (u.reads, u.through, u.sums, _reads_alone(part.student, u) and u.path)
         )
     ]
-    wants = _wants(groups, part, cuts)
     points = [[Point(g[0].path, "input"), *g[0].sums] for g in groups]
     progress = Progress(part.student, [([u.path for u in g], seen) for g, seen in zip(groups, points, strict=True)])
-    for step, (group, wanted) in enumerate(zip(groups, wants, strict=True)):
-        _fit_group(group, part.student, progress.through(step), wanted, cuts, ridge)
+    fits = [_Fit(group, part.student, cuts, ridge) for group in groups]
+    # the first group is fitted while the teacher runs: what it wants need not be kept
+    early = progress.through(0) if groups else iter(())
+    wants = _wants(groups, part, cuts, lambda index, wanted: fits[0].add(index, next(early), wanted))
+    for step, fit in enumerate(fits):
+        for index, seen in enumerate(early if step == 0 else progress.through(step)):
+            fit.add(index, seen, wants[step][index])
+        fit.apply()
     if part.through is not None:
         part.through[0](progress.output)
 
 
-def _wants(groups: list[list[Unit]], part: _Part, cuts: Cuts) -> list[Store]:
-    """For each group, batch by batch, {path: rows that its unit should give, its skip path included}; the teacher goes
-    on to the next block, where there is one."""
+def _wants(
+    groups: list[list[Unit]], part: _Part, cuts: Cuts, first: Callable[[int, dict[str, torch.Tensor]], None]
+) -> list[Store]:
+    """For each group, batch by batch, {path: rows that its unit should give, its skip path included}; those of the
+    first one are not kept but told to `first`. The teacher goes on to the next block, where there is one."""
     scope, count = part.teacher, len(part.teacher.masks)
     points = {p for group in groups for unit in group for p in (Point(unit.path), *unit.sums)}
     device = next(scope.module.parameters()).device
     wants = [Store(device) for _ in groups]
 
-    def keep(index: int, seen: dict[Point, torch.Tensor]) -> None:
+    def keep(index: int, seen: dict[Point, torch.Tensor]) -> dict[str, torch.Tensor]:
         rows = {p: _spaced(_rows(x, scope.masks[index], _at(scope, p)), count) for p, x in seen.items()}
-        for group, store in zip(groups, wants, strict=True):
-            store.append({u.path: _wanted(u, rows, cuts) for u in group})
+        wanted = [{u.path: _wanted(u, rows, cuts) for u in group} for group in groups]
+        for rest, store in zip(wanted[1:], wants[1:], strict=True):
+            store.append(rest)
+        return wanted[0]
 
     def call(index: int) -> Any:
         output, seen = scope.pass_through(index, points)
-        keep(index, seen)
+        wanted = keep(index, seen)
+        del seen  # before the student runs
+        first(index, wanted)
         return output
 
     if part.through is not None:
         part.through[1](call if groups else None)
     elif groups:
         for index in range(count):
-            keep(index, scope.watch(index, points))
+            first(index, keep(index, scope.watch(index, points)))
     return wants
 
 
-def _fit_group(
-    group: list[Unit],
-    scope: Scope,
-    passes: Iterator[dict[Point, torch.Tensor]],
-    wants: Store,
-    cuts: Cuts,
-    ridge: float | None,
-) -> None:
-    """Fit layers that read the same, in place.
+class _Fit:
+    """Fits layers that read the same, in place, from sums over batches.
 
     Args:
-        passes: batch by batch what is seen at the input of the first of them, and on its skip path.
-        wants: batch by batch {path: rows that the layer should give}.
+        group: the layers.
+        scope: what runs them.
     """
-    modules = {unit.path: get_module(scope.module, unit.path) for unit in group}
-    first, entrance, sums = modules[group[0].path], Point(group[0].path, "input"), group[0].sums
-    fits = _fits(group, modules, cuts, ridge)
-    means = [BatchStatistics()] if isinstance(first, nn.BatchNorm2d) and first.running_mean is not None else []
-    for index, seen in enumerate(passes):
-        mask, count, wanted = scope.masks[index], len(scope.masks), wants[index]
-        with torch.no_grad():
-            x = _spaced(_entry(first, seen[entrance], mask), count)
-            lacking = {point: _spaced(_rows(seen[point], mask, _at(scope, point)), count) for point in sums}
-            for statistics in means:
-                statistics.add(seen[entrance])
-            for fit, paths in fits:
-                rows = {path: _less(wanted[path], lacking, group[0]) for path in paths}
-                if isinstance(fit, NormFit):
-                    fit.add(x, rows[paths[0]])
-                else:
-                    fit.add(x, {path: y - _answer(modules[path], x) for path, y in rows.items()})
-    for fit, paths in fits:
-        for path in paths:
+
+    def __init__(self, group: list[Unit], scope: Scope, cuts: Cuts, ridge: float | None):
+        self.group, self.scope = group, scope
+        self.modules = {unit.path: get_module(scope.module, unit.path) for unit in group}
+        self.sums = _sums_of(group, self.modules, cuts, ridge)
+        first = self.modules[group[0].path]
+        counted = isinstance(first, nn.BatchNorm2d) and first.running_mean is not None
+        self.statistics = BatchStatistics() if counted else None
+
+    @torch.no_grad()
+    def add(self, index: int, seen: Mapping[Point, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+        """Batch `index`.
+
+        Args:
+            seen: what the student has at the input of the first layer, and on its skip path.
+            wanted: {path: rows that the layer should give}.
+        """
+        unit, mask, count = self.group[0], self.scope.masks[index], len(self.scope.masks)
+        entrance = seen[Point(unit.path, "input")]
+        if self.statistics is not None:
+            self.statistics.add(entrance)
+        x = _spaced(_entry(self.modules[unit.path], entrance, mask), count)
+        lacking = {point: _spaced(_rows(seen[point], mask, _at(self.scope, point)), count) for point in unit.sums}
+        for fit, paths in self.sums:
+            rows = {path: _less(wanted[path], lacking, unit) for path in paths}
             if isinstance(fit, NormFit):
-                _set_norm(modules[path], fit, f"Refit of {path}")
-                for statistics in means:
-                    statistics.install(modules[path])
+                fit.add(x, rows[paths[0]])
             else:
-                _change_linear(modules[path], fit, path)
+                fit.add(x, {path: y - _answer(self.modules[path], x) for path, y in rows.items()})
+
+    def apply(self) -> None:
+        """Change the layers."""
+        for fit, paths in self.sums:
+            for path in paths:
+                if isinstance(fit, NormFit):
+                    _set_norm(self.modules[path], fit, f"Refit of {path}")
+                    if self.statistics is not None:
+                        self.statistics.install(self.modules[path])
+                else:
+                    _change_linear(self.modules[path], fit, path)
+        self.sums = []  # what is summed up of a wide layer is among the largest of all
 
 
-def _fits(
+def _sums_of(
     group: list[Unit], modules: dict[str, nn.Module], cuts: Cuts, ridge: float | None
 ) -> list[tuple[Any, list[str]]]:
     """(sums, paths of the layers that they are for): one for all that have a bias, one for all that have none."""
@@ -324,7 +350,12 @@ def _project(rows: torch.Tensor, cut) -> torch.Tensor:
         return rows
     if cut.index is not None:
         return rows[:, cut.index.to(rows.device)]
-    return rows @ cut.encode.to(rows)
+    encode = cut.encode.to(rows)
+    if cut.blocks == 1:
+        return rows @ encode
+    heads = cut.blocks  # a product with all zeros between heads takes as many times as long
+    each = encode.unflatten(0, (heads, -1)).unflatten(2, (heads, -1)).diagonal(dim1=0, dim2=2)  # (d / h, k / h, heads)
+    return torch.einsum("nhd,dkh->nhk", rows.unflatten(1, (heads, -1)), each).flatten(1)
 
 
 def _change_linear(module: nn.Module, fit: LeastSquares, path: str) -> None:

@@ -252,7 +252,9 @@ class Progress:
                 changed = records.changed()
                 self._copies |= changed
             later.append(records.kept())
-            yield found[1]
+            seen = [found[1]]
+            del records, found  # while this waits the teacher may run
+            yield seen.pop()
         self._finished = later
 
     def output(self, index: int) -> Any:

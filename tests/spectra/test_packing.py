@@ -7,7 +7,7 @@ import torch
 
 from optimum_rmtkd import RMTKDError
 from optimum_rmtkd.spectra import SecondMoments
-from optimum_rmtkd.spectra.products import packed, unpacked
+from optimum_rmtkd.spectra.products import diagonal_of, packed, packed_product, packed_size, unpacked
 
 
 @pytest.mark.parametrize("dim", [1, 100, 511, 512, 515, 640])
@@ -17,6 +17,25 @@ def test_a_packed_matrix_comes_back(dim):
     strips = packed(matrix)
     assert torch.equal(unpacked(strips, dim), matrix)
     assert dim < 512 or strips.numel() < 0.54 * dim * dim
+
+
+@pytest.mark.parametrize("dim", [1, 511, 512, 517])
+def test_a_packed_product_is_the_packed_form_of_the_product(dim):
+    left = torch.randn(40, dim, dtype=torch.float64)
+    scales = torch.rand(40, 1, dtype=torch.float64)
+    found = packed_product(left * scales, left)
+    expected = (left * scales).T @ left
+    assert found.numel() == packed_size(dim)
+    assert torch.allclose(found, packed(expected), atol=1e-12)
+    assert torch.allclose(diagonal_of(found, dim), expected.diagonal(), atol=1e-12)
+
+
+def test_gradients_of_many_channels_are_held_as_their_upper_triangle():
+    moments, gradients = SecondMoments(520, halves=False), samples(20).flatten(0, 1)
+    for part in gradients.split(17):
+        moments.update_gradient(part)
+    assert torch.allclose(moments.gradient_moment, gradients.T @ gradients / len(gradients), atol=1e-12)
+    assert moments._sums["gradient"].numel() < 0.54 * 520**2
 
 
 def samples(count, shift=0.0):

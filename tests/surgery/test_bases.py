@@ -63,6 +63,19 @@ def test_pivoted_cholesky_is_a_pivoted_qr(rank):
         assert abs(residual[k] - schur.trace()) < 1e-9 * gram.trace()
 
 
+def test_pivoted_cholesky_goes_on_over_several_panels():
+    x = torch.randn(400, 300, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    gram = (x * torch.linspace(1, 3, 300, dtype=torch.float64)).T @ x
+    gram = gram @ gram.T
+    pivots, residual = pivoted_cholesky(gram, 290)
+    left = gram.clone()  # one rank-one update a pivot, as in a textbook
+    for step, pivot in enumerate(pivots.tolist()):
+        assert residual[step] == pytest.approx(float(left.trace()), rel=1e-9)
+        assert pivot == int(left.diagonal().argmax())
+        left -= torch.outer(left[pivot], left[pivot]) / left[pivot, pivot].clone()
+        left[pivot], left[:, pivot] = 0.0, 0.0
+
+
 def test_pivoted_cholesky_of_a_low_rank_gram_chooses_every_feature_once():
     x = normal(40, 4) @ normal(4, 12)
     pivots, residual = pivoted_cholesky(x.T @ x, 12)
