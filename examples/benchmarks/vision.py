@@ -100,7 +100,7 @@ def table(output: Path) -> None:
 
 
 def main() -> None:
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses(["--action", *sys.argv[1:]])
     output = Path(arguments.output)
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

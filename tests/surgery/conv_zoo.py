@@ -29,7 +29,13 @@ CONFIGS = {
     "regnet y": tf.RegNetConfig(**REGNET, layer_type="y"),
     "mobilenet v1": tf.MobileNetV1Config(**SMALL, depth_multiplier=0.05, min_depth=4),
     "mobilenet v2": tf.MobileNetV2Config(
-        **SMALL, depth_multiplier=0.1, depth_divisible_by=4, min_depth=4, expand_ratio=2.0, finegrained_output=False
+        **SMALL,
+        depth_multiplier=0.1,
+        depth_divisible_by=4,
+        min_depth=4,
+        expand_ratio=2.0,
+        output_stride=8,
+        finegrained_output=False,
     ),
     "efficientnet": tf.EfficientNetConfig(
         **SMALL,
@@ -40,7 +46,7 @@ CONFIGS = {
         in_channels=[32, 16, 24, 40],
         out_channels=[16, 24, 40, 80],
         kernel_sizes=[3, 3, 5, 3],
-        strides=[1, 2, 2, 2],
+        strides=[1, 1, 2, 1],
         num_block_repeats=[1, 2, 4, 3],
         expand_ratios=[1, 2, 2, 2],
     ),
@@ -118,7 +124,7 @@ def rescaled(model, anatomy, homogeneous: bool, seed: int = 5):
                 norm.running_var.copy_(c.square() * (norm.running_var + norm.eps) - norm.eps)
         for site in anatomy.sites.values() if homogeneous else ():
             _rescale(model, anatomy, site, _factors(site.width))
-        for stage in getattr(model.base_model.encoder, "stages", ()):
+        for stage in getattr(getattr(model.base_model, "encoder", None), "stages", ()):
             for layer in getattr(stage, "layers", ()):
                 _rescale_convnext(layer)
     return model
