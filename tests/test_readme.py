@@ -12,7 +12,7 @@ from .conftest import ROOT
 
 LONGEST = 150  # lines
 TEXT = (ROOT / "README.md").read_text(encoding="utf8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_it_is_read_to_the_end():
