@@ -11,7 +11,7 @@ import importlib
 from .registration import install
 
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.2.0"
 
 _EXPORTS = {
     "checkpoints": ("newest_checkpoint",),

@@ -12,7 +12,7 @@ from .conftest import ROOT
 
 LONGEST = 150  # lines
 TEXT = (ROOT / "README.md").read_text(encoding="utf8")
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_it_is_read_to_the_end():
@@ -38,7 +38,7 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(file.read_text(encoding="utf8")), target
 
 
-def test_the_function_it_shows_runs(tmp_path, monkeypatch):
+def test_what_it_shows_of_python_runs(tmp_path, monkeypatch):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     shape = {"image_size": 8, "patch_size": 4, "num_channels": 1, "num_labels": 10}
@@ -47,6 +47,7 @@ def test_the_function_it_shows_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     names: dict = {}
     for block in blocks:
-        exec(block, names)  # noqa: S102
-    assert len(blocks) == 2 and type(names["model"]).__name__ == "RMTKDViTForImageClassification"
+        exec(block.replace("num_train_epochs=3", "max_steps=4"), names)  # noqa: S102
+    assert len(blocks) == 3 and names["trainer"].state.global_step == 4
+    assert type(names["model"]).__name__ == "RMTKDViTForImageClassification"
     assert names["model"].num_parameters() == names["small"].num_parameters()
