@@ -103,6 +103,22 @@ KIN = {
         tf.Qwen3MoeForCausalLM,
         tf.Qwen3MoeConfig(**PAIRED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
     ),
+    "gpt_neo": (
+        tf.GPTNeoForCausalLM,
+        tf.GPTNeoConfig(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=2,
+            num_heads=4,
+            window_size=4,
+            attention_types=[[["global", "local"], 1]],
+            max_position_embeddings=64,
+            bos_token_id=1,
+            eos_token_id=2,
+        ),
+    ),
+    "biogpt": (tf.BioGptForCausalLM, tf.BioGptConfig(**TEXT | BODY)),
     "olmoe": (tf.OlmoeForCausalLM, tf.OlmoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2)),
 }
 EXACT = {
@@ -112,11 +128,14 @@ EXACT = {
     "gptj",
     "phi",
     "stablelm",
+    "biogpt",
+    "gpt_neo",
     "nemotron",
     "jais2",
     "starcoder2",
 }  # layer norms compute in the dtype they get, RMS norms in fp32
 
+GROWING = ("gpt_neo",)  # whose own masks take the length of the cache for that of the text
 NATIVE = (
     "llama-tied",
     "llama",

@@ -139,12 +139,13 @@ def generated(model, ids, mask=None, **options):
     return model.generate(ids, attention_mask=mask, **kept)[:, ids.shape[1] :]
 
 
-def assert_generates_alike(model):
+def assert_generates_alike(model, static=True):
     """From a cache, without one, from a static one, and behind padding."""
     ids = torch.randint(3, 61, (2, 6), generator=torch.manual_seed(5))
     expected = generated(model, ids, use_cache=False)
     assert torch.equal(generated(model, ids), expected)
-    assert torch.equal(generated(model, ids, cache_implementation="static"), expected)
+    if static:
+        assert torch.equal(generated(model, ids, cache_implementation="static"), expected)
     padded, mask = torch.nn.functional.pad(ids, (3, 0)), torch.nn.functional.pad(torch.ones_like(ids), (3, 0))
     assert torch.equal(generated(model, padded, mask), expected)
 
@@ -159,7 +160,7 @@ def test_life_cycle(name, tmp_path):
     assert abs(1 - count_parameters(small) / count_parameters(model) - 0.3) < 0.02
     assert found.report.planned_parameters == count_parameters(small)
     assert is_tied(small) == is_tied(model)
-    assert_generates_alike(small)
+    assert_generates_alike(small, name not in zoo.GROWING)
     small.save_pretrained(tmp_path / "small")
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "small")
     assert type(again).__name__ == "RMTKD" + type(model).__name__ and is_tied(again) == is_tied(model)
@@ -171,7 +172,7 @@ def test_life_cycle(name, tmp_path):
     twice.save_pretrained(tmp_path / "twice")
     third = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
     torch.testing.assert_close(zoo.logits(third, data[0]), zoo.logits(twice, data[0]), atol=1e-6, rtol=1e-6)
-    assert_generates_alike(third)
+    assert_generates_alike(third, name not in zoo.GROWING)
 
 
 @pytest.mark.parametrize(

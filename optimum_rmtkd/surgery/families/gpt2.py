@@ -1,4 +1,5 @@
-"""GPT-2: layer norms, learnt positions, queries, keys and values in one transposed layer, a tied head."""
+"""GPT-2: layer norms, learnt positions, queries, keys and values in one transposed layer, a tied head. GPT-Neo: the
+same with plain layers."""
 
 from ..decoders import DecoderLayout
 from . import Family, register_family
@@ -22,6 +23,28 @@ register_family(
             heads=("lm_head", "score", "classifier", "qa_outputs"),
             counts=("num_heads",),
             widths=("split_size",),
+        ),
+    )
+)
+register_family(
+    Family(
+        name="GPT-Neo",
+        model_types=("gpt_neo",),
+        layout=DecoderLayout(
+            stream=("@.wte", "@.wpe"),
+            blocks="@.h",
+            attention="attn.attention",
+            query="attn.attention.q_proj",
+            key="attn.attention.k_proj",
+            value="attn.attention.v_proj",
+            output="attn.attention.out_proj",
+            up=("mlp.c_fc",),
+            down="mlp.c_proj",
+            attention_norm="ln_1",
+            ffn_norm="ln_2",
+            final_norm="@.ln_f",
+            heads=("lm_head", "score", "classifier", "qa_outputs"),
+            counts=("num_heads",),
         ),
     )
 )

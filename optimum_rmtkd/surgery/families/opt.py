@@ -1,4 +1,4 @@
-"""OPT: layer norms, learnt positions with an offset, heads counted by an attribute, a tied head."""
+"""OPT and BioGPT: layer norms, learnt positions with an offset, heads counted by an attribute, a tied head."""
 
 from ..decoders import DecoderLayout
 from . import Family, register_family
@@ -26,6 +26,27 @@ register_family(
                 "layer_norm_elementwise_affine": True,
                 "_remove_final_layer_norm": False,
             },
+        ),
+    )
+)
+register_family(
+    Family(
+        name="BioGPT",
+        model_types=("biogpt",),
+        layout=DecoderLayout(
+            stream=("@.embed_tokens", "@.embed_positions"),
+            blocks="@.layers",
+            query="self_attn.q_proj",
+            key="self_attn.k_proj",
+            value="self_attn.v_proj",
+            output="self_attn.out_proj",
+            up=("fc1",),
+            down="fc2",
+            attention_norm="self_attn_layer_norm",
+            ffn_norm="final_layer_norm",
+            final_norm="@.layer_norm",
+            heads=("output_projection", "score", "classifier"),
+            counts=("num_heads",),
         ),
     )
 )
