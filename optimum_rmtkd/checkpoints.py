@@ -1,8 +1,7 @@
 """Folders of checkpoints: whether one is whole, the newest whole one, and what it takes to make one appear whole.
 
-A checkpoint is written in `.NAME.partial/NAME` beside its place, and renamed into it when all is there. Its manifest,
-`rmtkd_checkpoint.json`, is written last and holds the size of each file. Checkpoints without a manifest (of earlier
-versions) are whole if what such a checkpoint consists of is there and can be read. Neither reads whole files.
+A checkpoint is written in `.NAME.partial/NAME` beside its place, and renamed into it when all is there. Its manifest
+is written last and holds the size of each file.
 """
 
 from __future__ import annotations
@@ -13,22 +12,24 @@ import os
 import re
 import shutil
 import tempfile
-import zipfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import IncompleteCheckpointError, RMTKDError
 from .files import write_text
-from .folders import files_of, listed, recorded
-from .leftovers import KEPT, abandoned, remove
+from .folders import files_of, recorded
+from .leftovers import KEPT, remove
 from .locks import held, hold, let_go, take_if_abandoned
+from .wholeness import LAST, MANIFEST, STATE, TENSORS, fault_of, is_checkpoint, manifest_of, step_of
 
 
 __all__ = [
     "LAST",
     "MANIFEST",
     "STATE",
+    "TENSORS",
     "Found",
     "begin",
     "check_whole",
@@ -41,6 +42,7 @@ __all__ = [
     "newest_whole",
     "pending_place",
     "put_in_place",
+    "settle",
     "step_of",
     "tell_passed",
     "tidy",
@@ -48,110 +50,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-MANIFEST = "rmtkd_checkpoint.json"
-STATE, TENSORS = "rmtkd_state.json", "rmtkd_state.safetensors"
-LAST = "trainer_state.json"  # that transformers writes into a checkpoint
-PATTERNS_TRAINER = (LAST, "optimizer.pt", "scheduler.pt", "rng_state*.pth")
-PATTERNS_LOOP = ("optimizer*.bin", "random_states_*.pkl", "custom_checkpoint_*.pkl")
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-ARCHIVES = (".pt", ".pth", ".bin", ".pkl")  # torch.save's zip files
-_TRAINER = re.compile(r"checkpoint-(\d+)")
-_NUMBERED = re.compile(r".*?(\d+)")
+SETTLES = 5.0  # seconds that two renames take at the very most
 _PENDING = re.compile(r"\.(.+)\.partial")
-
-
-# -- whole or not -----------------------------------------------------------------------------------------------------
-
-
-def fault_of(folder: str | Path) -> str | None:
-    """Why no run can be continued from this checkpoint, in words; None where one can."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return "no such folder"
-    if not (folder / STATE).is_file():
-        return f"holds no {STATE}: saved with save_only_model=True, by save_model(), by another trainer, or cut short"
-    written = _manifest(folder)
-    if isinstance(written, str):
-        return written
-    missing = _lacking(folder) if written is None else [name for name in written if not (folder / name).is_file()]
-    if missing:
-        return f"{listed(missing)} missing"
-    for name in files_of(folder) if written is None else written:
-        if fault := _unreadable(folder / name, archives=written is None):
-            return f"{name} cannot be read ({fault})"
-        size = (folder / name).stat().st_size
-        if written is not None and size != written[name]:
-            return f"{name} has {size} bytes, {written[name]} were written"
-    return None
-
-
-def check_whole(folder: str | Path) -> None:
-    """Refuse a checkpoint that no run can be continued from.
-
-    Raises:
-        IncompleteCheckpointError: what is missing, and which intact one lies beside it.
-    """
-    folder = Path(folder)
-    if (fault := fault_of(folder)) is None:
-        return
-    found = newest_whole(folder.parent, like=folder.name).newest if folder.parent.is_dir() else None
-    way_out = (
-        f"Resume from {found}, the newest intact one beside it."
-        if found is not None
-        else "No intact one lies beside it: resume from a checkpoint of an RMTKDTrainer or RMTKDLoop, with "
-        "save_only_model=False, or start a new run."
-    )
-    raise IncompleteCheckpointError(f"{folder} cannot be continued from: {fault}. {way_out}")
-
-
-def _manifest(folder: Path) -> dict[str, int] | str | None:
-    """Sizes by name; None where there is none; words where it cannot be read."""
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf8"))["files"]
-        return {str(name): int(size) for name, size in files.items()}
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
-
-
-def _lacking(folder: Path) -> list[str]:
-    """What a checkpoint without a manifest should have."""
-    of_loop = any(folder.glob("custom_checkpoint_*.pkl")) or any(folder.glob("random_states_*.pkl"))
-    patterns = (TENSORS, *(PATTERNS_LOOP if of_loop else PATTERNS_TRAINER))
-    lacking = [pattern for pattern in patterns if not any(folder.glob(pattern))]
-    weights = [path for pattern in WEIGHTS for path in folder.rglob(pattern) if not path.name.startswith("rmtkd_")]
-    return lacking if weights else [*lacking, "model.safetensors"]
-
-
-def _unreadable(file: Path, archives: bool) -> str | None:
-    """
-    Args:
-        archives: what is named like one of torch's has to be one. A subclass may write others, of a known size.
-    """
-    try:
-        if file.suffix == ".json":
-            json.loads(file.read_text(encoding="utf8"))
-        elif file.suffix == ".safetensors":
-            return _cut_short(file)
-        elif archives and file.suffix in ARCHIVES and not zipfile.is_zipfile(file):
-            return "its end is missing"
-    except (OSError, ValueError, RecursionError) as error:
-        return " ".join(str(error).split())
-    return None
-
-
-def _cut_short(file: Path) -> str | None:
-    """A safetensors file is eight bytes, the length of its header; the header; and the tensors that it lists."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if not 1 < length <= file.stat().st_size - 8:
-            return "its header is cut short"
-        header = json.loads(opened.read(length))
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    expected = 8 + length + max(ends, default=0)
-    size = file.stat().st_size
-    return None if size == expected else f"{size} of {expected} bytes"
+_ASIDE = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.old")
 
 
 # -- the newest -------------------------------------------------------------------------------------------------------
@@ -204,21 +105,43 @@ def tell_passed(found: Found) -> None:
         logger.warning("%s is passed over (%s)%s.", path, fault, instead)
 
 
+def check_whole(folder: str | Path) -> None:
+    """Refuse a checkpoint that no run can be continued from.
+
+    Raises:
+        IncompleteCheckpointError: what is missing, and which intact one lies beside it.
+    """
+    folder = Path(folder)
+    if (fault := fault_of(folder)) is None:
+        return
+    found = newest_whole(folder.parent, like=folder.name).newest if folder.parent.is_dir() else None
+    way_out = (
+        f"Resume from {found}, the newest intact one beside it."
+        if found is not None
+        else "No intact one lies beside it: resume from a checkpoint of an RMTKDTrainer or RMTKDLoop, with "
+        "save_only_model=False, or start a new run."
+    )
+    raise IncompleteCheckpointError(f"{folder} cannot be continued from: {fault}. {way_out}")
+
+
 def newest_checkpoint(folder: str | Path) -> str | None:
     """The newest whole checkpoint of an `RMTKDLoop` or a trainer among the folders in `folder`, for
     `accelerator.load_state`: the one of the highest step. None where there is none. A line says which newer ones were
     passed over, and why.
 
     Which step one is of stands in its manifest; that of a checkpoint of an earlier version is the number in its name.
+    One that a run was killed while it replaced gets its name back first.
     """
+    settle(folder)
     found = first_whole(checkpoints_of_loop(folder))
     tell_passed(found)
     return None if found.newest is None else str(found.newest)
 
 
 def checkpoints_of_loop(folder: str | Path) -> list[Path]:
-    """Folders whose manifest or state says that they are checkpoints, newest first."""
-    places = [path for path in _folders(folder) if (path / STATE).is_file() or (path / MANIFEST).is_file()]
+    """Folders whose manifest or state says that they are checkpoints, newest first; also what lies aside and cannot be
+    put back, where the file system knows no locks."""
+    places = [path for path in (*_folders(folder), *_nameless(Path(folder))) if is_checkpoint(path)]
     return sorted(places, key=lambda path: (step_of(path), path.stat().st_mtime), reverse=True)
 
 
@@ -232,16 +155,6 @@ def checkpoints_in(folder: str | Path, kind: str = "checkpoint-") -> list[Path]:
 def _folders(folder: str | Path) -> list[Path]:
     place = Path(folder)
     return [p for p in place.iterdir() if p.is_dir() and not p.name.startswith(".")] if place.is_dir() else []
-
-
-def step_of(path: str | Path) -> int:
-    """Optimizer steps that were done, as the manifest says, or the number in the name; -1 without either."""
-    path = Path(path)
-    try:
-        return int(json.loads((path / MANIFEST).read_text(encoding="utf8"))["step"])
-    except (OSError, ValueError, KeyError, TypeError):
-        number = re.search(r"(\d+)$", path.name)
-        return int(number[1]) if number else -1
 
 
 # -- made whole -------------------------------------------------------------------------------------------------------
@@ -322,31 +235,75 @@ def discard(path: Path) -> None:
 
 
 def tidy(folder: str | Path) -> None:
-    """Remove what runs that were killed left in a folder of checkpoints, with a line for each; put back what they had
-    moved aside."""
+    """Remove what runs that were killed left in a folder of checkpoints, with a line for each; what they were killed
+    while they replaced gets its name: the new one if it is whole, else the old one."""
     folder = Path(folder)
     if not folder.is_dir():
         return
     for entry in sorted(folder.glob(".*")):
         match = _PENDING.fullmatch(entry.name)
-        held = _names_in(entry) if match and entry.is_dir() and not entry.is_symlink() else None
-        if held is None or held not in ([], [match[1]]):
+        inside = _names_in(entry) if match else None
+        if inside is None or inside not in ([], [match[1]]):
             continue  # none of ours
         if (lock := take_if_abandoned(entry)) is not None:
-            remove(entry)
+            if not _finish(entry / match[1], folder / match[1]):
+                remove(entry)
             let_go(lock)
-    for name in {m[1] for e in folder.glob(".*.old") if (m := re.fullmatch(r"\.(.+)\.[a-z0-9_]{8}\.old", e.name))}:
-        for aside in abandoned(folder, name, "old"):
-            if _NUMBERED.fullmatch(name):
-                _put_back(aside, folder / name)
+    for aside, name in _moved_aside(folder):
+        if (lock := take_if_abandoned(aside)) is not None:
+            _put_back(aside, folder / name)
+            let_go(lock)
+
+
+def settle(folder: str | Path) -> None:
+    """`tidy`, by whichever process comes first; the others wait until a checkpoint has its name that has none between
+    two renames."""
+    tidy(folder)
+    end = time.monotonic() + SETTLES
+    while _nameless(Path(folder)) and time.monotonic() < end:
+        time.sleep(0.05)
+
+
+def _nameless(folder: Path) -> list[Path]:
+    """Checkpoints that were moved aside, and of which no other one has the name yet."""
+    moved = [(aside / name, folder / name) for aside, name in _moved_aside(folder)]
+    return [old for old, target in moved if is_checkpoint(old) and not target.exists()]
+
+
+def _moved_aside(folder: Path) -> list[tuple[Path, str]]:
+    """What `_replace` made and has not removed, with the name of the checkpoint; told by what is in it."""
+    found = []
+    for aside in sorted(folder.glob(".*.old")):
+        match = _ASIDE.fullmatch(aside.name)
+        inside = _names_in(aside) if match else None
+        if inside is None or len(inside) > 1:
+            continue
+        name = inside[0] if inside else match[1]
+        ours = is_checkpoint(folder / name) or is_checkpoint(aside / name)
+        if name[:KEPT] == match[1] and ours:
+            found.append((aside, name))
+    return found
 
 
 def _names_in(folder: Path) -> list[str] | None:
-    """None where the folder has gone meanwhile: another machine tidies as well."""
+    """None where it is no folder, or has gone meanwhile: another machine tidies as well."""
     try:
-        return [path.name for path in folder.iterdir()]
-    except FileNotFoundError:
+        return None if folder.is_symlink() else [path.name for path in folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _finish(pending: Path, target: Path) -> bool:
+    """The second rename of `_replace`, where a run was killed before it. Nothing else in a place of writing gets a
+    name: it may be a checkpoint that was being discarded."""
+    replaced = [old for old in _nameless(target.parent) if old.name == target.name]
+    if not replaced or not (pending / MANIFEST).is_file() or fault_of(pending) is not None:
+        return False
+    pending.rename(target)
+    _sync(target.parent)
+    pending.parent.rmdir()
+    logger.warning("%s is in its place: a run was killed while it replaced the one before.", target)
+    return True
 
 
 def _put_back(aside: Path, target: Path) -> None:
@@ -355,14 +312,15 @@ def _put_back(aside: Path, target: Path) -> None:
         kept.rename(target)
         aside.rmdir()
         logger.warning("%s is back in its place: a run was killed while it replaced it.", target)
-    elif kept.is_dir():
+        return
+    if kept.is_dir():
         _keep_foreign(kept, target)
-        remove(aside)
+    remove(aside)
 
 
 def _keep_foreign(old: Path, new: Path) -> None:
     """Carry over what is in the way of nothing, and no checkpoint of ours has."""
-    known = _manifest(old)
+    known = manifest_of(old)
     ours = set(known if isinstance(known, dict) else ()) | set(recorded(old))
     for name in files_of(old):
         if name not in ours and not Path(name).name.startswith(("rmtkd_", "rng_state")) and not (new / name).exists():

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 from .errors import RMTKDError
 from .files import read_text, write_text
-from .leftovers import KEPT, abandoned, remove_abandoned
+from .leftovers import KEPT, abandoned, remove, remove_abandoned
 from .locks import held, hold, let_go
 
 
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 RECORD = "rmtkd_files.json"
+MOVING = "rmtkd_moving.json"  # beside what is complete, and on its way into its place: the names of all of it
 SHOWN = 5  # names in a message
 SHARD = re.compile(r"(pytorch_)?model(-\d+-of-\d+\.(safetensors|bin)|\.(safetensors|bin)\.index\.json)")
 
@@ -209,27 +210,59 @@ def new_folder(parent: Path, name: str) -> Iterator[Path]:
 @contextmanager
 def writing_into(folder: str | Path) -> Iterator[Path]:
     """Yield an empty folder. If the block succeeds, what lies in it takes the places of files of the same names in
-    `folder`, config.json last, and shards of earlier weights go; else it is removed, and `folder` is as it was."""
+    `folder`, config.json last, and shards of earlier weights go; else it is removed, and `folder` is as it was. What a
+    run was killed while it moved, the next one moves to the end."""
     folder = Path(os.path.realpath(folder))
     parent = folder if folder.is_dir() else folder.parent  # on the same disk; it need not be ours to write beside
     parent.mkdir(parents=True, exist_ok=True)
     for place in {parent, folder.parent}:
-        remove_abandoned(place, folder.name)
+        for left in abandoned(place, folder.name, "partial"):
+            _move_on(left, folder)
     with new_folder(parent, folder.name) as beside:
         yield beside
-        folder.mkdir(exist_ok=True)
-        new = files_of(beside)
-        for place, folders, _ in os.walk(beside):
-            for name in folders:
-                (folder / Path(place).relative_to(beside) / name).mkdir(exist_ok=True)
-        stale = [path for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in new]
-        if "config.json" in new:  # without it the folder is no model: no reader meets new weights under an old one
-            (folder / "config.json").unlink(missing_ok=True)
-        for name in sorted(new, key=lambda name: (name == "config.json", name)):
-            (beside / name).replace(folder / name)
-        if any(name.endswith((".safetensors", ".bin")) for name in new):
-            for path in stale:
-                path.unlink()
+        names = files_of(beside)
+        write_text(beside / MOVING, json.dumps(names))
+        _move_all(beside, folder, names)
+
+
+def _move_on(left: Path, folder: Path) -> None:
+    """What a run was killed while it wrote is removed; what it was killed while it moved belongs to `folder`, whose
+    own config.json may be gone by now."""
+    names = _moving(left)
+    if names is None:
+        remove(left)
+        return
+    _move_all(left, folder, names)
+    shutil.rmtree(left, ignore_errors=True)
+    logger.warning("%s is complete: a run was killed while it moved files there, and the others followed.", folder)
+
+
+def _moving(left: Path) -> list[str] | None:
+    try:
+        names = json.loads((left / MOVING).read_text(encoding="utf8"))
+        return names if all(_is_inside(name) for name in names) else None
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def _move_all(beside: Path, folder: Path, names: list[str]) -> None:
+    """
+    Args:
+        names: of all files; those that are no longer in `beside` have been moved.
+    """
+    folder.mkdir(exist_ok=True)
+    for place, folders, _ in os.walk(beside):
+        for name in folders:
+            (folder / Path(place).relative_to(beside) / name).mkdir(exist_ok=True)
+    stale = [path for path in folder.iterdir() if SHARD.fullmatch(path.name) and path.name not in names]
+    left = [name for name in names if os.path.lexists(beside / name)]
+    if "config.json" in left:  # without it the folder is no model: no reader meets new weights under an old one
+        (folder / "config.json").unlink(missing_ok=True)
+    for name in sorted(left, key=lambda name: (name == "config.json", name)):
+        (beside / name).replace(folder / name)
+    if any(name.endswith((".safetensors", ".bin")) for name in names):
+        for path in stale:
+            path.unlink()
 
 
 def remove_recorded(folder: Path) -> None:

@@ -25,13 +25,39 @@ from torch.nn.modules.module import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .layers_rmtkd import check_ternary
-from .spec_rmtkd import SpecMismatchError, shown
+from .spec_rmtkd import SpecMismatchError, mismatch, shown
 
 
 # What constructors of transformers raise at values that they never expected: a zero that divides, an unknown name, a
 # width that is no multiple. The class of strict configs is not told to the public; transformers has loaded it.
 BUILDING = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 REFUSALS = (*BUILDING, getattr(sys.modules.get("huggingface_hub.errors"), "StrictDataclassError", ValueError))
+
+
+LARGEST = 2**63 - 1
+NUMBERS_OF_ROTARY = re.compile("theta|factor|beta|mscale|embeddings")
+
+
+def check_plain_numbers(fields):
+    """Whether no field of a config holds a number that builds a model and makes every answer NaN, or that no tensor
+    takes: NaN, whole numbers beyond 64 bits, and what is infinite, true or false where rotary positions read a number.
+
+    Raises:
+        SpecMismatchError: names the field.
+    """
+    todo = [(name, name.startswith("rope_"), value) for name, value in fields.items() if name != "rmtkd"]
+    while todo:
+        name, rotary, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [(f"{name}.{inner}"[:200], rotary, held) for inner, held in value.items()]
+        elif isinstance(value, (list, tuple)):
+            todo += [(name, rotary, held) for held in value]
+        elif isinstance(value, bool) and rotary and NUMBERS_OF_ROTARY.search(name.rpartition(".")[2]):
+            raise mismatch(name, value, "a number")
+        elif isinstance(value, int) and abs(value) > LARGEST:
+            raise mismatch(name, value, "a number of 64 bits")
+        elif isinstance(value, float) and (math.isnan(value) or rotary and math.isinf(value)):
+            raise mismatch(name, value, "a finite number")
 
 
 @contextlib.contextmanager

@@ -41,8 +41,15 @@ from .layers_rmtkd import (
     TernaryMLP,
     check_adapters,
 )
-from .loading_rmtkd import REFUSALS, as_many_as_tensors, finalizing, load_checked, named_errors
-from .resizing_rmtkd import ConfigView, resize_module
+from .loading_rmtkd import (
+    REFUSALS,
+    as_many_as_tensors,
+    check_plain_numbers,
+    finalizing,
+    load_checked,
+    named_errors,
+)
+from .resizing_rmtkd import ConfigView, check_numbers, resize_module
 from .spec_rmtkd import (
     COUNTS,
     VERSION,
@@ -162,7 +169,10 @@ def _check_all_heads(model, spec):
     for path, module in model.named_modules():
         inside = {name: deltas[f"{path}.{name}"] for name in module._modules if f"{path}.{name}" in deltas}
         if inside or path in attrs or path in heads:
-            check_heads(module, attrs.get(path, {}), inside, f"rmtkd.spec.attrs[{path!r}]", heads.get(path))
+            where = f"rmtkd.spec.attrs[{path!r}]"
+            check_heads(module, attrs.get(path, {}), inside, where, heads.get(path))
+            if path in heads:
+                check_numbers(module, attrs.get(path, {}), heads[path], where)
 
 
 _FITS = {
@@ -366,6 +376,7 @@ def _make_config(name):
     def __init__(self, *args, **kwargs):
         check_rmtkd(kwargs.get("rmtkd"))
         check_fields(kwargs, made)
+        check_plain_numbers(kwargs)
         with named_errors(base.__name__):
             fill(self, *args, **kwargs)
 

@@ -1,13 +1,16 @@
-"""Layers of a dense skeleton are made narrower, and see the config that their code needs.
+"""Layers of a dense skeleton are made narrower, and see the config and the numbers that their code needs.
 
 Lies beside `modeling_rmtkd.py` in every saved repository, and imports torch and transformers alone.
 """
+
+import inspect
+from types import CodeType, FunctionType
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .layers_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear
-from .spec_rmtkd import epsilon_name, is_norm
+from .spec_rmtkd import COUNTS, WHOLE, epsilon_name, is_norm, mismatch
 
 
 def _corner(tensor, *shape):
@@ -121,3 +124,41 @@ class ConfigView:
         if name.startswith("__") or "_viewed" not in vars(self):  # while it is copied or unpickled
             raise AttributeError(name)
         return getattr(self._viewed, name)
+
+
+def check_numbers(module, attributes, kept, where):
+    """Whether the spec says all numbers of heads that the code of an attention reads: with those of the dense one it
+    would fail at the first text, or compute something else.
+
+    Args:
+        module: of the dense skeleton.
+        attributes: what the spec sets of it.
+        kept: its entry in `heads`.
+
+    Raises:
+        SpecMismatchError: names a number that is missing.
+    """
+    if kept["kept"] == kept["of"]:
+        return
+    read = _names_read(type(module))
+    own = {name for name in COUNTS | WHOLE if type(vars(module).get(name)) is int}
+    if missing := sorted(read & own - attributes.keys()):
+        raise mismatch(where, attributes, f"the entry {missing[0]!r} as well, which its code reads")
+    if "config" in read and read & COUNTS - own and not kept.get("config"):
+        raise mismatch(where, kept, '"config": true in its entry of `heads`: its code reads numbers of heads there')
+
+
+def _names_read(cls):
+    """Names of all attributes that the forward of a class reads, and the methods of the class that it calls."""
+    found, todo = set(), ["forward"]
+    while todo:
+        method = inspect.unwrap(getattr(cls, todo.pop()))
+        names = _names_in(method.__code__) - found if isinstance(method, FunctionType) else set()
+        found |= names
+        todo += [name for name in names if callable(getattr(cls, name, None))]
+    return found
+
+
+def _names_in(code):
+    inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
+    return set(code.co_names).union(*map(_names_in, inner))

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 
 __all__ = ["EXIT_TERMINATED", "Terminated", "Termination", "terminable"]
@@ -133,7 +133,8 @@ class Termination:
     def say(self, words: str) -> None:
         """One line for whoever reads the log of a job that ends. Not through `logging`: its locks may be held."""
         if self.speaks:
-            os.write(2, f"{words}\n".encode())
+            with suppress(OSError):  # a reader may be gone: the same signal ended the tee behind a pipe
+                os.write(2, f"{words}\n".encode())
 
     def _come(self, number, frame) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

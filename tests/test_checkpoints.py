@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from optimum_rmtkd import newest_checkpoint
 from optimum_rmtkd.checkpoints import (
     MANIFEST,
+    STATE,
     begin,
     check_whole,
     discard,
@@ -22,10 +23,13 @@ from optimum_rmtkd.checkpoints import (
     newest_whole,
     pending_place,
     put_in_place,
+    step_of,
     tidy,
 )
 from optimum_rmtkd.errors import IncompleteCheckpointError, RMTKDError
 from optimum_rmtkd.locks import let_go
+
+from .conftest import ROOT
 
 
 def fill(folder, of_loop=False):
@@ -152,6 +156,124 @@ def test_what_was_moved_aside_comes_back(tmp_path, caplog):
     tidy(tmp_path)
     assert fault_of(tmp_path / "checkpoint-5") is None and "back in its place" in caplog.text
     assert not aside.exists()
+
+
+def killed_at_the_second_rename(target, step):
+    """A checkpoint is being replaced by one of this step: the old one has been moved aside, the new one is sealed."""
+    code = (
+        "import os, pathlib, sys; from optimum_rmtkd.checkpoints import begin, pending_place, put_in_place;"
+        "from tests.test_checkpoints import fill; target, calls = pathlib.Path(sys.argv[1]), []; begin(target);"
+        "fill(pending_place(target), of_loop=True); rename = pathlib.Path.rename\n"
+        "def counted(path, to):\n"
+        "    calls.append(to)\n"
+        "    return os.kill(os.getpid(), 9) if len(calls) == 2 else rename(path, to)\n"
+        "pathlib.Path.rename = counted; put_in_place(target, int(sys.argv[2]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, target, str(step)], cwd=ROOT)
+    assert done.returncode == -9 and not target.exists()
+
+
+@pytest.mark.parametrize("name", ["last", "checkpoint-5", "x" * 100])
+@pytest.mark.parametrize("sealed", [True, False])
+def test_a_kill_between_two_renames_costs_no_checkpoint(tmp_path, caplog, name, sealed):
+    """The new one, whole and sealed, gets its name; without it the old one comes back."""
+    made(tmp_path / name, step=5, of_loop=True)
+    (tmp_path / name / "notes").write_text("mine")
+    killed_at_the_second_rename(tmp_path / name, 10)
+    if not sealed:
+        cut(pending_place(tmp_path / name) / "optimizer.bin")
+    assert newest_checkpoint(tmp_path) == str(tmp_path / name)
+    assert step_of(tmp_path / name) == (10 if sealed else 5) and fault_of(tmp_path / name) is None
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name / "notes").exists()
+    assert "place: a run was killed while it replaced" in caplog.text
+
+
+def test_a_kill_while_the_old_one_is_removed_leaves_nothing(tmp_path):
+    made(tmp_path / "last", step=5)
+    for token, content in {"ab12cd34": ["last/model.safetensors"], "cd34ab12": ["last"], "ef56ef56": []}.items():
+        for name in ("", *content):
+            place = tmp_path / f".last.{token}.old" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text("half") if "." in name else place.mkdir()
+    tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["last"]
+
+
+def test_what_only_looks_like_ours_stays(tmp_path):
+    """Whatever lies under such names is told by what is in it."""
+    made(tmp_path / "last")
+    for place in (".thesis.ab12cd34.old/thesis", ".last.ab12cd34.old/other", ".notes.partial/mine", ".x.ab12cd34.old"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "text").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "last")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_discarded_checkpoint_does_not_come_back(tmp_path):
+    made(tmp_path / "last")
+    pending_place(tmp_path / "last").parent.mkdir()
+    (tmp_path / "last").rename(pending_place(tmp_path / "last"))  # killed before its files are removed
+    assert newest_checkpoint(tmp_path) is None and list(tmp_path.iterdir()) == []
+
+
+def test_one_that_lies_aside_without_locks_is_still_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("optimum_rmtkd.checkpoints.take_if_abandoned", lambda path: None)
+    monkeypatch.setattr("optimum_rmtkd.checkpoints.SETTLES", 0.1)
+    aside = tmp_path / ".last.ab12cd34.old" / "last"
+    made(tmp_path / "last", of_loop=True)
+    aside.parent.mkdir()
+    (tmp_path / "last").rename(aside)
+    assert newest_checkpoint(tmp_path) == str(aside)
+
+
+def header(text):
+    return len(text).to_bytes(8, "little") + text
+
+
+DAMAGED = {
+    "header a list": ("model.safetensors", header(b"[1]")),
+    "tensor a list": ("model.safetensors", header(b'{"a": [1]}')),
+    "tensor without offsets": ("model.safetensors", header(b'{"a": {}}')),
+    "offsets empty": ("model.safetensors", header(b'{"a": {"data_offsets": []}}')),
+    "offsets words": ("model.safetensors", header(b'{"a": {"data_offsets": ["x", "y"]}}')),
+    "header deep": ("model.safetensors", header(b"[" * 100_000)),
+    "state a list": ("rmtkd_state.json", b"[]"),
+    "state without a version": ("rmtkd_state.json", b"{}"),
+    "state deep": ("rmtkd_state.json", b"[" * 100_000),
+    "manifest deep": (MANIFEST, b"[" * 100_000),
+    "manifest of a list": (MANIFEST, b'{"step": 9, "files": [1]}'),
+    "manifest a number": (MANIFEST, b"5"),
+    "manifest of no state": (MANIFEST, b'{"step": 9, "files": {}}'),
+    "size infinite": (MANIFEST, b'{"step": 9, "files": {"rmtkd_state.json": Infinity}}'),
+    "step infinite": (MANIFEST, b'{"step": Infinity, "files": {"a": 1}}'),
+    "step a list": (MANIFEST, b'{"step": [], "files": {"a": 1}}'),
+    "a name that no file can have": (MANIFEST, json.dumps({"files": {"x" * 5000: 1, STATE: 14}}).encode()),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_whatever_is_wrong_with_the_newest_the_one_before_is_found(tmp_path, case):
+    name, content = DAMAGED[case]
+    intact, newest = made(tmp_path / "checkpoint-5", step=5), fill(tmp_path / "checkpoint-9")
+    (newest / name).write_bytes(content)
+    assert newest_whole(tmp_path).newest == intact
+    assert newest_checkpoint(tmp_path) == str(intact)
+    assert "\n" not in fault_of(newest) and len(fault_of(newest)) < 500
+    tidy(tmp_path)
+
+
+@pytest.mark.parametrize("of_loop", [True, False])
+def test_zeros_in_the_place_of_an_optimizer_are_seen(tmp_path, of_loop):
+    """A full disk, or a file system after a crash, leaves a file of the right size."""
+    whole = made(tmp_path / "checkpoint-1", of_loop=of_loop)
+    names = ("optimizer.bin", "random_states_0.pkl") if of_loop else ("optimizer.pt", "scheduler.pt", "rng_state.pth")
+    for name in names:
+        content = (whole / name).read_bytes()
+        (whole / name).write_bytes(bytes(len(content)))
+        assert f"{name} cannot be read" in fault_of(whole)
+        (whole / name).write_bytes(content)
+    assert fault_of(whole) is None
 
 
 def test_discarding_leaves_nothing(tmp_path):

@@ -264,6 +264,39 @@ def test_the_record_is_plain_json(pair):
     assert set(values["files"]) == set(NEW) and all(len(digest) == 64 for digest in values["files"].values())
 
 
+@pytest.mark.parametrize("at", range(1, 7))
+@pytest.mark.parametrize("before", [{}, {"config.json": "old", "model-00001-of-00002.safetensors": "old"}])
+def test_a_kill_while_a_folder_is_filled_loses_no_model(tmp_path, at, before):
+    """The next run finds the old model, or brings the new one to its end; a half of one never counts."""
+    folder, new = (
+        tmp_path / "model",
+        {"config.json": "new", "model.safetensors": "new", "1_Pooling/config.json": "new"},
+    )
+    if before:
+        fill(folder, before)
+    child = os.fork()
+    if not child:
+        count = [0]
+
+        def counted(event, args):
+            if event in ("os.rename", "os.remove") and str(folder.parent) in str(args[0]):
+                count[0] += 1
+                if count[0] == at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(counted)
+        with writing_into(folder) as beside:
+            fill(beside, new)
+        os._exit(0)
+    killed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    with writing_into(folder) as beside:
+        fill(beside, {"notes": "of the next run"})
+    found = contents(folder)
+    assert found.pop("notes") == "of the next run"
+    assert found in (before, new) and (killed or found == new)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_folder_is_filled_as_a_whole(tmp_path):
     """Stale shards of earlier weights go with them; what fails changes nothing."""
     folder = fill(

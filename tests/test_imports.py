@@ -84,6 +84,7 @@ ROOMS = """
     spec_rmtkd batches spectra
     config
     recipe registry checkpoints
+    wholeness
     folders
     files
     validation leftovers disks signals

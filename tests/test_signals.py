@@ -38,6 +38,25 @@ def test_near_the_end_of_a_step_it_is_noted_and_a_second_one_is_the_systems(capf
     assert caught.value.code == 143 and "end of this step" in capfd.readouterr().err
 
 
+def test_nobody_who_hears_it_is_no_reason_to_lose_the_run(capfd):
+    """`python train.py 2>&1 | tee log`: a SIGTERM to the group ends the tee first."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    kept = os.dup(2)
+    os.dup2(writing, 2)
+    termination = Termination(lambda: "kept")
+    try:
+        with pytest.raises(Terminated):
+            with termination.listening():
+                termination.soon = True
+                terminate()
+                assert termination.agreed(ALONE)  # the step went on to its end
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(writing)
+
+
 def test_where_no_step_ends_soon_the_process_ends(capfd):
     termination = Termination(lambda: "checkpoint-4 is whole")
     with pytest.raises(Terminated):

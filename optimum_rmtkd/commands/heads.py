@@ -12,7 +12,7 @@ import math
 from typing import TYPE_CHECKING
 
 from ..errors import RMTKDError
-from .labels import SHOWN, WHOLE, find, shortest
+from .labels import SHOWN, WHOLE, distinct, find, shortest
 from .metrics import REGRESSION
 
 
@@ -50,7 +50,7 @@ def with_new_head(
 def _classes(rows: Dataset, column: str, metric: str | None, label_map: dict[str, str]) -> list[str] | None:
     """Names of the classes; None where the labels are numbers."""
     names = getattr(rows.features[column], "names", None)
-    values = [value for value in rows.unique(column) if value is not None]
+    values = distinct(rows, column)
     if metric in REGRESSION or not (names or label_map or metric) and any(map(_has_a_fraction, values)):
         return None
     keys = list(names) if names else _in_order({shortest(value) for value in values})

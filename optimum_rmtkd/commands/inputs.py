@@ -8,7 +8,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RMTKDError
-from .tables import UNREADABLE
+from ..hub import loading
+from .tables import UNREADABLE, check_utf8
 
 
 if TYPE_CHECKING:
@@ -38,11 +39,14 @@ def check_inputs(rows: Dataset, columns: list[str]) -> None:
                 f"Column '{column}' holds nothing in {len(empty)} of {len(rows)} rows, the first of them row "
                 f"{empty[0]}: remove or fill such rows."
             )
-        if getattr(feature, "dtype", None) not in ("string", "large_string") and type(feature).__name__ != "Image":
+        if type(feature).__name__ == "Image":
+            continue
+        if getattr(feature, "dtype", None) not in ("string", "large_string"):
             raise RMTKDError(
                 f"Column '{column}' holds {getattr(feature, 'dtype', type(feature).__name__)}, where a text was "
                 "expected: name the right one with --text-column."
             )
+        check_utf8(rows, column)
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
@@ -54,17 +58,7 @@ def load_tokenizer(name: str, config: PreTrainedConfig, padded: bool = True) -> 
     Raises:
         RMTKDError: the model has no tokenizer, or one that is not its own.
     """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, LookupError, RecursionError, TypeError, AttributeError) as error:
-        raise RMTKDError(f"'{name}' has no tokenizer that can be read: {error}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        # Without any file transformers makes an empty tokenizer that turns every word into [UNK].
-        raise RMTKDError(
-            f"'{name}' has no tokenizer files: save the tokenizer the model was fine-tuned with beside it."
-        )
+    tokenizer = loading.load_tokenizer(name)
     if padded and tokenizer.pad_token_id is None:
         raise RMTKDError(
             f"The tokenizer of '{name}', a {type(tokenizer).__name__} of {len(tokenizer)} tokens for a table of "
@@ -96,7 +90,8 @@ def text_tools(
 
     def encode(rows: Dataset, what: str) -> Dataset:
         def tokenize(batch: dict[str, list]) -> dict[str, list]:
-            encoded = _truncated(tokenizer, [batch[column] for column in columns], length)
+            with loading.tokenizing(name):
+                encoded = _truncated(tokenizer, [batch[column] for column in columns], length)
             check_tokens(encoded["input_ids"], config.vocab_size, name)
             return encoded
 
@@ -143,12 +138,9 @@ def image_tools(model: str, config: PreTrainedConfig, column: str) -> tuple[Any,
     Raises:
         RMTKDError: the model has no image processor; called on rows, an image that cannot be read.
     """
-    from transformers import AutoImageProcessor, default_data_collator
+    from transformers import default_data_collator
 
-    try:
-        processor = AutoImageProcessor.from_pretrained(model)
-    except (OSError, ValueError, LookupError, RecursionError, TypeError, AttributeError) as error:
-        raise RMTKDError(f"'{model}' has no image processor that can be read: {error}") from error
+    processor = loading.load_image_processor(model)
     mode = "L" if getattr(config, "num_channels", 3) == 1 else "RGB"
 
     def prepare(batch: dict[str, list]) -> dict[str, list]:

@@ -21,6 +21,7 @@ from ..files import read_text
 from ..recipe import parse_json
 from ..validation.wording import brief
 from ..validation.wording import shown as written
+from .tables import check_utf8
 
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_label_map",
     "class_names",
+    "distinct",
     "find",
     "is_regression",
     "label_values",
@@ -99,13 +101,32 @@ def check_label_map(label_map: dict[str, str], data: Sequence[Dataset], column: 
     labels: dict[str, None] = {}
     for rows in data:
         names = getattr(rows.features[column], "names", None)
-        labels |= dict.fromkeys(names or (shortest(value) for value in rows.unique(column) if value is not None))
+        labels |= dict.fromkeys(names or map(shortest, distinct(rows, column)))
     unknown = [name for name in label_map if find(name, list(labels)) is None]
     if unknown:
         raise RMTKDError(
             f"--label-map names {_quoted(unknown)}, which is no label in column '{column}'; it "
             f"holds {shown(sorted(labels))}."
         )
+
+
+def distinct(rows: Dataset, column: str) -> list[Any]:
+    """The different labels of a column, in the order of their first rows; none that is missing.
+
+    Raises:
+        RMTKDError: they are lists or objects, or no UTF-8 text; names the first such row.
+    """
+    check_utf8(rows, column)
+    found: dict[Any, None] = {}
+    for row, value in enumerate(rows[column][:], 1):
+        if isinstance(value, (list, dict)):
+            raise RMTKDError(
+                f"Column '{column}' holds {written(value)} in row {row}; expected one label a row, a class index or a "
+                "name. Name the right column with --label-column."
+            )
+        if value is not None:
+            found[value] = None
+    return list(found)
 
 
 def is_regression(config: PreTrainedConfig) -> bool:
@@ -154,6 +175,7 @@ def label_values(
     Raises:
         RMTKDError: labels are missing, are no numbers, or do not fit the classes of the model; names the row.
     """
+    check_utf8(rows, column)
     values, feature = rows[column][:], rows.features[column]
     missing = [number for number, value in enumerate(values, 1) if value is None]
     if missing:

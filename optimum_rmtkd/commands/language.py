@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import RMTKDError
+from ..hub.loading import tokenizing
+from ..validation.wording import shown
 from .corpora import check_texts, text_columns, texts_of
 from .data import HELD_OUT, DataArguments
 from .inputs import check_tokens, load_tokenizer
@@ -236,11 +238,13 @@ def token_stream(
         running = suffix_of(Path(file)) == PLAIN and kind == "causal"
         texts = (_as_text(text, file) for text in texts_of([file], columns, blank_lines=running))
         while part := list(islice(texts, AT_ONCE)):
+            whole, specials = ("\n".join(part) + "\n", {"add_special_tokens": False}) if running else (part, {})
+            with tokenizing(getattr(tokenizer, "name_or_path", "the model")):
+                ids = tokenizer(whole, verbose=False, **specials)["input_ids"]
             if running:
-                yield tokenizer("\n".join(part) + "\n", add_special_tokens=False, verbose=False)["input_ids"]
-                continue
-            ids = tokenizer(part, verbose=False)["input_ids"]
-            yield from ids if ended else (row + [tokenizer.eos_token_id] for row in ids)
+                yield ids
+            else:
+                yield from ids if ended else (row + [tokenizer.eos_token_id] for row in ids)
 
 
 def _as_text(value: Any, file: str) -> str:
@@ -249,6 +253,13 @@ def _as_text(value: Any, file: str) -> str:
             f"{file}: a text column holds a {type(value).__name__} where a text was expected. Write conversations out "
             "with tokenizer.apply_chat_template(..., tokenize=False), and name that column with --text-column."
         )
+    try:
+        value.encode("utf8")
+    except UnicodeEncodeError as error:
+        raise RMTKDError(
+            f"{file}: a text holds half a character ({shown(value[error.start])}, behind "
+            f"{shown(value[: error.start][-20:])}), which is no Unicode. Remove it, or write the file anew."
+        ) from error
     return value
 
 

@@ -56,16 +56,16 @@ def peak_memory(name: str, batch: int, length: int, dtype: str, device: str) -> 
 def _measure_memory(name: str, batch: int, length: int, dtype: str, device: str) -> int | None:
     """What `peak_memory` runs in a fresh process."""
     import torch
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     import optimum_rmtkd  # noqa: F401  registers the reduced classes
 
     from ..batches.examples import example_inputs
-    from ..hub.loading import load_model
+    from ..hub.loading import load_config, load_model
 
     # The modelling code and the libraries of the first product are not the model's.
     with torch.device("meta"):
-        AutoModel.from_config(AutoConfig.from_pretrained(name))
+        AutoModel.from_config(load_config(name), trust_remote_code=False)
     with torch.inference_mode():
         torch.nn.Linear(8, 8).to(device)(torch.zeros(8, 8, device=device))
     _forget_peak()

@@ -125,16 +125,12 @@ def _kind_of_type(kind: Any) -> int:
 
 @contextlib.contextmanager
 def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
-    try:
-        with ParquetFile(path) as file:
-            if not file.metadata.num_rows:
-                raise RMTKDError(f"Cannot read {path}: it holds no rows")
-            yield file
-    except (OSError, pa.ArrowException) as error:
-        raise RMTKDError(f"Cannot read {path}: {type(error).__name__}: {error}") from error
+    with readable(path), ParquetFile(path) as file:
+        if not file.metadata.num_rows:
+            raise RMTKDError(f"Cannot read {path}: it holds no rows")
+        yield file
 
 
 # -- json -------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ __all__ = [
     "SEPARATORS",
     "UNREADABLE",
     "check_contents",
+    "check_utf8",
     "csv_rows",
     "json_line",
     "read_dataset",
@@ -147,6 +148,36 @@ def readable(path: Path) -> Iterator[None]:
         if isinstance(error, RMTKDError):
             raise
         raise RMTKDError(f"Cannot read {path}: {type(error).__name__}: {error}") from error
+
+
+def check_utf8(rows: Dataset, column: str) -> None:
+    """Refuse texts that are none: a parquet file holds bytes, and nobody looks at them before they are used.
+
+    Raises:
+        RMTKDError: names the column and the first such row.
+    """
+    import pyarrow as pa
+
+    start = 0
+    for batch in rows.select_columns([column]).with_format("arrow").iter(1000):
+        cells = batch[column]
+        try:
+            cells.validate(full=True)
+        except pa.ArrowInvalid as error:
+            row = start + 1 + next((i for i, cell in enumerate(cells) if not _is_text(cell)), 0)
+            raise RMTKDError(
+                f"Column '{column}' holds bytes in row {row} that are no UTF-8 text. Write the file anew, with texts "
+                "in UTF-8."
+            ) from error
+        start += len(cells)
+
+
+def _is_text(cell: Any) -> bool:
+    try:
+        cell.as_py()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _array(name: str, values: list):

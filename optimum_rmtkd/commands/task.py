@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from ..errors import RMTKDError
-from ..hub.loading import check_plain, load_config
+from ..hub.loading import check_plain, load_config, refusals_named
 from ..hub.measures import of_quality
 from .data import DataArguments, divide, find_columns, has_images, read_rows
 from .heads import with_new_head
@@ -266,19 +266,14 @@ def _load_model(
     """
     import torch
     import transformers
-    from safetensors import SafetensorError
 
     auto = getattr(transformers, f"AutoModel{AUTO[kind]}")
     options = {} if config is None else {"config": config, "ignore_mismatched_sizes": True}
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # a run that goes on from a checkpoint needs the same head
-            loaded, found = auto.from_pretrained(model, dtype=torch.float32, output_loading_info=True, **options)
-    except RMTKDError:
-        raise
-    # the last five: sizes, activations and shapes of a config.json that does not fit itself or the weights
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError) as error:
-        raise RMTKDError(f"Cannot load the weights of '{model}': {type(error).__name__}: {error}") from error
+    with refusals_named(f"Cannot load the weights of '{model}'"), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # a run that goes on from a checkpoint needs the same head
+        loaded, found = auto.from_pretrained(
+            model, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
+        )
     missing = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     if config is not None:
         missing = {name for name in missing if _in_backbone(loaded, name)}

@@ -17,8 +17,6 @@ from .output import OVERWRITE, comparison, format_table, weight_bytes, writing_b
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from ..vocabulary import VocabularyReport
 
 __all__ = ["TrimCommand", "TrimOptions"]
@@ -113,7 +111,7 @@ class TrimCommand(Command):
 def _trim(name: str, options: TrimOptions, columns: dict[str, list[str]], folder: Path, title: str) -> str:
     """Fill `folder` with the trimmed model and return what was done."""
     from ..hub import write_card, write_results
-    from ..hub.loading import load_model
+    from ..hub.loading import load_model, load_tokenizer, tokenizing
     from ..vocabulary import trim_vocabulary
     from .task import weights_folder
 
@@ -126,17 +124,18 @@ def _trim(name: str, options: TrimOptions, columns: dict[str, list[str]], folder
         keep = (texts_of(options.keep_texts, columns), options.keep_size)
     if options.validation_texts is not None:
         held_out = texts_of(options.validation_texts, columns)
-    small, tokens, report = trim_vocabulary(
-        model,
-        tokenizer,
-        texts_of(options.texts, columns),
-        keep=keep,
-        min_count=options.min_count,
-        max_size=options.max_size,
-        always=options.always or (),
-        validation_texts=held_out,
-        pad_to_multiple_of=options.pad_to_multiple_of,
-    )
+    with tokenizing(name):
+        small, tokens, report = trim_vocabulary(
+            model,
+            tokenizer,
+            texts_of(options.texts, columns),
+            keep=keep,
+            min_count=options.min_count,
+            max_size=options.max_size,
+            always=options.always or (),
+            validation_texts=held_out,
+            pad_to_multiple_of=options.pad_to_multiple_of,
+        )
     small.save_pretrained(folder)
     tokens.save_pretrained(folder)
     sizes = weight_bytes(weights_folder(name)), weight_bytes(folder)
@@ -166,19 +165,3 @@ def told(report: VocabularyReport, sizes: tuple[int, int], uncut: int) -> str:
         rows.insert(1, ("removed of the uncut model", *(f"{1 - count / uncut:.1%}" for count in counts), ""))
     rows += [(*row, "") for row in report.rows() if row[0] != "parameters"]
     return "\n".join([format_table(("", "before", "after", "change"), rows), *report.notes()])
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """
-    Raises:
-        RMTKDError: there is none, or none that can be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, LookupError, RecursionError, TypeError, AttributeError) as error:
-        raise RMTKDError(f"'{name}' has no tokenizer that can be read: {error}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers makes one where there is no file
-        raise RMTKDError(f"'{name}' has no tokenizer files: save the tokenizer of the model beside it.")
-    return tokenizer

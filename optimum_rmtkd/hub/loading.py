@@ -1,7 +1,14 @@
-"""A saved model with its own class, whatever its task."""
+"""What lies in a folder or repository: a model with its own class, whatever its task, and its tokenizer or processor.
+
+They may be a stranger's. Code beside them is not run, and nobody is asked whether it may; what transformers and
+tokenizers make of damaged files is one line.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +17,18 @@ from ..errors import RMTKDError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["check_plain", "load_config", "load_model", "load_processor"]
+__all__ = [
+    "check_plain",
+    "load_config",
+    "load_image_processor",
+    "load_model",
+    "load_processor",
+    "load_tokenizer",
+    "refusals_named",
+    "tokenizing",
+]
 
 PLAIN = {  # quantisation -> what makes plain numbers of it in transformers
     "bitsandbytes": "load it, call model.dequantize()",
@@ -20,7 +36,78 @@ PLAIN = {  # quantisation -> what makes plain numbers of it in transformers
     "fp8": "load it with quantization_config=FineGrainedFP8Config(dequantize=True)",
 }
 
-TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
+# What code that expects sound files raises at others: values of another kind, of no class, beyond a range, packages
+# that a named class would need.
+REFUSALS = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError, ArithmeticError)
+REFUSALS += (RuntimeError, ImportError)
+LONGEST = 1000  # characters of a foreign message
+OWN_CODE = (
+    "it comes with code of its own (auto_map), which is never run here. Expected a class that transformers has: load "
+    "it yourself, and save it as one"
+)
+
+
+@contextmanager
+def refusals_named(words: str) -> Iterator[None]:
+    """What transformers, tokenizers or safetensors refuse in this block is said on one line, behind `words`.
+
+    Raises:
+        RMTKDError: in place of their errors.
+    """
+    try:
+        yield
+    except RMTKDError:
+        raise
+    except BaseException as error:  # a panic of tokenizers is no Exception; whatever is no refusal goes on
+        if not (isinstance(error, _refusals()) or _of_tokenizers(error)) or _out_of_memory(error):
+            raise
+        raise RMTKDError(f"{words}: {_told(error)}") from error
+
+
+@contextmanager
+def tokenizing(name: str | Path) -> Iterator[None]:
+    """What the tokenizers library refuses in this block is said of the tokenizer of `name`: a damaged one may load,
+    and fail at a text.
+
+    Raises:
+        RMTKDError: in place of its errors.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not _of_tokenizers(error):
+            raise
+        raise RMTKDError(
+            f"The tokenizer of '{name}' cannot cut a text ({_told(error)}): its tokenizer.json was damaged or edited. "
+            "Get it again from where it was saved."
+        ) from error
+
+
+def _refusals() -> tuple[type[BaseException], ...]:
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return (*REFUSALS, StrictDataclassError, SafetensorError)
+
+
+def _of_tokenizers(error: BaseException) -> bool:
+    """Its Rust code raises Exception itself, of no narrower class, and panics."""
+    return type(error) is Exception or type(error).__module__ == "pyo3_runtime"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    from torch import OutOfMemoryError
+
+    return isinstance(error, OutOfMemoryError)
+
+
+def _told(error: BaseException) -> str:
+    """A foreign error on one line, with its kind where the words alone might not say it."""
+    words = " ".join(str(error).split())[:LONGEST]
+    if "trust_remote_code" in words:
+        return OWN_CODE
+    speaks = words and (isinstance(error, (OSError, ValueError)) or type(error) is Exception)
+    return words if speaks else f"{type(error).__name__}{': ' if words else ''}{words}"
 
 
 def load_config(name: str | Path) -> PreTrainedConfig:
@@ -29,25 +116,24 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     Raises:
         RMTKDError: none there, or of an unknown kind.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(name)
-    except RMTKDError:  # of a narrowed model, whose config has a schema
-        raise
-    # the last four: a config.json that is no object, or holds values of other kinds than its class declares
-    except (OSError, ValueError, RecursionError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        if (packed := _gguf(name)) is not None:
+        with refusals_named(f"Cannot load model '{name}'"):
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except RMTKDError as error:
+        if error.__cause__ is not None and (packed := _gguf(name)) is not None:
             raise RMTKDError(
                 f"Cannot load model '{name}': {packed.name} holds packed weights (GGUF), and a cut needs plain "
                 "numbers. Take the checkpoint that it was made from, or unpack it with AutoModelForCausalLM."
                 "from_pretrained("
                 f"{str(packed.parent)!r}, gguf_file={packed.name!r}).save_pretrained(FOLDER), its tokenizer alike. "
                 "Convert the narrow model to GGUF in the end."
-            ) from error
-        hint = "" if Path(name).is_dir() else f" There is no folder {name} here, so it was looked for on the Hub."
-        raise RMTKDError(f"Cannot load model '{name}': {error}{hint}") from error
+            ) from error.__cause__
+        if Path(name).is_dir() or error.__cause__ is None:
+            raise
+        hint = f" There is no folder {name} here, so it was looked for on the Hub."
+        raise RMTKDError(f"{error}{hint}") from error.__cause__
 
 
 def _gguf(name: str | Path) -> Path | None:
@@ -86,14 +172,10 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
         RMTKDError: no model there, one of a class that neither transformers nor this package has, or weights that are
             damaged or do not fit (SpecMismatchError).
     """
-    from safetensors import SafetensorError
-
     config = load_config(name)
     cls = _class_of(name, config)
-    try:
+    with refusals_named(f"Cannot load the weights of '{name}'"):
         return cls.from_pretrained(name, dtype=dtype or "auto").eval()
-    except (OSError, SafetensorError) as error:
-        raise RMTKDError(f"Cannot load the weights of '{name}': {error}") from error
 
 
 def _class_of(name: str | Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -125,22 +207,94 @@ def _class_of(name: str | Path, config: PreTrainedConfig) -> type[PreTrainedMode
     return cls
 
 
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model.
+
+    Raises:
+        RMTKDError: there is none, or none that can be read and used.
+    """
+    tokenizer = _tokenizer(name, f"'{name}' has no tokenizer that can be read")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        # Without any file transformers makes an empty tokenizer that turns every word into [UNK].
+        raise RMTKDError(
+            f"'{name}' has no tokenizer files: save the tokenizer the model was fine-tuned with beside it."
+        )
+    return tokenizer
+
+
+def load_image_processor(name: str | Path) -> Any:
+    """The image processor beside a model.
+
+    Raises:
+        RMTKDError: there is none, or none that can be read.
+    """
+    return _image_processor(name, f"'{name}' has no image processor that can be read")
+
+
 def load_processor(name: str | Path) -> Any | None:
     """The tokenizer or image processor beside a model; None where there is none.
 
     Raises:
         RMTKDError: its files are there and cannot be read.
     """
-    from transformers import AutoImageProcessor, AutoTokenizer
+    for file, load in (("preprocessor_config.json", _image_processor), ("tokenizer_config.json", _tokenizer)):
+        if _file(name, file) is not None:
+            return load(name, f"Cannot load what {file} of '{name}' describes")
+    return None
+
+
+def _tokenizer(name: str | Path, words: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    with refusals_named(words):
+        _check_class(name, "tokenizer_config.json", "tokenizer_class", PreTrainedTokenizerBase)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        _try_out(tokenizer)
+    return tokenizer
+
+
+def _image_processor(name: str | Path, words: str) -> Any:
+    from transformers import AutoImageProcessor
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    with refusals_named(words):
+        _check_class(name, "preprocessor_config.json", "image_processor_type", ImageProcessingMixin)
+        return AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+
+
+def _check_class(name: str | Path, file: str, field: str, wanted: type) -> None:
+    """transformers would build whatever class of its own is named: a model with billions of weights, for example.
+
+    Raises:
+        ValueError: it is none of the `wanted`.
+    """
+    import transformers
+
+    for place in (file, "config.json"):
+        path = _file(name, place)
+        values = None if path is None else json.loads(Path(path).read_text(encoding="utf8"))
+        named = values.get(field) if isinstance(values, dict) else None
+        cls = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
+        if cls is not None and not (isinstance(cls, type) and issubclass(cls, wanted)):
+            raise ValueError(f"{place} says {field}={named!r}, which is no {wanted.__name__}")
+
+
+def _file(name: str | Path, file: str) -> str | None:
+    """Where a file of a folder or repository lies; None where there is none."""
     from transformers.utils import cached_file
 
-    kinds = {"preprocessor_config.json": AutoImageProcessor, "tokenizer_config.json": AutoTokenizer}
-    for file, auto in kinds.items():
-        lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-        if cached_file(name, file, **lenient) is None:
-            continue
-        try:
-            return auto.from_pretrained(name)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise RMTKDError(f"Cannot load what {file} of '{name}' describes: {error}") from error
-    return None
+    lenient = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(name, file, **lenient)
+
+
+def _try_out(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Cut the empty text: a template of special tokens that are missing fails at every text. What a call changes,
+    truncation and padding, is saved with the tokenizer, and put back."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    truncation, padding = getattr(backend, "truncation", None), getattr(backend, "padding", None)
+    for special in (True, False):
+        tokenizer("", add_special_tokens=special, verbose=False)
+    if truncation is not None:
+        backend.enable_truncation(**truncation)
+    if padding is not None:
+        backend.enable_padding(**padding)

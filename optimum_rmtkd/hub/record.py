@@ -12,7 +12,7 @@ from ..validation import check_value
 from ..validation.wording import a_kind, shown
 
 
-__all__ = ["check_record"]
+__all__ = ["check_config", "check_record"]
 
 NUMBER = numbers.Real | None  # NaN and infinities, too: a training may have diverged
 NAME = str | None
@@ -38,6 +38,22 @@ TRIMMED_MAY |= {"narrowed": bool}
 HELD_OUT = dict.fromkeys(("texts", "changed", "tokens_before", "tokens_after", "longest_growth", "lost"), int)
 METRIC = {"name": str, "before": NUMBER, "after": NUMBER}
 BENCH = {"setting": str, "rows": list[list], "values": list[dict]}
+BENCH_ROW = 4  # what, before, after, change
+CONFIG = {"rmtkd": dict | None, "auto_map": dict | None}
+
+
+def check_config(config: Mapping[str, Any], file: str) -> None:
+    """Refuse the fields of a config.json that card and report read, where they could not.
+
+    Raises:
+        RMTKDError: names the file, the entry, what it holds and what was expected.
+    """
+    _check(config, {}, CONFIG, file)
+    if config.get("architectures") is not None:
+        _check(config, {}, {"architectures": list[str]}, file)
+    rmtkd = config.get("rmtkd") or {}
+    _check(rmtkd, {}, {"recipe": dict | None, "provenance": dict | None}, f"{file}: rmtkd")
+    _check(rmtkd.get("provenance") or {}, {}, {"base_model": NAME}, f"{file}: rmtkd.provenance")
 
 
 def check_record(
@@ -56,7 +72,8 @@ def check_record(
     Raises:
         RMTKDError: names the file, the entry, what it holds and what was expected.
     """
-    _check(stages, {}, {"stages": list[dict], "fit": dict | None, "metrics": dict | None}, files[0])
+    may = {"stages": list[dict], "fit": dict | None, "metrics": dict | None, "recipe": dict | None}
+    _check(stages, {}, may, files[0])
     for index, stage in enumerate(stages.get("stages", [])):
         where = f"{files[0]}: stages[{index}]"
         _check(stage, STAGE, STAGE_MAY, where)
@@ -70,6 +87,7 @@ def check_record(
         if not index.isdecimal():
             raise RMTKDError(f"{where}: expected the number of a stage. Repeat the run, or take its own files.")
         _check(report, REPORT, {"note": NAME, "steps": NAME}, where)
+        _check(report["recipe"], {"edge_estimator": str}, {}, f"{where}.recipe")
         for number, site in enumerate(report["sites"]):
             _check(site, SPECTRUM, {"edge": NUMBER, "n": NUMBER, "n_eff": NUMBER}, f"{where}.sites[{number}]")
         for number, point in enumerate(report["budget"]):
@@ -84,6 +102,12 @@ def check_record(
             if trimmed.get("held_out"):
                 _check(trimmed["held_out"], HELD_OUT, {}, f"{files[2]}: {where}.held_out")
     _check(bench, {}, BENCH, files[3])
+    for number, row in enumerate(bench.get("rows", [])):
+        if len(row) != BENCH_ROW or not all(isinstance(cell, str) for cell in row):
+            raise RMTKDError(
+                f"{files[3]}: rows[{number}] is {shown(row)}; expected {BENCH_ROW} strings: what, before, after, "
+                "change. Repeat the bench, or take its own file."
+            )
 
 
 def _check(values: Mapping[str, Any], needed: Mapping[str, Any], possible: Mapping[str, Any], where: str) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..errors import RMTKDError
 from ..files import read_text, write_text
-from .record import check_record
+from .record import check_config, check_record
 
 
 __all__ = ["BENCH", "RESULTS", "SPECTRA", "STAGES", "Run", "first", "public_name", "write_results", "write_spectra"]
@@ -111,6 +111,7 @@ class Run:
                 "config.json): expected the output folder of optimum-cli rmtkd compress, or the output_dir of an "
                 "RMTKDTrainer."
             )
+        check_config(found["config.json"], str(folder / "config.json"))
         names = (STAGES, SPECTRA, RESULTS, BENCH)
         check_record(*[found[file] for file in names], files=tuple(str(folder / file) for file in names))
         spectra = {int(index): report for index, report in found[SPECTRA].get("stages", {}).items()}
@@ -183,16 +184,17 @@ class Run:
     @property
     def base_model(self) -> str:
         """Name of the uncut model: a repository, or the last part of a path; "" where unknown."""
-        provenance = (self.config.get("rmtkd") or {}).get("provenance", {})
-        return public_name(self.results.get("base_model") or provenance.get("base_model") or "")
+        return public_name(self._base or "")
+
+    @property
+    def _base(self) -> str | None:
+        provenance = (self.config.get("rmtkd") or {}).get("provenance") or {}
+        return self.results.get("base_model") or provenance.get("base_model")
 
     @property
     def base_repository(self) -> str | None:
         """`base_model` where it is the name of a repository of the Hub."""
-        given = self.results.get("base_model") or (self.config.get("rmtkd") or {}).get("provenance", {}).get(
-            "base_model"
-        )
-        return given if given and _is_repository(given) else None
+        return self._base if self._base and _is_repository(self._base) else None
 
     @property
     def architecture(self) -> str:
@@ -207,7 +209,7 @@ class Run:
     @property
     def auto_class(self) -> str:
         """The Auto class that loads it."""
-        names = [name for name in self.config.get("auto_map", {}) if name != "AutoConfig"]
+        names = [name for name in self.config.get("auto_map") or {} if name != "AutoConfig"]
         return next((name for name in names if name != "AutoModel"), "AutoModel")
 
 

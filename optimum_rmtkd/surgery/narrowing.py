@@ -206,15 +206,18 @@ def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: C
 
 def _shift(student: nn.Module, unit: Unit, old: nn.Module, reads: Projection, writes: Projection | None) -> None:
     """What a reconstruction adds goes through a layer into its bias, or into the mean that the batch norm behind it
-    subtracts."""
+    subtracts; where there is neither, it is missing. Borders that a convolution fills with zeros get it all the same.
+    """
+    new = get_module(student, unit.path)
+    if isinstance(new, nn.Parameter) or (new.bias is None and unit.norm is None):
+        return
     weight = dense_weight(old)
-    added = torch.einsum("oi...,i->o...", weight, reads.offset.to(weight.device))
-    added = added.reshape(len(weight), -1).sum(1)
-    added = added if writes is None else added[writes.index.to(added.device)]
-    bias = get_module(student, unit.path).bias
-    if bias is not None:
-        bias.copy_(bias.double() + added)
-    elif unit.norm is not None:
+    added = torch.einsum("oi...,i->o...", weight, reads.offset.to(weight.device)).reshape(len(weight), -1).sum(1)
+    if writes is not None:
+        added = writes.encode.to(added.device).T @ added if writes.index is None else added[writes.index]
+    if new.bias is not None:
+        new.bias.copy_(new.bias.double() + added)
+    else:
         norm = get_module(student, unit.norm)
         norm.running_mean.copy_(norm.running_mean.double() - added)
 
@@ -243,8 +246,7 @@ def _fill(new: nn.Module, old: nn.Module, reads, writes, factor) -> None:
     elif factor is not None and reads is None and writes is None:
         _fill_factors(new, old, factor)
     else:
-        offset = None if reads is None or reads.offset is None else reads.offset.to(device)
-        _fill_linear(new, old, encode, decode, None if writes is None else writes.index, offset)
+        _fill_linear(new, old, encode, decode, None if writes is None else writes.index)
 
 
 def _fill_table(new: nn.Embedding, old: nn.Embedding, encode: torch.Tensor | None, factor: Projection | None) -> None:
@@ -286,9 +288,8 @@ def _fill_linear(
     encode: torch.Tensor | None,
     decode: torch.Tensor | None,
     index: torch.Tensor | None = None,
-    offset: torch.Tensor | None = None,
 ) -> None:
-    """`index`: what `encode` selects, where it does; `offset`: what `decode` lacks of the mean of the input."""
+    """`index`: what `encode` selects, where it does."""
     if hasattr(new, "down"):  # stays factored: only the outer widths change
         up, down = old.up.weight.double(), old.down.weight.double()
         new.up.weight.copy_(up if encode is None else torch.einsum("or...,ok->kr...", up, encode))
@@ -304,6 +305,4 @@ def _fill_linear(
         set_weight(new, weight if decode is None else torch.einsum("oi...,ik->ok...", weight, decode))
     if new.bias is not None:
         bias = old.bias.double()
-        if offset is not None and _takes_shift(old):
-            bias = bias + dense_weight(old).flatten(1) @ offset
         new.bias.copy_(bias if encode is None else encode.T @ bias)

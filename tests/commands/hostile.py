@@ -109,6 +109,8 @@ HOSTILE = {
     "pipe.csv": (os.mkfifo, "no such file or folder"),
     "no_rows.parquet": (lambda path: parquet(path, []), "holds no rows"),
     "levels.parquet": (lambda path: parquet(path, [nested(60)]), "too deeply nested"),
+    "latin1.parquet": (lambda path: parquet(path, [0, 1, 0], texts=[b"a", b"gr\xe9at", b"b"]), "no UTF-8 text"),
+    "latin1_label.parquet": (lambda path: parquet(path, [b"a", b"gr\xe9at", b"a"], of_bytes=True), "no UTF-8 text"),
     "flipped.parquet": (lambda path: parquet(path, [0, 1] * 50, flipped=True), "Cannot read"),
 }
 
@@ -120,12 +122,23 @@ def nested(levels: int) -> list:
     return [nested(levels - 1)] if levels else [1]
 
 
-def parquet(path: Path, labels: list, flipped: bool = False) -> None:
+def as_text(cells: list[bytes]):
+    """Bytes that say that they are text."""
+    import pyarrow as pa
+
+    raw = pa.array(cells, pa.binary())
+    return pa.StringArray.from_buffers(len(raw), *raw.buffers()[1:])
+
+
+def parquet(
+    path: Path, labels: list, flipped: bool = False, texts: list | None = None, of_bytes: bool = False
+) -> None:
     """A table of as many rows; `flipped`: with every bit of its first pages turned."""
     import pyarrow as pa
     from pyarrow import parquet as writer
 
-    writer.write_table(pa.table({"sentence": ["the film"] * len(labels), "label": labels}), path)
+    sentences = ["the film"] * len(labels) if texts is None else as_text(texts)
+    writer.write_table(pa.table({"sentence": sentences, "label": as_text(labels) if of_bytes else labels}), path)
     if flipped:
         data = path.read_bytes()
         path.write_bytes(data[:4] + bytes(255 - byte for byte in data[4:150]) + data[150:])

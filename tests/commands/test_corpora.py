@@ -12,6 +12,8 @@ from optimum_rmtkd.commands import streams
 from optimum_rmtkd.commands.corpora import check_texts, text_columns, texts_of
 from optimum_rmtkd.errors import RMTKDError
 
+from .hostile import parquet
+
 
 ROWS = [{"a": "the film", "b": 'says "no"', "n": 1}, {"a": "the plot", "b": "two\nlines", "n": 2}]
 CSV = 'a,b,n\nthe film,"says ""no""",1\nthe plot,"two\nlines",2\n'
@@ -49,6 +51,12 @@ def test_every_form_of_a_table_gives_the_same_texts(tmp_path, monkeypatch, name,
     assert texts(path, ["b"]) == ['says "no"', "two\nlines"]
     with pytest.raises(RMTKDError, match="has no column 'x'; it has a, b, n"):
         text_columns([str(path)], ["x"])
+
+
+def test_bytes_of_a_parquet_file_that_are_no_text(tmp_path):
+    parquet(tmp_path / "rows.parquet", [0, 1], texts=[b"the film", b"gr\xe9at"])
+    with pytest.raises(RMTKDError, match=r"rows\.parquet: it is no UTF-8 text .byte 0xe9"):
+        texts(tmp_path / "rows.parquet")
 
 
 def test_parquet_gives_its_strings_and_named_nested_columns(tmp_path):

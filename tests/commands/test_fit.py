@@ -41,6 +41,17 @@ def rows_with(tmp_path, labels):
     return write_csv(tmp_path / "rows.csv", rows)
 
 
+@pytest.mark.parametrize("cells", [[[1], [0]] * 12, [{"a": 1}, {"a": 0}] * 12])
+def test_labels_that_are_lists_or_objects(raw, tmp_path, cells):
+    """A new head, or a --label-map, asks for the different labels first."""
+    path = tmp_path / "rows.jsonl"
+    rows = [row | {"label": label} for row, label in zip(sentence_rows(24), cells, strict=True)]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for more in ({}, {"label_map": ["1=LABEL_0"]}):
+        with pytest.raises(RMTKDError, match="Column 'label' holds .* in row 1; expected one label a row"):
+            loaded(raw, path, **more)
+
+
 # -- compress ---------------------------------------------------------------------------------------------------------
 
 

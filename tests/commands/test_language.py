@@ -12,6 +12,7 @@ from optimum_rmtkd.commands.data import DataArguments
 from optimum_rmtkd.commands.generation import compare_decoding
 from optimum_rmtkd.commands.language import LanguageTask, is_plain_text, token_stream
 from optimum_rmtkd.distillation.perplexity import Perplexity
+from optimum_rmtkd.errors import RMTKDError
 
 from .conftest import WORDS, sentence_rows, write_csv
 
@@ -188,6 +189,13 @@ def test_blank_lines_belong_to_a_running_text(tmp_path):
     assert read[-1] == path.read_text()
     list(token_stream([str(path)], {}, tokenizer, "masked"))
     assert read[-1] == [" = Title = ", "the film", "the plot"]
+
+
+def test_half_a_character_in_a_text_is_named(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "the film"}\n{"text": "great \\ud83d"}\n')
+    with pytest.raises(RMTKDError, match=r"rows\.jsonl: a text holds half a character .'\\ud83d', behind 'great '"):
+        list(token_stream([str(path)], {str(path): ["text"]}, lambda text, **_: {"input_ids": [[1]]}))
 
 
 def test_a_model_is_measured_on_the_accelerator(monkeypatch):

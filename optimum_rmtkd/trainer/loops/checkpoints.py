@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from ...checkpoints import check_whole, checkpoints_of_loop, discard, step_of, tell_passed, tidy
+from ...checkpoints import check_whole, checkpoints_of_loop, discard, settle, step_of, tell_passed, tidy
 from ...errors import RMTKDError
 from ...surgery.processes import one_for_all, several
 from ..checkpoint import STATE, read_process_state, read_state, write_process_state, write_state
@@ -151,6 +151,9 @@ class WholeStates:
         """
         accelerator = self.accelerator
         with self.board.watching():
+            if input_dir is not None:
+                with one_for_all(accelerator):  # a run may have been killed while it replaced it
+                    settle(Path(input_dir).parent)
             if input_dir is None and accelerator.project_configuration.automatic_checkpoint_naming:
                 folder = Path(accelerator.project_dir, "checkpoints")
                 found = newest_everywhere(checkpoints_of_loop(folder), accelerator)
