@@ -29,13 +29,19 @@ def of_quality(metrics: Mapping[str, Any]) -> dict[str, float]:
     """The numbers among what an evaluation returned that judge the model: no times, no speeds, no memory, no epoch."""
     return {
         name: float(value)
-        for name, value in metrics.items()
+        for name, value in ((name, _one(value)) for name, value in metrics.items())
         if isinstance(value, numbers.Real)
         and not isinstance(value, bool)
         and name != "epoch"
         and not name.endswith(SPEED)
         and not any(part in name for part in SPEED_PARTS)
     }
+
+
+def _one(value: Any) -> Any:
+    """What an array or a tensor of one element holds."""
+    single = hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1
+    return value.item() if single else value
 
 
 def is_number(value: Any) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from .stages import PlannedCut, Stage
+from .stages import PlannedCut, Stage, spread_steps
 
 
 __all__ = ["Agenda"]
@@ -22,6 +22,7 @@ class Agenda:
     plan: all cuts, done ones included; None before training begins.
     max_steps: of the run that was planned.
     ended: whether the training it was planned for is over.
+    anew: another training follows, whose steps are counted from its first one.
     stages: one record per cut that was tried.
     stopped: why no further cut will follow.
     retry_at: step at which a cut that waits is looked at again.
@@ -37,7 +38,7 @@ class Agenda:
         """Forget the run."""
         self.plan: tuple[PlannedCut, ...] | None = None
         self.max_steps = 0
-        self.ended = False
+        self.ended = self.anew = False
         self.stages: list[Stage] = []
         self.stopped: str | None = None
         self.retry_at: int | None = None
@@ -91,10 +92,46 @@ class Agenda:
         self.stage_from, self.look_at = step, step + steps // 2 if looked_at else None
         return steps
 
-    def rescale(self, ratio: float) -> None:
-        """The run has `ratio` times as many steps as was thought."""
-        self.plan = tuple(dataclasses.replace(cut, step=round(cut.step * ratio)) for cut in self.plan)
-        self.look_at = None if self.look_at is None else round(self.look_at * ratio)
+    def stay_from(self, step: int, max_steps: int) -> int:
+        """No cut follows: the model at hand is distilled on. For how many steps."""
+        self.stage_from, self.look_at = step, None
+        return max(1, max_steps - step)
+
+    def rescale(self, moved: Callable[[int], int]) -> None:
+        """The run has another number of steps than was thought.
+
+        Args:
+            moved: step of the old run -> step of the new one.
+        """
+        due = [moved(cut.step) for cut in self.plan or ()]
+        if (cut := self.next_cut()) is not None:
+            self.delay = moved(cut.step + self.delay) - moved(cut.step)
+        self._move_cuts(due[len(self.stages) :])
+        self.look_at = None if self.look_at is None else moved(self.look_at)
+        self.retry_at = None if self.retry_at is None else moved(self.retry_at)
+
+    def begin_anew(self, step: int, max_steps: int, share: float) -> None:
+        """Steps are counted anew, with the model as it is: the cuts to come are spread over them, after the stage that
+        is open, if one is.
+
+        Args:
+            share: of the steps, at which the last cut is made.
+
+        Raises:
+            RMTKDError: fewer steps than cuts.
+        """
+        self.anew, self.max_steps = False, max_steps
+        self.stage_from, self.delay = step, 0
+        self.retry_at = self.look_at = None
+        if self.next_cut() is not None:
+            first = self.open is not None
+            self._move_cuts(spread_steps(len(self.plan) - len(self.stages) + first, max_steps, share)[first:])
+
+    def _move_cuts(self, steps: Iterable[int]) -> None:
+        """Those that are not made yet."""
+        done = len(self.stages)
+        later = zip((self.plan or ())[done:], steps, strict=True)
+        self.plan = (*(self.plan or ())[:done], *(dataclasses.replace(cut, step=step) for cut, step in later))
 
     def looks(self, step: int) -> bool:
         """Whether the open stage is to be looked at now: once."""
@@ -134,6 +171,7 @@ class Agenda:
         cuts = [{**cut, "sites": None if cut["sites"] is None else tuple(cut["sites"])} for cut in values["plan"]]
         self.plan = tuple(PlannedCut(**cut) for cut in cuts)
         self.stages = [Stage.from_dict(stage) for stage in values["stages"]]
+        self.anew = False
         for name in PLAIN:
             setattr(self, name, values[name])
         for name, usual in LATER.items():

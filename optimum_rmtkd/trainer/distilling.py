@@ -12,7 +12,6 @@ from .judge import Measured
 
 
 __all__ = [
-    "begin_again",
     "begin_stage",
     "conclude",
     "look",
@@ -20,6 +19,7 @@ __all__ = [
     "settle",
     "stay",
     "suit",
+    "suit_what_stays",
     "wait",
     "wait_or_stop",
 ]
@@ -31,21 +31,22 @@ def suit(run: Any, step: int) -> None:
     """The rate follows the size of the model and the steps of the stage."""
     removed = 1 - run.parameters / run.reference_parameters
     run.pace.suit(removed, run.agenda.stage_steps(step, run.host.max_steps))
-    run.agenda.change(learning_rate=run.pace.rate)
+    if run.agenda.open is not None:
+        run.agenda.change(learning_rate=run.pace.rate)
+
+
+def suit_what_stays(run: Any, step: int) -> None:
+    """The same where no cut follows, and the model that was found is distilled on: also the rate warms up."""
+    left = run.agenda.stay_from(step, run.host.max_steps)
+    run.pace.suit(1 - run.parameters / run.reference_parameters, left)
+    run.pace.warm_up(step, left)
+    run.host.reschedule()
 
 
 def begin_stage(run: Any, step: int) -> None:
     """The model just after its cut is at hand: the rate warms up."""
     run.pace.warm_up(step, run.agenda.begin_stage(step, run.host.max_steps))
     run.host.reschedule()
-
-
-def begin_again(run: Any) -> None:
-    """The training before this one was broken off in the stage: it has the steps that there are now."""
-    step = run.host.step
-    run.pace.begin(0)
-    suit(run, step)
-    begin_stage(run, step)
 
 
 def look(run: Any, step: int) -> None:
@@ -124,9 +125,7 @@ def stay(run: Any, good: Measured) -> None:
     if left > 0:
         run.agenda.stays = True
         run.keepsake.keep()
-        run.pace.suit(1 - run.parameters / run.reference_parameters, left)
-        run.pace.warm_up(step, left)
-        run.host.reschedule()
+        suit_what_stays(run, step)
 
 
 def conclude(run: Any, measured: Measured) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..batches import to_device
@@ -23,12 +23,13 @@ logger = logging.getLogger(__name__)
 
 SEEN = 256  # samples of each process that say whether a model can teach
 CUTS = 1  # of a recipe that does not say how many
-STATE = {"steps": 0, "why": "", "going": False, "metrics": None, "chance": None, "quicker": 1.0}
+STATE = {"steps": 0, "why": "", "going": False, "metrics": None, "chance": None, "quicker": 1.0, "earlier": None}
 
 
 class Fit:
     """Attributes:
     steps: of fine-tuning; 0 for a model that can teach.
+    earlier: share of a training before the one at hand, in which the model was fine-tuned; None: in this one.
     why: so many, for people.
     going: whether the model is fine-tuned now.
     asked: the model is fine-tuned whatever it can do; where the recipe says no share, as one that cannot teach.
@@ -47,6 +48,7 @@ class Fit:
         """Forget the run."""
         self.steps, self.why, self.going = 0, "", False
         self.quicker = 1.0
+        self.earlier: float | None = None
         self.metrics: dict[str, float] | None = None
         self.chance: float | None = None
 
@@ -132,9 +134,24 @@ class Fit:
                 accelerator=host.accelerator,
             )
 
-    def rescale(self, ratio: float) -> None:
-        """The run has `ratio` times as many steps as was thought."""
-        self.steps = round(self.steps * ratio)
+    @property
+    def last_step(self) -> int:
+        """Of the training at hand, in the fit: distillation begins after it."""
+        return self.steps if self.earlier is None else 0
+
+    def rescale(self, moved: Callable[[int], int], step: int) -> None:
+        """The run has another number of steps than was thought, of which `step` are done.
+
+        Args:
+            moved: step of the old run -> step of the new one.
+        """
+        if self.going:
+            self.steps = max(step, moved(self.steps))
+
+    def leave_behind(self, max_steps: int) -> None:
+        """The steps of a training of so many are over, and counted anew."""
+        if self.steps and self.earlier is None:
+            self.earlier = self.steps / max(1, max_steps)
 
     def end(self, metrics: dict[str, float] | None) -> None:
         """The model is fine-tuned."""
@@ -153,7 +170,7 @@ class Fit:
         """For the journal; None where nothing was fine-tuned."""
         if not self.steps:
             return None
-        share = self.steps / max(1, self.host.max_steps)
+        share = self.steps / max(1, self.host.max_steps) if self.earlier is None else self.earlier
         return {"steps": self.steps, "share": share, "why": self.why, "metrics": self.metrics}
 
     def state_dict(self) -> dict[str, Any]:

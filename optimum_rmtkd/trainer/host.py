@@ -42,7 +42,7 @@ class Training(Protocol):
         """Give `model` the inside of `replacement`, optimizer and wrappers included."""
 
     def forget_moments(self) -> None:
-        """Drop the optimizer's state: the weights were put back to an earlier moment."""
+        """Drop the optimizer's state: the weights were put back to an earlier moment, from which patience counts."""
 
     def reschedule(self) -> None:
         """The run's `phases` have changed: the learning rate follows them from here on."""

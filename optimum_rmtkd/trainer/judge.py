@@ -47,6 +47,7 @@ class Judge:
     """Attributes:
     baseline: of the uncut model, once it is fine-tuned.
     just_cut: just after the cut of the open stage.
+    pending: that moment is not measured yet.
     last: the moment measured last.
     chosen: the metric that judges where the host names none that the evaluation returns.
     """
@@ -60,6 +61,7 @@ class Judge:
         """Forget the run."""
         self.baseline = self.just_cut = self.last = Measured()
         self.chosen: str | None = None
+        self.pending = False
 
     def measure(self, uncut: nn.Module | None = None) -> Measured:
         """The model under training now.
@@ -101,13 +103,19 @@ class Judge:
     @property
     def greater_is_better(self) -> bool:
         """Its direction."""
-        return self.host.greater_is_better if self.chosen is None else verdicts.greater_is_better(self.chosen)
+        if self.chosen is None or self.host.metric_asked_for:
+            return self.host.greater_is_better
+        return verdicts.greater_is_better(self.chosen)
 
     def _choose(self, metrics: Mapping[str, float]) -> float | None:
         """The metric to judge by where the host's is not there, or the complaint that there is none."""
         host = self.host
         found = verdicts.telling(metrics)
-        if found is not None and not host.metric_asked_for and self.chosen is None:
+        if host.metric_asked_for:  # an evaluation may have another prefix
+            asked = host.metric_name.removeprefix("eval_")
+            alike = [name for name in metrics if name == asked or name.endswith(f"_{asked}")]
+            found = alike[0] if len(alike) == 1 else None
+        if found is not None and self.chosen is None:
             self.chosen = found
             self.say_once(
                 "The evaluation gives no %s: the stages are judged by %s. metric_for_best_model names another one.",
@@ -178,7 +186,7 @@ class Judge:
 
     def _lost(self, now: Measured, cut: Measured) -> bool:
         """Of the metric that judges. A loss that nobody asked for grows with confidence, also where the model gets
-        better: another metric that did says so."""
+        better: another metric that did says so, if it is one of which that is known."""
         rows = self.host.validation_rows
         if self._fell(now, cut):
             return True
@@ -188,15 +196,16 @@ class Judge:
         return not any(verdicts.worse(cut.metrics[name], now.metrics[name], True, rows) for name in others)
 
     def _others(self, now: Measured, then: Measured) -> list[str]:
-        """Metrics, the greater the better, that have a say beside a loss that nobody asked for."""
+        """Metrics, known as the greater the better, that have a say beside a loss that nobody asked for; the one that
+        says most first."""
         if self.host.metric_asked_for or not self.name.endswith("loss"):
             return []
-        known = then.metrics or {}
-        return [name for name in now.metrics or {} if name in known and verdicts.greater_is_better(name)]
+        both = [name for name in now.metrics or {} if name in (then.metrics or {})]
+        return [name for name in verdicts.known(both) if verdicts.greater_is_better(name)]
 
     def second(self, now: Measured, then: Measured) -> str | None:
         """The one among them that says most of the model: a loss may stand where an accuracy falls."""
-        return verdicts.telling(self._others(now, then))
+        return next(iter(self._others(now, then)), None)
 
     def _fell(self, now: Measured, then: Measured) -> bool:
         name = self.second(now, then)
@@ -263,11 +272,11 @@ class Judge:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
         moments = {name: [_told(part) for part in getattr(self, name)] for name in MOMENTS}
-        return moments | {"chosen": self.chosen}
+        return moments | {"chosen": self.chosen, "pending": self.pending}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.chosen = values["chosen"]
+        self.chosen, self.pending = values["chosen"], values.get("pending", False)
         for name in MOMENTS:
             setattr(self, name, Measured(*map(_heard, values[name])))
 

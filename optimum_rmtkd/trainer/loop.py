@@ -321,8 +321,7 @@ class RMTKDLoop:
     def cuts_to_come(self) -> bool:
         """Whether a cut is still to be made: until then the model is larger than it will be, and none to keep as the
         best one, or to stop early with."""
-        run = self.run
-        return run.cuts_to_come or run.plan is None and run.config.schedule != "none"
+        return self.run.cuts_to_come
 
     @property
     def objectives(self) -> list[DistillationObjective]:

@@ -36,11 +36,12 @@ from .checks import (
 )
 from .companions import Companions
 from .failures import NoticeBoard
-from .hooks.callbacks import Patience, StageCallback
+from .hooks.callbacks import Patience, StageCallback, VerdictCallback
 from .hooks.checkpoints import CheckpointHooks
-from .hooks.hosting import TrainerHost
+from .hooks.hosting import TrainerHost, judged_by
 from .hooks.losses import LossHooks
 from .hooks.modes import check_modes
+from .hooks.names import shown, with_wrapper_in_use
 from .hooks.results import ResultHooks
 from .hooks.schedules import ScheduleHooks
 from .hooks.sharding import host_of
@@ -105,6 +106,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         UnsupportedArchitectureError: no known family.
     """
 
+    _host: TrainerHost | None = None  # until the trainer behind is made
+
     def __init__(
         self,
         *positional,
@@ -121,49 +124,49 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
                 f"rmtkd_config is a {type(rmtkd_config).__name__}; expected an RMTKDConfig: RMTKDConfig(**values), "
                 "RMTKDConfig.from_json_file(path)."
             )
-        parts = parts_of(self.rmtkd_config, objectives, reparameterization, transforms)
-        self.reparameterization, self.transforms = parts.reparameterization, parts.transforms
+        self._parts = parts = parts_of(self.rmtkd_config, objectives, reparameterization, transforms)
         given = _by_name(super().__init__, positional) | kwargs
         if (args := given.get("args")) is not None:
             check_sharding_arguments(args)
             check_length(args, given.get("train_dataset"))
-        self.run: Run | None = None
         super().__init__(*positional, **kwargs)
         check_length(self.args, self.train_dataset)
         self._settle_direction()
         self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, False
         self._check_setting()
         self.optimizer_was_given = self.optimizer is not None
-        if self.optimizer_was_given and self.reparameterization is not None:
+        if self.optimizer_was_given and (how := parts.reparameterization) is not None:
             logger.warning(
                 "An optimizer was given: the tensors of %s join the groups of the weights they stand for. "
                 "lr_scale=%.3g and the freedom from weight decay are not applied; set the rate accordingly.",
-                self.reparameterization.name,
-                self.reparameterization.lr_scale,
+                how.name,
+                how.lr_scale,
             )
         adam = {"betas": (self.args.adam_beta1, self.args.adam_beta2), "eps": self.args.adam_epsilon}
-        self._host = host_of(self)
-        companions = Companions(self._host, **adam, max_grad_norm=self.args.max_grad_norm)
-        self.run = Run(self._host, self.rmtkd_config, parts, companions, reentrant=self._reentrant)
-        self.run.evaluates = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
+        self._host = host = host_of(self)
+        companions = Companions(host, **adam, max_grad_norm=self.args.max_grad_norm)
+        host.run = run = Run(host, self.rmtkd_config, parts, companions, reentrant=self._reentrant)
+        run.evaluates = str(getattr(self.args.eval_strategy, "value", self.args.eval_strategy)) != "no"
         if teacher_model is not None:
             self._accept(teacher_model)
-        check_parts(self.run, self._host.model)
-        if self._host.inside.wraps:
-            check_wrapped(self.run, type(self.model).__name__)
-        if self.own_loss and self.compute_loss_func is None:
-            check_own_loss(self._their_loss(), type(self).__name__, self.run)
+        check_parts(run, host.model)
+        if host.inside.wraps:
+            check_wrapped(run, type(self.model).__name__)
+        if self._own_loss and self.compute_loss_func is None:
+            check_own_loss(self._their_loss(), type(self).__name__, run)
         self._adapt_losses()
-        self.patience = Patience(self.run, self.callback_handler)
+        host.patience = Patience(run, self.callback_handler)
         self._termination = Termination(self._what_is_kept, speaks=self.is_local_process_zero())
-        self.add_callback(StageCallback(self.run, self.patience, self._termination, self._end_step))
+        self.callback_handler.callbacks.insert(0, VerdictCallback(self._termination, self._settle))
+        self.add_callback(StageCallback(run, host.patience, self._termination, self._end_step))
 
     def _check_setting(self) -> None:
-        check_sharding(self.accelerator, self.args, self.model, self.reparameterization, self.transforms)
+        parts = self._parts
+        check_sharding(self.accelerator, self.args, self.model, parts.reparameterization, parts.transforms)
         made_whole(self.model)
         if self.args.n_gpu > 1 or self.is_model_parallel:
             raise one_device(self.args.n_gpu)
-        if self.rmtkd_config.schedule != "none" or self.reparameterization is not None:
+        if self.rmtkd_config.schedule != "none" or parts.reparameterization is not None:
             check_modes(self.args)
         host = TrainerHost(self)
         check_model(host.model, self.rmtkd_config, evaluated=host.evaluates)
@@ -171,7 +174,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def _settle_direction(self) -> None:
         """TrainingArguments takes greater for better in every metric whose name does not end in "loss". Best model and
         early stopping go by that as well."""
-        if not self.args.greater_is_better or self.metric_name.endswith("loss") or greater_is_better(self.metric_name):
+        name = judged_by(self.args)
+        if not self.args.greater_is_better or name.endswith("loss") or greater_is_better(name):
             return
         self.args.greater_is_better = False
         logger.warning(
@@ -179,7 +183,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             "end in 'loss': taken as False, by its name it is to be small. One that is to be large has another name "
             "(neg_%s).",
             self.args.metric_for_best_model,
-            self.metric_name.removeprefix("eval_"),
+            name.removeprefix("eval_"),
         )
 
     @property
@@ -189,7 +193,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     def _accept(self, teacher: Any) -> None:
         """A teacher that was passed in."""
-        run, host = self.run, self._host
+        run, host = self._host.run, self._host
         if isinstance(teacher, nn.Module):
             teacher = inside_of(teacher, self).model
         if not accept_teacher(run.tutor, teacher, host.model, self.args.device):
@@ -206,32 +210,38 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
 
     # -- what the user reads ------------------------------------------------------------------------------------------
 
-    @property
-    def stages(self) -> list[Stage]:
-        """Records of the cuts so far, in order."""
-        return list(self.run.stages)
+    # Read by nothing here, see `shown`.
 
-    @property
-    def objectives(self) -> list[DistillationObjective]:
-        """The terms of the loss."""
-        return self.run.tutor.objectives
+    run: Run = shown(lambda self: self._host.run)
+    """The run: what is planned, done and known of it."""
 
-    @property
-    def reports(self) -> list[Any]:
-        """The spectra that each cut was made from."""
-        return self.run.reports
+    stages: list[Stage] = shown(lambda self: list(self._host.run.stages))
+    """Records of the cuts so far, in order."""
 
-    @property
-    def metric_name(self) -> str:
-        """Key of the validation metric that judges the stages: `metric_for_best_model`, else the loss."""
-        name = self.args.metric_for_best_model or "loss"
-        return name if name.startswith("eval_") else f"eval_{name}"
+    cuts_to_come: bool = shown(lambda self: self._host.run.cuts_to_come)
+    """Whether a cut is still to be made: until then the model is larger than it will be, and none to keep as the best
+    one, or to stop early with."""
 
-    @property
-    def greater_is_better(self) -> bool:
-        """Direction of that metric."""
-        given = self.args.greater_is_better
-        return greater_is_better(self.metric_name) if given is None else given
+    objectives: list[DistillationObjective] = shown(lambda self: self._host.run.tutor.objectives)
+    """The terms of the loss."""
+
+    reports: list[Any] = shown(lambda self: self._host.run.reports)
+    """The spectra that each cut was made from."""
+
+    reparameterization: Reparameterization | None = shown(lambda self: self._parts.reparameterization)
+    """Trained in place of the weights."""
+
+    transforms: list[BatchTransform] = shown(lambda self: self._parts.transforms)
+    """What the batches go through."""
+
+    stream: Stream | None = shown(lambda self: self._host.stream)
+    """The first rows of a train_dataset that is iterated; None where it is indexed."""
+
+    metric_name: str = shown(lambda self: self._host.metric_name)
+    """Key of the validation metric that judges the stages: `metric_for_best_model`, else the loss."""
+
+    greater_is_better: bool = shown(lambda self: self._host.greater_is_better)
+    """Direction of that metric."""
 
     def calibration_batches(self, strip: bool = True, samples: int | None = None) -> Iterable[dict[str, Any]]:
         """This process's share of the calibration data, the same in every pass.
@@ -267,7 +277,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             self._board = None
 
     def _train_watched(self, resume_from_checkpoint, *positional, **kwargs):
-        run, host = self.run, self._host
+        run, host = self._host.run, self._host
         check_data(self.train_dataset, host.own_loader)
         self._tidy()
         resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -283,12 +293,14 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         self._saved_at = None
         run.loss.forget()
         run.tutor.companions.base_rate = None
+        host.patience.remember()
+        told = _by_name(super().train, [resume_from_checkpoint, *positional]) | kwargs
+        host.ignored = told.get("ignore_keys_for_eval")
         try:
-            with self._termination.listening():
+            with self._termination.listening(), with_wrapper_in_use(self):
                 output = super().train(resume_from_checkpoint, *positional, **kwargs)
-                run.end()
-                self._fold()
         finally:
+            host.ignored = None
             run.dropout.restore()
             self.train_dataset = given
             run.tutor.let_go()
@@ -297,52 +309,55 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         output.metrics.update(parameters_before=before, parameters_after=after, reduction=1 - after / before)
         if self.args.should_save:
             self._write_results(before, after)
-        if self.is_world_process_zero() and self.stages:
-            print(stage_table(self.stages, run.fit.to_dict()))
+        if self.is_world_process_zero() and run.stages:
+            print(stage_table(run.stages, run.fit.to_dict()))
         return output
 
+    def _settle(self) -> None:
+        """The last step is made: the last stage is judged, and the model has plain weights."""
+        self._host.run.end()
+        self._fold()
+
     def _check_first_batch(self) -> None:
-        own = self.own_loss
+        own, run = self._own_loss, self._host.run
         needed, samples = not own and not self.can_return_loss, self.args.per_device_eval_batch_size
-        check_first_batch(self.run, samples, labels_needed=needed, classes_known=not own)
+        check_first_batch(run, samples, labels_needed=needed, classes_known=not own)
         inside = self._host.inside
         if inside.wraps and cuts_stream(inside.model, self.rmtkd_config):
             batch = self._host.a_batch()
             with evaluating(self.model):
                 inside.check_width(lambda: super(RMTKDMixin, self).compute_loss(self.model, dict(batch)))
 
-    @property
-    def stream(self) -> Stream | None:
-        """The first rows of a train_dataset that is iterated; None where it is indexed."""
-        return self._host.stream
-
     def _training_data(self) -> Any:
         """The train_dataset, or what gives its rows from the first one on if it is a stream that was looked at."""
-        if self.stream is None:
+        stream, objectives = self._host.stream, self._host.run.tutor.objectives
+        if stream is None:
             return self.train_dataset
         cuts = self.rmtkd_config.schedule != "none"
-        if cuts or self.model_init is not None or any(objective.observes for objective in self.objectives):
-            self.stream.samples(self.rmtkd_config.calibration_samples)  # before training reads on, so that a resumed
+        if cuts or self.model_init is not None or any(objective.observes for objective in objectives):
+            stream.samples(self.rmtkd_config.calibration_samples)  # before training reads on, so that a resumed
             # run is calibrated on the same rows
-        self.stream.settle()
-        return self.stream.data
+        stream.settle()
+        return stream.data
 
     # -- log and evaluations ------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *positional, **kwargs) -> None:
         """As the trainer's own; a training line ("loss") also gets the mean of each term since the last one."""
-        if self._host.measuring:
-            return super().log(logs, *positional, **kwargs)
         if "loss" in logs:
-            logs |= self.run.loss.log_terms()
+            logs |= self._host.run.loss.log_terms()
         asked = self.control.should_training_stop
         super().log(logs, *positional, **kwargs)
-        self.patience.grant(self.control, asked)
+        self._host.patience.grant(self.control, asked)
+
+    def _log_of_the_run(self, logs: dict[str, float], *positional, **kwargs) -> None:
+        """In place of `log` while the run evaluates for itself."""
+        super().log(logs, *positional, **kwargs)
 
     def _evaluate(self, *positional, **kwargs):
         asked = self.control.should_training_stop
         metrics = super()._evaluate(*positional, **kwargs)
-        self.patience.weigh(self.control, asked, metrics)
+        self._host.patience.weigh(self.control, asked, metrics)
         return metrics
 
     def _maybe_log_save_evaluate(self, *positional, **kwargs):
@@ -357,8 +372,6 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
             raise Terminated
 
     # -- private hooks of Trainer -------------------------------------------------------------------------------------
-    # `_inner_training_loop` wraps the model once and hands that wrapper down as a local variable; after a cut under
-    # DDP, autocast or torch.compile it is a stale one. Each override below puts the live wrapper in its place.
 
     def _hp_search_setup(self, trial):
         super()._hp_search_setup(trial)
@@ -370,23 +383,14 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         self._host.hand_over(resume_from_checkpoint)
         return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
 
-    def _run_epoch(self, model, *positional, **kwargs):
-        return super()._run_epoch(self.model_wrapped, *positional, **kwargs)
-
     def training_step(self, model, inputs, num_items_in_batch=None):
         with self._in_charge():
-            return super().training_step(self.model_wrapped, inputs, num_items_in_batch)
-
-    def _clip_grad_norm(self, model):
-        return super()._clip_grad_norm(self.model_wrapped)
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        return super()._get_grad_norm(self.model_wrapped, grad_norm=grad_norm)
+            return super().training_step(model, inputs, num_items_in_batch)
 
     @contextlib.contextmanager
     def _kept_for_teacher(self, description: str | None) -> Iterator[None]:
         """While open, the columns that a given teacher reads are not "unused" in data that it sees."""
-        given = None if self.run is None else self.run.tutor.given
+        given = None if self._host is None else self._host.run.tutor.given
         if given is None or (description or TAUGHT[0]).lower() not in TAUGHT:
             yield
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import RMTKDConfig
@@ -105,15 +105,18 @@ class Pace:
                 *rate_band(removed, steps),
             )
 
-    def rescale(self, ratio: float) -> None:
-        """The run has `ratio` times as many steps as was thought."""
-        scaled = []
-        for phase in self.phases:
-            warmups = tuple((round(step * ratio), steps) for step, steps in phase.warmups)
-            start, steps = round(phase.start * ratio), round(phase.steps * ratio)
-            since = None if phase.since is None else round(phase.since * ratio)
-            scaled.append(dataclasses.replace(phase, start=start, steps=steps, warmups=warmups, since=since))
-        self.phases = tuple(scaled)
+    def rescale(self, moved: Callable[[int], int], max_steps: int) -> None:
+        """The run has another number of steps than was thought. Stages that have begun keep their warm-ups.
+
+        Args:
+            moved: step of the old run -> step of the new one, see `again.moving`.
+        """
+        starts = [moved(phase.start) for phase in self.phases]
+        ends = [*starts, max_steps][1:]
+        self.phases = tuple(
+            dataclasses.replace(phase, start=start, steps=max(1, end - start))
+            for phase, start, end in zip(self.phases, starts, ends, strict=True)
+        )
 
     def slow_down(self) -> str:
         """A stage is repeated: the rate is lowered. The one that it goes on at, in words."""

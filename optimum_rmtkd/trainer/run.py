@@ -21,10 +21,11 @@ from ..distillation.teachers import clean_copy
 from ..errors import BudgetError, NoTargetError
 from ..reparameterization import is_reparameterized
 from . import checkpoint, plain
+from .again import begin_again, stretch
 from .agenda import Agenda
 from .companions import Companions
 from .cutting import planned, reduced
-from .distilling import begin_again, begin_stage, conclude, look, repeat, settle, stay, suit, wait, wait_or_stop
+from .distilling import begin_stage, conclude, look, repeat, settle, stay, suit, wait, wait_or_stop
 from .fit import Fit
 from .host import Host
 from .judge import Judge, Measured
@@ -111,7 +112,7 @@ class Run:
     @property
     def progress(self) -> float:
         """Share of the steps of distillation that is done."""
-        begun = self.fit.steps
+        begun = self.fit.last_step
         return max(0, self.host.step - begun) / max(1, self.host.max_steps - begun)
 
     @property
@@ -128,7 +129,9 @@ class Run:
 
     @property
     def cuts_to_come(self) -> bool:
-        """Whether a planned cut is not made yet, and will be."""
+        """Whether a planned cut is not made yet, and will be. Until training begins, whether any is wanted."""
+        if self.plan is None:
+            return self.config.schedule != "none"
         return self.agenda.next_cut() is not None and not self._meets_target()
 
     # -- moments of the run -------------------------------------------------------------------------------------------
@@ -146,38 +149,36 @@ class Run:
         self.disable_dropout()
         self.agenda.ended = False
         if not resumed:
-            if self.agenda.open is not None and not self.pace.phases:
-                begin_again(self)
             self.host.reschedule()
         elif self.stages:
             self.write_journal()  # it may go on in another folder
+        self._measure_cut()
         if self.host.step < self.host.max_steps:
             self._advance(self.host.step)
         self._begin_distilling()
 
     def _plan(self) -> None:
-        """What this training is to do; anew where it turns out longer (a smaller batch after running out of
-        memory)."""
-        steps = self.host.max_steps
+        """What this training is to do; anew where it turns out to have other steps than was planned."""
+        steps, agenda = self.host.max_steps, self.agenda
         if self.plan is None:
             tasked = any(isinstance(objective, TaskLoss) for objective in self.tutor.objectives)
             self.fit.decide(tasked, taught=self.tutor.given is not None)
             kept = self.parameters / self.reference_parameters
-            self.agenda.plan, self.agenda.max_steps = planned(self.host, self.config, self.fit.steps, kept), steps
+            agenda.plan, agenda.max_steps = planned(self.host, self.config, self.fit.steps, kept), steps
             if self.plan or self.fit.steps:
                 self.pace.begin(self.fit.steps, self.fit.quicker)
             if self.fit.going:
                 self.judge.measure()  # a metric that is not there is said before the training, not after it
-        elif steps != self.agenda.max_steps and self.pace.phases:
-            for part in (self.agenda, self.pace, self.fit):
-                part.rescale(steps / self.agenda.max_steps)
-            self.agenda.max_steps = steps
+        elif not self.fit.going and (agenda.anew or self.host.step < max(self.fit.last_step, agenda.stage_from)):
+            begin_again(self)
+        elif steps != agenda.max_steps:
+            stretch(self)
 
     def train_on(self) -> None:
-        """A training that is over is followed by another one, by the user's own schedule. (One that was broken off in
-        a stage begins that stage anew.)"""
+        """A training that is over, or was broken off, is followed by another one: see `again.begin_again`."""
         if self.plan is not None and not self.fit.going:
             self.pace.reset()
+            self.agenda.anew = True
 
     def remember_initial(self) -> None:
         """Keep a copy of the model as the user passed it in."""
@@ -187,6 +188,7 @@ class Run:
 
     def begin_batch(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The micro-batches of an accumulated batch, transformed and counted."""
+        self._measure_cut()  # a loop goes on in the midst of what was broken off
         if not self.fit.going:
             for transform in self.parts.transforms:
                 batches = [transform(self, batch) for batch in batches]
@@ -212,6 +214,7 @@ class Run:
         """Training is over: the last stage is judged, dropout comes back."""
         if self.fit.going:
             logger.warning("Training ended in the %d steps of fine-tuning: nothing was cut.", self.fit.steps)
+        self._measure_cut()
         if self.agenda.open is not None:
             self._settle(self.measure())
         elif self.agenda.stays:
@@ -325,17 +328,24 @@ class Run:
             self.disable_dropout()
             self.write_journal()
             return
-        self._apply(reduction, before)
-        self.judge.just_cut = now = self.judge.measure(self.initial)
-        if now.value is not None or now.divergence is not None:
-            self.keepsake.keep()
-        self.stages.append(dataclasses.replace(stage, metric_cut=now.value, metrics_cut=now.metrics))
-        self.agenda.repeats = 0
+        self._apply(reduction, before, stage)
         suit(self, step)
         begin_stage(self, step)
         self.disable_dropout()
         self.reports.append(reduction.report)
         self.records.spectra(cut.index, reduction.report)
+        self._measure_cut()
+
+    def _measure_cut(self) -> None:
+        """The model just after its cut: last of all, and again where it was broken off, for an evaluation takes long,
+        and a model without its record could not go on."""
+        if not self.judge.pending or self.agenda.open is None:
+            return
+        now = self.judge.measure(self.initial)
+        self.judge.just_cut, self.judge.pending = now, False
+        if now.value is None and now.divergence is None:
+            self.keepsake.reset()
+        self.agenda.change(metric_cut=now.value, metrics_cut=now.metrics)
         self.write_journal()
         self.records.log(self.stages[-1], self.parameters)
 
@@ -357,8 +367,11 @@ class Run:
         if self.config.tolerance is not None:
             stay(self, good)
 
-    def _apply(self, reduction: Any, before: nn.Module | None) -> None:
+    def _apply(self, reduction: Any, before: nn.Module | None, stage: Stage) -> None:
         self.host.install(plain.put_on(self.parts.reparameterization, reduction.model))
+        self.stages.append(stage)
+        self.agenda.repeats, self.judge.just_cut, self.judge.pending = 0, Measured(), True
+        self.keepsake.keep()
         self.tutor.follow(reduction.projections, before)
         self._after_change()
 

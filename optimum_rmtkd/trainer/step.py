@@ -147,11 +147,17 @@ class StepLoss:
 
     def _check(self, model: nn.Module, outputs: Any, features: Mapping[str, Any], paths: Mapping[str, None]) -> None:
         if not isinstance(outputs, Mapping):
-            raise RMTKDError(
-                f"The student's outputs are a {type(outputs).__name__}; the objectives read them by name. A "
-                "compute_loss of your own returns (loss, outputs) with the outputs as the model gave them, and calls "
-                f"{type(model).__name__} without return_dict=False."
+            what = (
+                f"The forward of {type(model).__name__} returns a {type(outputs).__name__}, whatever its config says; "
+                "expected a ModelOutput, or a dictionary: the objectives read the outputs by name."
             )
+            if self.host.columns.own_loss:
+                what = (
+                    f"The student's outputs are a {type(outputs).__name__}; the objectives read them by name. A "
+                    "compute_loss of your own returns (loss, outputs) with the outputs as the model gave them, and "
+                    f"calls {type(model).__name__} without return_dict=False."
+                )
+            raise RMTKDError(what)
         if missing := [path for path in paths if path not in features]:
             raise RMTKDError(
                 f"The forward pass did not reach the hooks of {missing[0]!r}: torch.compile drops hooks set after "

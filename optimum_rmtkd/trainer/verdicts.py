@@ -10,11 +10,16 @@ import math
 from collections.abc import Iterable
 
 
-__all__ = ["come_back", "farther", "fell", "greater_is_better", "noise", "spoiled", "telling", "worse"]
+__all__ = ["come_back", "farther", "fell", "greater_is_better", "known", "noise", "spoiled", "telling", "worse"]
 
-SMALLER_IS_BETTER = ("loss", "perplexity", "ppl", "error", "mse", "rmse", "mae", "wer", "cer")
+SMALLER_IS_BETTER = ("negative_log_likelihood", "cross_entropy", "brier_score", "false_positives", "false_negatives")
+SMALLER_IS_BETTER += ("error_rate", "false_positive_rate", "false_negative_rate", "edit_distance", "bits_per_byte")
+SMALLER_IS_BETTER += ("bits_per_char", "bits_per_character", "bits_per_word", "bits_per_token")  # longer ones first
+SMALLER_IS_BETTER += ("loss", "losses", "perplexity", "ppl", "error", "errors", "mse", "rmse", "mae", "mape", "wer")
+SMALLER_IS_BETTER += ("cer", "ter", "eer", "nll", "bpc", "bpb", "xent", "fid")
 TELLING = ("loss", "f1", "exact_match", "exact", "accuracy", "matthews_correlation", "pearson", "spearmanr", "rougel")
-TELLING += ("rouge1", "bleu", "sacrebleu", "score", "perplexity")
+TELLING += ("rouge1", "bleu", "sacrebleu", "score", "perplexity", "acc", "roc_auc", "auc", "average_precision", "map")
+TELLING += ("ndcg", "mrr", "mean_iou", "iou", "dice", "mcc", "kappa", "r2", "meteor", "chrf")
 LOSS_NOISE = 0.1  # of a loss: it moves that much between two equally good models, and grows with their confidence
 LEAST_NOISE = 0.005  # of a metric
 SPOILED, SPOILED_LOSS = 0.03, 0.25  # of a metric, of a loss
@@ -27,16 +32,26 @@ NEAR_LOSS = 0.5  # of a loss's way from the uncut model's value to that of knowi
 def greater_is_better(name: str) -> bool:
     """Direction of a metric by the words of its name: losses, errors and perplexities are to be small, their negatives
     (neg_mean_squared_error) are not."""
-    words = name.lower().split("_")
-    small = words[-1] in SMALLER_IS_BETTER or words[-2:] == ["error", "rate"]
-    return not small or bool({"neg", "negative"}.intersection(words))
+    ending = next((ending for ending in SMALLER_IS_BETTER if _ends_in(name, ending)), None)
+    return ending is None or bool({"neg", "negative"}.intersection(name.lower()[: -len(ending)].split("_")))
+
+
+def known(names: Iterable[str]) -> list[str]:
+    """Those among the metrics of an evaluation that the field has a name for, the one that says most of a model first:
+    by that name alone, else by its last words (eval_<set>_accuracy, valid_loss), in the order that they have."""
+    names = list(names)
+    whole = [name for word in TELLING for name in names if name.lower().removeprefix("eval_") == word]
+    ends = [name for word in TELLING for name in names if _ends_in(name, word)]
+    return list(dict.fromkeys([*whole, *ends]))
 
 
 def telling(names: Iterable[str]) -> str | None:
-    """The metric that says most of a model among those of an evaluation, by the field's names for them; None where
-    none is known."""
-    known = {name.removeprefix("eval_").lower(): name for name in names}
-    return next((known[word] for word in TELLING if word in known), None)
+    """The first of them; None where none is known."""
+    return next(iter(known(names)), None)
+
+
+def _ends_in(name: str, words: str) -> bool:
+    return name.lower() == words or name.lower().endswith(f"_{words}")
 
 
 def noise(value: float, greater_is_better: bool, rows: int | None = None) -> float:

@@ -416,6 +416,18 @@ def test_what_was_not_prepared_is_refused():
         RMTKDLoop(accelerator, model, optimizer, toy_data(), **options)
 
 
+def test_parameters_beside_the_one_optimizer_are_refused_or_told(caplog):
+    script = prepared()
+    script.accelerator.prepare(torch.optim.SGD(script.model.classifier.parameters(), lr=0.1))
+    with pytest.raises(RMTKDError, match=r"classifier\.weight and 1 more of Bert.* by an optimizer \(SGD\) beside"):
+        looped(script)
+    assert "in no optimizer" not in caplog.text
+    script = prepared()
+    script.optimizer.param_groups[1]["params"].clear()
+    looped(script)
+    assert "more trainable parameters are in no optimizer" in caplog.text
+
+
 @pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
 def test_sharded_parameters_are_refused(monkeypatch, kind):
     from accelerate.utils import DistributedType

@@ -8,7 +8,17 @@ import math
 import pytest
 
 from optimum_rmtkd.trainer.schedule import Phase, factor_at
-from optimum_rmtkd.trainer.verdicts import come_back, farther, fell, noise, spoiled, worse
+from optimum_rmtkd.trainer.verdicts import (
+    come_back,
+    farther,
+    fell,
+    greater_is_better,
+    known,
+    noise,
+    spoiled,
+    telling,
+    worse,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +89,32 @@ def test_farther_from_the_uncut_model_in_the_midst(after, cut, expected):
 )
 def test_a_metric_that_nobody_asked_for_has_fallen_by_what_is_no_noise(after, cut, rows, expected):
     assert fell(after, cut, rows) is expected
+
+
+SMALL = (
+    "loss a_loss nll negative_log_likelihood cross_entropy bpc bits_per_byte false_positives false_negative_rate wer"
+)
+LARGE = "accuracy neg_mean_squared_error negative_loss f1_false exact_match mrr entropy"
+
+
+@pytest.mark.parametrize("name", [*SMALL.split(), *LARGE.split()])
+def test_the_direction_of_a_metric_is_told_by_its_name(name):
+    assert greater_is_better(name) is greater_is_better(f"eval_{name}") is (name in LARGE.split())
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["eval_gen_len", "eval_rouge1"], "eval_rouge1"),
+        (["eval_a_accuracy", "eval_a_loss", "eval_b_loss"], "eval_a_loss"),  # the first of several sets
+        (["valid_loss", "valid_accuracy"], "valid_loss"),
+        (["eval_aux_loss", "eval_loss"], "eval_loss"),  # the name alone comes first
+        (["eval_gen_len", "eval_mystery"], None),
+    ],
+)
+def test_the_metric_that_says_most_is_found_by_the_last_words_of_its_name(names, expected):
+    assert telling(names) == expected
+    assert "eval_gen_len" not in known(names)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ Knows the callbacks of transformers and a run; no trainer.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +18,7 @@ from ...signals import Termination
 from ..run import Run
 
 
-__all__ = ["Patience", "StageCallback"]
+__all__ = ["Patience", "StageCallback", "VerdictCallback"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +54,21 @@ class StageCallback(TrainerCallback):
         with _flags_kept(control), termination.busy(not leaving and due):
             self.run.after_step(step, leaving)
 
+
+class VerdictCallback(TrainerCallback):
+    """Judges the last stage before any other callback hears that training is over: one that saves the model then saves
+    the one that stands.
+
+    Args:
+        settle: judges.
+    """
+
+    def __init__(self, termination: Termination, settle: Callable[[], None]):
+        self.termination, self.settle = termination, settle
+
     def on_train_end(self, args, state, control: TrainerControl, **kwargs):
         self.termination.over()
+        self.settle()
 
 
 class _flags_kept:
@@ -89,19 +103,32 @@ class Patience:
         self.run, self.handler = run, handler
         self._fresh: list[tuple[TrainerCallback, dict[str, Any]]] = []
         self._granted = self._warned = False
-        self.begin()
+        self.remember()
 
-    def begin(self) -> None:
-        """Remember where the counting of callbacks begins that were not there before."""
+    def remember(self) -> None:
+        """Before a training: where the counting of callbacks begins that were not there before."""
         known = {id(callback) for callback, _ in self._fresh}
         callbacks = _patient(self.handler.callbacks)
         self._fresh += [(callback, _unused(callback)) for callback in callbacks if id(callback) not in known]
+        self._before = [_numbers(callback) for callback, _ in self._fresh]
+
+    def begin(self) -> None:
+        """The training has begun, and the callbacks know it: numbers that they have set are no counts. (Those of one
+        that a checkpoint gave back may be.)"""
+        before = self._before
+        self.remember()
+        for (callback, fresh), earlier in zip(self._fresh, before, strict=False):
+            if not isinstance(callback, ExportableState):
+                now = _numbers(callback)
+                fresh.update({name: now[name] for name in now if name not in earlier or now[name] != earlier[name]})
         self._warned = False
 
     def renew(self) -> None:
-        """The model has another size, or a cut begins to wait: count anew."""
-        for callback, values in self._fresh:
-            vars(callback).update(values)
+        """The model has another size, a cut begins to wait, or weights were put back: count anew. What is no number
+        any more (a file that was opened) stays."""
+        for callback, fresh in self._fresh:
+            now = _numbers(callback)
+            vars(callback).update({name: value for name, value in fresh.items() if name in now})
 
     def grant(self, control: TrainerControl, asked_before: bool) -> None:
         """After a line was logged: a stop that it led to is none that an evaluation led to."""
@@ -133,11 +160,21 @@ def _patient(callbacks: Iterable[TrainerCallback]) -> list[TrainerCallback]:
 
 
 def _unused(callback: TrainerCallback) -> dict[str, Any]:
-    """Its numbers before it counted. One that can say its arguments is made anew: a resumed run gives it back in the
-    midst of counting."""
+    """Its numbers before it counted. One that can say its arguments, and takes them, is made anew: a resumed run gives
+    it back in the midst of counting."""
     if isinstance(callback, ExportableState):
-        callback = type(callback)(**callback.state().get("args", {}))
+        arguments = callback.state().get("args", {})
+        if _takes(type(callback), arguments):
+            callback = type(callback)(**arguments)
     return _numbers(callback)
+
+
+def _takes(made: Callable, arguments: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(made).bind(**arguments)
+    except TypeError:
+        return False
+    return True
 
 
 def _broken(metrics: Mapping[str, Any], judged: str) -> bool:

@@ -174,18 +174,18 @@ class CheckpointHooks:
             return
         values, tensors = read_state(resume_from_checkpoint)
         own = read_process_state(resume_from_checkpoint, self.args.process_index, self.args.world_size)
-        self.run.load_state_dict({"values": values, "tensors": tensors | own}, str(resume_from_checkpoint))
+        self._host.run.load_state_dict({"values": values, "tensors": tensors | own}, str(resume_from_checkpoint))
         self._calls_head = values.get("calls_head")
         self._load_weights(resume_from_checkpoint)
-        self.run.restore_cores()
+        self._host.run.restore_cores()
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if is_sharded(self.model):
             complete_state(self.optimizer)  # torch's writer would make a step to complete it
         super()._save_optimizer_and_scheduler(output_dir)
-        own = transforms_state(self.run.parts.transforms)
+        own = transforms_state(self._host.run.parts.transforms)
         write_process_state(output_dir, self.args.process_index, self.args.world_size, own)
-        state = self.run.state_dict()  # of every process: some of it may lie in shards
+        state = self._host.run.state_dict()  # of every process: some of it may lie in shards
         if self.args.should_save:
             # seen in the first step, which a run that goes on does not make again
             write_state(output_dir, state["values"] | {"calls_head": self._calls_head}, state["tensors"])
@@ -242,7 +242,7 @@ class CheckpointHooks:
         if is_sharded(trained):
             self.model = self._host.sharding.blueprint.filled(state_dict)
         elif is_reparameterized(trained):
-            self.model = fold(clean_copy(trained), self.reparameterization)
+            self.model = fold(clean_copy(trained), self._parts.reparameterization)
         else:
             return super()._save(str(folder), state_dict)
         try:
@@ -253,7 +253,7 @@ class CheckpointHooks:
     def _load_best_model(self):
         self._fold()
         host, best = self._host, self.state.best_model_checkpoint
-        fresh = load_skeleton(host.model, self.run.initial, best)
+        fresh = load_skeleton(host.model, self._host.run.initial, best)
         logger.info("Loading the best model from %s (%s).", best, self.state.best_metric)
         if in_engine(host.model):
             fresh = whole_copy(host.model) if fresh is None else fresh
@@ -275,7 +275,7 @@ class CheckpointHooks:
         gone."""
         if not is_reparameterized(self.model):
             return
-        fold(self.model, self.reparameterization)
+        fold(self.model, self._parts.reparameterization)
         if self.model_wrapped is not self.model:
             accelerator, wrapped = self.accelerator, self.model_wrapped
             accelerator._models = [m for m in accelerator._models if m is not wrapped and m is not self.model]

@@ -46,7 +46,7 @@ class EngineTrainerHost(TrainerHost):
         made_whole(trainer.model)  # of a new trial
         if checkpoint is not None:
             trainer._load_from_checkpoint(checkpoint)
-        trainer.run.remember_initial()  # in its own precision: the engine may keep it in another one
+        self.run.remember_initial()  # in its own precision: the engine may keep it in another one
         self.engine.remember(trainer.model)
 
     def _read(self, batch: Mapping[str, Any], strip: bool) -> Mapping[str, Any]:
@@ -80,4 +80,5 @@ class EngineTrainerHost(TrainerHost):
             trainer.optimizer = kept
 
     def forget_moments(self) -> None:
-        """Nothing to do: the weights were put back with a new optimizer."""
+        """The weights were put back with a new optimizer."""
+        self.patience.renew()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import inspect
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +13,9 @@ from torch.utils.data import ConcatDataset, IterableDataset
 from transformers import Trainer
 
 from ...batches import batch_size
+from ...config import COMPARING
 from ...distillation import Teacher
+from ...errors import RMTKDError
 from ...hub.measures import of_quality
 from ...surgery.processes import from_main
 from ..columns import Columns
@@ -19,18 +23,32 @@ from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
 from ..inside import Inside, inside_of
 from ..stream import Stream, is_stream, rewindable
 from ..swap import adam_rate, enable_checkpointing, forget_moments, install, raw_optimizer, rewrapped
+from ..verdicts import greater_is_better
+from .names import instead
 from .schedules import count_anew, follow_groups
 
 
-__all__ = ["TrainerHost"]
+__all__ = ["TrainerHost", "judged_by"]
+
+logger = logging.getLogger(__name__)
+
+EVALUATIONS = ("evaluate", "get_eval_dataloader")  # what a subclass may have without an eval_dataset
 
 
 class TrainerHost:
-    """A `Host` over a trainer: an object of its own, so that the names of neither get into the other's way."""
+    """A `Host` over a trainer: an object of its own, so that the names of neither get into the other's way.
+
+    Attributes:
+        run, patience: of the trainer.
+        ignored: keys of the model's outputs that `train` was told to leave out in evaluations; None: not told.
+    """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
-        self.measuring = False
+        self.run: Any = None
+        self.patience: Any = None
+        self.ignored: list[str] | None = None
+        self._nothing_to_evaluate = False
         self.teacher: Teacher | None = None  # that was passed in
         self._stream: Stream | None = None
         self._loaded: tuple[Any, list] | None = None
@@ -67,11 +85,12 @@ class TrainerHost:
 
     @property
     def metric_name(self) -> str:
-        return self.trainer.metric_name
+        return judged_by(self.trainer.args)
 
     @property
     def greater_is_better(self) -> bool:
-        return self.trainer.greater_is_better
+        given = self.trainer.args.greater_is_better
+        return greater_is_better(self.metric_name) if given is None else given
 
     @property
     def metric_asked_for(self) -> bool:
@@ -90,7 +109,7 @@ class TrainerHost:
     @property
     def columns(self) -> Columns:
         trainer = self.trainer
-        named_only, own_loss = trainer.args.remove_unused_columns, trainer.own_loss or trainer.whole_loss
+        named_only, own_loss = trainer.args.remove_unused_columns, trainer._own_loss or trainer._whole_loss
         return Columns(self.model, self.teacher, trainer.label_names, named_only, own_loss)
 
     @property
@@ -100,7 +119,7 @@ class TrainerHost:
         trainer = self.trainer
         if trainer.optimizer is None or not trainer.schedule_is_known:
             return None
-        ours = trainer.reparameterization is not None and not trainer.optimizer_was_given
+        ours = trainer._parts.reparameterization is not None and not trainer.optimizer_was_given
         return adam_rate(trainer.optimizer, but_last=ours)
 
     @property
@@ -125,23 +144,62 @@ class TrainerHost:
 
     @property
     def evaluates(self) -> bool:
-        """Whether there is something to evaluate on: an eval_dataset, or an evaluator (sentence-transformers)."""
+        """Whether there is something to evaluate on: an eval_dataset, an evaluator (sentence-transformers), or what a
+        subclass finds by itself."""
+        return self._holds_data or not self._nothing_to_evaluate and any(map(self._overrides, EVALUATIONS))
+
+    @property
+    def _holds_data(self) -> bool:
         return self.trainer.eval_dataset is not None or getattr(self.trainer, "evaluator", None) is not None
+
+    def _overrides(self, name: str) -> bool:
+        """Whether a method is another one than that of transformers' Trainer."""
+        own = getattr(self.trainer, name)
+        return getattr(own, "__func__", own) is not getattr(Trainer, name)
 
     # -- measuring ----------------------------------------------------------------------------------------------------
 
     def measure(self) -> dict[str, float] | None:
-        """What the trainer's `evaluate` returns, a subclass's own included; its callbacks and log do not hear of it,
-        and random numbers stay where they were.
+        """What the trainer's `evaluate` returns, a subclass's own included; its callbacks, its log and a `log` of a
+        class in front of the mixin do not hear of it, and random numbers stay where they were. (One behind the mixin
+        does: a library's clears there what it has gathered.)
 
         As in training, also after it: outside, `bf16_full_eval` would cast the model that is about to be saved.
         """
         if not self.evaluates:
             return None
+        evaluate = self.trainer.evaluate
+        told = {} if self.ignored is None else {"ignore_keys": self.ignored}
         with self._unseen():
-            metrics = self.trainer.evaluate()
+            if self._holds_data:
+                metrics = evaluate(**_taken(evaluate, told))
+            else:
+                metrics = self._evaluated_by_itself(evaluate, told)
+        if self._nothing_to_evaluate and not self._holds_data:
+            return None
         # an evaluate of the user's own may leave its metrics to the main process
         return from_main(of_quality(metrics or {}), self.accelerator)
+
+    def _evaluated_by_itself(self, evaluate: Callable[..., Any], told: Mapping[str, Any]) -> Any:
+        """What a subclass returns that has no eval_dataset: it may have data of its own, or need one after all.
+
+        Raises:
+            RMTKDError: it needs one, and the recipe compares metrics, or one is named.
+        """
+        try:
+            return evaluate(**_taken(evaluate, told))
+        except (ValueError, TypeError, AttributeError) as error:
+            compared = [name for name in COMPARING if getattr(self.trainer.rmtkd_config, name) is not None]
+            if needed := compared + ["metric_for_best_model"] * self.metric_asked_for:
+                raise RMTKDError(
+                    f"{needed[0]} is about validation metrics, and evaluate() without an eval_dataset ends with "
+                    f"{type(error).__name__} ({error}). Pass eval_dataset."
+                ) from error
+            self._nothing_to_evaluate = True
+            if "eval_dataset" not in str(error):
+                words = "evaluate() without an eval_dataset ends with %s (%s): the stages are judged without it."
+                logger.warning(words, type(error).__name__, error)
+            return None
 
     @contextmanager
     def _unseen(self) -> Iterator[None]:
@@ -149,12 +207,13 @@ class TrainerHost:
         handler, state, in_train = trainer.callback_handler, trainer.state, trainer.is_in_train
         callbacks, handler.callbacks = handler.callbacks, []
         history, state.log_history = state.log_history, list(state.log_history)
-        trainer.is_in_train = self.measuring = True
+        trainer.is_in_train = True
         try:
-            yield
+            with instead(trainer, log=trainer._log_of_the_run):
+                yield
         finally:
             handler.callbacks, state.log_history = callbacks, history
-            trainer.is_in_train, self.measuring = in_train, False
+            trainer.is_in_train = in_train
 
     # -- calibration --------------------------------------------------------------------------------------------------
 
@@ -208,8 +267,7 @@ class TrainerHost:
     @property
     def own_loader(self) -> bool:
         """Whether a subclass makes the loader of the training data."""
-        loader = self.trainer.get_train_dataloader
-        return getattr(loader, "__func__", loader) is not Trainer.get_train_dataloader
+        return self._overrides("get_train_dataloader")
 
     def _rows(self, wanted: int) -> tuple[Any, Any, int]:
         """(rows, their collator, rows a batch): no more than fit where gradients are taken."""
@@ -236,7 +294,8 @@ class TrainerHost:
             rows = getattr(loader, "dataset", None)
             indexed = hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
             mixed = not isinstance(rows, ConcatDataset)  # else its batches may be of one part each
-            if indexed and mixed and hasattr(loader, "collate_fn"):
+            whole = getattr(loader, "batch_size", 0) is None and getattr(loader, "batch_sampler", 0) is None
+            if indexed and mixed and hasattr(loader, "collate_fn") and not whole:  # else its rows are batches
                 return pick_samples(rows, wanted, self.trainer.rmtkd_config.seed), loader.collate_fn, size
             if sum(map(batch_size, held)) < wanted:
                 if held:  # from the first row on: what was asked before may be one generator, and used up
@@ -303,6 +362,7 @@ class TrainerHost:
 
     def forget_moments(self) -> None:
         forget_moments(self.trainer.optimizer)
+        self.patience.renew()  # it does not count what was undone
 
     def reschedule(self) -> None:
         scheduler = self.trainer.lr_scheduler
@@ -318,11 +378,25 @@ class TrainerHost:
         # A metric of the larger network must not win `load_best_model_at_end`.
         state = self.trainer.state
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        self.trainer.patience.renew()
+        self.patience.renew()
         count_anew(self.trainer.lr_scheduler)
 
     def log(self, logs: Mapping[str, float]) -> None:
         self.trainer.log(dict(logs))
+
+
+def judged_by(args: Any) -> str:
+    """Key of the validation metric that judges the stages: `metric_for_best_model`, else the loss."""
+    name = args.metric_for_best_model or "loss"
+    return name if name.startswith("eval_") else f"eval_{name}"
+
+
+def _taken(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a function has a place for."""
+    places = inspect.signature(function).parameters
+    if any(place.kind is place.VAR_KEYWORD for place in places.values()):
+        return dict(arguments)
+    return {name: value for name, value in arguments.items() if name in places}
 
 
 def _until(loader: Iterable[Any], wanted: int) -> Iterator[Any]:

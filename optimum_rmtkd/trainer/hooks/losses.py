@@ -14,10 +14,10 @@ from ...distillation.objectives.answers import Answers
 from ...distillation.teachers import without_labels
 from ...errors import RMTKDError
 from ..streaming import TASK
+from .names import instead
 from .own_loss import (
     carries_gradient,
     counting,
-    in_place_of,
     items_of,
     standing_alone,
     told_what_it_takes,
@@ -37,37 +37,37 @@ class LossHooks:
     _calls_head: bool | None = None  # a loss of its own calls the output layer; None: not seen yet
 
     @property
-    def whole_loss(self) -> bool:
+    def _whole_loss(self) -> bool:
         """Does the `compute_loss` of a class in front of the mixin, or behind it, stand for all terms, and not for the
         task's alone? `replaces_loss` says so, in either."""
         return bool(getattr(self, "replaces_loss", False))
 
     @property
-    def in_front(self) -> bool:
+    def _in_front(self) -> bool:
         """Is `compute_loss` another one than ours: that of a subclass, or a function set on this object?"""
         own = self.compute_loss
         return getattr(own, "__func__", own) is not LossHooks.compute_loss
 
     @property
-    def overrides_loss(self) -> bool:
+    def _overrides_loss(self) -> bool:
         """Does what is in front compute the task's loss?"""
-        return self.in_front and not self.whole_loss
+        return self._in_front and not self._whole_loss
 
     @property
-    def own_loss(self) -> bool:
+    def _own_loss(self) -> bool:
         """Is the task's loss computed by other code than Trainer's: the user's, behind the mixin as well, or a
         library's? It may read columns that no model takes, and need no labels."""
-        return self.overrides_loss or self.compute_loss_func is not None or not _is_trainers(super().compute_loss)
+        return self._overrides_loss or self.compute_loss_func is not None or not _is_trainers(super().compute_loss)
 
     def _their_loss(self):
         """The `compute_loss` that gives the task's term."""
-        return self.compute_loss if self.overrides_loss else super().compute_loss
+        return self.compute_loss if self._overrides_loss else super().compute_loss
 
     def _adapt_losses(self) -> None:
         # Our loss is averaged over the micro-batches, whatever a class says of its own. Inferred, it would be wrong:
         # BERT & co. swallow `num_items_in_batch` through **kwargs and ignore it, so loss and gradients would grow with
         # accumulation steps and processes (transformers #47688).
-        self.loss_is_scaled_for_ga = self.whole_loss and bool(self.loss_is_scaled_for_ga)
+        self.loss_is_scaled_for_ga = self._whole_loss and bool(self.loss_is_scaled_for_ga)
         if (smooth := self.label_smoother) is not None:
             # transformers knows the causal models, whose labels are shifted, by the names of its own classes
             self.label_smoother = lambda outputs, labels, shift_labels=False, **rest: smooth(
@@ -86,11 +86,11 @@ class LossHooks:
         `DistillationStep.share`.
         """
         behind = self._a_micro_batch(super().compute_loss)
-        whole = self.whole_loss and not self.in_front and not _is_trainers(super().compute_loss)
-        if not model.training or not self.run.active or self._term or whole:
+        whole = self._whole_loss and not self._in_front and not _is_trainers(super().compute_loss)
+        if not model.training or not self._host.run.active or self._term or whole:
             inputs = self._host.columns.for_student(inputs)
             if self._loss_alone and not self._term and self._task_comes_about() == "model":
-                loss = self.run.loss.of_labels(self._host.model, inputs, lambda read: model(**read))
+                loss = self._host.run.loss.of_labels(self._host.model, inputs, lambda read: model(**read))
                 if loss is not None:
                     return (loss, {}) if return_outputs else loss
             with whole_head(self._host.model):
@@ -147,13 +147,13 @@ class LossHooks:
             return loss, outputs
 
         task, forward = self._task_comes_about(), overheard if inside.wraps else forward
-        read, progress = inside.read(inputs), self.run.progress
-        return self.run.loss(student, read, forward, columns.for_student, progress, task)
+        read, progress = inside.read(inputs), self._host.run.progress
+        return self._host.run.loss(student, read, forward, columns.for_student, progress, task)
 
     def _task_comes_about(self) -> TASK:
         """How the task's loss is computed. Of code that is not known, by whether it was seen to call the output layer,
         the first time that it matters."""
-        if not self.own_loss:
+        if not self._own_loss:
             return "model" if self.label_smoother is None else "outputs"
         return "outputs" if self._calls_head else "apart"
 
@@ -192,7 +192,7 @@ class LossHooks:
     def _in_charge(self) -> Iterator[None]:
         """While open, what `Trainer.training_step` calls as `compute_loss` is the whole loss; a subclass's own gives
         its task term."""
-        if not self.in_front or not self.run.active:
+        if not self._in_front or not self._host.run.active:
             yield
             return
         theirs = self._a_micro_batch(self.compute_loss)
@@ -201,14 +201,14 @@ class LossHooks:
             loss, outputs = self._distil(model, inputs, theirs)
             return (loss, outputs) if return_outputs else loss
 
-        with in_place_of(self, theirs if self.whole_loss else whole):
+        with instead(self, compute_loss=theirs if self._whole_loss else whole):
             yield
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation):
         """As the trainer's own, without columns that are there for the teacher alone."""
         told = contextlib.nullcontext()
-        if self.in_front:
-            told = in_place_of(self, self._a_micro_batch(self.compute_loss))
+        if self._in_front:
+            told = instead(self, compute_loss=self._a_micro_batch(self.compute_loss))
         self._loss_alone = prediction_loss_only
         try:
             with told:
@@ -225,8 +225,8 @@ class LossHooks:
     def _begin_batch(self, batches: list) -> list:
         inside = self._host.inside
         if not inside.wraps:
-            return self.run.begin_batch(batches)
-        self.run.begin_batch([inside.read(batch) for batch in batches])
+            return self._host.run.begin_batch(batches)
+        self._host.run.begin_batch([inside.read(batch) for batch in batches])
         return batches
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -239,9 +239,9 @@ class LossHooks:
 
     def _end_step(self) -> None:
         """An optimizer step is done: was it made on our loss?"""
-        computed, self.run.loss.computed = self.run.loss.computed, 0
-        if not computed and not self.whole_loss:
-            self.run.loss.warn_once(
+        computed, self._host.run.loss.computed = self._host.run.loss.computed, 0
+        if not computed and not self._whole_loss:
+            self._host.run.loss.warn_once(
                 "%s trains on a loss of its own: the step was made without the distillation terms. Its training_step "
                 "has to call self.compute_loss or super().training_step; or say replaces_loss = True.",
                 type(self).__name__,

@@ -21,7 +21,6 @@ from ...modeling_rmtkd import LowRankLinear
 __all__ = [
     "carries_gradient",
     "counting",
-    "in_place_of",
     "items_of",
     "standing_alone",
     "told_what_it_takes",
@@ -119,16 +118,3 @@ def standing_alone(trainer: Any) -> Iterator[None]:
     finally:
         args.average_tokens_across_devices = averaged
         setattr(trainer, steps, accumulated)
-
-
-@contextmanager
-def in_place_of(trainer: Any, function: Callable) -> Iterator[None]:
-    """While open, `trainer.compute_loss` is `function`."""
-    set_here = vars(trainer).get("compute_loss")
-    trainer.compute_loss = function
-    try:
-        yield
-    finally:
-        del trainer.compute_loss
-        if set_here is not None:
-            trainer.compute_loss = set_here

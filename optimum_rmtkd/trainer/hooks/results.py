@@ -26,7 +26,8 @@ class ResultHooks:
         """As the trainer's own, with the card of a reduced model: sizes, stages, figures, recipe."""
         if not self.is_world_process_zero():
             return
-        if not self.stages or self._host.inside.wraps:  # an ordinary model, or one whose library writes its card
+        host = self._host
+        if not host.run.stages or host.inside.wraps:  # an ordinary model, or one whose library writes its card
             super().create_model_card(*positional, **kwargs)
             return
         asked = inspect.signature(super().create_model_card).bind(*positional, **kwargs).arguments
@@ -43,7 +44,7 @@ class ResultHooks:
             known = {"id": given[0] or given[1], "name": given[1] or given[0], "config": given[2]}
             write_results(self.args.output_dir, dataset=known | {"on_hub": given[0] is not None})
         write_results(self.args.output_dir, base_model=finetuned_from)
-        kept = getattr(self.run.initial, "model_tags", None) or []  # a cut makes a new model, without them
+        kept = getattr(self._host.run.initial, "model_tags", None) or []  # a cut makes a new model, without them
         tags = [*([tags] if isinstance(tags, str) else tags or []), *kept]
         metadata = {"language": language, "license": license, "tags": tags, "pipeline_tag": first(tasks)}
         write_card(self.args.output_dir, self.hub_model_id or model_name, **metadata)
@@ -54,7 +55,7 @@ class ResultHooks:
         options |= {name: getattr(self.args, name) for name in same}
         write_results(
             self._host.folder,
-            base_model=public_name(self.run.initial.config._name_or_path),
+            base_model=public_name(self._host.run.initial.config._name_or_path),
             parameters=(before, after),
             log_history=self.state.log_history,
             training=options,

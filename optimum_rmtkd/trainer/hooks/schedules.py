@@ -28,8 +28,8 @@ class ScheduleHooks:
         given = self.optimizer is not None
         made = super().create_optimizer() if model is None else super().create_optimizer(model)
         optimizer = self.optimizer if made is None else made  # an override may forget to return it
-        if self.reparameterization is not None and not given:
-            separate_cores(optimizer, self.model, self.reparameterization.lr_scale)
+        if self._parts.reparameterization is not None and not given:
+            separate_cores(optimizer, self.model, self._parts.reparameterization.lr_scale)
         return optimizer
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
@@ -49,7 +49,7 @@ class ScheduleHooks:
     def _in_phases(self, shape, whole: int):
         # A plain function: of anything else the scheduler's state would hold the attributes.
         def factor(step: int) -> float:
-            phases = self.run.pace.phases
+            phases = self._host.run.pace.phases
             return factor_at(step, phases, stretched(shape, whole)) if phases else shape(step)
 
         factor.whole_run = shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ __all__ = [
     "one_loss",
     "recipe_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 SHARDED = ("FSDP", "DEEPSPEED", "MEGATRON_LM")
 OF_THE_SCRIPT = "model and optimizer have to be prepared together after a cut, and here they are the script's own"
@@ -105,6 +108,33 @@ def check_prepared(accelerator: Any, model: Any, optimizer: Any) -> None:
         raise RMTKDError(
             f"The optimizer ({type(optimizer.optimizer).__name__}) holds no parameter of {type(model).__name__}; "
             "expected the one that trains it."
+        )
+    _check_one_optimizer(accelerator, model, optimizer)
+
+
+def _check_one_optimizer(accelerator: Any, model: nn.Module, optimizer: Any) -> None:
+    """A cut gives new parameters to one optimizer.
+
+    Raises:
+        RMTKDError: another one holds parameters of this model as well.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for other in accelerator._optimizers:
+        held = [names[id(p)] for group in other.param_groups for p in group["params"] if id(p) in names]
+        if other is not optimizer and held:
+            raise RMTKDError(
+                f"{held[0]} and {len(held) - 1} more of {type(model).__name__} are trained by an optimizer "
+                f"({type(other.optimizer).__name__}) beside the one given; expected one for the whole model: a cut "
+                "would leave behind what the other trains. Give one optimizer several parameter groups, each with its "
+                "rate; after an attempt before this one (a smaller batch), call accelerator.free_memory() first."
+            )
+    own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if left := [name for place, name in names.items() if place not in own]:
+        logger.warning(
+            "%s and %d more trainable parameters are in no optimizer: they stay as they are, before and after the "
+            "cuts. Add them to the optimizer, or freeze them (requires_grad=False).",
+            left[0],
+            len(left) - 1,
         )
 
 

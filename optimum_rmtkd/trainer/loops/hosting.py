@@ -141,7 +141,7 @@ class LoopHost:
                 f"evaluate() returned a {type(given).__name__}; expected the metrics by name, such as "
                 '{"accuracy": 0.91, "loss": 0.27}.'
             )
-        found = of_quality({str(name): _number(value) for name, value in given.items()})
+        found = of_quality({str(name): value for name, value in given.items()})
         found = from_main(found, self.accelerator)
         asked = FALLBACK if self._asked is None else self._asked
         names = (asked, f"eval_{asked}", asked.removeprefix("eval_"))
@@ -214,7 +214,3 @@ class LoopHost:
 
     def log(self, logs: Mapping[str, float]) -> None:
         self.accelerator.log(dict(logs), step=self.step)
-
-
-def _number(value: Any) -> Any:
-    return value.item() if torch.is_tensor(value) and value.numel() == 1 else value

@@ -78,7 +78,9 @@ def rewrapped(accelerator: Any, model: nn.Module, wrapped: nn.Module, live: Call
     fresh = accelerator.prepare(model)
     if isinstance(wrapped, nn.parallel.DistributedDataParallel) and wrapped is not fresh:
         # A loop asks its local wrapper for no_sync until the epoch ends; its reducer would wait for dead gradients.
+        # What keeps it goes on with the one in use.
         wrapped.no_sync = lambda: live().no_sync()
+        wrapped.forward = lambda *positional, **kwargs: live()(*positional, **kwargs)
         wrapped.reducer = wrapped.logger = None
         wrapped._module_parameters, wrapped.modules_buffers, wrapped.named_module_buffers = [], [], {}
     return fresh
