@@ -18,11 +18,12 @@ HERE = Path(__file__).parent
 
 
 def lives_by_type() -> dict[str, str]:
-    """{model type: test of the life of a tiny model of it}: each module of tiny models holds CONFIGS {name: config, or
-    a tuple with one}, and one test module imports it and takes all of them through their life."""
+    """{model type: test of the life of a tiny model of it}: each module of tiny models holds CONFIGS, and KIN of
+    the same code, {name: config, or a tuple with one}, and one test module imports it and takes all of them through their life."""
     found: dict[str, str] = {}
     for zoo in sorted(HERE.glob("*zoo.py")):
-        configs = getattr(import_module(f".{zoo.stem}", __package__), "CONFIGS", {})
+        module = import_module(f".{zoo.stem}", __package__)
+        configs = getattr(module, "CONFIGS", {}) | getattr(module, "KIN", {})
         uses = re.compile(rf"^from \. import (?:.*, )?{zoo.stem}\b", re.MULTILINE)
         texts = {path: path.read_text(encoding="utf8") for path in sorted(HERE.glob("test_*.py"))}
         lives = [path for path, text in texts.items() if uses.search(text) and "def test_life_cycle(" in text]
