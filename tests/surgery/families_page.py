@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 
 def lives_by_type() -> dict[str, str]:
     """{model type: test of the life of a tiny model of it}: each module of tiny models holds CONFIGS, and KIN of
-    the same code, {name: config, or a tuple with one}, and one test module imports it and takes all of them through their life."""
+    the same code, {name: config, or a tuple with one}, and one test module imports it and takes all of them through
+    their life."""
     found: dict[str, str] = {}
     for zoo in sorted(HERE.glob("*zoo.py")):
         module = import_module(f".{zoo.stem}", __package__)
