@@ -149,6 +149,7 @@ NATIVE = (
     "gemma2",
     "gemma3",
     "olmo2",
+    "olmo3",
     "cohere",
     "cohere2",
     "mixtral",
