@@ -46,8 +46,7 @@ examples:
   optimum-cli rmtkd bench ./llama-small --against ./llama --texts wiki.txt --window 1024
 
 The figures go into OUT/rmtkd_bench.json and into the model card, where OUT has one; a file or a card that somebody
-else wrote or changed stays. What this machine has no counter
-for is "not measurable here".
+else wrote or changed stays. What this machine has no counter for is "not measurable here".
 """
 
 

@@ -15,9 +15,9 @@ __all__ = ["ReportCommand"]
 USAGE = "optimum-cli rmtkd report OUT [-o FILE]"
 
 DESCRIPTION = """\
-Write one HTML page about a finished reduction: size and quality before and after, the stages, the training curves, the
-width of every part, the budget, and for each site its eigenvalues with the Marchenko-Pastur fit, the edge, and the
-rank under every estimator. The page needs no network and no other file.
+Write one HTML page about a finished reduction: how small, how fast and how good it is, a map of all widths, the
+budget, the stages with every metric, the training curves, and for each site its eigenvalues with the Marchenko-Pastur
+fit and the edge. The page needs no network and no other file; its speed is what optimum-cli rmtkd bench measured.
 """
 
 EPILOG = """\
