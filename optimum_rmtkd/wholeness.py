@@ -49,11 +49,14 @@ def _fault_of(folder: Path) -> str | None:
     if missing:
         return f"{listed(missing)} missing"
     for name in files_of(folder) if written is None else written:
-        if fault := _unreadable(folder / name, by_manifest=written is not None):
+        file = folder / name
+        if fault := _unreadable(file, by_manifest=written is not None):
             return f"{name} cannot be read ({fault})"
-        size = (folder / name).stat().st_size
+        size = file.stat().st_size
         if written is not None and size != written[name]:
             return f"{name} has {size} bytes, {written[name]} were written"
+        if _is_archive(file, by_manifest=written is not None) and not zipfile.is_zipfile(file):
+            return f"{name} cannot be read (its end is missing)"
     return None
 
 
@@ -79,11 +82,6 @@ def _lacking(folder: Path) -> list[str]:
 
 
 def _unreadable(file: Path, by_manifest: bool) -> str | None:
-    """
-    Args:
-        by_manifest: its size is known. Then what is named like one of torch's has to be one only where its name is
-            transformers' or Accelerate's: a subclass may write others.
-    """
     try:
         if file.suffix == ".json":
             values = json.loads(file.read_text(encoding="utf8"))
@@ -91,15 +89,17 @@ def _unreadable(file: Path, by_manifest: bool) -> str | None:
                 return "it holds no state of a run"
         elif file.suffix == ".safetensors":
             return _cut_short(file)
-        elif file.suffix in ARCHIVES and not (by_manifest and not _of_torch(file)) and not zipfile.is_zipfile(file):
-            return "its end is missing"
     except UNSOUND as error:
         return _words(error)
     return None
 
 
-def _of_torch(file: Path) -> bool:
-    return any(fnmatch(file.name, pattern) for pattern in OF_TORCH)
+def _is_archive(file: Path, by_manifest: bool) -> bool:
+    """Whether it has to be one of torch's, by its name; where its size is known, only by a name that is transformers'
+    or Accelerate's: a subclass may write others."""
+    if by_manifest:
+        return any(fnmatch(file.name, pattern) for pattern in OF_TORCH)
+    return file.suffix in ARCHIVES
 
 
 def _words(error: BaseException) -> str:

@@ -70,7 +70,7 @@ def test_a_hostile_folder_is_refused_by_name(good, case, tmp_path):
     with pytest.raises(RMTKDError) as caught:
         load_model(folder)
     message = str(caught.value)
-    assert "\n" not in message.strip() or case in hostile.DAMAGED  # transformers' own words have several lines
+    assert "\n" not in message
     assert len(message) < 2000
     assert not Path("/tmp/rmtkd_was_here").exists()
 

@@ -191,5 +191,5 @@ def assert_goes_on(run, out: Path, kill: Kill, expected: str, processes: int = 1
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    kinds = ("checkpoint-*", "step_*", "runs/checkpoint-*")
+    kinds = ("checkpoint-*", "step_*", "last", "runs/checkpoint-*")
     return [path for kind in kinds for path in out.glob(kind) if path.is_dir()]

@@ -52,12 +52,17 @@ def trainer(out: Path) -> None:
     _leave(made.accelerator)
 
 
-def loop(out: Path) -> None:
+def last(out: Path) -> None:
+    """A script with a loop of its own, whose checkpoints all have one name."""
+    loop(out, called="last")
+
+
+def loop(out: Path, called: str = "step_{}") -> None:
     """A script with a loop of its own."""
     torch.set_num_threads(1)
     script = prepared(max_steps=STEPS)
     made = looped(script, PHASES)
-    train(script, made, resume=newest_checkpoint(out), save_to=out, save_every=EVERY)
+    train(script, made, resume=newest_checkpoint(out), save_to=out, save_every=EVERY, called=called)
     if script.accelerator.is_main_process:
         script.accelerator.unwrap_model(script.model).save_pretrained(out / "final")
     _leave(script.accelerator)

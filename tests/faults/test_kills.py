@@ -19,7 +19,7 @@ class Reference:
     """A run that nothing interrupts."""
 
     def __init__(self, folder, name: str, processes: int):
-        self.run, self.folder, self.processes = RUNS[name], folder, processes
+        self.run, self.folder, self.processes = (RUNS | {"last": runs.last})[name], folder, processes
         if name == "compress":
             runs.compress_inputs(folder)
         out = folder / "whole"
@@ -80,6 +80,16 @@ def test_killed_at_every_file_event_of_a_checkpoint(reference, name, processes):
     for rank in range(processes):
         for moment in whole.of_a_checkpoint(rank):
             whole.assert_goes_on(Kill("event", moment, rank))
+
+
+@pytest.mark.slow
+@pytest.mark.faults
+def test_killed_at_every_file_event_of_a_checkpoint_that_replaces_one_of_its_name(reference):
+    whole = reference("last")
+    events = whole.happened[0]["events"]
+    begun = [number for number, event in enumerate(events, 1) if event == "os.mkdir .last.partial"]
+    for moment in range(begun[2], begun[3]):
+        whole.assert_goes_on(Kill("event", moment))
 
 
 @pytest.mark.slow

@@ -48,8 +48,8 @@ def test_a_spec_without_one_of_its_entries(name):
         assert small.config.rmtkd["spec"][key]
     same = refused = 0
     for place in places(small.config.rmtkd["spec"]):
-        if place[-1] == "eps":
-            continue  # numbers within their range can compute anything
+        if place[-1] == "eps" or (name == "gemma" and place[0] == "base"):
+            continue  # numbers within their range can compute anything: Gemma's table is scaled by the dense width
         try:
             other = type(small)(without(small.config, place)).eval()
         except ValueError as error:

@@ -15,6 +15,7 @@ from transformers import get_scheduler
 from transformers.data import default_data_collator
 
 from optimum_rmtkd import RMTKDConfig, RMTKDLoop
+from optimum_rmtkd.checkpoints import step_of
 
 from .conftest import RECIPE, tiny_bert, toy_data
 
@@ -98,13 +99,16 @@ def looped(script, recipe=None, **options):
     )
 
 
-def train(script, loop, resume=None, save_to=None, save_every=None, stop_at=None, end=True, between=None):
-    """The loop itself; (losses, learning rates) by optimizer step. `between` is called after each epoch."""
+def train(
+    script, loop, resume=None, save_to=None, save_every=None, stop_at=None, end=True, between=None, called="step_{}"
+):
+    """The loop itself; (losses, learning rates) by optimizer step. `between` is called after each epoch, `called` is
+    the name of a checkpoint."""
     accelerator, model, optimizer = script.accelerator, script.model, script.optimizer
     done, losses, rates = 0, {}, {}
     if resume is not None:
         accelerator.load_state(str(resume))
-        done = int(Path(resume).name.removeprefix("step_"))
+        done = step_of(resume)
     an_epoch = -(-len(script.train) // script.accumulation)
     first, skipped = divmod(done, an_epoch)
     last = script.max_steps if stop_at is None else stop_at
@@ -129,7 +133,7 @@ def train(script, loop, resume=None, save_to=None, save_every=None, stop_at=None
                 done += 1
                 losses[done], rates[done] = loss.item(), script.scheduler.get_last_lr()[0]
                 if save_to is not None and done % save_every == 0:
-                    accelerator.save_state(str(Path(save_to) / f"step_{done}"))
+                    accelerator.save_state(str(Path(save_to) / called.format(done)))
             if done >= last:
                 break
         if between is not None:

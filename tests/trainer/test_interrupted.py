@@ -329,6 +329,11 @@ def test_a_half_checkpoint_of_a_loop_is_refused_and_older_ones_go_last(tmp_path)
             accelerator.save_state()
     places = tmp_path / "checkpoints"
     assert sorted(path.name for path in places.iterdir()) == ["checkpoint_1", "checkpoint_2"]
+    aside = places / ".checkpoint_2.ab12cd34.old"  # a run was killed between the two renames that replace it
+    aside.mkdir()
+    (places / "checkpoint_2").rename(aside / "checkpoint_2")
+    accelerator.load_state(str(places / "checkpoint_2"))
+    assert loop._host.step == 4 and not aside.exists()
     os.truncate(places / "checkpoint_2" / "optimizer.bin", 100)
     with pytest.raises(IncompleteCheckpointError, match=r"optimizer.bin has 100 bytes.*Resume from .*checkpoint_1"):
         accelerator.load_state(str(places / "checkpoint_2"))
