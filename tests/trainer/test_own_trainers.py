@@ -205,8 +205,8 @@ def test_an_evaluation_that_needs_data_after_all_is_none(make_trainer, caplog):
     trainer.train()
     assert trainer.stages[0].metrics_after is None
     assert caplog.text.count("evaluate() without an eval_dataset ends with TypeError") == 1
-    with pytest.raises(RMTKDError, match="metric_for_best_model is about .* ends with TypeError"):
-        make_trainer(trainer_class=Needs, trainer_kwargs=given, max_steps=2, metric_for_best_model="f1").train()
+    with pytest.raises(RMTKDError, match="max_metric_drop is about .* ends with TypeError"):
+        make_trainer(trainer_class=Needs, trainer_kwargs=given, recipe={"max_metric_drop": 0.1}).train()
 
 
 @pytest.mark.slow

@@ -184,15 +184,15 @@ class TrainerHost:
         """What a subclass returns that has no eval_dataset: it may have data of its own, or need one after all.
 
         Raises:
-            RMTKDError: it needs one, and the recipe compares metrics, or one is named.
+            RMTKDError: it needs one, and the recipe compares metrics.
         """
         try:
             return evaluate(**_taken(evaluate, told))
         except (ValueError, TypeError, AttributeError) as error:
             compared = [name for name in COMPARING if getattr(self.trainer.rmtkd_config, name) is not None]
-            if needed := compared + ["metric_for_best_model"] * self.metric_asked_for:
+            if compared:
                 raise RMTKDError(
-                    f"{needed[0]} is about validation metrics, and evaluate() without an eval_dataset ends with "
+                    f"{compared[0]} is about validation metrics, and evaluate() without an eval_dataset ends with "
                     f"{type(error).__name__} ({error}). Pass eval_dataset."
                 ) from error
             self._nothing_to_evaluate = True
