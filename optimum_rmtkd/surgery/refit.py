@@ -11,7 +11,7 @@ whatever the resolution of the images.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 from ..batches import Store, batch_size, first_samples, main_input, padding_mask, run
 from ..modeling_rmtkd import is_norm
 from ..spectra.products import exact_matmul
-from .bases import Selection
 from .calibration import features_last, token_mask
 from .leastsquares import BatchStatistics, LeastSquares, NormFit, least_squares_update, norm_fit
 from .linalg import check_finite
@@ -32,6 +31,7 @@ from .narrowing import Cuts
 from .norms import norm_of
 from .replay import Progress, Replay, Scope
 from .sites import Anatomy, Point, Unit, get_module, is_layer
+from .units import own_units
 
 
 __all__ = ["Replay", "Scope", "least_squares_update", "norm_fit", "refit"]
@@ -67,11 +67,12 @@ def refit(
     """Fit all units of `student` that a cut touches, in place, in forward order."""
     batches = _cap(batches)
     masks = [padding_mask(batch) for batch in batches]
+    free = own_units(student, anatomy)
     bar = tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False)
     # sums of products that bf16 has rounded tell nothing of small eigenvalues
     with bar, exact_matmul(next(student.parameters()).device):
         for part in _parts(student, teacher, anatomy, batches, masks, cuts):
-            _fit_part(part, cuts, ridge)
+            _fit_part(part, cuts, free, ridge)
             bar.update()
 
 
@@ -130,7 +131,7 @@ def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
     return hasattr(module, "weight") and (unit.reads in cuts or (inside and unit.writes in cuts))
 
 
-def _fit_part(part: _Part, cuts: Cuts, ridge: float | None) -> None:
+def _fit_part(part: _Part, cuts: Cuts, free: Collection[str], ridge: float | None) -> None:
     units = [unit for unit in part.units if _touched(unit, part.student, cuts)]
     groups = [
         list(group)
@@ -142,7 +143,7 @@ def _fit_part(part: _Part, cuts: Cuts, ridge: float | None) -> None:
     points = [[Point(g[0].path, "input"), *g[0].sums] for g in groups]
     progress = Progress(part.student, [([u.path for u in g], seen) for g, seen in zip(groups, points, strict=True)])
     for step, (group, wanted) in enumerate(zip(groups, wants, strict=True)):
-        _fit_group(group, part.student, progress.through(step), wanted, cuts, ridge)
+        _fit_group(group, part.student, progress.through(step), wanted, free, ridge)
     if part.through is not None:
         part.through[0](progress.output)
 
@@ -178,7 +179,7 @@ def _fit_group(
     scope: Scope,
     passes: Iterator[dict[Point, torch.Tensor]],
     wants: Store,
-    cuts: Cuts,
+    free: Collection[str],
     ridge: float | None,
 ) -> None:
     """Fit layers that read the same, in place.
@@ -189,7 +190,7 @@ def _fit_group(
     """
     modules = {unit.path: get_module(scope.module, unit.path) for unit in group}
     first, entrance, sums = modules[group[0].path], Point(group[0].path, "input"), group[0].sums
-    fits = _fits(group, modules, cuts, ridge)
+    fits = _fits(group, modules, free, ridge)
     means = [BatchStatistics()] if isinstance(first, nn.BatchNorm2d) and first.running_mean is not None else []
     for index, seen in enumerate(passes):
         mask, count, wanted = scope.masks[index], len(scope.masks), wants[index]
@@ -215,7 +216,7 @@ def _fit_group(
 
 
 def _fits(
-    group: list[Unit], modules: dict[str, nn.Module], cuts: Cuts, ridge: float | None
+    group: list[Unit], modules: dict[str, nn.Module], free: Collection[str], ridge: float | None
 ) -> list[tuple[Any, list[str]]]:
     """(sums, paths of the layers that they are for): one for all that have a bias, one for all that have none."""
     if _is_norm(modules[group[0].path]):
@@ -225,11 +226,9 @@ def _fits(
         paths = [path for path, module in modules.items() if (_last(module).bias is not None) == bias]
         if paths:
             last = _last(modules[paths[0]])
-            # each channel of a convolution has a scale of its own, which the norms around it make arbitrary; so has
-            # each neuron whose function is homogeneous
+            # each channel of a convolution has a scale of its own, which the norms around it make arbitrary
             area = last.kernel_size[0] * last.kernel_size[1] if isinstance(last, nn.Conv2d) else None
-            selected = isinstance(cuts.of(group[0].reads, group[0].path), Selection)
-            unit = 1 if area is None and selected else area
+            unit = 1 if area is None and group[0].reads in free else area
             fits.append((LeastSquares(ridge, bias, unit, by_outputs=area is None), paths))
     return fits
 
