@@ -326,9 +326,8 @@ def check_base(config, base):
 def version_of(spec, decoder=False):
     """The format that a spec needs. The first knew no norms but layer norms, nor heads that go, and so no decoder; the
     second no convolutions in groups."""
-    if any("groups" in delta for delta in spec.get("modules", {}).values()):
-        return 3
-    return 2 if decoder or spec.get("heads") else 1
+    grouped = any("groups" in delta for delta in spec.get("modules", {}).values())
+    return 3 if grouped else 2 if decoder or spec.get("heads") else 1
 
 
 def epsilon_name(module):
@@ -357,8 +356,7 @@ def widest(module):
         return {"in": features[0], "out": features[1], "rank": max(features)}
     if isinstance(module, nn.Conv2d):
         widths = {"in": module.in_channels, "out": module.out_channels}
-        if module.groups > 1:
-            return {**widths, "groups": module.groups}
+        widths |= {"groups": module.groups} if module.groups > 1 else {}
         pointwise = module.kernel_size == (1, 1) and module.groups == 1
         return {**widths, "rank": max(widths.values())} if pointwise else widths
     if isinstance(module, nn.LayerNorm):
@@ -387,11 +385,8 @@ def check_module(module, delta, where):
             raise mismatch(where, name, f"only what a {type(module).__name__} like this one has: {known}")
         if value > most[name]:
             raise mismatch(f"{where}.{name}", value, f"at most {most[name]}, as in the dense layer")
-    if "groups" in most and delta:
-        groups = delta.get("groups", module.groups)
-        sizes = {"in": module.in_channels, "out": module.out_channels}
-        if any(delta.get(side, size) * module.groups != size * groups for side, size in sizes.items()):
-            raise mismatch(where, delta, f"groups as wide as those of {sizes} in {module.groups} groups")
+    if "groups" in most and len({fractions.Fraction(delta.get(name, size), size) for name, size in most.items()}) > 1:
+        raise mismatch(where, delta, f"groups as wide as those of the dense layer, {most}")
     if (is_norm(module) or isinstance(module, nn.BatchNorm2d)) and "dim" not in delta:
         raise mismatch(where, delta, f"the entry 'dim', which a {type(module).__name__} needs")
 

@@ -11,7 +11,7 @@ whatever the resolution of the images.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,6 @@ from transformers.pytorch_utils import Conv1D
 from ..batches import Store, batch_size, first_samples, main_input, padding_mask, run
 from ..modeling_rmtkd import is_norm
 from ..spectra.products import exact_matmul
-from .bases import Selection
 from .calibration import features_last, token_mask
 from .leastsquares import BatchStatistics, LeastSquares, NormFit, least_squares_update, norm_fit
 from .linalg import check_finite
@@ -32,6 +31,7 @@ from .narrowing import Cuts
 from .norms import norm_of
 from .replay import Progress, Replay, Scope
 from .sites import Anatomy, Point, Unit, get_module, is_layer
+from .units import own_units
 
 
 __all__ = ["Replay", "Scope", "least_squares_update", "norm_fit", "refit"]
@@ -66,12 +66,17 @@ def refit(
 ) -> None:
     """Fit all units of `student` that a cut touches, in place, in forward order."""
     batches = _cap(batches)
+<<<<<<< HEAD
     masks = [_mask(batch) for batch in batches]
+=======
+    masks = [padding_mask(batch) for batch in batches]
+    free = own_units(student, anatomy)
+>>>>>>> channels
     bar = tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False)
     # sums of products that bf16 has rounded tell nothing of small eigenvalues
     with bar, exact_matmul(next(student.parameters()).device):
         for part in _parts(student, teacher, anatomy, batches, masks, cuts):
-            _fit_part(part, cuts, ridge)
+            _fit_part(part, cuts, free, ridge)
             bar.update()
 
 
@@ -136,7 +141,7 @@ def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
     return hasattr(module, "weight") and (unit.reads in cuts or (inside and unit.writes in cuts))
 
 
-def _fit_part(part: _Part, cuts: Cuts, ridge: float | None) -> None:
+def _fit_part(part: _Part, cuts: Cuts, free: Collection[str], ridge: float | None) -> None:
     units = [unit for unit in part.units if _touched(unit, part.student, cuts)]
     groups = [
         list(group)
@@ -146,6 +151,7 @@ def _fit_part(part: _Part, cuts: Cuts, ridge: float | None) -> None:
     ]
     points = [[Point(g[0].path, "input"), *g[0].sums] for g in groups]
     progress = Progress(part.student, [([u.path for u in g], seen) for g, seen in zip(groups, points, strict=True)])
+<<<<<<< HEAD
     fits = [_Fit(group, part.student, cuts, ridge) for group in groups]
     # the first group is fitted while the teacher runs: what it wants need not be kept
     early = progress.through(0) if groups else iter(())
@@ -154,6 +160,10 @@ def _fit_part(part: _Part, cuts: Cuts, ridge: float | None) -> None:
         for index, seen in enumerate(early if step == 0 else progress.through(step)):
             fit.add(index, seen, wants[step][index])
         fit.apply()
+=======
+    for step, (group, wanted) in enumerate(zip(groups, wants, strict=True)):
+        _fit_group(group, part.student, progress.through(step), wanted, free, ridge)
+>>>>>>> channels
     if part.through is not None:
         part.through[0](progress.output)
 
@@ -190,13 +200,26 @@ def _wants(
     return wants
 
 
+<<<<<<< HEAD
 class _Fit:
     """Fits layers that read the same, in place, from sums over batches.
+=======
+def _fit_group(
+    group: list[Unit],
+    scope: Scope,
+    passes: Iterator[dict[Point, torch.Tensor]],
+    wants: Store,
+    free: Collection[str],
+    ridge: float | None,
+) -> None:
+    """Fit layers that read the same, in place.
+>>>>>>> channels
 
     Args:
         group: the layers.
         scope: what runs them.
     """
+<<<<<<< HEAD
 
     def __init__(self, group: list[Unit], scope: Scope, cuts: Cuts, ridge: float | None):
         self.group, self.scope = group, scope
@@ -222,6 +245,27 @@ class _Fit:
         lacking = {point: _spaced(_rows(seen[point], mask, _at(self.scope, point)), count) for point in unit.sums}
         for fit, paths in self.sums:
             rows = {path: _less(wanted[path], lacking, unit) for path in paths}
+=======
+    modules = {unit.path: get_module(scope.module, unit.path) for unit in group}
+    first, entrance, sums = modules[group[0].path], Point(group[0].path, "input"), group[0].sums
+    fits = _fits(group, modules, free, ridge)
+    means = [BatchStatistics()] if isinstance(first, nn.BatchNorm2d) and first.running_mean is not None else []
+    for index, seen in enumerate(passes):
+        mask, count, wanted = scope.masks[index], len(scope.masks), wants[index]
+        with torch.no_grad():
+            x = _spaced(_entry(first, seen[entrance], mask), count)
+            lacking = {point: _spaced(_rows(seen[point], mask, _at(scope, point)), count) for point in sums}
+            for statistics in means:
+                statistics.add(seen[entrance])
+            for fit, paths in fits:
+                rows = {path: _less(wanted[path], lacking, group[0]) for path in paths}
+                if isinstance(fit, NormFit):
+                    fit.add(x, rows[paths[0]])
+                else:
+                    fit.add(x, {path: y - _answer(modules[path], x) for path, y in rows.items()})
+    for fit, paths in fits:
+        for path in paths:
+>>>>>>> channels
             if isinstance(fit, NormFit):
                 fit.add(x, rows[paths[0]])
             else:
@@ -240,8 +284,13 @@ class _Fit:
         self.sums = []  # what is summed up of a wide layer is among the largest of all
 
 
+<<<<<<< HEAD
 def _sums_of(
     group: list[Unit], modules: dict[str, nn.Module], cuts: Cuts, ridge: float | None
+=======
+def _fits(
+    group: list[Unit], modules: dict[str, nn.Module], free: Collection[str], ridge: float | None
+>>>>>>> channels
 ) -> list[tuple[Any, list[str]]]:
     """(sums, paths of the layers that they are for): one for all that have a bias, one for all that have none."""
     if _is_norm(modules[group[0].path]):
@@ -251,11 +300,9 @@ def _sums_of(
         paths = [path for path, module in modules.items() if (_last(module).bias is not None) == bias]
         if paths:
             last = _last(modules[paths[0]])
-            # each channel of a convolution has a scale of its own, which the norms around it make arbitrary; so has
-            # each neuron whose function is homogeneous
+            # each channel of a convolution has a scale of its own, which the norms around it make arbitrary
             area = last.kernel_size[0] * last.kernel_size[1] if isinstance(last, nn.Conv2d) else None
-            selected = isinstance(cuts.of(group[0].reads, group[0].path), Selection)
-            unit = 1 if area is None and selected else area
+            unit = 1 if area is None and group[0].reads in free else area
             fits.append((LeastSquares(ridge, bias, unit, by_outputs=area is None), paths))
     return fits
 

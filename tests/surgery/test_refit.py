@@ -16,14 +16,18 @@ from torch.utils._pytree import tree_leaves
 from optimum_rmtkd import RMTKDConfig, narrow
 from optimum_rmtkd.batches import padding_mask, run
 from optimum_rmtkd.surgery import reduce, surgeon
-from optimum_rmtkd.surgery.bases import Selection
 from optimum_rmtkd.surgery.calibration import observed
 from optimum_rmtkd.surgery.leastsquares import RIDGES, LeastSquares, NormFit, least_squares_update, norm_fit
+<<<<<<< HEAD
 from optimum_rmtkd.surgery.narrowing import Cuts
 from optimum_rmtkd.surgery.refit import _entry, _project, _rows, _sums_of, _touched, refit
+=======
+from optimum_rmtkd.surgery.refit import _entry, _fits, _project, _rows, _touched, refit
+>>>>>>> channels
 from optimum_rmtkd.surgery.replay import Progress, Replay, Scope
 from optimum_rmtkd.surgery.sites import Point, Unit, get_module
 from optimum_rmtkd.surgery.surgeon import Surgeon
+from optimum_rmtkd.surgery.units import own_units
 
 from . import zoo
 
@@ -106,7 +110,7 @@ def refit_one_by_one(student, teacher, anatomy, cuts, batches, ridge):
             residual = wanted - F.linear(x, last.weight.double().flatten(1), bias)
             centre_x, centre_r = (x.mean(0), residual.mean(0)) if bias is not None else (0.0, 0.0)
             centred = x - centre_x
-            selected = isinstance(cuts.of(unit.reads, unit.path), Selection)
+            selected = unit.reads in own_units(student, anatomy)
             area = last.kernel_size[0] * last.kernel_size[1] if isinstance(last, nn.Conv2d) else x.shape[1]
             area = 1 if selected and not isinstance(last, nn.Conv2d) else area
             mean = centred.square().sum(0).reshape(-1, area).mean(1).repeat_interleave(area)
@@ -241,7 +245,11 @@ def test_layers_that_read_the_same_are_fitted_from_one_sum():
 
 def test_a_layer_without_bias_beside_one_with_it():
     modules = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2, bias=False)}
+<<<<<<< HEAD
     found = _sums_of([Unit(path) for path in "ab"], modules, Cuts({}), 0.1)
+=======
+    found = _fits([Unit(path) for path in "ab"], modules, (), 0.1)
+>>>>>>> channels
     assert [(fit.intercept, paths) for fit, paths in found] == [(True, ["a"]), (False, ["b"])]
 
 
