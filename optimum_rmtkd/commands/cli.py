@@ -10,6 +10,7 @@ from .bench import BenchCommand
 from .compress import CompressCommand
 from .demo import DemoCommand
 from .export import ExportCommand
+from .plan import PlanCommand
 from .report import ReportCommand
 from .ternary import TernaryCommand
 from .trim import TrimCommand
@@ -31,6 +32,8 @@ examples:
   optimum-cli rmtkd compress --model MODEL --train-file train.csv --validation-file dev.csv \\
       --target-reduction 0.8 -o OUT
       cut, distil, evaluate, save
+  optimum-cli rmtkd plan --model MODEL --target-reduction 0.5
+      what that needs in memory and work; reads the config alone
   optimum-cli rmtkd trim MODEL --texts corpus.txt -o OUT
       without the rows of the token table that a domain does not use
   optimum-cli rmtkd ternary --model MODEL --module classifier --train-file train.csv -o OUT
@@ -53,6 +56,11 @@ class RMTKDCommand(BaseOptimumCLICommand):
             name="analyze",
             help="Print the spectrum of every site of a model and the width it would keep.",
             subcommand_class=AnalyzeCommand,
+        ),
+        CommandInfo(
+            name="plan",
+            help="Tell what a cut needs in memory and FLOPs, from the config alone.",
+            subcommand_class=PlanCommand,
         ),
         CommandInfo(
             name="compress",

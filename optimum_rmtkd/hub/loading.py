@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-__all__ = ["load_config", "load_model", "load_processor"]
+__all__ = ["class_of", "load_config", "load_model", "load_processor"]
 
 TEXT_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -49,14 +49,14 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
     from safetensors import SafetensorError
 
     config = load_config(name)
-    cls = _class_of(name, config)
+    cls = class_of(name, config)
     try:
         return cls.from_pretrained(name, dtype=dtype or "auto").eval()
     except (OSError, SafetensorError) as error:
         raise RMTKDError(f"Cannot load the weights of '{name}': {error}") from error
 
 
-def _class_of(name: str | Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def class_of(name: str | Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names.
 
     Raises:
