@@ -11,6 +11,7 @@ from .compress import CompressCommand
 from .demo import DemoCommand
 from .export import ExportCommand
 from .families import FamiliesCommand
+from .plan import PlanCommand
 from .report import ReportCommand
 from .ternary import TernaryCommand
 from .trim import TrimCommand
@@ -34,6 +35,8 @@ examples:
       cut, distil, evaluate, save
   optimum-cli rmtkd families
       which architectures can be narrowed, and where
+  optimum-cli rmtkd plan --model MODEL --target-reduction 0.5
+      what that needs in memory and work; reads the config alone
   optimum-cli rmtkd trim MODEL --texts corpus.txt -o OUT
       without the rows of the token table that a domain does not use
   optimum-cli rmtkd ternary --model MODEL --module classifier --train-file train.csv -o OUT
@@ -56,6 +59,11 @@ class RMTKDCommand(BaseOptimumCLICommand):
             name="analyze",
             help="Print the spectrum of every site of a model and the width it would keep.",
             subcommand_class=AnalyzeCommand,
+        ),
+        CommandInfo(
+            name="plan",
+            help="Tell what a cut needs in memory and FLOPs, from the config alone.",
+            subcommand_class=PlanCommand,
         ),
         CommandInfo(
             name="compress",

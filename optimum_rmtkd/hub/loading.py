@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_plain",
+    "class_of",
     "load_config",
     "load_image_processor",
     "load_model",
@@ -173,12 +174,12 @@ def load_model(name: str | Path, dtype: torch.dtype | None = None) -> PreTrained
             damaged or do not fit (SpecMismatchError).
     """
     config = load_config(name)
-    cls = _class_of(name, config)
+    cls = class_of(name, config)
     with refusals_named(f"Cannot load the weights of '{name}'"):
         return cls.from_pretrained(name, dtype=dtype or "auto").eval()
 
 
-def _class_of(name: str | Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
+def class_of(name: str | Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a config names.
 
     Raises:

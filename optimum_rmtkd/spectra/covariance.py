@@ -6,7 +6,6 @@ subtracted before the matrix product and undone by exact algebra afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from ..errors import CalibrationError, RMTKDError
 from .autocorrelation import added, lagged_shapes, lagged_sums, longer, shift_lagged_sums
 from .dependence import time_spectrum_of
 from .laws import TimeSpectrum, spread
+from .processes import sum_over_processes
 from .products import BLOCKED_FROM, diagonal_of, eigh, exact_matmul, packed, packed_product, packed_size, unpacked
 from .samples import check_finite, checked, select, work_dtype
 
@@ -355,7 +355,7 @@ class SecondMoments:
             Call it once, on all processes, after the last update: a second call would count every sample again. A
             process without data takes part with zeros.
         """
-        reduce = _sum_over_processes(accelerator_or_group)
+        reduce = sum_over_processes(accelerator_or_group)
         if reduce is None:
             return self
         self._prepare(None, torch.device("cpu"))
@@ -439,24 +439,3 @@ def _fp64_device(device: Any) -> torch.device:
 def _rank() -> int:
     distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
-def _sum_over_processes(target: Any) -> Callable[[Tensor], Tensor] | None:
-    """A function that sums a tensor over processes, or None when there is one process only."""
-    distributed = torch.distributed
-    ready = distributed.is_available() and distributed.is_initialized()
-    accelerator = target if hasattr(target, "num_processes") else None
-    if accelerator is not None and (accelerator.num_processes == 1 or not ready):
-        return None if accelerator.num_processes == 1 else lambda t: accelerator.reduce(t, reduction="sum")
-    group = None if accelerator is not None else target
-    if not ready or distributed.get_world_size(group) == 1:
-        return None
-
-    def reduce(tensor: Tensor) -> Tensor:
-        # NCCL takes tensors of its own device only, while the sums may live on the CPU.
-        on_gpu = distributed.get_backend(group) == "nccl"
-        moved = tensor.to(torch.device("cuda", torch.cuda.current_device()) if on_gpu else "cpu").contiguous().clone()
-        distributed.all_reduce(moved, group=group)
-        return moved.to(tensor.device)
-
-    return reduce

@@ -66,12 +66,8 @@ def refit(
 ) -> None:
     """Fit all units of `student` that a cut touches, in place, in forward order."""
     batches = _cap(batches)
-<<<<<<< HEAD
     masks = [_mask(batch) for batch in batches]
-=======
-    masks = [padding_mask(batch) for batch in batches]
     free = own_units(student, anatomy)
->>>>>>> channels
     bar = tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False)
     # sums of products that bf16 has rounded tell nothing of small eigenvalues
     with bar, exact_matmul(next(student.parameters()).device):
@@ -151,8 +147,7 @@ def _fit_part(part: _Part, cuts: Cuts, free: Collection[str], ridge: float | Non
     ]
     points = [[Point(g[0].path, "input"), *g[0].sums] for g in groups]
     progress = Progress(part.student, [([u.path for u in g], seen) for g, seen in zip(groups, points, strict=True)])
-<<<<<<< HEAD
-    fits = [_Fit(group, part.student, cuts, ridge) for group in groups]
+    fits = [_Fit(group, part.student, free, ridge) for group in groups]
     # the first group is fitted while the teacher runs: what it wants need not be kept
     early = progress.through(0) if groups else iter(())
     wants = _wants(groups, part, cuts, lambda index, wanted: fits[0].add(index, next(early), wanted))
@@ -160,10 +155,6 @@ def _fit_part(part: _Part, cuts: Cuts, free: Collection[str], ridge: float | Non
         for index, seen in enumerate(early if step == 0 else progress.through(step)):
             fit.add(index, seen, wants[step][index])
         fit.apply()
-=======
-    for step, (group, wanted) in enumerate(zip(groups, wants, strict=True)):
-        _fit_group(group, part.student, progress.through(step), wanted, free, ridge)
->>>>>>> channels
     if part.through is not None:
         part.through[0](progress.output)
 
@@ -200,31 +191,19 @@ def _wants(
     return wants
 
 
-<<<<<<< HEAD
 class _Fit:
     """Fits layers that read the same, in place, from sums over batches.
-=======
-def _fit_group(
-    group: list[Unit],
-    scope: Scope,
-    passes: Iterator[dict[Point, torch.Tensor]],
-    wants: Store,
-    free: Collection[str],
-    ridge: float | None,
-) -> None:
-    """Fit layers that read the same, in place.
->>>>>>> channels
 
     Args:
         group: the layers.
         scope: what runs them.
+        free: sites whose features have units of their own (`own_units`).
     """
-<<<<<<< HEAD
 
-    def __init__(self, group: list[Unit], scope: Scope, cuts: Cuts, ridge: float | None):
+    def __init__(self, group: list[Unit], scope: Scope, free: Collection[str], ridge: float | None):
         self.group, self.scope = group, scope
         self.modules = {unit.path: get_module(scope.module, unit.path) for unit in group}
-        self.sums = _sums_of(group, self.modules, cuts, ridge)
+        self.sums = _sums_of(group, self.modules, free, ridge)
         first = self.modules[group[0].path]
         counted = isinstance(first, nn.BatchNorm2d) and first.running_mean is not None
         self.statistics = BatchStatistics() if counted else None
@@ -245,27 +224,6 @@ def _fit_group(
         lacking = {point: _spaced(_rows(seen[point], mask, _at(self.scope, point)), count) for point in unit.sums}
         for fit, paths in self.sums:
             rows = {path: _less(wanted[path], lacking, unit) for path in paths}
-=======
-    modules = {unit.path: get_module(scope.module, unit.path) for unit in group}
-    first, entrance, sums = modules[group[0].path], Point(group[0].path, "input"), group[0].sums
-    fits = _fits(group, modules, free, ridge)
-    means = [BatchStatistics()] if isinstance(first, nn.BatchNorm2d) and first.running_mean is not None else []
-    for index, seen in enumerate(passes):
-        mask, count, wanted = scope.masks[index], len(scope.masks), wants[index]
-        with torch.no_grad():
-            x = _spaced(_entry(first, seen[entrance], mask), count)
-            lacking = {point: _spaced(_rows(seen[point], mask, _at(scope, point)), count) for point in sums}
-            for statistics in means:
-                statistics.add(seen[entrance])
-            for fit, paths in fits:
-                rows = {path: _less(wanted[path], lacking, group[0]) for path in paths}
-                if isinstance(fit, NormFit):
-                    fit.add(x, rows[paths[0]])
-                else:
-                    fit.add(x, {path: y - _answer(modules[path], x) for path, y in rows.items()})
-    for fit, paths in fits:
-        for path in paths:
->>>>>>> channels
             if isinstance(fit, NormFit):
                 fit.add(x, rows[paths[0]])
             else:
@@ -284,13 +242,8 @@ def _fit_group(
         self.sums = []  # what is summed up of a wide layer is among the largest of all
 
 
-<<<<<<< HEAD
 def _sums_of(
-    group: list[Unit], modules: dict[str, nn.Module], cuts: Cuts, ridge: float | None
-=======
-def _fits(
     group: list[Unit], modules: dict[str, nn.Module], free: Collection[str], ridge: float | None
->>>>>>> channels
 ) -> list[tuple[Any, list[str]]]:
     """(sums, paths of the layers that they are for): one for all that have a bias, one for all that have none."""
     if _is_norm(modules[group[0].path]):

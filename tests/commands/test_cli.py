@@ -67,7 +67,7 @@ def test_help_teaches(cli, command):
 
 
 def test_help_begins_with_what_most_people_want(cli):
-    for command in ("analyze", "bench", "compress", "demo", "export", "report", "ternary", "trim"):
+    for command in ("analyze", "bench", "compress", "demo", "export", "plan", "report", "ternary", "trim"):
         _, out, _ = cli(command, "--help")
         first = out[out.index("examples:") : out.index("options:")]
         calls = first.count("optimum-cli rmtkd")

@@ -18,12 +18,7 @@ from optimum_rmtkd.batches import padding_mask, run
 from optimum_rmtkd.surgery import reduce, surgeon
 from optimum_rmtkd.surgery.calibration import observed
 from optimum_rmtkd.surgery.leastsquares import RIDGES, LeastSquares, NormFit, least_squares_update, norm_fit
-<<<<<<< HEAD
-from optimum_rmtkd.surgery.narrowing import Cuts
 from optimum_rmtkd.surgery.refit import _entry, _project, _rows, _sums_of, _touched, refit
-=======
-from optimum_rmtkd.surgery.refit import _entry, _fits, _project, _rows, _touched, refit
->>>>>>> channels
 from optimum_rmtkd.surgery.replay import Progress, Replay, Scope
 from optimum_rmtkd.surgery.sites import Point, Unit, get_module
 from optimum_rmtkd.surgery.surgeon import Surgeon
@@ -245,11 +240,7 @@ def test_layers_that_read_the_same_are_fitted_from_one_sum():
 
 def test_a_layer_without_bias_beside_one_with_it():
     modules = {"a": nn.Linear(3, 2), "b": nn.Linear(3, 2, bias=False)}
-<<<<<<< HEAD
-    found = _sums_of([Unit(path) for path in "ab"], modules, Cuts({}), 0.1)
-=======
-    found = _fits([Unit(path) for path in "ab"], modules, (), 0.1)
->>>>>>> channels
+    found = _sums_of([Unit(path) for path in "ab"], modules, (), 0.1)
     assert [(fit.intercept, paths) for fit, paths in found] == [(True, ["a"]), (False, ["b"])]
 
 

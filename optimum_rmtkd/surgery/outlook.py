@@ -1,0 +1,248 @@
+"""The numbers of a model that `needs` reads, from its class and config alone: everything is on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..batches import batch_size, evaluating, run
+from ..config import RMTKDConfig
+from ..errors import BudgetError, RMTKDError
+from ..models import count_parameters, shifts_labels, uncut_parameters
+from .calibration import features_last, frozen, observed, points_of
+from .checks import anatomy_of, check_parameters, check_shape, positions_of
+from .costs import flops_of, parameters_of
+from .needs import Group, Observed, Shape
+from .prices import MOST_TOKENS
+from .refit import MAX_TOKENS
+from .sites import Anatomy, Point, Site, Unit, get_module, is_layer, linear_shape, select_sites
+from .variety import ROWS
+
+
+__all__ = ["shape_of"]
+
+SELECTED = ("intermediate", "channels", "pooled", "attention_groups")  # kinds of sites whose features are selected
+INSIDE = {"attention_vo": 1, "attention_qk": 2}  # kinds that are cut inside heads: how many projections
+
+
+def shape_of(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], config: RMTKDConfig, distilled: int = 0
+) -> Shape:
+    """What a cut of `model` by the recipe works with.
+
+    Args:
+        model: on the meta device.
+        batch: one batch of calibration data, on the meta device, as long as they are, without padding.
+        distilled: samples of the training after the cut.
+
+    Raises:
+        UnsupportedArchitectureError: no family, or code that it does not declare; the recipe's target is out of reach
+            (BudgetError); form="factored".
+    """
+    if config.form != "absorbed":
+        raise RMTKDError(f"form={config.form!r}: what a cut needs is known for form='absorbed' alone.")
+    anatomy = anatomy_of(model, config)
+    sites = select_sites(anatomy, config.sites)
+    check_shape(model, anatomy, sites, config)
+    check_parameters(model, anatomy, sites, config, config.target_reduction)
+    batch = _with_mask(model, batch)
+    with evaluating(model):
+        positions = positions_of(model, [batch])
+        kept, share = _shares(model, anatomy, sites, config)
+        points, with_gradient = points_of(anatomy, sites), _gradients(anatomy, config)
+        widths = _widths(model, batch, points)
+        saved, answers = _saved(_folded(model, anatomy), batch, with_gradient, frozen)
+        trained, _ = _saved(model, batch, frozenset(), lambda _: contextlib.nullcontext())
+    chunk = config.logits_chunk if anatomy.answers else None
+    size, length = batch_size(batch), max(1, round(max(positions.values(), default=1.0)))
+    chosen = [site for site in sites if site.chosen]
+    neurons = tuple(site.width for site in chosen if site.kind in SELECTED)
+    hidden = next((site for site in chosen if site.kind == "hidden"), None)
+    samples, widest = config.calibration_samples, max(site.width for site in chosen)
+    taken = config.tokens_per_sequence if config.sample_unit == "spaced" else length
+    return Shape(
+        parameters=count_parameters(model),
+        kept=kept,
+        element=_element(model),
+        copied=_copied(model, anatomy),
+        observed=tuple(Observed(width, point in with_gradient) for point, width in widths.items()),
+        hidden=hidden.width if hidden else 0,
+        hidden_points=len(hidden.points) if hidden else 0,
+        neurons=neurons,
+        priced=tuple(s.width for s in chosen if s.kind == "intermediate") if anatomy.answers else (),
+        heads=tuple(s.width for s in chosen for _ in range(INSIDE.get(s.kind, 0))),
+        blocks=_groups(model, anatomy, sites),
+        width_share=share,
+        samples=samples,
+        length=length,
+        batch=size,
+        saved=saved,
+        trained=trained,
+        inside=_inside(model, anatomy),
+        answers=answers,
+        answered_at_once=min(answers, chunk * (answers // (size * length))) if chunk else answers,
+        flops=flops_of(model, anatomy, positions)({}),
+        refitted=min(samples, -(-MAX_TOKENS // length)) if config.refit else 0,
+        directional=min(samples, -(-MOST_TOKENS // length)) if anatomy.answers else 0,
+        rows=min(length, max(taken, -(-ROWS * widest // samples) if anatomy.answers else 0)),
+        distilled=distilled,
+    )
+
+
+def _with_mask(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a causal model with a mask of its own: to make one it would look whether texts are packed, at values that are
+    not there."""
+    if not shifts_labels(model) or "input_ids" not in batch:
+        return dict(batch)
+    size, length = batch["input_ids"].shape
+    mask = torch.empty(size, 1, length, length, dtype=torch.bool, device="meta")
+    return {**batch, "attention_mask": mask}
+
+
+def _shares(model: nn.Module, anatomy: Anatomy, sites: list[Site], config: RMTKDConfig) -> tuple[float, float]:
+    """(share of the parameters, share of each width) that stay, all widths being cut alike."""
+    target = config.target_reduction
+    if target is None:
+        raise BudgetError("What a cut needs depends on its size: give a target_reduction, for example 0.3.")
+    size, whole = parameters_of(model, anatomy), float(uncut_parameters(model))
+    couples = {site.couple: site.group_width for site in sites if site.chosen and site.kind != "embedding"}
+    low, high = 0.0, 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        if size({name: max(1, round(middle * width)) for name, width in couples.items()}) > (1 - target) * whole:
+            high = middle
+        else:
+            low = middle
+    return (1 - target) * whole / count_parameters(model), high
+
+
+def _gradients(anatomy: Anatomy, config: RMTKDConfig) -> frozenset[Point]:
+    """As `calibration.gradient_points`, of a model that gives a likelihood."""
+    hidden = anatomy.sites.get("hidden")
+    if config.importance == "variance" or hidden is None:
+        return frozenset()
+    lands = {u.lands for u in anatomy.units if u.lands is not None} if anatomy.answers else set()
+    return frozenset(hidden.points) | lands
+
+
+def _element(model: nn.Module) -> int:
+    return next(p for p in model.parameters() if p.is_floating_point()).element_size()
+
+
+def _copied(model: nn.Module, anatomy: Anatomy) -> int:
+    """As `narrowing.fold_norms`: a copy of pre-norm models, of decoders in fp32 at least."""
+    if not anatomy.pre_norm:
+        return 0
+    return max(_element(model), 4) if anatomy.answers or anatomy.heads else _element(model)
+
+
+def _folded(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
+    """What calibration runs, as wide as its numbers are there."""
+    if _copied(model, anatomy) <= _element(model):
+        return model
+    return copy.deepcopy(model).float()
+
+
+def _widths(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], points: list[Point]) -> dict[Point, int]:
+    """Features at each point."""
+    widths: dict[Point, int] = {}
+
+    def see(point: Point, x: torch.Tensor) -> None:
+        widths[point] = features_last(x, get_module(model, point.path)).shape[-1]
+
+    with observed(model, points, see), torch.no_grad():
+        run(model, batch)
+    return widths
+
+
+def _groups(model: nn.Module, anatomy: Anatomy, sites: list[Site]) -> tuple[tuple[Group, ...], ...]:
+    """Of each block the layers that are fitted together, see `refit._fit_part`."""
+    cut = {site.name for site in sites}
+    units = [
+        u
+        for u in anatomy.units
+        if u.block is not None and is_layer(model, u.path) and _is_product(model, u) and {u.reads, u.writes} & cut
+    ]
+    found = []
+    for _, block in itertools.groupby(units, key=lambda u: u.block):
+        groups = []
+        for _, same in itertools.groupby(block, key=lambda u: (u.reads, u.through, u.sums)):
+            shapes = [linear_shape(get_module(model, u.path)) for u in same]
+            groups.append(Group(shapes[0][0] * shapes[0][2], tuple(shape[1] for shape in shapes)))
+        found.append(tuple(groups))
+    return tuple(found)
+
+
+def _is_product(model: nn.Module, unit: Unit) -> bool:
+    return getattr(get_module(model, unit.path), "weight", torch.empty(0)).dim() in (2, 4)
+
+
+def _inside(model: nn.Module, anatomy: Anatomy) -> int:
+    """Features a token that the layers of the largest block put out."""
+    units = [u for u in anatomy.units if u.block is not None and is_layer(model, u.path)]
+    sums: dict[str, int] = {}
+    for unit in units:
+        module = get_module(model, unit.path)
+        width = linear_shape(module)[1] if _is_product(model, unit) else module.weight.numel()
+        sums[unit.block] = sums.get(unit.block, 0) + width
+    return max(sums.values(), default=0)
+
+
+def _saved(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], points: frozenset[Point], around: Callable
+) -> tuple[int, int]:
+    """(bytes that autograd keeps of one pass, parameters not counted; numbers the model answers)."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    def see(_point: Point, x: torch.Tensor) -> None:
+        if not x.requires_grad:
+            x.requires_grad_()
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with around(model), observed(model, points, see), fused_attention(), torch.enable_grad(), hooks:
+        outputs = run(model, batch)
+    answers = sum(outputs[name].numel() for name in ("logits", "start_logits", "end_logits") if name in outputs)
+    return sum(storage.nbytes() for storage in kept.values()), answers
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps what a fused kernel keeps: queries, keys, values and the output, no weights (Dao et al. 2022)."""
+
+    @staticmethod
+    def forward(context: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        context.save_for_backward(query, key, value, output)
+        return output
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return context.saved_tensors[:3]
+
+
+@contextlib.contextmanager
+def fused_attention() -> Iterator[None]:
+    """On the meta device torch has no fused attention: within this context it keeps what a fused one would."""
+    own = nn.functional.scaled_dot_product_attention
+
+    def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return _Attention.apply(query, key, value)
+
+    nn.functional.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = own

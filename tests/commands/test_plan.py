@@ -1,0 +1,52 @@
+"""`plan`: a table and a file about what a cut needs; the config is all it reads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import BertConfig
+
+
+@pytest.fixture
+def folder(tmp_path):
+    config = BertConfig(num_hidden_layers=2, hidden_size=128, intermediate_size=512, num_attention_heads=4)
+    config.architectures = ["BertForSequenceClassification"]
+    config.save_pretrained(tmp_path / "model")  # and no weights
+    return tmp_path / "model"
+
+
+def test_a_plan_is_told_from_the_config_alone(cli, folder, tmp_path):
+    options = ("--target-reduction", 0.5, "--batch-size", 4, "--length", 64)
+    code, out, err = cli(
+        "plan", "--model", folder, *options, "--host-memory", "8GB", "--json", tmp_path / "needs.json"
+    )
+    assert code == 0, err
+    assert "everything fits" in out
+    for phase in ("calibration", "planning", "cutting", "refit", "distillation", "saving"):
+        assert phase in out
+    told = json.loads((tmp_path / "needs.json").read_text())
+    assert told["batch_size"] == 4 and told["length"] == 64
+    assert all(phase["fits"] and phase["bytes"] == sum(phase["parts"].values()) for phase in told["phases"])
+
+
+def test_what_does_not_fit_is_told_with_what_to_change(cli, folder):
+    options = ("--target-reduction", 0.5, "--batch-size", 512, "--length", 512)
+    code, out, err = cli("plan", "--model", folder, *options, "--device-memory", "2GB")
+    assert code == 0, err
+    assert "calibration" in out.split("would not fit")[0].splitlines()[-1]
+    assert "--batch-size under 512" in out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (("--host-memory", "64"), "--host-memory '64': expected a size with its unit, such as 80GB"),
+        (("--length", 4096), "--length 4096: BertForSequenceClassification takes 512 tokens at most"),
+        (("--batch-size", 0), "--batch-size 0: expected a whole number of at least 1"),
+        (("--target-reduction", 0.9999), "cannot get below"),
+    ],
+)
+def test_wrong_options_are_refused(cli, folder, options, message):
+    code, _, err = cli("plan", "--model", folder, *options)
+    assert code == 2 and message in err
