@@ -298,6 +298,12 @@ class RMTKDConfig(Recipe):
         """{field: value} of what was asked for of the size, the work, the time or the quality: one, or none."""
         return {name: value for name in TARGETS if (value := getattr(self, name)) is not None}
 
+    def without_targets(self) -> RMTKDConfig:
+        """The same without a target, and without what is said of one."""
+        usual = {field.name: field.default for field in dataclasses.fields(self)}
+        said = [*TARGETS, "round_share", *(name for name in usual if name.startswith("latency_"))]
+        return self.replace(**{name: usual[name] for name in said})
+
     def check_targets(self) -> None:
         """There is at most one target, and the schedule can meet it.
 

@@ -3,8 +3,8 @@
 A config comes from whoever wrote it, so its grammar is closed: what is not described here is refused, with the entry's
 name. Lies beside `modeling_rmtkd.py` in every saved repository, and imports torch and transformers alone.
 
-    version     1, 2 where the spec has `heads`, or 3 where it has `groups` of convolutions; missing in a config
-                without widths. A later format is refused, with the advice to upgrade
+    version     1, 2 where the spec has `heads`, or 3 where it has `groups` of convolutions or an `axis` of
+                parameters; missing in a config without widths. A later format is refused, with the advice to upgrade
     spec        base, modules, parameters, attrs, heads, ternary: see `modeling_rmtkd.py`
     recipe      how it was narrowed; a record that nothing is built from
     provenance  where it comes from: base_model, parameters_before, rounds, ternary
@@ -325,9 +325,10 @@ def check_base(config, base):
 
 def version_of(spec, decoder=False):
     """The format that a spec needs. The first knew no norms but layer norms, nor heads that go, and so no decoder; the
-    second no convolutions in groups."""
-    grouped = any("groups" in delta for delta in spec.get("modules", {}).values())
-    return 3 if grouped else 2 if decoder or spec.get("heads") else 1
+    second no convolutions in groups, nor experts, whose parameters are cut along another axis."""
+    modules, parameters = (spec.get(section, {}).values() for section in ("modules", "parameters"))
+    third = any("groups" in delta for delta in modules) or any("axis" in delta for delta in parameters)
+    return 3 if third else 2 if decoder or spec.get("heads") else 1
 
 
 def epsilon_name(module):

@@ -45,6 +45,8 @@ def _fault_of(folder: Path) -> str | None:
     written = manifest_of(folder)
     if isinstance(written, str):
         return written
+    if written is not None and STATE not in written:
+        return f"{MANIFEST} lists no {STATE}"
     missing = _lacking(folder) if written is None else [name for name in written if not (folder / name).is_file()]
     if missing:
         return f"{listed(missing)} missing"
@@ -64,8 +66,7 @@ def manifest_of(folder: Path) -> dict[str, int] | str | None:
     """Sizes by name; None where there is none; words where it cannot be read."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf8"))["files"]
-        sizes = {str(name): int(size) for name, size in files.items()}
-        return sizes if STATE in sizes else f"{MANIFEST} lists no {STATE}"
+        return {str(name): int(size) for name, size in files.items()}
     except FileNotFoundError:
         return None
     except UNSOUND as error:

@@ -23,7 +23,8 @@ Write a reduced model in a format that needs nothing of this package.
 
   native  a plain checkpoint of the base architecture (BertFor..., ViTFor...), where the widths are uniform and its
           config can express them. --pad fills narrower layers up with zeros: the outputs stay, size and time grow;
-          the cost is printed. Decoders in two factors and ResNets have no plain form.
+          the cost is printed. Decoders in two factors, and convolutional networks
+          other than ResNet, have no plain form.
   onnx    one ONNX file, batch and length free, in float32, compared with PyTorch by onnxruntime on several shapes.
 
 Either way the outputs are compared before anything is kept.

@@ -69,6 +69,10 @@ class PlanCommand(Command):
 
     def execute(self) -> None:
         recipe = recipe_from_options(self.args)
+        if other := [name for name in recipe.targets if name != "target_reduction"]:
+            raise RMTKDError(
+                f"--{other[0].replace('_', '-')}: what a cut needs is told for a size. Give --target-reduction."
+            )
         if recipe.target_reduction is None:
             recipe = recipe.replace(target_reduction=0.5)
         for name, least in (("batch_size", 1), ("length", 1), ("train_samples", 0)):
@@ -118,11 +122,12 @@ def _without_weights(name: str, dtype: str | None) -> PreTrainedModel:
     """The class that the config names, on the meta device."""
     import torch
 
-    from ..hub.loading import class_of, load_config
+    from ..hub.loading import check_plain, class_of, load_config, refusals_named
 
     config = load_config(name)
+    check_plain(name, config)
     kind = getattr(torch, dtype) if dtype else (config.dtype or torch.float32)
-    with torch.device("meta"):
+    with refusals_named(f"Cannot build the model of '{name}'"), torch.device("meta"):
         return class_of(name, config)(config).to(kind).eval()
 
 

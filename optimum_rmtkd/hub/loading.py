@@ -270,13 +270,15 @@ def _check_class(name: str | Path, file: str, field: str, wanted: type) -> None:
         ValueError: it is none of the `wanted`.
     """
     import transformers
+    from transformers.utils import DummyObject
 
     for place in (file, "config.json"):
         path = _file(name, place)
         values = None if path is None else json.loads(Path(path).read_text(encoding="utf8"))
         named = values.get(field) if isinstance(values, dict) else None
         cls = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
-        if cls is not None and not (isinstance(cls, type) and issubclass(cls, wanted)):
+        absent = isinstance(cls, DummyObject)  # its package is missing: transformers has another one, or says so
+        if cls is not None and not absent and not (isinstance(cls, type) and issubclass(cls, wanted)):
             raise ValueError(f"{place} says {field}={named!r}, which is no {wanted.__name__}")
 
 

@@ -45,11 +45,11 @@ def points_of(anatomy: Anatomy, sites: Sequence[Site]) -> list[Point]:
     """
     needed = [s for s in anatomy.sites.values() if s in sites or s.kind == "hidden"]
     points = {point for site in needed for point in site.points}
-    points |= {u.lands for u in anatomy.units if u.lands is not None and _apart(u, anatomy)}
+    points |= {u.lands for u in anatomy.units if u.lands is not None and lands_apart(u, anatomy)}
     return sorted(points, key=str)
 
 
-def _apart(unit: Unit, anatomy: Anatomy) -> bool:
+def lands_apart(unit: Unit, anatomy: Anatomy) -> bool:
     """Whether a unit lands where the stream itself is not observed."""
     return anatomy.answers or unit.behind is not None
 
@@ -75,7 +75,7 @@ def gradient_points(model: nn.Module, anatomy: Anatomy, config: RMTKDConfig, bat
     if gives_likelihood(model, batch):
         if hidden is None:
             return []  # channels are priced where they are read (`channels`)
-        lands = {u.lands for u in anatomy.units if u.lands is not None and _apart(u, anatomy)}
+        lands = {u.lands for u in anatomy.units if u.lands is not None and lands_apart(u, anatomy)}
         return [*hidden.points, *sorted(lands - set(hidden.points), key=str)]
     if importance == "fisher":
         raise CalibrationError(

@@ -254,8 +254,10 @@ class _Walk:
         return linear_shape(get_module(self.model, step.path))[1]
 
     def _by_channel(self, step: Step) -> bool:
-        """Whether it is a depthwise or grouped convolution."""
-        return getattr(get_module(self.model, step.path), "groups", 1) > 1
+        """Whether it is a depthwise or grouped convolution, or was one, of which a single group is left."""
+        spec = (getattr(getattr(self.model, "config", None), "rmtkd", None) or {}).get("spec", {})
+        was = "groups" in spec.get("modules", {}).get(step.path, {})
+        return was or getattr(get_module(self.model, step.path), "groups", 1) > 1
 
     def _is_batch_norm(self, path: str) -> bool:
         return has_module(self.model, path) and isinstance(get_module(self.model, path), nn.BatchNorm2d)

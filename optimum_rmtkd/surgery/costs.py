@@ -127,7 +127,7 @@ def flops_of(
     pairs = {"attention_qk": 1.0, "attention_vo": 2.0}
     attention = {s.name: pairs[s.kind] for s in anatomy.sites.values() if s.kind in pairs}
     # whole heads of causal attention are both products, each over half of the positions
-    causal = {s.name for s in anatomy.sites.values() if s.kind == "attention_groups"}
+    causal = {s.name for s in anatomy.sites.values() if s.kind == "attention_groups"} | set(anatomy.heads.values())
 
     def work(unit: Unit, module: nn.Module, widths: Mapping[str, int]) -> tuple[float, ...]:
         shape, delta = linear_shape(module), unit_delta(unit, module, widths)

@@ -54,13 +54,14 @@ class Directions:
         cut: (width of a group, Projection of the stream or None) -> {unit path or "": Projection}; "" serves the units
             that have no entry of their own.
         changes: activations (tokens, width) and loss gradients there -> (tokens, group_width): what each direction
-            adds to the log-likelihood, to first order; see `prices`. None: the product rule stands.
+            adds to the log-likelihood, to first order, see `prices`; of channels (x, gradient, path), see `channels`.
+            None: the product rule stands.
     """
 
     site: Site
     damage: torch.Tensor
     cut: Callable[[int, Projection | None], dict[str, Projection]]
-    changes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    changes: Callable[..., torch.Tensor] | None = None
 
 
 def stream_metric(calibration: Calibration, point: Point | None, dim: int) -> torch.Tensor:

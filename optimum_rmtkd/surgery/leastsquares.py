@@ -75,7 +75,7 @@ class LeastSquares:
     Without a ridge, each layer has that of `RIDGES` which predicts best what it did not see: the first and the second
     half of each chunk explain each other (rows of one sentence are neighbours and alike, so that rows held out one by
     one would say little). Half as many rows stand twice the ridge. Where outputs have units of their own
-    (`by_outputs`), the ridge is the least: it would be a matter of units which of them the choice looks at.
+    (not `by_outputs`), the ridge is the least: it would be a matter of units which of them the choice looks at.
 
     Sums are taken about the mean of the first chunk and moved to the mean of all by exact algebra in fp64, as in
     `spectra.SecondMoments`: so one pass over the data does.

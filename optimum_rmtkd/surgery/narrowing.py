@@ -219,7 +219,8 @@ def _shift(student: nn.Module, unit: Unit, old: nn.Module, reads: Projection, wr
         new.bias.copy_(new.bias.double() + added)
     else:
         norm = get_module(student, unit.norm)
-        norm.running_mean.copy_(norm.running_mean.double() - added)
+        if norm.running_mean is not None:  # else it subtracts the mean of what it gets
+            norm.running_mean.copy_(norm.running_mean.double() - added)
 
 
 def _fill(new: nn.Module, old: nn.Module, reads, writes, factor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import RMTKDError, SpecMismatchError, UnsupportedArchitectureError
 from ..loading_rmtkd import named_errors
-from ..modeling_rmtkd import is_norm
+from ..modeling_rmtkd import is_norm, resolve_path
 from ..models import match_precision
 from .decoders import DecoderLayout
 from .norms import norm_of
@@ -73,8 +74,8 @@ def _with_whole_heads(anatomy: Anatomy, heads: int) -> Anatomy:
         for name, site in anatomy.sites.items()
         if "attention_groups" not in (site.kind, getattr(anatomy.sites.get(site.follows), "kind", ""))
     }
-    sites["hidden"] = dataclasses.replace(sites["hidden"], groups=heads)
-    return dataclasses.replace(anatomy, sites=sites, heads={}, attributes=())
+    sites["hidden"] = dataclasses.replace(sites["hidden"], groups=math.lcm(heads, sites["hidden"].groups))
+    return dataclasses.replace(anatomy, sites=sites)
 
 
 def widths_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayout, config: Any) -> PreTrainedConfig:
@@ -95,15 +96,17 @@ def widths_config(model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayou
         setattr(config, name, value)
     field = next((name for name in EPSILONS if hasattr(config, name)), None)
     if field is not None and not get_module(model, anatomy.last_norm).weight.is_meta:
-        inside = [module for path, module in model.named_modules() if is_norm(module) and not _on(anatomy, path)]
+        stream = _on_stream(model, anatomy)
+        inside = [module for path, module in model.named_modules() if is_norm(module) and path not in stream]
         setattr(config, field, norm_of(inside[0] if inside else get_module(model, anatomy.last_norm)).eps)
     return config
 
 
-def _on(anatomy: Anatomy, path: str) -> bool:
-    """Whether the norm at `path` has the features of the stream."""
-    written = {unit.path for unit in anatomy.units if unit.writes == "hidden"}
-    return path in {anatomy.last_norm, *written, *(p for unit in anatomy.units for p in (unit.through, unit.behind))}
+def _on_stream(model: nn.Module, anatomy: Anatomy) -> set[str]:
+    """Module paths of what has the features of the stream, norms among them."""
+    paths = {anatomy.last_norm, *(unit.path for unit in anatomy.units if unit.writes == "hidden")}
+    paths |= {path for unit in anatomy.units for path in (unit.through, unit.behind)}
+    return {resolve_path(model, path) for path in paths if path}
 
 
 def plain_copy(model: PreTrainedModel, stock: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
@@ -174,6 +177,8 @@ def _scale_stream(model: PreTrainedModel, anatomy: Anatomy, share: float) -> Non
         if unit.behind:
             norm = norm_of(get_module(model, unit.behind))
             norm.set_scale(norm.scale * share)
+            if norm.shift is not None:
+                norm.module.bias.copy_(norm.shift * share)
     for unit in anatomy.units:
         if unit.reads == "hidden" and unit.through is None and has_module(model, unit.path):  # no norm undoes it
             layer = get_module(model, unit.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,19 +17,19 @@ from ..batches import batch_size, evaluating, run
 from ..config import RMTKDConfig
 from ..errors import BudgetError, RMTKDError
 from ..models import count_parameters, shifts_labels, uncut_parameters
-from .calibration import features_last, frozen, observed, points_of
+from .calibration import features_last, frozen, lands_apart, observed, points_of
 from .checks import anatomy_of, check_parameters, check_shape, positions_of
 from .costs import flops_of, parameters_of
 from .needs import Group, Observed, Shape
 from .prices import MOST_TOKENS
 from .refit import MAX_TOKENS
-from .sites import Anatomy, Point, Site, Unit, get_module, is_layer, linear_shape, select_sites
+from .sites import CHANNELS, Anatomy, Point, Site, Unit, get_module, is_layer, linear_shape, select_sites
 from .variety import ROWS
 
 
 __all__ = ["shape_of"]
 
-SELECTED = ("intermediate", "channels", "pooled", "attention_groups")  # kinds of sites whose features are selected
+SELECTED = ("intermediate", "pooled", "attention_groups", *CHANNELS)  # kinds of sites whose features are selected
 INSIDE = {"attention_vo": 1, "attention_qk": 2}  # kinds that are cut inside heads: how many projections
 
 
@@ -49,16 +50,21 @@ def shape_of(
     if config.form != "absorbed":
         raise RMTKDError(f"form={config.form!r}: what a cut needs is known for form='absorbed' alone.")
     anatomy = anatomy_of(model, config)
+    if any(unit.axis != -1 for unit in anatomy.units):
+        raise RMTKDError(
+            f"{type(model).__name__} has experts: what a pass of it keeps depends on where tokens go, and is not told."
+        )
     sites = select_sites(anatomy, config.sites)
     check_shape(model, anatomy, sites, config)
     check_parameters(model, anatomy, sites, config, config.target_reduction)
-    batch = _with_mask(model, batch)
+    batch = _with_mask(model, anatomy, batch)
     with evaluating(model):
         positions = positions_of(model, [batch])
         kept, share = _shares(model, anatomy, sites, config)
         points, with_gradient = points_of(anatomy, sites), _gradients(anatomy, config)
         widths = _widths(model, batch, points)
-        saved, answers = _saved(_folded(model, anatomy), batch, with_gradient, frozen)
+        read = {p for s in sites if s.kind in CHANNELS for p in s.points if p.whole}  # see channels.reading_effects
+        saved, answers = _saved(_folded(model, anatomy), batch, with_gradient | read, frozen)
         trained, _ = _saved(model, batch, frozenset(), lambda _: contextlib.nullcontext())
     chunk = config.logits_chunk if anatomy.answers else None
     size, length = batch_size(batch), max(1, round(max(positions.values(), default=1.0)))
@@ -90,20 +96,25 @@ def shape_of(
         answered_at_once=min(answers, chunk * (answers // (size * length))) if chunk else answers,
         flops=flops_of(model, anatomy, positions)({}),
         refitted=min(samples, -(-MAX_TOKENS // length)) if config.refit else 0,
-        directional=min(samples, -(-MOST_TOKENS // length)) if anatomy.answers else 0,
+        # channels: all samples twice (`channels.reading_effects`, `channels.channel_prices`)
+        directional=min(samples, -(-MOST_TOKENS // length)) if anatomy.answers else 2 * samples * bool(read),
         rows=min(length, max(taken, -(-ROWS * widest // samples) if anatomy.answers else 0)),
         distilled=distilled,
     )
 
 
-def _with_mask(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of a causal model with a mask of its own: to make one it would look whether texts are packed, at values that are
-    not there."""
-    if not shifts_labels(model) or "input_ids" not in batch:
+def _with_mask(model: PreTrainedModel, anatomy: Anatomy, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Of a decoder with a mask of its own: to make one it would look whether texts are packed, at values that are not
+    there."""
+    decoder = shifts_labels(model) or any(site.kind == "attention_groups" for site in anatomy.sites.values())
+    if not decoder or "input_ids" not in batch:
         return dict(batch)
     size, length = batch["input_ids"].shape
     mask = torch.empty(size, 1, length, length, dtype=torch.bool, device="meta")
-    return {**batch, "attention_mask": mask}
+    given = {**batch, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:  # some count them from a mask of two axes
+        given["position_ids"] = torch.empty(size, length, device="meta", dtype=torch.long)
+    return given
 
 
 def _shares(model: nn.Module, anatomy: Anatomy, sites: list[Site], config: RMTKDConfig) -> tuple[float, float]:
@@ -128,7 +139,7 @@ def _gradients(anatomy: Anatomy, config: RMTKDConfig) -> frozenset[Point]:
     hidden = anatomy.sites.get("hidden")
     if config.importance == "variance" or hidden is None:
         return frozenset()
-    lands = {u.lands for u in anatomy.units if u.lands is not None} if anatomy.answers else set()
+    lands = {u.lands for u in anatomy.units if u.lands is not None and lands_apart(u, anatomy)}
     return frozenset(hidden.points) | lands
 
 
@@ -186,7 +197,11 @@ def _is_product(model: nn.Module, unit: Unit) -> bool:
 
 def _inside(model: nn.Module, anatomy: Anatomy) -> int:
     """Features a token that the layers of the largest block put out."""
-    units = [u for u in anatomy.units if u.block is not None and is_layer(model, u.path)]
+    units = [  # bare parameters put nothing out
+        u
+        for u in anatomy.units
+        if u.block is not None and is_layer(model, u.path) and isinstance(get_module(model, u.path), nn.Module)
+    ]
     sums: dict[str, int] = {}
     for unit in units:
         module = get_module(model, unit.path)

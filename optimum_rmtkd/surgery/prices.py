@@ -7,8 +7,9 @@ of the log-likelihood of labels drawn from the model itself, it costs
 
 the Fisher quadratic form of the very perturbation, where a product of the moments of x and g takes the two for
 independent. Both leave out what a large change does beyond second order, and come out below what a cut turns out to
-cost (on two small models by factors of 1 to 2.5, for most cuts): so the larger of the two is taken. The stream is read through many norms, and all readers lose the same directions: their terms are added
-before they are squared. One pass over the data; what is held is a number a token and direction of one batch.
+cost (on two small models by factors of 1 to 2.5, for most cuts): so the larger of the two is taken. The stream is read
+through many norms, and all readers lose the same directions: their terms are added before they are squared. One pass
+over the data; what is held is a number a token and direction of one batch.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ def _layer(unit: Unit, module: nn.Module, shape: tuple[int, ...]) -> Parts | Non
             return None
         return lambda widths: _conv(module, shape, unit_delta(unit, module, widths))
     if isinstance(module, nn.LayerNorm):
+        rows = _product(shape) // module.weight.numel()  # features may stand before the positions
         return lambda widths: [
             (Kind("layer_norm", (rows,)), (unit_delta(unit, module, widths).get("dim", module.weight.numel()),))
         ]

@@ -33,6 +33,6 @@ def _is_homogeneous(config: object) -> bool:
     name = next((getattr(config, field) for field in ACTIVATIONS if isinstance(getattr(config, field, None), str)), "")
     if name not in ACT2FN:
         return False
-    x = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    x = torch.linspace(-30, 30, 121, dtype=torch.float64)
     one, two = ACT2FN[name](x), ACT2FN[name](2 * x)
     return torch.allclose(two, one * (two[-1] / one[-1]), atol=1e-9)

@@ -321,7 +321,7 @@ def check_first_batch(run: Run, samples: int, labels_needed: bool, classes_known
             "some with requires_grad. A merged adapter leaves its model frozen; call model.requires_grad_(True)."
         )
     if run.plan is not None:  # trained on after its cuts: the targets are met
-        recipe = recipe.replace(**dict.fromkeys(recipe.targets), round_share=None)
+        recipe = recipe.without_targets()
     elif recipe.schedule != "none":
         surgery.check_recipe(model, recipe)
     terms = list(run.tutor.objectives)

@@ -76,22 +76,6 @@ SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("thre
 SPLITS += [("behind", "token"), ("behind", "causal")]
 
 
-SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
-SPLITS += [("behind", "token"), ("behind", "causal")]
-
-
-SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
-SPLITS += [("behind", "token"), ("behind", "causal")]
-
-
-SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
-SPLITS += [("behind", "token"), ("behind", "causal")]
-
-
-SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
-SPLITS += [("behind", "token"), ("behind", "causal")]
-
-
 def terms(trainer):
     return [e for e in trainer.state.log_history if "loss" in e]
 

@@ -20,13 +20,22 @@ HANDED = ("training_step", "_run_epoch", "_clip_grad_norm", "_get_grad_norm", "_
 
 class shown:
     """What the user may read under a name. Nothing here reads it: a trainer with a name like that of its own (`run`,
-    `patience`) keeps its own, also one that is set on the object."""
+    `patience`) keeps its own, set on the object or declared by a class, in front of the mixin or behind it."""
 
     def __init__(self, read: Callable[[Any], Any]):
         self.read = read
 
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.owner, self.name = owner, name
+
     def __get__(self, trainer: Any, owner: type | None = None) -> Any:
-        return self if trainer is None else self.read(trainer)
+        if trainer is None:
+            return self
+        kinds = type(trainer).__mro__
+        behind = kinds[kinds.index(self.owner) + 1 :]
+        if any(self.name in vars(kind) for kind in behind):  # of a trainer that the mixin stands in front of
+            return getattr(super(self.owner, trainer), self.name)
+        return self.read(trainer)
 
 
 @contextmanager
