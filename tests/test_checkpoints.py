@@ -54,6 +54,19 @@ def made(target, step=1, **options):
     return target
 
 
+def test_a_replaced_checkpoint_of_weights_alone_keeps_none_of_the_old(tmp_path):
+    """As of `save_only_model=True`: whatever shards there were."""
+    target = tmp_path / "checkpoint-1"
+    for names in (("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"), ("model.safetensors",)):
+        lock = begin(target)
+        pending_place(target).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (pending_place(target) / name).write_bytes(b"x")
+        put_in_place(target, 1)
+        let_go(lock)
+        assert sorted(path.name for path in target.glob("*.safetensors")) == sorted(names)
+
+
 def cut(file):
     os.truncate(file, file.stat().st_size // 2)
 

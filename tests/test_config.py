@@ -176,6 +176,12 @@ def test_three_targets_are_all_named():
         RMTKDConfig(target_reduction=0.5, target_flops=0.5, tolerance=0.5)
 
 
+def test_without_its_target_a_recipe_says_nothing_of_it():
+    """As for a second training, whose cuts are made."""
+    for values in ({"target_latency": 0.5, "latency_length": 8}, {"tolerance": 1.0, "round_share": 0.2}):
+        assert RMTKDConfig(seed=3, **values).without_targets() == RMTKDConfig(seed=3)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

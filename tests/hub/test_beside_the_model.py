@@ -160,3 +160,13 @@ def test_trying_out_changes_nothing_that_is_saved(folder, tmp_path):
     loading.load_processor(str(folder)).save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "tokenizer.json").read_text())
     assert (again["padding"], again["truncation"]) == (padding, truncation)
+
+
+def test_a_class_whose_package_is_missing_is_no_wrong_class(tmp_path):
+    """Without torchvision transformers has a placeholder for a Fast processor, and takes another in its place."""
+    from transformers import ViTImageProcessor
+
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    change(tmp_path / "preprocessor_config.json", image_processor_type="ViTImageProcessorFast")
+    change(tmp_path / "config.json", model_type="vit")
+    assert loading.load_image_processor(tmp_path).size == {"height": 8, "width": 8}

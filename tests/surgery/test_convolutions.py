@@ -288,6 +288,15 @@ def test_life_cycle(name, tmp_path):
     assert zoo.outputs(twice, data[0]).isfinite().all()
 
 
+def test_a_grouped_convolution_of_one_group_that_is_left_stays_one():
+    """In units of its groups, or the next cut would leave groups of another width than the dense layer has."""
+    model, data = zoo.make("regnet x"), zoo.batches()
+    inside = {s.couple: 1 for s in Surgeon(model, data, RECIPE, progress=False).sites if s.kind == "channels"}
+    small = quiet(narrow_to, model, data, inside, RECIPE)
+    twice = quiet(narrow, small, data, RECIPE.replace(target_reduction=0.6))
+    assert count_parameters(twice) < count_parameters(small)
+
+
 def _distil(small, model, data):
     optimizer = torch.optim.SGD(small.train().parameters(), 1e-3)
     for batch in data[:2]:

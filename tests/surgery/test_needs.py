@@ -174,10 +174,21 @@ def test_what_cannot_be_cut_is_refused_as_a_cut_refuses_it():
         shape_of(model, ids(2, 8), RECIPE.replace(form="factored"))
 
 
-@pytest.mark.parametrize("name", ["vit", "gpt2", "resnet"])
+def test_experts_are_not_told():
+    from .decoder_zoo import CONFIGS
+
+    cls, config = CONFIGS["mixtral"]
+    with pytest.raises(RMTKDError, match="MixtralForCausalLM has experts"):
+        shape_of(without_weights(cls, config), ids(2, 8), RECIPE)
+
+
+@pytest.mark.parametrize("name", ["vit", "gpt2", "gpt2 classifier", "resnet", "convnext"])
 def test_other_kinds_of_models_are_told(name):
     from transformers import (
+        ConvNextConfig,
+        ConvNextForImageClassification,
         GPT2Config,
+        GPT2ForSequenceClassification,
         GPT2LMHeadModel,
         ResNetConfig,
         ResNetForImageClassification,
@@ -188,11 +199,15 @@ def test_other_kinds_of_models_are_told(name):
     made = {
         "vit": (ViTForImageClassification, ViTConfig(num_hidden_layers=2)),
         "gpt2": (GPT2LMHeadModel, GPT2Config(n_layer=2)),
+        "gpt2 classifier": (GPT2ForSequenceClassification, GPT2Config(n_layer=2, pad_token_id=0)),
+        "convnext": (ConvNextForImageClassification, ConvNextConfig(depths=[1, 1, 1, 1])),
         "resnet": (ResNetForImageClassification, ResNetConfig(depths=[1, 1, 1, 1])),
     }
     model = without_weights(*made[name])
     pixels = {"pixel_values": torch.empty(2, 3, 224, 224, device="meta")}
-    found = phases(shape_of(model, ids(2, 32) if name == "gpt2" else pixels, RECIPE))
+    found = phases(shape_of(model, ids(2, 32) if "gpt2" in name else pixels, RECIPE))
     assert [phase.name for phase in found][:2] == ["calibration", "planning"]
     assert all(phase.bytes > 0 and phase.largest in phase.parts for phase in found)
+    if "gpt2" not in name:
+        assert found[0].bytes > 2 * 4 * 3 * 224 * 224  # a backward pass keeps more than its input
     json.dumps([dataclasses.asdict(phase) for phase in found])
