@@ -295,7 +295,8 @@ def _fill_linear(
         up, down = old.up.weight.double(), old.down.weight.double()
         new.up.weight.copy_(up if encode is None else torch.einsum("or...,ok->kr...", up, encode))
         new.down.weight.copy_(down if decode is None else torch.einsum("ri...,ik->rk...", down, decode))
-    elif getattr(old, "groups", 1) > 1:  # whole groups of a convolution
+    elif getattr(old, "groups", 1) > 1 or (decode is not None and not decode.numel()):
+        # whole groups of a convolution, of which a single one may be left: no reader that compensates
         set_weight(new, dense_weight(old)[index.to(old.weight.device)])
     else:
         weight = dense_weight(old)
