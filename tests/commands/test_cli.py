@@ -99,7 +99,7 @@ def test_what_follows_two_dashes_is_no_option(cli, tmp_path):
 
 def test_without_a_command_help_is_printed(cli):
     code, out, _ = cli()
-    assert code == 0 and "{analyze,compress,trim,ternary,report,export,families,bench,demo}" in out
+    assert code == 0 and "{analyze,plan,compress,trim,ternary,report,export,families,bench,demo}" in out
 
 
 @pytest.mark.parametrize(

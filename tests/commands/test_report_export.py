@@ -24,7 +24,7 @@ def test_report(cli, small, tmp_path):
     assert code == 0, err
     html = (small / "report.html").read_text(encoding="utf8")
     assert str(small / "report.html") in out
-    assert "metric before" in html and "Line: the validation metric" in html
+    assert "accuracy before" in html and "Line: the metric of the uncut model" in html
     stage = json.loads((small / "rmtkd_stages.json").read_text())["stages"][0]
     assert stage["metric_name"] == "eval_accuracy" and stage["metric_cut"] == stage["metric_after"] is not None
     for part in ("Before and after", "Stages", "Width map", "Budget", "layer.1.intermediate", "accuracy"):

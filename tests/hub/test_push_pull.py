@@ -29,7 +29,7 @@ HARMLESS = {
     "re",
     "sys",
 }
-HARMLESS |= {"threading", "warnings", "zlib"}
+HARMLESS |= {"inspect", "threading", "types", "warnings", "zlib"}
 
 
 def last_line(done) -> dict:

@@ -33,13 +33,13 @@ def test_the_page_is_what_the_registry_answers():
 
 
 def test_a_family_is_asked_by_a_model_of_its_own():
-    rows = family_rows(("bert", "resnet", "mamba", "t5"))
+    rows = family_rows(("bert", "mobilenet_v2", "mamba", "t5"))
     found = {name: row for row in rows for name in row.model_types}
     model = zoo.make("bert", "ForSequenceClassification")
     kinds = {site.kind for site in families.family_of(model).layout.anatomy(model).sites.values() if site.chosen}
     assert set(found["bert"].sites) == kinds and found["bert"].factored and factored_anatomy(model).sites
     assert found["bert"].native == "" and native_anatomy(model)
-    assert found["resnet"].native == "the config of its class has no field for the widths inside a block"
+    assert found["mobilenet_v2"].native == "the config of its class has no field for the widths inside a block"
     assert found["t5"].sites == () and found["t5"].native == "no family is declared"
     with pytest.raises(UnsupportedArchitectureError, match="No family is registered"):
         narrow(_unknown(), zoo.batches("bert"))
