@@ -49,7 +49,7 @@ from .loading_rmtkd import (
     load_checked,
     named_errors,
 )
-from .resizing_rmtkd import ConfigView, check_numbers, resize_module
+from .resizing_rmtkd import ConfigView, check_heads, check_numbers, resize_module
 from .spec_rmtkd import (
     COUNTS,
     VERSION,
@@ -57,7 +57,6 @@ from .spec_rmtkd import (
     check_attributes,
     check_base,
     check_fields,
-    check_heads,
     check_module,
     check_rmtkd,
     epsilon_name,

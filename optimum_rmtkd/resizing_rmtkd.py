@@ -1,8 +1,10 @@
-"""Layers of a dense skeleton are made narrower, and see the config and the numbers that their code needs.
+"""Layers of a dense skeleton are made narrower, and see the config and the numbers that their code needs; heads and
+the layers around them go together.
 
 Lies beside `modeling_rmtkd.py` in every saved repository, and imports torch and transformers alone.
 """
 
+import fractions
 import inspect
 from types import CodeType, FunctionType
 
@@ -10,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .layers_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear
-from .spec_rmtkd import COUNTS, WHOLE, epsilon_name, is_norm, mismatch
+from .spec_rmtkd import COUNTS, HEADS, WHOLE, WIDTHS, epsilon_name, is_norm, mismatch, widest
 
 
 def _corner(tensor, *shape):
@@ -162,3 +164,54 @@ def _names_read(cls):
 def _names_in(code):
     inner = (constant for constant in code.co_consts if isinstance(constant, CodeType))
     return set(code.co_names).union(*map(_names_in, inner))
+
+
+def check_heads(module, attributes, deltas, where, kept=None):
+    """Whether the layers of an attention are as wide as its heads, which reshape what these give: with other heads
+    the same tensors would load, and compute something else.
+
+    Args:
+        module: of the dense skeleton, with the layers as its children.
+        attributes: what the spec sets of it.
+        deltas: {name of a child: what the spec makes of it}.
+        kept: its entry in `heads`: whole heads of it went.
+
+    Raises:
+        SpecMismatchError: widths of heads and layers that do not shrink alike.
+    """
+    given = {name: value for name, value in attributes.items() if name in WIDTHS}
+    if kept is not None:
+        _check_whole_heads(module, given, deltas, where, fractions.Fraction(kept["kept"], kept["of"]))
+        return
+    if not given and not any(isinstance(vars(module).get(name), int) for name in HEADS):
+        return
+    if wrong := [name for name in given if name in COUNTS]:
+        raise mismatch(where, wrong[0], "a number of heads only where `heads` says how many of them were kept")
+    shares = {fractions.Fraction(value, vars(module)[name]) for name, value in given.items()} or {1}
+    if len(shares) > 1:
+        raise mismatch(where, attributes, "widths that shrink alike")
+    (share,) = shares
+    _check_children(module, attributes, deltas, where, share)
+
+
+def _check_whole_heads(module, given, deltas, where, share):
+    """Heads keep their width, and there are fewer of them."""
+    for name, value in given.items():
+        own = vars(module)[name]
+        if value != (own if name in HEADS else own * share):
+            raise mismatch(f"{where}.{name}", value, f"what `heads` keeps of {own}")
+    for name in COUNTS:
+        own = vars(module).get(name)
+        if isinstance(own, int) and not isinstance(own, bool) and (own * share).denominator != 1:
+            raise mismatch(where, share.numerator, f"whole heads of {own}")
+    _check_children(module, given, deltas, where, share)
+
+
+def _check_children(module, attributes, deltas, where, share):
+    for name, child in module.named_children():
+        if isinstance(child, (nn.Linear, Conv1D)):
+            most = widest(child)
+            delta, own = deltas.get(name, {}), {side: most[side] for side in ("in", "out")}
+            # queries, keys and values give the heads, the layer behind takes them
+            if not any(delta.get(side, own[side]) == own[side] * share for side in own):
+                raise mismatch(where, attributes, f"heads that the layer {name!r} fits: {delta or own}")
