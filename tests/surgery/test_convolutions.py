@@ -170,7 +170,7 @@ def test_units_do_not_matter(name, importance):
     for name, couple in one.items():
         assert torch.allclose(couple.damage, two[name].damage, rtol=5e-3, atol=1e-6 * float(couple.damage[0])), name
     dense = zoo.outputs(model, data[1])
-    assert (ours - dense).abs().max() > 1e-2 * dense.abs().max()  # the cut itself is no rounding
+    assert (ours - dense).abs().max() > 5e-3 * dense.abs().max()  # the cut itself is no rounding
     if kept == same and len(data) * 16 > max(len(c.damage) for c in one.values()):
         assert (ours - theirs).abs().max() < 0.1 * (ours - dense).abs().max()
     else:  # other channels of a tie: another network, as good

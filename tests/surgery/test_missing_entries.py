@@ -17,6 +17,9 @@ from . import decoder_zoo as zoo
 
 RECIPE = RMTKDConfig(round_to=1, min_width=1, calibration_samples=16, refit=False, importance="variance")
 QUICK = ("gpt2", "opt", "phi3", "stablelm")  # numbers as attributes: of heads, of features; in the config
+# What a loader does not miss: sections whose lack changes what a model computes, or fails at its first text (the width
+# that a router of experts keeps as a number).
+UNSEEN = dict.fromkeys(("gemma", "gemma2", "gemma3"), ("base",)) | {"mixtral": ("attrs",)}
 NAMES = [name if name in QUICK else SLOW(name) for name in zoo.CONFIGS]
 
 
@@ -48,8 +51,9 @@ def test_a_spec_without_one_of_its_entries(name):
         assert small.config.rmtkd["spec"][key]
     same = refused = 0
     for place in places(small.config.rmtkd["spec"]):
-        if place[-1] == "eps" or (name == "gemma" and place[0] == "base"):
-            continue  # numbers within their range can compute anything: Gemma's table is scaled by the dense width
+        # numbers within their range can compute anything: Gemma's table is scaled by the dense width
+        if place[-1] == "eps" or place[:1] == UNSEEN.get(name):
+            continue
         try:
             other = type(small)(without(small.config, place)).eval()
         except ValueError as error:
