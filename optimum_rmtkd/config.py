@@ -345,7 +345,6 @@ class RMTKDConfig(Recipe):
                 f"round_share={self.round_share} without tolerance: it says how far each round of a search for a size "
                 "goes. Give a tolerance, or drop it; rounds divides a target."
             )
-
         if self.target_latency is None:
             defaults = {field.name: field.default for field in dataclasses.fields(self)}
             timed = [n for n, default in defaults.items() if n.startswith("latency_") and getattr(self, n) != default]
