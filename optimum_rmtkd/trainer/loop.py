@@ -22,7 +22,7 @@ from ..hub import write_results
 from ..hub.run import public_name
 from ..reparameterization import Reparameterization, fold, is_reparameterized
 from ..signals import Termination
-from .checks import check_data, check_first_batch, check_model, check_parts
+from .checks import check_data, check_model, check_parts, check_rows
 from .companions import Companions
 from .failures import NoticeBoard
 from .loops.checkpoints import (
@@ -186,7 +186,7 @@ class RMTKDLoop:
         check_parts(run, model)
         models_own = self._task_loss is None
         needed = models_own and not _returns_loss(model)
-        check_first_batch(run, min(batch_size or most, most), labels_needed=needed, classes_known=models_own)
+        check_rows(run, min(batch_size or most, most), labels_needed=needed, classes_known=models_own)
 
     def _register(self, raw: torch.optim.Optimizer) -> None:
         """From here on the optimizer tells of its steps, and the accelerator of its checkpoints."""

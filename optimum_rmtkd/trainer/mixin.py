@@ -23,16 +23,13 @@ from ..reparameterization import Reparameterization
 from ..signals import Terminated, Termination
 from .checks import (
     check_data,
-    check_first_batch,
     check_length,
     check_model,
     check_own_loss,
     check_parts,
-    check_sharding,
-    check_sharding_arguments,
+    check_rows,
     check_wrapped,
     cuts_stream,
-    one_device,
 )
 from .companions import Companions
 from .failures import NoticeBoard
@@ -48,6 +45,7 @@ from .hooks.sharding import host_of
 from .inside import inside_of
 from .parts import parts_of
 from .run import Run
+from .sharding_checks import check_sharding, check_sharding_arguments, one_device
 from .stages import Stage, stage_table
 from .stream import Stream, evaluated_again
 from .swap import made_whole
@@ -284,7 +282,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         host.keep_stream()
         self.eval_dataset = evaluated_again(self.eval_dataset, self.rmtkd_config.seed)
         if self.model_init is None:
-            self._check_first_batch()
+            self.check_first_batch()
         else:  # a new trial: the model of the last one is thrown away, and the new one is looked at once it is there
             run.reset()
         host.take_back()
@@ -318,10 +316,16 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         self._host.run.end()
         self._fold()
 
-    def _check_first_batch(self) -> None:
+    def check_first_batch(self) -> None:
+        """Look at the first rows of the data, as `train()` does before anything else: what is wrong with data, recipe
+        or model is said now. For a script that wants to know before it queues for a machine.
+
+        Raises:
+            RMTKDError: as `trainer.checks.check_rows`.
+        """
         own, run = self._own_loss, self._host.run
         needed, samples = not own and not self.can_return_loss, self.args.per_device_eval_batch_size
-        check_first_batch(run, samples, labels_needed=needed, classes_known=not own)
+        check_rows(run, samples, labels_needed=needed, classes_known=not own)
         inside = self._host.inside
         if inside.wraps and cuts_stream(inside.model, self.rmtkd_config):
             batch = self._host.a_batch()
@@ -377,7 +381,7 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         super()._hp_search_setup(trial)
         if self.model_init is not None:
             check_model(self._host.model, self.rmtkd_config, evaluated=self._host.evaluates)
-            self._check_first_batch()
+            self.check_first_batch()
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self._host.hand_over(resume_from_checkpoint)

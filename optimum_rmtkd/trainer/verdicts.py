@@ -109,8 +109,12 @@ def come_back(value: float, baseline: float, greater_is_better: bool, chance: fl
     """Is the model close enough to what it was before the first cut to be cut again? NaN is not.
 
     A metric to `NEAR` of the uncut model's; a loss at most half-way to that of knowing nothing (`chance`), or, where
-    that is unknown, at most twice the uncut model's.
+    that is unknown, at most twice the uncut model's. A metric below -1 that is to be great is a loss with the other
+    sign (a negative log likelihood negated): no share and no correlation lies there, and it has no zero that says
+    what knowing nothing is.
     """
+    if greater_is_better and baseline < -1.0:
+        return value >= baseline - abs(baseline)
     if greater_is_better:
         return value >= baseline - (1.0 - NEAR) * abs(baseline)
     if chance is not None and chance > baseline:

@@ -104,7 +104,7 @@ def test_trying_out_changes_neither_the_model_nor_the_random_numbers(make_traine
     trainer = make_trainer()
     trainer.model.train()
     before, state = weights(trainer.model), torch.get_rng_state()
-    trainer._check_first_batch()
+    trainer.check_first_batch()
     assert torch.equal(state, torch.get_rng_state())
     assert all(module.training for module in trainer.model.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy
 from optimum_rmtkd.distillation import AdaptiveOffPolicy
 from optimum_rmtkd.errors import RMTKDError
 from optimum_rmtkd.reparameterization import MatrixProductOperator
-from optimum_rmtkd.trainer.checks import check_sharding, check_sharding_arguments
+from optimum_rmtkd.trainer.sharding_checks import check_sharding, check_sharding_arguments
 from optimum_rmtkd.trainer.swap import complete_state, foreign_optimizer, load_optimizer
 from optimum_rmtkd.trainer.swap.sharded import Blueprint, gathered
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from optimum_rmtkd.errors import RMTKDError
+from optimum_rmtkd.trainer.checks import check_first_batch
 from optimum_rmtkd.trainer.stream import Stream, _same, is_stream
 
 from ..tables import some_slow
@@ -171,7 +172,7 @@ def stream_trainer(make_trainer, data, out="out", **options):
 
 def test_the_first_look_takes_one_batch(make_trainer):
     data = Rows(500, once=True)
-    stream_trainer(make_trainer, data)._check_first_batch()
+    check_first_batch(stream_trainer(make_trainer, data))
     assert data.read == 8
 
 

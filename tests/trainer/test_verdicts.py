@@ -130,6 +130,9 @@ def test_the_metric_that_says_most_is_found_by_the_last_words_of_its_name(names,
         (0.05, 0.0, False, None, True),
         (math.nan, 0.9, True, None, False),
         (math.inf, 0.2, False, 0.7, False),
+        (-17.0, -12.0, True, None, True),  # a loss with the other sign
+        (-25.0, -12.0, True, None, False),
+        (-0.5, -0.4, True, None, False),  # a correlation
     ],
 )
 def test_close_enough_to_be_cut_again(value, baseline, greater, chance, expected):

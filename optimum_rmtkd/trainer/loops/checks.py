@@ -11,7 +11,7 @@ from torch import nn
 
 from ...config import COMPARING, RMTKDConfig
 from ...errors import RMTKDError
-from ..checks import one_device, unsharded
+from ..sharding_checks import one_device, unsharded
 
 
 __all__ = [
