@@ -1,4 +1,4 @@
-"""Small programs from public bug reports, beside the data and checkpoints of `RMTKD_SHARED`: each says in its first line
+"""Small programs from public bug reports, beside data and checkpoints of `RMTKD_SHARED`: each says in its first line
 what it is about, and ends with PASS and status 0 where that is right."""
 
 from __future__ import annotations
