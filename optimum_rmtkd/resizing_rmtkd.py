@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .layers_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear
-from .spec_rmtkd import COUNTS, HEADS, WHOLE, WIDTHS, epsilon_name, is_norm, mismatch, widest
+from .spec_rmtkd import COUNTS, HEADS, SCALES, WHOLE, WIDTHS, epsilon_name, is_norm, mismatch, widest
 
 
 def _corner(tensor, *shape):
@@ -191,6 +191,11 @@ def check_heads(module, attributes, deltas, where, kept=None):
     if len(shares) > 1:
         raise mismatch(where, attributes, "widths that shrink alike")
     (share,) = shares
+    if share != 1:
+        read = _names_read(type(module)) & ((WIDTHS - COUNTS) | SCALES)
+        own = {name for name in read if type(vars(module).get(name)) in (int, float)}
+        if missing := sorted(own - attributes.keys()):
+            raise mismatch(where, attributes, f"the entry {missing[0]!r} as well, which its code reads")
     _check_children(module, attributes, deltas, where, share)
 
 

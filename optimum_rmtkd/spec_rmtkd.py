@@ -40,6 +40,7 @@ COUNTS = frozenset(("num_attention_heads", "num_heads", "num_key_value_heads")) 
 WHOLE = {"all_head_size", "dim", "embed_dim", "hidden_dim", "hidden_size", "inner_dim", "kv_dim", "split_size"}
 HEADS = WIDTHS - WHOLE - COUNTS  # widths of one head
 EPSILONS = ("eps", "variance_epsilon", "epsilon")  # what norms call it
+SCALES = {"scale", "scaling", "softmax_scale"}  # of attention: those of the dense heads, however narrow they are
 NUMBERS = {
     "eps": (0.0, 1e3),  # of a norm over few features: it grows as they get fewer
     "variance_epsilon": (0.0, 1e3),

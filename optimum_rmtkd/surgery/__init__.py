@@ -24,6 +24,7 @@ from .reduction import (
 )
 from .report import SpectralReport
 from .tolerance import allowed_loss, keeps_tolerance
+from .towers import StagesLayout, TowersLayout
 from .variety import check_variety
 
 
@@ -37,7 +38,9 @@ __all__ = [
     "ResidualConvLayout",
     "SiteRecord",
     "SpectralReport",
+    "StagesLayout",
     "Step",
+    "TowersLayout",
     "allowed_loss",
     "analyze",
     "anatomy_of",

@@ -86,13 +86,14 @@ class Rescaled(Projection):
 
     Between a layer that gives u and the sum that it is added to, the norm makes s u / rms(u). A norm of scale g behind
     P' diag(s) u / g makes P' diag(s) u / rms(.): the right direction for any P, and of the right length as far as the
-    two rms go together; exact where P permutes the axes. Made whenever it is asked for, as `Selection`; it is not
+    two rms go together; exact where P permutes the axes. Of a norm that `centres` u is taken without its mean. Made
+    whenever it is asked for, as `Selection`; it is not
     read from.
     """
 
-    def __init__(self, basis: torch.Tensor, scale: torch.Tensor):
+    def __init__(self, basis: torch.Tensor, scale: torch.Tensor, centres: bool = False):
         size = (basis.square() * scale[:, None].square()).sum(0).sqrt()
-        values = {"basis": basis, "rows": scale, "scale": size, "decode": basis.new_empty(0)}
+        values = {"basis": basis, "rows": scale, "centres": centres, "scale": size, "decode": basis.new_empty(0)}
         for name, value in (values | {"index": None, "offset": None}).items():
             object.__setattr__(self, name, value)
 
@@ -100,7 +101,8 @@ class Rescaled(Projection):
     def encode(self) -> torch.Tensor:
         """(d, k) fp64."""
         tiny = torch.finfo(self.basis.dtype).tiny
-        return self.rows[:, None] * self.basis / self.scale.clamp_min(tiny)
+        encode = self.rows[:, None] * self.basis / self.scale.clamp_min(tiny)
+        return encode - encode.mean(0) if self.centres else encode
 
 
 def encoding(cut: Projection) -> Projection:

@@ -51,7 +51,8 @@ def points_of(anatomy: Anatomy, sites: Sequence[Site]) -> list[Point]:
 
 def lands_apart(unit: Unit, anatomy: Anatomy) -> bool:
     """Whether a unit lands where the stream itself is not observed."""
-    return anatomy.answers or unit.behind is not None
+    channels = any(site.kind in CHANNELS for site in anatomy.sites.values())
+    return anatomy.answers or unit.behind is not None or ("hidden" not in anatomy.sites and not channels)
 
 
 def gradient_points(model: nn.Module, anatomy: Anatomy, config: RMTKDConfig, batch: Mapping[str, Any]) -> list[Point]:
@@ -208,17 +209,17 @@ class Calibration:
             CalibrationError: non-finite activations or gradients; names the module, the batch and how many. A batch
                 that the model cannot run on.
         """
-        tokens, decoder, forward = 0.0, decoder_mask(model, batch), True
+        seen, decoder, forward = {}, decoder_mask(model, batch), True
 
         def see(point: Point, x: torch.Tensor) -> None:
-            nonlocal tokens
             if not forward:
                 return  # a block that is recomputed for its gradients
             if point in self.gradients and not x.requires_grad:
                 x.requires_grad_()
             mask, module = token_mask(batch, x, decoder), get_module(model, point.path)
             positions = mask.sum().item() if mask is not None else features_last(x, module)[..., 0].numel()
-            tokens = max(tokens, float(positions))
+            if point in self.gradients or not self.gradients:  # along the stream
+                seen[point] = seen.get(point, 0.0) + float(positions)  # where layers are shared, of all calls
             unit = "token" if point.whole else self.config.sample_unit
             flat, kept = sample_tokens(turned(x.detach(), module), mask, unit, self.config.tokens_per_sequence)
             if point.whole and mask is None:
@@ -243,7 +244,7 @@ class Calibration:
                     run(model, batch)
         self.batches_seen += 1
         self.samples_seen += batch_size(batch)
-        self.tokens_seen += tokens
+        self.tokens_seen += max(seen.values(), default=0.0)
 
     def _see_gradient(self, model: nn.Module, point: Point, g: torch.Tensor, mask: torch.Tensor | None) -> None:
         # all positions: a head may read one token alone, and only that one then has a gradient in the last block

@@ -144,7 +144,7 @@ def positions_of(model: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> d
 
     def see(point: Point, x: torch.Tensor) -> None:
         features = features_last(x, get_module(model, point.path)).shape[-1]
-        positions[point.path] = x.numel() / features / size
+        positions[point.path] = positions.get(point.path, 0.0) + x.numel() / features / size
 
     with observed(model, [Point(p) for p in linear_layers(model)], see), torch.no_grad():
         run(model, batch)

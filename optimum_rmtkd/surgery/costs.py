@@ -141,6 +141,6 @@ def flops_of(
             return linear, 2.0 * positions[unit.path] ** 2 * inputs
         if unit.writes not in attention:
             return (linear,)
-        return linear, attention[unit.writes] * positions[unit.path] ** 2 * outputs
+        return linear, attention[unit.writes] * positions[unit.path] ** 2 / anatomy.repeats * outputs
 
     return Additive(anatomy, 0.0, [(u, lambda widths, u=u, m=m: work(u, m, widths)) for u, m in units])

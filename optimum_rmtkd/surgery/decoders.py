@@ -11,9 +11,20 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from ..errors import UnsupportedArchitectureError
 from ..models import shifts_labels
-from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, linear_shape
+from .sites import (
+    Anatomy,
+    Attribute,
+    Point,
+    Site,
+    Unit,
+    check_needs,
+    decoder_units,
+    get_module,
+    has_module,
+    is_layer,
+    linear_shape,
+)
 
 
 __all__ = ["DecoderLayout"]
@@ -44,9 +55,11 @@ class DecoderLayout:
         refused: {kind of site: why it is not cut}.
         multiple: widths of the stream are multiples of it, whatever the recipe rounds to.
         parallel: attention and feed-forward read the same stream, and their sum is added to it.
+        stream_norm: a norm between the tables and the first block.
         final_norm: the norm in front of the head.
         heads: layers of the task heads of this family that read the stream; each is the layer of some class. One may
             be tied to the word table.
+        decoder: an output layer behind a head and a norm of its own, tied to the word table.
         counts, query_counts: attributes of `attention` that hold the number of key-value groups, of query heads.
         heads_in_config: the code of `attention` reads these numbers from its config.
         widths: attributes of `attention` that hold the width of all query heads.
@@ -83,7 +96,9 @@ class DecoderLayout:
     refused: dict[str, str] = field(default_factory=dict)
     multiple: int = 1
     parallel: bool = False
+    stream_norm: str | None = None
     heads: tuple[str, ...] = ("lm_head", "score", "qa_outputs")
+    decoder: str | None = None
     head_size: str = "head_dim"
     counts: tuple[str, ...] = ()
     query_counts: tuple[str, ...] = ()
@@ -102,9 +117,15 @@ class DecoderLayout:
             UnsupportedArchitectureError: the model lacks a declared module, or its config asks for code that no
                 declaration covers.
         """
-        self._check(model)
+        check_needs(model, self.needs)
         blocks = [f"{self.blocks}.{i}" for i in range(len(get_module(model, self.blocks)))]
         units = [Unit(path, writes="hidden") for path in self.stream if has_module(model, path)]
+        if self.stream_norm:
+            landing = Point(self.stream_norm, "input")
+            if not any(is_layer(model, unit.path) for unit in decoder_units(model, self.decoder, self.stream[0])):
+                # a table that an output layer shares does not take in the scale of the norm behind it
+                units = [dataclasses.replace(unit, behind=self.stream_norm, lands=landing) for unit in units]
+            units.append(Unit(self.stream_norm, writes="hidden"))
         sites, attributes, heads, norms = {}, [], {}, []
         for depth, block in enumerate(blocks):
             attention = self._attention_sites(model, block, depth)
@@ -160,15 +181,6 @@ class DecoderLayout:
         sides = ("output",) if answers else ("input", "output")
         return tuple(Point(path, side) for path in (*norms, self.final_norm) for side in sides)
 
-    def _check(self, model: nn.Module) -> None:
-        for name, value in self.needs.items():
-            found = getattr(model.config, name, value)
-            if found != value:
-                raise UnsupportedArchitectureError(
-                    f"{type(model).__name__} with config.{name}={found!r} runs other code than what its family "
-                    f"declares, which needs {value!r}. Use form='factored', which works for every architecture."
-                )
-
     def _heads(self, model: nn.Module) -> list[Unit]:
         table = get_module(model, self.stream[0])
         found = []
@@ -176,7 +188,7 @@ class DecoderLayout:
             there = get_module(model, path) if has_module(model, path) else None
             tied = there is not None and getattr(there, "weight", None) is table.weight
             found.append(Unit(path, "hidden", through=self.final_norm, tied=tied))
-        return found
+        return found + decoder_units(model, self.decoder, self.stream[0])
 
     def _attention_sites(self, model: nn.Module, block: str, depth: int) -> list[Site]:
         """The site of queries and heads, which is chosen, and that of what makes keys and values."""
@@ -208,7 +220,8 @@ class DecoderLayout:
 
     def _units(self, model: nn.Module, block: str, depth: int, after: Point) -> list[Unit]:
         at = lambda path: f"{block}.{path}"  # noqa: E731
-        first = at(self.attention_norm) if self.attention_norm else None
+        # the first block of some reads the stream behind a norm as it is
+        first = at(self.attention_norm) if self.attention_norm and is_layer(model, at(self.attention_norm)) else None
         second = at(self.ffn_norm) if self.ffn_norm else first
         scale = float(getattr(model.config, self.multiplier)) if self.multiplier else 1.0
         entrance = Point(block, "input")
@@ -231,13 +244,11 @@ class DecoderLayout:
             scale,
             Point(at(self.output)) if self.parallel else None,
         )
-        norms = [[Unit(path, writes="hidden", block=block)] for path in dict.fromkeys((first, second)) if path]
-        return [
-            *(norms[0] if norms else ()),
-            *attention,
-            *(norms[1] if len(norms) > 1 else ()),
-            *feed_forward,
+        norms = [
+            [Unit(path, writes="hidden", block=block)] if path and is_layer(model, path) else []
+            for path in (first, second if second != first else None)
         ]
+        return [*norms[0], *attention, *norms[1], *feed_forward]
 
     def _attention_units(self, block: str, heads: str, through: str | None) -> list[Unit]:
         """What makes queries, keys and values, and the layer behind the heads."""

@@ -158,7 +158,8 @@ def _before_norms(model: nn.Module, anatomy: Anatomy, basis: torch.Tensor) -> di
     found = {}
     for unit in anatomy.units:
         if unit.behind is not None:
-            before = Rescaled(basis, norm_of(get_module(model, unit.behind)).scale.cpu())
+            norm = norm_of(get_module(model, unit.behind))
+            before = Rescaled(basis, norm.scale.cpu(), norm.centres)
             found |= {unit.path: before, unit.behind: Projection(basis, basis, scale=before.scale)}
     return found
 
@@ -269,25 +270,28 @@ def query_key_site_directions(
     is the variance of the lost logits times the loss carried by the head's whole output (at most all of it), times
     LOGIT_SHARE: independent errors partly cancel in the sum over keys.
     """
-    # what all keys have in common adds the same to every logit of a query, which softmax does not see
-    moments = [calibration.moments[p] for p in site.points]
-    query = _per_head(moments[0].second_moment.cpu(), site.groups)
-    key = _per_head(moments[1].covariance.cpu(), site.groups)
+    makers = [u for u in anatomy.units if u.writes == site.name and is_layer(model, u.path)]
+    sides = [[calibration.moments[Point(u.path)] for u in makers if u.keys == keys] for keys in (False, True)]
+    if len(makers) == 2:
+        # what all keys have in common adds the same to every logit of a query, which softmax does not see
+        moments = [sides[0][0].second_moment.cpu(), sides[1][0].covariance.cpu()]
+    else:  # relative positions: terms of a logit are added, of queries and keys by themselves and with positions
+        moments = [sum(each.second_moment.cpu() for each in side) for side in sides]
+    query, key = (_per_head(moment, site.groups) for moment in moments)
     encode_q, encode_k, scores = query_key_directions(query, key)
     if basis == "random":
         encode_q = encode_k = _random_head_bases(site, calibration)
     partner = next(s for s in anatomy.sites.values() if s.couple == site.couple and s.kind == "attention_vo")
     carried = _values(model, partner, anatomy, calibration)[2].sum(-1)
-    scale = anatomy.fixed_attrs[_attention_of(anatomy, partner)]["scaling"]
-    lost = torch.stack([_tail_sums(s) for s in scores]) * scale**2
+    attention = _attention_of(anatomy, partner)
+    lost = torch.stack([_tail_sums(s) for s in scores]) * anatomy.softmax_scales[attention] ** 2
     damage = LOGIT_SHARE * (lost.clamp(max=1.0) * carried[:, None]).sum(0)
-    query_unit, key_unit = (u.path for u in anatomy.units if u.writes == site.name)
 
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
-        return {
-            query_unit: head_projection(encode_q, encode_q, width),
-            key_unit: head_projection(encode_k, encode_k, width),
-        }
+        # code that divides by the root of the width of a head finds another one
+        kept = 1.0 if attention in anatomy.fixed_attrs else (width / site.group_width) ** 0.5
+        queries, keys = head_projection(kept * encode_q, encode_q, width), head_projection(encode_k, encode_k, width)
+        return {u.path: keys if u.keys else queries for u in makers}
 
     return Directions(site, damage, cut)
 

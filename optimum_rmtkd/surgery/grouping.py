@@ -151,6 +151,8 @@ def _activations(model: nn.Module, batch: dict[str, torch.Tensor], points: list[
 
 def _row(x: torch.Tensor, row: int, rows: int) -> torch.Tensor:
     size = len(x) // rows
+    if not size:  # what is made of relative positions, once for all samples
+        return x
     return x[row * size : (row + 1) * size]
 
 

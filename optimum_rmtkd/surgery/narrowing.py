@@ -20,7 +20,7 @@ from .bases import Projection, encoding
 from .budget import site_widths
 from .norms import Norm, norm_of
 from .sites import Anatomy, Unit, get_module, has_module, is_layer, unit_delta
-from .weights import dense_table, dense_weight, scale_inputs, set_weight
+from .weights import dense_table, dense_weight, scale_inputs, scale_outputs, set_weight
 
 
 __all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_fields", "narrow_spec"]
@@ -54,7 +54,7 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     direction and lays it along the new one, so that the narrow norm subtracts what the old one did.
     A norm before a layer that is tied to the word table keeps its own scale, and so does the last one of a model
     without a head, for what it gives is the model's output: there a rotation is not exact.
-    Post-norm models are given back as they are.
+    Scales a feature behind a layer go into it. Post-norm models are given back as they are.
     """
     if not anatomy.pre_norm:
         return model
@@ -71,6 +71,9 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
             norm, readers = norm_of(get_module(model, unit.path)), [u for u in present if u.through == unit.path]
             if norm is not None and readers and unit.path != output and not any(u.tied for u in readers):
                 _fold_scale(norm, [get_module(model, reader.path) for reader in readers])
+            if unit.scaled is not None:
+                scale_outputs(get_module(model, unit.path), get_module(model, unit.scaled))
+                get_module(model, unit.scaled).fill_(1.0)
     return model
 
 
@@ -81,12 +84,18 @@ def _fold_scale(norm: Norm, readers: list[nn.Module]) -> None:
         return  # a dead feature cannot be divided by; its norm keeps its scale and the refit does the rest
     for reader in readers:
         if shift is not None and foldable:
-            added = torch.einsum("oi...,i->o...", dense_weight(reader), shift).flatten()
+            weight = dense_weight(reader)
+            added = torch.einsum("oi...,i->o...", weight, _repeated(shift, weight)).flatten()
             reader.bias.copy_(reader.bias.double() + added)
         scale_inputs(reader, scale)
     norm.set_scale(torch.ones_like(scale))
     if shift is not None:
         norm.module.bias.copy_(torch.zeros_like(shift) if foldable else shift / scale)
+
+
+def _repeated(values: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(d,) once for each vector that a layer (out, copies * d) reads."""
+    return values.repeat(weight.shape[1] // len(values))
 
 
 def _takes_shift(reader: nn.Module) -> bool:
@@ -189,9 +198,13 @@ def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: C
                 new.copy_((old.double().movedim(unit.axis, -1) @ change).movedim(-1, unit.axis))
                 touched.add(id(new))
                 continue
+            if reads is not None and unit.copies > 1:
+                reads = Projection(*(torch.block_diag(*[m] * unit.copies) for m in (reads.encode, reads.decode)))
             _fill(new, old, reads, writes, factor)
             touched.update(id(p) for p in new.parameters())
         for unit in anatomy.units:
+            if unit.scaled is not None:  # folded into the layer in front of it
+                get_module(student, unit.scaled).fill_(1.0)
             reads = cuts.of(unit.reads, unit.path)
             if reads is not None and reads.offset is not None and is_layer(teacher, unit.path):
                 _shift(student, unit, get_module(teacher, unit.path), reads, cuts.of(unit.writes, unit.path))

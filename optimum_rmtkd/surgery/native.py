@@ -38,6 +38,7 @@ from .layouts import EncoderLayout
 from .narrowing import narrow_fields, narrow_spec
 from .native_convolutions import coupled_channels, sizes_config
 from .native_decoders import coupled, plain_copy, settle, widths_config
+from .native_padding import fill_up
 from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
 
 
@@ -98,7 +99,7 @@ def plain_form(model: PreTrainedModel, inputs: Mapping[str, Any], pad: bool = Fa
             f"at a cost of {after - before:+,} parameters ({before:,} -> {after:,}, {after / before - 1:+.1%}) and "
             "the time they take. Or reduce with uniform widths, or keep the reduced format."
         )
-    _fill(model, native, anatomy, widths, heads)
+    fill_up(model, native, anatomy, widths, heads)
     return NativeExport(native, before, after, padded, _difference(model, native, inputs))
 
 
@@ -134,16 +135,33 @@ def native_anatomy(model: PreTrainedModel) -> Anatomy:
         anatomy = _with_dense_head(anatomy, *layout.dense_head)
     heads = next(site for site in anatomy.sites.values() if site.kind == "attention_qk")
     tied = not _takes_head_width(model, anatomy, max(1, heads.group_width // 2))
-    couples = {"intermediate": "intermediate", "hidden": "hidden", "pooled": "hidden"}
+    inner = _share_of_stream(model, anatomy, layout)
+    couples = {"intermediate": "hidden" if inner else "intermediate", "hidden": "hidden", "pooled": "hidden"}
     couples |= dict.fromkeys(("attention_qk", "attention_vo"), "hidden" if tied else "heads")
     sites = {}
     for name, site in anatomy.sites.items():
         if site.kind == "embedding":
             continue
         groups = heads.groups if tied and couples[site.kind] == "hidden" else site.groups
+        groups *= inner if inner and site.kind == "intermediate" else 1
         sites[name] = dataclasses.replace(site, couple=couples[site.kind], groups=groups)
     units = [dataclasses.replace(u, factor=None, lands=None) if u.factor == "embedding" else u for u in anatomy.units]
     return dataclasses.replace(anatomy, sites=sites, units=tuple(units))
+
+
+def _share_of_stream(model: PreTrainedModel, anatomy: Anatomy, layout: EncoderLayout) -> int:
+    """How many times as wide as the stream the config says that feed-forward parts are; 0 where it says a width."""
+    if layout.ratio_field is None:
+        return 0
+    inner = next(site.width for site in anatomy.sites.values() if site.kind == "intermediate")
+    share = getattr(model.config, layout.ratio_field)
+    if inner != share * anatomy.sites["hidden"].width:
+        raise UnsupportedArchitectureError(
+            f"shape='native': {type(model).__name__} makes the {inner} features of its feed-forward parts from "
+            f"config.{layout.ratio_field}={share!r} and the width of the stream otherwise than as their product. Use "
+            "shape='free'."
+        )
+    return int(share)
 
 
 def _check_plain(model: PreTrainedModel) -> None:
@@ -231,9 +249,10 @@ def _native_widths(model: PreTrainedModel, anatomy: Anatomy) -> tuple[dict[str, 
     head, heads = max(site.group_width for site in attention), attention[0].groups
     if not _takes_head_width(model, anatomy, head):
         head, heads = _heads_that_fit(stream, head, heads)
+    whole = stream if family_of(model).layout.ratio_field else 1  # what the config counts feed-forward widths in
     for name, site in sites.items():
         if site.kind == "intermediate":
-            widths[name] = max(feed_forward)
+            widths[name] = -(-max(feed_forward) // whole) * whole
         elif site in attention:
             widths[name] = heads * head
         elif site.kind == "embedding":
@@ -316,7 +335,9 @@ def _native_config(
     site = {
         kind: next(n for n, s in anatomy.sites.items() if s.kind == kind) for kind in ("intermediate", "attention_vo")
     }
-    setattr(config, next(name for name in FFN_FIELDS if hasattr(config, name)), widths[site["intermediate"]])
+    ratio = family_of(model).layout.ratio_field
+    inner = widths[site["intermediate"]] // (anatomy.sites["hidden"].width if ratio else 1)
+    setattr(config, ratio or next(name for name in FFN_FIELDS if hasattr(config, name)), inner)
     config.num_attention_heads = heads
     width = widths[site["attention_vo"]] // heads
     if width * heads != anatomy.sites["hidden"].width or getattr(config, "head_dim", None) is not None:
@@ -351,74 +372,6 @@ def _build(model: PreTrainedModel, anatomy: Anatomy, widths: Mapping[str, int], 
 
 def _epsilons(model: nn.Module) -> set[float]:
     return {module.eps for module in model.modules() if isinstance(module, nn.LayerNorm)}
-
-
-def _fill(
-    model: PreTrainedModel, native: PreTrainedModel, anatomy: Anatomy, widths: dict[str, int], heads: int
-) -> None:
-    state, given = native.state_dict(), model.state_dict()
-    same = {name: value for name, value in given.items() if name in state and state[name].shape == value.shape}
-    native.load_state_dict(same, strict=False)
-    filled = {id(tensor) for name, tensor in native.state_dict(keep_vars=True).items() if name in same}
-    with torch.no_grad():
-        for unit in anatomy.units:
-            if not is_layer(model, unit.path):
-                continue
-            old, new = get_module(model, unit.path), get_module(native, unit.path)
-            if isinstance(old, torch.nn.Parameter) or unit.factor == "hidden":
-                continue
-            reads, writes = (_places(anatomy, widths, heads, site) for site in (unit.reads, unit.writes))
-            if unit.factor == "embedding" and hasattr(old, "up"):
-                new.weight.copy_((old.weight.double() @ old.up.weight.double().T).to(new.weight.dtype))
-            elif isinstance(old, torch.nn.Linear) and (reads is not None or writes is not None):
-                scale = _scale(model, native, anatomy, unit.writes)
-                _spread(new, old, reads, writes, scale)
-            else:
-                continue
-            filled.update(id(parameter) for parameter in new.parameters())
-    native.tie_weights()
-    for name, parameter in native.named_parameters():
-        if id(parameter) not in filled:
-            found = tuple(given[name].shape) if name in given else "missing"
-            raise RMTKDError(
-                f"{name} is {found} in the reduced model, {type(native).__name__} builds it as "
-                f"{tuple(parameter.shape)} and its config has no field for that. Use the reduced format or --format "
-                "onnx, or reduce without the stream (--sites intermediate attention_qk attention_vo)."
-            )
-
-
-def _places(anatomy: Anatomy, widths: dict[str, int], heads: int, site: str | None) -> torch.Tensor | None:
-    """Where the features of a site go in the plain model; None where it is not an inner width."""
-    if site is None or anatomy.sites.get(site) is None:
-        return None
-    found = anatomy.sites[site]
-    if found.kind == "intermediate":
-        return torch.arange(found.width)
-    if found.kind in ("attention_qk", "attention_vo"):
-        starts = torch.arange(found.groups) * (widths[site] // heads)
-        return (starts[:, None] + torch.arange(found.group_width)).flatten()
-    return None
-
-
-def _scale(model: nn.Module, native: nn.Module, anatomy: Anatomy, site: str | None) -> float:
-    """What queries and keys are each multiplied by, so that the base's softmax scale gives the reduced model's
-    logits."""
-    if site is None or anatomy.sites.get(site) is None or anatomy.sites[site].kind != "attention_qk":
-        return 1.0
-    depth = anatomy.sites[site].depth
-    path = next(p for p in anatomy.fixed_attrs if p.startswith(anatomy.blocks[depth] + "."))
-    return (get_module(model, path).scaling / get_module(native, path).scaling) ** 0.5
-
-
-def _spread(new: nn.Linear, old: nn.Linear, reads, writes, scale: float) -> None:
-    """Copy a linear layer into a wider one of zeros, its features at their new places."""
-    rows = torch.arange(old.out_features) if writes is None else writes
-    columns = torch.arange(old.in_features) if reads is None else reads
-    new.weight.zero_()
-    new.weight[rows[:, None], columns] = (old.weight.double() * scale).to(new.weight.dtype)
-    if new.bias is not None:
-        new.bias.zero_()
-        new.bias[rows] = (old.bias.double() * scale).to(new.bias.dtype)
 
 
 def _difference(model: PreTrainedModel, native: PreTrainedModel, inputs: Mapping[str, Any]) -> float:

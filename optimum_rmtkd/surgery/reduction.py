@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..config import RMTKDConfig
-from ..errors import NoTargetError, RMTKDError
+from ..errors import NoTargetError, RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import resolve_path
 from ..models import count_parameters
 from .budget import Plan, site_widths
@@ -97,9 +97,14 @@ def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
     """Absolute module paths of the residual blocks, whose outputs are the residual stream, in forward order.
 
     Raises:
-        UnsupportedArchitectureError: no family is registered for the model.
+        UnsupportedArchitectureError: no family is registered for the model, or it has several streams.
     """
-    return tuple(resolve_path(model, path) for path in family_of(model).layout.anatomy(model).blocks)
+    if not (blocks := family_of(model).layout.anatomy(model).blocks):
+        raise UnsupportedArchitectureError(
+            f"{type(model).__name__} has several residual streams, and no one list of blocks. Name the layers to "
+            "compare (`layers` of an objective takes a mapping of module paths)."
+        )
+    return tuple(resolve_path(model, path) for path in blocks)
 
 
 def stage_sites(model: PreTrainedModel, config: RMTKDConfig) -> list[list[str]]:

@@ -36,6 +36,7 @@ from .units import own_units
 
 __all__ = ["Replay", "Scope", "least_squares_update", "norm_fit", "refit"]
 
+Seen = torch.Tensor | tuple[torch.Tensor, ...]  # of a module that is called several times in a pass
 MAX_TOKENS = 32768  # rows of a regression; ten times the widest input that is common
 
 
@@ -100,7 +101,11 @@ def _tokens(batch: Mapping[str, Any]) -> int:
 def _parts(student, teacher, anatomy, batches, masks, cuts) -> Iterator[_Part]:
     """What comes before the blocks, each block, and what comes after, with both networks ready to run."""
     models = (student, teacher)
-    whole = [Scope(model, lambda i, model=model: run(model, batches[i]), masks) for model in models]
+    calls: dict[str, int] = {}  # the same in both
+    whole = [Scope(model, lambda i, model=model: run(model, batches[i]), masks, calls=calls) for model in models]
+    if anatomy.repeats > 1:  # no block is finished before all have run
+        yield _Part(list(anatomy.units), *whole)
+        return
     positions = [i for i, unit in enumerate(anatomy.units) if unit.block is not None]
     first, last = (positions[0], positions[-1] + 1) if positions else (len(anatomy.units), len(anatomy.units))
     yield _Part(list(anatomy.units[:first]), *whole)
@@ -142,7 +147,7 @@ def _fit_part(part: _Part, cuts: Cuts, free: Collection[str], ridge: float | Non
     groups = [
         list(group)
         for _, group in itertools.groupby(
-            units, key=lambda u: (u.reads, u.through, u.sums, _reads_alone(part.student, u) and u.path)
+            units, key=lambda u: (u.reads, u.entrance, u.through, u.sums, _reads_alone(part.student, u) and u.path)
         )
     ]
     points = [[Point(g[0].path, "input"), *g[0].sums] for g in groups]
@@ -187,7 +192,10 @@ def _wants(
         part.through[1](call if groups else None)
     elif groups:
         for index in range(count):
-            first(index, keep(index, scope.watch(index, points)))
+            seen = scope.watch(index, points) if index else scope.pass_through(index, points)[1]  # which counts calls
+            wanted = keep(index, seen)
+            del seen
+            first(index, wanted)
     return wants
 
 
@@ -285,9 +293,11 @@ def _answer(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight, last.bias)
 
 
-def _rows(x: torch.Tensor, mask: torch.Tensor | None, module: nn.Module | None = None) -> torch.Tensor:
+def _rows(x: Seen, mask: torch.Tensor | None, module: nn.Module | None = None) -> torch.Tensor:
     """(n, d) of the unmasked positions of (batch, length, d), (batch, d) or (batch, d, h, w); behind a `module` whose
-    features are last, of (batch, h, w, d)."""
+    features are last, of (batch, h, w, d); of a module that was called several times those of all calls."""
+    if isinstance(x, tuple):
+        return torch.cat([_rows(each, mask, module) for each in x])
     keep = token_mask({"attention_mask": mask}, x) if mask is not None else None
     x = features_last(x, module)
     return x[keep] if keep is not None else x.reshape(-1, x.shape[-1])
@@ -303,9 +313,11 @@ def _spaced(rows: torch.Tensor, batches: int) -> torch.Tensor:
     return rows[((torch.arange(most) + within) * (len(rows) / most)).long().to(rows.device)]
 
 
-def _entry(module: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+def _entry(module: nn.Module, x: Seen, mask: torch.Tensor | None) -> torch.Tensor:
     """What the weight of a layer is multiplied with, (n, in): patches (n, in * kernel) of a convolution, normalised
     features of a norm, the thin features of a factored layer."""
+    if isinstance(x, tuple):
+        return torch.cat([_entry(module, each, mask) for each in x])
     if hasattr(module, "down"):
         return _entry(module.up, module.down(x), mask)
     if (norm := norm_of(module)) is not None:

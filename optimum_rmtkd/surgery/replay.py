@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Scope:
         masks: per batch (batch, length) bool or None.
         root: path of the block that `run` runs; None: the whole model.
         copies: activations are copied when they are seen.
+        calls: {path of a module: how often one pass calls it}, where that is more than once; known from whole passes.
     """
 
     module: nn.Module
@@ -48,6 +49,7 @@ class Scope:
     masks: list[torch.Tensor | None]
     root: str | None = None
     copies: bool = False
+    calls: dict[str, int] = field(default_factory=dict)
 
     def watch(self, index: int, points: Collection[Point]) -> dict[Point, torch.Tensor]:
         """Activations at `points` in batch `index`; the pass ends as soon as all are seen."""
@@ -59,29 +61,36 @@ class Scope:
 
     def attempt(self, index: int, points: Collection[Point], whole: bool = False) -> tuple[Any, dict] | None:
         """(output, activations), the output of a `whole` pass alone; None where something changed an activation in
-        place after it was seen: then they are copied from now on, and the next attempt will do."""
-        seen: dict[Point, tuple[torch.Tensor, int]] = {}
+        place after it was seen: then they are copied from now on, and the next attempt will do. Of a module that is
+        called several times, a tuple of its activations."""
+        seen: dict[Point, list[tuple[torch.Tensor, int]]] = {}
+        missing = sum(self.calls.get(point.path, 1) for point in set(points))
 
         def see(point: Point, x: torch.Tensor) -> None:
+            nonlocal missing
             x = x.detach().clone() if self.copies else x.detach()
-            seen[point] = x, x._version
-            if not whole and len(seen) == len(set(points)):
+            seen.setdefault(point, []).append((x, x._version))
+            missing -= 1
+            if not whole and not missing:
                 raise _Stop
 
         output = None
         with observed(self.module, points, see), torch.no_grad(), contextlib.suppress(_Stop):
             output = self.run(index)
-        if any(x._version != version for x, version in seen.values()):
+        if whole:
+            self.calls.update({point.path: len(found) for point, found in seen.items() if len(found) > 1})
+        if any(x._version != version for found in seen.values() for x, version in found):
             self.copies = True
             return None
-        return output, {point: x for point, (x, _) in seen.items()}
+        several = {point: tuple(x for x, _ in found) for point, found in seen.items()}
+        return output, {point: found if len(found) > 1 else found[0] for point, found in several.items()}
 
 
 class Replay:
     """Runs the blocks of one model one at a time, from hidden states held between them."""
 
     def __init__(self, model: nn.Module, blocks: tuple[str, ...], whole: Scope):
-        self.model, self.masks, self.at = model, whole.masks, 0
+        self.model, self.masks, self.counted, self.at = model, whole.masks, whole.calls, 0
         self.blocks = blocks
         self._beside: tuple | None = (
             None  # what the blocks return beside the stream, in a tuple; None: the stream alone
@@ -143,7 +152,7 @@ class Replay:
         """The scope of one block; those before it are advanced over."""
         while self.blocks[self.at] != block:
             self.advance()
-        return Scope(self.model, self._call, self.masks, block)
+        return Scope(self.model, self._call, self.masks, block, calls=self.counted)
 
     def advance(self, call: Callable[[int], torch.Tensor] | None = None) -> None:
         """Push the hidden states through the next block.
@@ -185,7 +194,7 @@ class Replay:
         while self.at < len(self.blocks):
             self.advance()
         forms: list[Any] = []
-        trial = Scope(self.model, lambda _: part(), whole.masks)
+        trial = Scope(self.model, lambda _: part(), whole.masks, calls=self.counted)
         hooks = [
             get_module(self.model, b).register_forward_hook(lambda _m, _a, out: forms.append(out)) for b in self.blocks
         ]
@@ -208,7 +217,7 @@ class Replay:
             with self.known(index):
                 return whole.run(index)
 
-        return Scope(self.model, run, whole.masks)
+        return Scope(self.model, run, whole.masks, calls=self.counted)
 
 
 def _beside(output: Any) -> Any:

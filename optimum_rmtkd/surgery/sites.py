@@ -30,6 +30,8 @@ __all__ = [
     "Site",
     "Unit",
     "all_but_the_stream",
+    "check_needs",
+    "decoder_units",
     "get_module",
     "has_module",
     "is_layer",
@@ -129,6 +131,12 @@ class Unit:
         behind: path of the norm that its output goes through before it is added to the stream.
         axis: of a bare parameter, the one that the site is: -1, or -2 for experts (number, out, in) that write it.
         scale: what its output is multiplied with before it is added.
+        scaled: path of a bare parameter that multiplies its output, feature by feature, before it is added; it is
+            folded into this layer, and is one from then on.
+        keys: of those that write a site of queries and keys: it makes keys.
+        entrance: which of several things in the coordinates of its site it reads; layers that differ in it are fitted
+            apart.
+        copies: so many vectors of its site lie one behind the other in what it reads.
     """
 
     path: str
@@ -146,6 +154,10 @@ class Unit:
     behind: str | None = None
     axis: int = -1
     scale: float = 1.0
+    scaled: str | None = None
+    keys: bool = False
+    entrance: str = ""
+    copies: int = 1
 
     @property
     def sums(self) -> tuple[Point, ...]:
@@ -175,9 +187,12 @@ class Anatomy:
 
     Attributes:
         blocks: paths of the residual blocks, in forward order.
+        repeats: how often each block runs, one call after the other, where its layers are shared.
         config_fields: {field of the config: site whose width it states}.
         fixed_attrs: {path: {name: value}} that must be pinned when heads change (the softmax scale of the original
             head).
+        softmax_scales: {path of an attention: what its logits are multiplied with}; without an entry in `fixed_attrs`
+            its code makes it from the width of a head, and queries take up what that changes.
         heads: {path of an attention: the site by which whole heads of it go}.
         heads_in_config: its code reads the number of heads from its config.
         pre_norm: the stream is normalised before the layers that read it, and is itself a plain sum.
@@ -190,8 +205,10 @@ class Anatomy:
     units: tuple[Unit, ...]
     blocks: tuple[str, ...]
     attributes: tuple[Attribute, ...] = ()
+    repeats: float = 1.0
     config_fields: dict[str, str] = field(default_factory=dict)
     fixed_attrs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    softmax_scales: dict[str, float] = field(default_factory=dict)
     heads: dict[str, str] = field(default_factory=dict)
     heads_in_config: bool = False
     pre_norm: bool = False
@@ -302,7 +319,7 @@ def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, i
             delta = {"dim": widths[name]} | ({"axis": unit.axis} if unit.axis != -1 else {})
     else:
         if unit.reads in widths:
-            delta["in"] = widths[unit.reads]
+            delta["in"] = unit.copies * widths[unit.reads]
         if unit.writes in widths:
             delta["out"] = widths[unit.writes]
         if delta and getattr(module, "groups", 1) > 1:
@@ -312,6 +329,36 @@ def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, i
     elif isinstance(module, LowRankEmbedding) and delta.get("dim", module.output_dim) <= module.rank:
         delta["rank"] = None  # no thinner than the stream it feeds any more: multiplied out
     return delta
+
+
+def check_needs(model: nn.Module, needs: dict[str, object]) -> None:
+    """Whether the config has the values {field: value} without which the classes run other code than what a family
+    declares.
+
+    Raises:
+        UnsupportedArchitectureError: names the field.
+    """
+    for name, value in needs.items():
+        found = getattr(model.config, name, value)
+        if found != value:
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} with config.{name}={found!r} runs other code than what its family "
+                f"declares, which needs {value!r}. Use form='factored', which works for every architecture."
+            )
+
+
+def decoder_units(model: nn.Module, decoder: str | None, table: str | None) -> list[Unit]:
+    """The unit of an output layer behind a norm of its own that shares the word table, here or in the masked-LM model
+    of the same checkpoint; none where there is no such layer."""
+    if not decoder:
+        return []
+    words = get_module(model, table)
+    if has_module(model, decoder):
+        tied = get_module(model, decoder).weight is words.weight
+    else:
+        tied = bool(getattr(model.config, "tie_word_embeddings", True))
+    width = getattr(words, "output_dim", words.embedding_dim)
+    return [Unit(decoder, factor="hidden", full=width)] if tied else []
 
 
 def all_but_the_stream(anatomy: Anatomy) -> str:

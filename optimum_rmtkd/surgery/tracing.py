@@ -36,6 +36,7 @@ class _Source:
     module: nn.Module
     width: int
     turn: Callable[[torch.Tensor, bool], torch.Tensor]  # (features last, back) -> turned
+    calls: int = 1  # of the module in one pass; the output of the last one is turned
 
 
 def with_traced_reads(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, Any]) -> Anatomy:
@@ -86,7 +87,11 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[
         if path not in {unit.path for unit in anatomy.units}
         and not any(path.startswith(f"{block}.") for block in anatomy.blocks)
     ]
+    calls: list[None] = []
+    counting = source.module.register_forward_hook(lambda *_: calls.append(None))
     before, outputs = _run(model, candidates, batch)
+    counting.remove()
+    source = dataclasses.replace(source, calls=len(calls))
     found: list[str] = []
     while True:
         readers = [path for path in (*known, *found) if is_layer(model, path)]
@@ -107,7 +112,8 @@ def _traced(model: nn.Module, anatomy: Anatomy, source: _Source, batch: Mapping[
     if site.kind == "pooled":  # its features are chosen behind the activation, where they are read
         site = dataclasses.replace(site, points=(Point(found[0], "input"),))
     through = anatomy.last_norm if source.site == "hidden" else None
-    units = tuple(Unit(path, source.site, through=through) for path in found)
+    copies = {path: before[path].shape[_features(get_module(model, path))] // source.width for path in found}
+    units = tuple(Unit(path, source.site, through=through, copies=copies[path]) for path in found)
     return dataclasses.replace(anatomy, units=anatomy.units + units, sites={**anatomy.sites, source.site: site})
 
 
@@ -124,14 +130,21 @@ def _refused(model: nn.Module, anatomy: Anatomy, how: str) -> UnsupportedArchite
 def _turned(model: nn.Module, source: _Source, readers: list[str]) -> Iterator[None]:
     """The source turns its features, `readers` get them turned back."""
 
+    left = source.calls
+
     def forth(_module, _args, output):
+        nonlocal left
+        left -= 1
+        if left:
+            return output
         if isinstance(output, torch.Tensor):
             return source.turn(output, False)
         return (source.turn(output[0], False), *output[1:])
 
     def back(module, args):
         at = _features(module)
-        return (source.turn(args[0].movedim(at, -1), True).movedim(-1, at), *args[1:])
+        each = args[0].movedim(at, -1).unflatten(-1, (-1, source.width))  # it may read several vectors at once
+        return (source.turn(each, True).flatten(-2).movedim(-1, at), *args[1:])
 
     handles = [source.module.register_forward_hook(forth)]
     handles += [get_module(model, path).register_forward_pre_hook(back) for path in readers]
@@ -172,7 +185,9 @@ def _run(model: nn.Module, paths: list[str], batch: Mapping[str, Any]) -> tuple[
 
 
 def _turns_with(source: _Source, after: torch.Tensor, before: torch.Tensor | None, features: int = -1) -> bool:
-    """Whether a tensor is what it was before, its features turned like the source's."""
-    if before is None or before.dim() < 2 or before.shape[features] != source.width:
+    """Whether a tensor is what it was before, its features, of one vector or of several one behind the other, turned
+    like the source's."""
+    if before is None or before.dim() < 2 or before.shape[features] % source.width:
         return False
-    return nearly_equal(after, source.turn(before.movedim(features, -1), False).movedim(-1, features))
+    each = before.movedim(features, -1).unflatten(-1, (-1, source.width))
+    return nearly_equal(after, source.turn(each, False).flatten(-2).movedim(-1, features))

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 
-__all__ = ["dense_table", "dense_weight", "scale_inputs", "set_weight"]
+__all__ = ["dense_table", "dense_weight", "scale_inputs", "scale_outputs", "set_weight"]
 
 
 def dense_weight(module: nn.Module) -> torch.Tensor:
@@ -31,7 +31,7 @@ def dense_table(module: nn.Module) -> torch.Tensor:
 
 def scale_inputs(module: nn.Module, scale: torch.Tensor) -> None:
     """Multiply each input feature of a linear layer or convolution by its entry of `scale` (in,), in place, in fp64
-    and rounded once."""
+    and rounded once; of a layer that reads several vectors one behind the other, each of them."""
     if isinstance(module, nn.Parameter):  # experts (number, out, in)
         with torch.no_grad():
             module.copy_(module.double() * scale)
@@ -41,6 +41,8 @@ def scale_inputs(module: nn.Module, scale: torch.Tensor) -> None:
         scale = scale[:, None]
     elif first.weight.dim() == 4:
         scale = scale[:, None, None]
+    else:
+        scale = scale.repeat(first.weight.shape[1] // len(scale))
     with torch.no_grad():
         first.weight.copy_(first.weight.double() * scale)
 
@@ -49,3 +51,14 @@ def set_weight(module: nn.Module, weight: torch.Tensor) -> None:
     """Inverse of `dense_weight` for layers of one factor; rounded to the dtype of the layer."""
     with torch.no_grad():
         module.weight.copy_(weight.T if isinstance(module, Conv1D) else weight)
+
+
+@torch.no_grad()
+def scale_outputs(module: nn.Module, scale: torch.Tensor) -> None:
+    """Multiply each output feature of a linear layer by its entry of `scale` (out,), in place, in fp64 and rounded
+    once."""
+    last, scale = (module.up if hasattr(module, "down") else module), scale.double()
+    weight = last.weight.double()
+    last.weight.copy_(weight * scale if isinstance(last, Conv1D) else weight * scale[:, None])
+    if last.bias is not None:
+        last.bias.copy_(last.bias.double() * scale)

@@ -29,6 +29,16 @@ HEADS = {
     "xlm-roberta": ("ForSequenceClassification",),
     "vit": zoo.IMAGE_TASKS,
     "deit": zoo.IMAGE_TASKS,
+    "mpnet": zoo.TEXT_TASKS[:4],
+    "deberta-v2": zoo.TEXT_TASKS[:4],
+    "deberta-v3": ("ForSequenceClassification",),
+    "albert": zoo.TEXT_TASKS[:4],
+    "dinov2": zoo.IMAGE_TASKS,
+    "dinov2-registers": ("ForImageClassification",),
+    "beit": zoo.IMAGE_TASKS,
+    "beit-first": ("ForImageClassification",),
+    "clip-text": zoo.OTHER_TASKS["clip-text"],
+    "clip-images": zoo.OTHER_TASKS["clip-images"],
 }
 MODELS = [(name, task) for name, tasks in HEADS.items() for task in tasks]
 QUICK = [("bert", "ForSequenceClassification"), ("roberta", "ForSequenceClassification"), ("vit", "Model")]

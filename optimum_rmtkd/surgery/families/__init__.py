@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["FAMILIES", "Family", "family_of", "register_family"]
 
-ENCODERS = ("bert", "roberta", "distilbert", "electra", "vit", "deit")
+ENCODERS = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta", "albert", "modernbert")
+VISION = ("vit", "deit", "dinov2", "beit", "clip", "swin")
 CONVOLUTIONS = ("resnet", "regnet", "mobilenet", "convnext")
 DECODERS = ("llama", "gpt2", "opt", "neox", "phi3", "stablelm", "gemma", "olmo", "cohere", "experts", "glm", "single")
 FAMILIES: dict[str, Family] = {}
@@ -89,7 +90,7 @@ def family_of(model: nn.Module) -> Family:
         UnsupportedArchitectureError: none is registered for its `config.model_type`; names the linear layers that were
             found and both ways out.
     """
-    for name in (*ENCODERS, *CONVOLUTIONS, *DECODERS):
+    for name in (*ENCODERS, *VISION, *CONVOLUTIONS, *DECODERS):
         import_module(f"{__name__}.{name}")
     model_type = base_model_type(model)
     if model_type in FAMILIES:
