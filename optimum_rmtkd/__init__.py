@@ -37,6 +37,8 @@ _EXPORTS = {
         "Family",
         "Gate",
         "ResidualConvLayout",
+        "Seq2SeqLayout",
+        "Stack",
         "Step",
         "SpectralReport",
         "analyze",

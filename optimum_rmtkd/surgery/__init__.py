@@ -23,6 +23,7 @@ from .reduction import (
     stage_sites,
 )
 from .report import SpectralReport
+from .seq2seq import Seq2SeqLayout, Stack
 from .tolerance import allowed_loss, keeps_tolerance
 from .variety import check_variety
 
@@ -35,8 +36,10 @@ __all__ = [
     "Measurement",
     "Reduction",
     "ResidualConvLayout",
+    "Seq2SeqLayout",
     "SiteRecord",
     "SpectralReport",
+    "Stack",
     "Step",
     "allowed_loss",
     "analyze",

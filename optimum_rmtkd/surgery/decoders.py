@@ -7,6 +7,7 @@ distance) live inside a head, and configs and caches know how many heads there a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -16,7 +17,22 @@ from ..models import shifts_labels
 from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, linear_shape
 
 
-__all__ = ["DecoderLayout"]
+__all__ = ["DecoderLayout", "check_needs"]
+
+
+def check_needs(model: nn.Module, needs: Mapping[str, object]) -> None:
+    """Refuse a model whose config has another value in one of these fields than what its declaration is made for.
+
+    Raises:
+        UnsupportedArchitectureError: names the field.
+    """
+    for name, value in needs.items():
+        found = getattr(model.config, name, value)
+        if found != value:
+            raise UnsupportedArchitectureError(
+                f"{type(model).__name__} with config.{name}={found!r} runs other code than what its family "
+                f"declares, which needs {value!r}. Use form='factored', which works for every architecture."
+            )
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,7 @@ class DecoderLayout:
             UnsupportedArchitectureError: the model lacks a declared module, or its config asks for code that no
                 declaration covers.
         """
-        self._check(model)
+        check_needs(model, self.needs)
         blocks = [f"{self.blocks}.{i}" for i in range(len(get_module(model, self.blocks)))]
         units = [Unit(path, writes="hidden") for path in self.stream if has_module(model, path)]
         sites, attributes, heads, norms = {}, [], {}, []
@@ -159,15 +175,6 @@ class DecoderLayout:
             return tuple(Point(path) for path in added)
         sides = ("output",) if answers else ("input", "output")
         return tuple(Point(path, side) for path in (*norms, self.final_norm) for side in sides)
-
-    def _check(self, model: nn.Module) -> None:
-        for name, value in self.needs.items():
-            found = getattr(model.config, name, value)
-            if found != value:
-                raise UnsupportedArchitectureError(
-                    f"{type(model).__name__} with config.{name}={found!r} runs other code than what its family "
-                    f"declares, which needs {value!r}. Use form='factored', which works for every architecture."
-                )
 
     def _heads(self, model: nn.Module) -> list[Unit]:
         table = get_module(model, self.stream[0])

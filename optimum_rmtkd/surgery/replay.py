@@ -38,14 +38,14 @@ class Scope:
     Attributes:
         module: the model.
         run: index of a batch -> output.
-        masks: per batch (batch, length) bool or None.
+        masks: what of each batch is padding, for whoever reads what is seen; the number of them is that of batches.
         root: path of the block that `run` runs; None: the whole model.
         copies: activations are copied when they are seen.
     """
 
     module: nn.Module
     run: Callable[[int], Any]
-    masks: list[torch.Tensor | None]
+    masks: list[Any]
     root: str | None = None
     copies: bool = False
 
