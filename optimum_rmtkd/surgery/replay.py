@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache
 
 from ..batches import Store, unchunked
@@ -25,6 +25,13 @@ from .sites import Point, get_module
 
 
 __all__ = ["Progress", "Replay", "Scope"]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor by its number in a store."""
+
+    number: int
 
 
 class _Stop(Exception):
@@ -87,7 +94,10 @@ class Replay:
             None  # what the blocks return beside the stream, in a tuple; None: the stream alone
         )
         device = next(model.parameters()).device
-        self._rest, self._stream = Store(device), Store(device)
+        self._stream = Store(device)
+        # what each block is given beside the stream: its structure, and each tensor once, for blocks share most
+        self._rest: list[list[tuple[list[Any], Any]]] = []
+        self._tensors = Store(device)
         one_kind = len(set(getattr(getattr(model, "config", None), "layer_types", None) or ())) < 2
         known = False  # are all blocks called with the same arguments beside the stream, in every batch?
         for index in range(len(whole.masks)):
@@ -97,7 +107,23 @@ class Replay:
             alike = all(_same((rest, names), other) for other in others)
             known |= alike and one_kind  # windows of some layers show in batches longer than they are
             self._stream.append(stream)
-            self._rest.append([(*rest, names)] if alike else [(*r, n) for r, n in ((rest, names), *others)])
+            kept: dict[int, int] = {}
+            self._rest.append([self._kept((*r, n), kept) for r, n in ((rest, names), *(() if alike else others))])
+
+    def _kept(self, structure: Any, known: dict[int, int]) -> tuple[list[Any], Any]:
+        """(leaves, form) of a structure, its tensors by their number in the store.
+
+        Args:
+            known: {id of a tensor that is kept: its number}, added to.
+        """
+        leaves, form = tree_flatten(structure)
+        for at, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                if id(leaf) not in known:
+                    known[id(leaf)] = len(self._tensors)
+                    self._tensors.append(leaf)
+                leaves[at] = _Kept(known[id(leaf)])
+        return leaves, form
 
     def _calls(self, whole: Scope, index: int, blocks: Sequence[str]) -> list[tuple[tuple, dict]]:
         """(positional, named) arguments of these blocks in one pass, which ends with the last of them."""
@@ -126,7 +152,9 @@ class Replay:
 
     def _arguments(self, index: int) -> tuple[tuple, dict]:
         rests = self._rest[index]
-        args, kwargs, name = rests[self.at] if len(rests) > 1 else rests[0]
+        leaves, form = rests[self.at] if len(rests) > 1 else rests[0]
+        leaves = [self._tensors[leaf.number] if isinstance(leaf, _Kept) else leaf for leaf in leaves]
+        args, kwargs, name = tree_unflatten(leaves, form)
         hidden = self._stream[index]
         return ((hidden, *args), kwargs) if name is None else (args, {**kwargs, name: hidden})
 
