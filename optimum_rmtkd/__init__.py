@@ -38,6 +38,8 @@ _EXPORTS = {
         "Gate",
         "ResidualConvLayout",
         "StagesLayout",
+        "Seq2SeqLayout",
+        "Stack",
         "Step",
         "SpectralReport",
         "TowersLayout",

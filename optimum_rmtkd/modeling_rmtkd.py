@@ -316,6 +316,13 @@ def _retie(model):
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
 
 
+def _save_what_changed(model, spec):
+    """Sinusoids that a class computes from the width, and does not save, are others where that has changed."""
+    changed = {resolve_path(model, raw) for raw in spec.get("modules", {})}
+    passed_over = model._keys_to_ignore_on_save or ()
+    model._keys_to_ignore_on_save = {key for key in passed_over if key.rpartition(".")[0] not in changed}
+
+
 @contextlib.contextmanager
 def _dense(config, spec):
     """The config with the widths of the dense skeleton; the identity of `config` is kept, modules hold references to
@@ -396,6 +403,7 @@ def _make_model(name):
             with named_errors(base.__name__):
                 apply_spec(self, spec)
             self.post_init()
+            _save_what_changed(self, spec)
 
     def initialize_weights(self):
         # loading computes buffers that are not saved anew: rotary frequencies follow from the dense widths

@@ -15,6 +15,7 @@ from .differences import AROUND_THE_RESULT
 from .heads import has_head, shifts_labels, unwrapped
 from .identity import check_structure
 from .rebuilding import (
+    as_tied,
     blank,
     carry_over,
     copied,
@@ -31,6 +32,7 @@ from .rebuilding import (
 __all__ = [
     "AROUND_THE_RESULT",
     "UNCUT",
+    "as_tied",
     "blank",
     "carry_over",
     "check_behaviour",

@@ -22,7 +22,7 @@ from .. import modeling_rmtkd
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import PREFIX
 from .differences import AROUND_THE_RESULT, ON_THE_RESULT, differences, not_its_config
-from .rebuilding import blank, is_wrapped
+from .rebuilding import as_tied, blank, is_wrapped
 
 
 __all__ = ["check_structure"]
@@ -199,7 +199,7 @@ def _stems(names: set[str], ending: str) -> list[str]:
 
 
 def _check_ties(model: PreTrainedModel, stock: PreTrainedModel) -> None:
-    ours, theirs = _ties(model), _ties(stock)
+    ours, theirs = _ties(model), _ties(as_tied(stock, model))
     if ours != theirs:
         names = sorted({name for group in ours ^ theirs for name in group})
         listed = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

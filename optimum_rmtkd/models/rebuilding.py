@@ -21,6 +21,7 @@ from ..spec_rmtkd import EPSILONS
 
 
 __all__ = [
+    "as_tied",
     "blank",
     "carry_over",
     "copied",
@@ -125,12 +126,25 @@ def pinned(model: nn.Module, stock: nn.Module) -> dict[str, dict[str, float]]:
 def twin_of(model: PreTrainedModel) -> PreTrainedModel:
     """The stock model with the tensors of `model`: a new object in eval mode, without hooks, patches and attributes of
     the user's. See `sharing_tensors`."""
-    return sharing_tensors(blank(model), model)
+    return sharing_tensors(as_tied(blank(model), model), model)
 
 
 def widest_dtype(model: nn.Module) -> torch.dtype:
     """The floating dtype that holds the values of all parameters of a model."""
     return functools.reduce(torch.promote_types, {p.dtype for p in model.parameters() if p.is_floating_point()})
+
+
+def as_tied(model: PreTrainedModel, reference: PreTrainedModel) -> PreTrainedModel:
+    """`model`, in place, without the ties that its class describes and that `reference` does not have, because its
+    checkpoint held both tensors: transformers takes note of that when it loads them (T5 v1.1, whose output layer is
+    its own, while its config says that it is tied)."""
+    apart = model.all_tied_weights_keys.keys() - reference.all_tied_weights_keys.keys()
+    for name in apart & {name for name, _ in reference.named_parameters(remove_duplicate=False)}:
+        owner, _, leaf = name.rpartition(".")
+        tensor = model.get_parameter(name)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.detach().clone(), tensor.requires_grad))
+        model.all_tied_weights_keys.pop(name)
+    return model
 
 
 def match_precision(model: nn.Module, reference: nn.Module) -> nn.Module:
@@ -177,7 +191,8 @@ def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, 
         fields: fields of the config that change.
     """
     rmtkd = rmtkd | {"spec": _with_pinned(model, rmtkd["spec"])}
-    student = match_precision(outline(model, rmtkd, fields).to(device=model.device), model).eval()
+    student = as_tied(outline(model, rmtkd, fields).to(device=model.device), model)
+    student = match_precision(student, model).eval()
     old = dict(_tensors(model))  # not its state dict, whose hooks may rename tensors
     with torch.no_grad():
         for name, tensor in _tensors(student):

@@ -23,6 +23,7 @@ from .reduction import (
     stage_sites,
 )
 from .report import SpectralReport
+from .seq2seq import Seq2SeqLayout, Stack
 from .tolerance import allowed_loss, keeps_tolerance
 from .towers import StagesLayout, TowersLayout
 from .variety import check_variety
@@ -36,9 +37,11 @@ __all__ = [
     "Measurement",
     "Reduction",
     "ResidualConvLayout",
+    "Seq2SeqLayout",
     "SiteRecord",
     "SpectralReport",
     "StagesLayout",
+    "Stack",
     "Step",
     "TowersLayout",
     "allowed_loss",

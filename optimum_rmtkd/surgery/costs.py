@@ -123,9 +123,10 @@ def flops_of(
     ]
     fixed = set(positions) - {u.path for u in anatomy.units} if scope is None else ()
     units += [(Unit(path), get_module(model, path)) for path in sorted(fixed)]
-    # products with the keys and with the values: 2 L^2 a feature each; queries and keys are two units that share one
+    # products with the keys and with the values: 2 L^2 a feature each (of cross-attention twice the product of both
+    # lengths); queries and keys are two units that share one
     pairs = {"attention_qk": 1.0, "attention_vo": 2.0}
-    attention = {s.name: pairs[s.kind] for s in anatomy.sites.values() if s.kind in pairs}
+    attention, facing = {s.name: pairs[s.kind] for s in anatomy.sites.values() if s.kind in pairs}, _facing(anatomy)
     # whole heads of causal attention are both products, each over half of the positions
     causal = {s.name for s in anatomy.sites.values() if s.kind == "attention_groups"} | set(anatomy.heads.values())
 
@@ -141,6 +142,21 @@ def flops_of(
             return linear, 2.0 * positions[unit.path] ** 2 * inputs
         if unit.writes not in attention:
             return (linear,)
-        return linear, attention[unit.writes] * positions[unit.path] ** 2 / anatomy.repeats * outputs
+        pairs_of = positions[unit.path] * positions.get(facing[unit.path], 0.0) / anatomy.repeats
+        return linear, attention[unit.writes] * pairs_of * outputs
 
     return Additive(anatomy, 0.0, [(u, lambda widths, u=u, m=m: work(u, m, widths)) for u, m in units])
+
+
+def _facing(anatomy: Anatomy) -> dict[str, str]:
+    """{layer that makes queries, keys or values: another, whose positions its own are multiplied with}"""
+    found = {}
+    for site in anatomy.sites.values():
+        if site.kind == "attention_qk":
+            units = [unit for unit in anatomy.units if unit.writes == site.name]
+            (query, key), positions = (unit.path for unit in units[:2]), units[2:]  # of relative positions
+            partner = site.name.replace("attention_qk", "attention_vo")
+            values = [unit.path for unit in anatomy.units if unit.writes == partner]
+            found |= {query: key, key: query, **dict.fromkeys(values, query)}
+            found |= {unit.path: query if unit.keys else key for unit in positions}
+    return found

@@ -56,12 +56,14 @@ class Directions:
         changes: activations (tokens, width) and loss gradients there -> (tokens, group_width): what each direction
             adds to the log-likelihood, to first order, see `prices`; of channels (x, gradient, path), see `channels`.
             None: the product rule stands.
+        priced_at: where those are taken; None: at all points of the site.
     """
 
     site: Site
     damage: torch.Tensor
     cut: Callable[[int, Projection | None], dict[str, Projection]]
     changes: Callable[..., torch.Tensor] | None = None
+    priced_at: tuple[Point, ...] | None = None
 
 
 def stream_metric(calibration: Calibration, point: Point | None, dim: int) -> torch.Tensor:
@@ -150,7 +152,8 @@ def hidden_directions(
         basis = nested.to(x)
         return (x @ basis) * (gradient @ basis)
 
-    return Directions(site, damage.cummin(0).values, cut, changes if anatomy.answers else None)
+    # where norms stand behind the sums, a later one sees what an earlier cut has removed already
+    return Directions(site, damage.cummin(0).values, cut, changes if anatomy.answers and anatomy.pre_norm else None)
 
 
 def _before_norms(model: nn.Module, anatomy: Anatomy, basis: torch.Tensor) -> dict[str, Projection]:
@@ -258,7 +261,22 @@ def value_site_directions(
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
         return {"": head_projection(*natural_gauge(encode[..., :width], decode[..., :width]), width, mean)}
 
-    return Directions(site, _tail_sums(scores.sum(0)), cut)
+    changes = _head_changes(encode, decode, mean) if anatomy.answers and calibration.gradients else None
+    return Directions(site, _tail_sums(scores.sum(0)), cut, changes)
+
+
+def _head_changes(
+    encode: torch.Tensor, decode: torch.Tensor, mean: torch.Tensor | None = None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Of heads (heads, w, w), what those of one number are in all of them together."""
+    heads = len(encode)
+
+    def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+        x, gradient = (y.unflatten(1, (heads, -1)) for y in (_less(x, mean), gradient))
+        inside = torch.einsum("nhi,hij->nhj", x, encode.to(x))
+        return (inside * torch.einsum("nhi,hij->nhj", gradient, decode.to(x))).sum(1)
+
+    return changes
 
 
 def query_key_site_directions(
@@ -293,7 +311,12 @@ def query_key_site_directions(
         queries, keys = head_projection(kept * encode_q, encode_q, width), head_projection(encode_k, encode_k, width)
         return {u.path: keys if u.keys else queries for u in makers}
 
-    return Directions(site, damage, cut)
+    if not anatomy.answers or not calibration.gradients:
+        return Directions(site, damage, cut)
+    # the form is bilinear: what queries lose says it all. They are S encode (encode' query) / score, S their moment
+    carried_by = scores.sqrt().clamp_min(1e-12 * scores.max().sqrt())[:, None]
+    decode_q = encode_q if basis == "random" else query @ encode_q / carried_by
+    return Directions(site, damage, cut, _head_changes(encode_q, decode_q), site.points[:1])
 
 
 def group_directions(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..batches import first_samples, main_input, model_inputs, padding_mask, run
+from ..batches import decoder_mask, first_samples, main_input, model_inputs, padding_mask, run
 from ..models import shifts_labels
 
 
@@ -91,7 +91,8 @@ def answers(model: nn.Module, outputs: Any, batch: Mapping[str, Any]) -> Answers
         return Answers("classes", logits)
     labels = batch.get("labels")
     labelled = isinstance(labels, torch.Tensor) and labels.shape == logits.shape[:-1]
-    mask = labels != -100 if labelled else padding_mask(batch)
+    both = getattr(model.config, "is_encoder_decoder", False)
+    mask = labels != -100 if labelled else decoder_mask(model, batch) if both else padding_mask(batch)
     if labelled and shifts_labels(model):  # a label is what the position before it should answer
         mask = mask.roll(-1, dims=1)
         mask[:, -1] = False

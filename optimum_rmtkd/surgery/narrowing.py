@@ -65,7 +65,7 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     if (anatomy.answers or anatomy.heads) and is_flash_attention_requested(model.config):
         model.config._attn_implementation = "sdpa"  # flash attention takes half precision alone
     present = [unit for unit in anatomy.units if is_layer(model, unit.path)]
-    output = anatomy.last_norm if model.base_model is model else None
+    output = anatomy.last_norm if _is_bare(model, present) else None
     with torch.no_grad():
         for unit in present:
             norm, readers = norm_of(get_module(model, unit.path)), [u for u in present if u.through == unit.path]
@@ -75,6 +75,13 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
                 scale_outputs(get_module(model, unit.path), get_module(model, unit.scaled))
                 get_module(model, unit.scaled).fill_(1.0)
     return model
+
+
+def _is_bare(model: PreTrainedModel, present: list[Unit]) -> bool:
+    """Whether what the last norm gives is the model's output: there is no head. Some classes with one have no backbone
+    inside them."""
+    outside = [unit for unit in present if unit.reads and unit.block is None and not unit.path.startswith("@.")]
+    return model.base_model is model and not outside
 
 
 def _fold_scale(norm: Norm, readers: list[nn.Module]) -> None:
@@ -171,7 +178,7 @@ def build_student(
     still to be initialised."""
     spec = narrow_spec(model, anatomy, couples)
     former = (getattr(model.config, "rmtkd", None) or {}).get("version", 1)  # what it needed, the result needs, too
-    version = max(former, version_of(spec, decoder=bool(anatomy.heads)))
+    version = max(former, version_of(spec, decoder=bool(anatomy.heads or anatomy.stacks)))
     record = {"version": version, "spec": spec, "recipe": recipe, "provenance": provenance}
     return rebuilt(model, record, narrow_fields(anatomy, couples))
 

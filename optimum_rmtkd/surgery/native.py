@@ -39,11 +39,14 @@ from .narrowing import narrow_fields, narrow_spec
 from .native_convolutions import coupled_channels, sizes_config
 from .native_decoders import coupled, plain_copy, settle, widths_config
 from .native_padding import fill_up
+from .native_seq2seq import coupled_stacks, settle_head, stacks_config
+from .seq2seq import Seq2SeqLayout
 from .sites import Anatomy, Point, Site, Unit, get_module, is_layer
 
 
 __all__ = ["NativeExport", "check_expressible", "native_anatomy", "plain_form"]
 
+STATED = (DecoderLayout, ResidualConvLayout, Seq2SeqLayout)  # layouts whose fields of the config are declared
 FFN_FIELDS = ("intermediate_size", "hidden_dim")
 TOLERANCE = 1e-5  # of the largest logit, in fp32
 NEGLIGIBLE = 1e-9  # an epsilon of a layer norm: no variance of a stream comes near it
@@ -81,10 +84,12 @@ def plain_form(model: PreTrainedModel, inputs: Mapping[str, Any], pad: bool = Fa
     """
     anatomy = _anatomy(model)
     layout = family_of(model).layout
-    if isinstance(layout, (DecoderLayout, ResidualConvLayout)):  # a config says all widths
+    if isinstance(layout, STATED):  # a config says all widths
         native = plain_copy(model, _base(model), _stated_config(model, anatomy, layout))
         if isinstance(layout, DecoderLayout):
             settle(native, model, anatomy)
+        if isinstance(layout, Seq2SeqLayout):
+            settle_head(native, model, anatomy, layout)
         sizes = count_parameters(model), count_parameters(native)
         return NativeExport(native, *sizes, {}, _difference(model, native, inputs))
     widths, heads = _native_widths(model, anatomy)
@@ -119,6 +124,8 @@ def native_anatomy(model: PreTrainedModel) -> Anatomy:
         return coupled(model, layout)
     if isinstance(layout, ResidualConvLayout):
         return coupled_channels(model, layout)
+    if isinstance(layout, Seq2SeqLayout):
+        return coupled_stacks(model, layout)
     if not isinstance(layout, EncoderLayout):
         raise UnsupportedArchitectureError(
             f"shape='native': the config of {type(model).__name__} has no field for the widths inside a block. "
@@ -198,7 +205,7 @@ def check_expressible(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping
         student = outline(model, {"version": VERSION, "spec": spec}, fields)
         own = family_of(student).layout.anatomy(student)
         layout = family_of(student).layout
-        if isinstance(layout, (DecoderLayout, ResidualConvLayout)):
+        if isinstance(layout, STATED):
             native = _base(student)(_stated_config(student, own, layout))
         else:
             native = _base(student)(_native_config(student, own, *_native_widths(student, own)))
@@ -222,7 +229,7 @@ def _anatomy(model: PreTrainedModel) -> Anatomy:
             "reduced format, or reduce with form='absorbed'."
         )
     layout = family_of(model).layout
-    if isinstance(layout, DecoderLayout) and layout.inner_field is not None:
+    if isinstance(layout, (DecoderLayout, Seq2SeqLayout)) and layout.inner_field is not None:
         return layout.anatomy(model)
     if isinstance(layout, ResidualConvLayout) and layout.sizes_field is not None:
         return layout.anatomy(model)
@@ -303,14 +310,15 @@ def _output_width(table: nn.Module) -> int:
 
 
 def _stated_config(
-    model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayout | ResidualConvLayout
+    model: PreTrainedModel, anatomy: Anatomy, layout: DecoderLayout | ResidualConvLayout | Seq2SeqLayout
 ) -> PreTrainedConfig:
     try:
         config = _plain_config(model)
         if isinstance(layout, ResidualConvLayout):
             config = sizes_config(model, layout, config)
         else:
-            config = widths_config(model, anatomy, layout, config)
+            widths = widths_config if isinstance(layout, DecoderLayout) else stacks_config
+            config = widths(model, anatomy, layout, config)
         config.validate()  # else it could be saved, and not be loaded
     except REFUSALS as error:  # Phi-3 counts the factors of its frequencies by width / heads
         raise UnsupportedArchitectureError(

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import RMTKDError, SpecMismatchError, UnsupportedArchitectureError
 from ..loading_rmtkd import named_errors
 from ..modeling_rmtkd import is_norm, resolve_path
-from ..models import match_precision
+from ..models import as_tied, match_precision
 from .decoders import DecoderLayout
 from .norms import norm_of
 from .sites import Anatomy, get_module, has_module
@@ -115,7 +115,7 @@ def plain_copy(model: PreTrainedModel, stock: type[PreTrainedModel], config: Pre
     Raises:
         RMTKDError: layers of unequal widths; names the first.
     """
-    native = match_precision(stock(config).to(device=model.device), model).eval()
+    native = match_precision(as_tied(stock(config).to(device=model.device), model), model).eval()
     own, given = native.state_dict(), model.state_dict()
     for name in [*own, *given]:
         if name not in own or name not in given or own[name].shape != given[name].shape:
@@ -125,7 +125,7 @@ def plain_copy(model: PreTrainedModel, stock: type[PreTrainedModel], config: Pre
                 "layers. Reduce with shape='native', or keep the reduced format."
             )
     native.load_state_dict(copy.deepcopy(given))
-    native.tie_weights()
+    native.tie_weights(recompute_mapping=False)
     if getattr(model, "generation_config", None) is not None:
         native.generation_config = copy.deepcopy(model.generation_config)
     return native

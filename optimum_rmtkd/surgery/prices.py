@@ -15,13 +15,13 @@ over the data; what is held is a number a token and direction of one batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..batches import batch_size, evaluating, run
+from ..batches import batch_size, decoder_mask, evaluating, run
 from .calibration import features_last, frozen, observed, token_mask
 from .directions import Directions
 from .likelihood import log_likelihood
@@ -34,7 +34,11 @@ MOST_TOKENS = 65536  # a price is one number a width: it needs fewer tokens than
 
 
 def directional_prices(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], found: Mapping[str, Directions], seed: int
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    found: Mapping[str, Directions],
+    seed: int,
+    stack_of: Callable[[str], int] = lambda path: 0,
 ) -> dict[str, Directions]:
     """The same directions with what their loss costs, in nats a sample as the other prices are; no less than what
     those said before.
@@ -43,14 +47,18 @@ def directional_prices(
         model: with folded norms; in any mode.
         found: {site: its directions}; those without `changes` come back as they are, the others without them.
         seed: of the draws.
+        stack_of: which stack a path belongs to. The terms of one are added token by token; the tokens of another are
+            others.
     """
     priced = {name: d for name, d in found.items() if d.changes is not None}
-    at = {point: name for name, d in priced.items() for point in d.site.points}
+    at = {
+        point: (name, stack_of(point.path)) for name, d in priced.items() for point in (d.priced_at or d.site.points)
+    }
     sums = {name: torch.zeros(len(d.damage), dtype=torch.float64) for name, d in priced.items()}
     samples = 0
     with evaluating(model), frozen(model):
         for batch in _some(batches):
-            for name, changes in _changes(model, batch, at, priced, seed).items():
+            for (name, _), changes in _changes(model, batch, at, priced, seed).items():
                 tails = changes.flip(1).cumsum(1).flip(1).double().square().sum(0).cpu()
                 sums[name][: len(tails)] += 0.5 * tails
             samples += batch_size(batch)
@@ -61,18 +69,22 @@ def directional_prices(
 
 
 def _changes(
-    model: nn.Module, batch: Mapping[str, Any], at: Mapping[Point, str], priced: Mapping[str, Directions], seed: int
-) -> dict[str, torch.Tensor]:
-    """{site: (tokens, directions)}: to first order, what the log-likelihood loses with each direction."""
-    totals: dict[str, torch.Tensor] = {}
-    forward = True
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    at: Mapping[Point, tuple[str, int]],
+    priced: Mapping[str, Directions],
+    seed: int,
+) -> dict[tuple[str, int], torch.Tensor]:
+    """{(site, stack): (tokens, directions)}: to first order, what the log-likelihood loses with each direction."""
+    totals: dict[tuple[str, int], torch.Tensor] = {}
+    forward, decoder = True, decoder_mask(model, batch)
 
     def see(point: Point, x: torch.Tensor) -> None:
         if not forward:
             return
         if not x.requires_grad:
             x.requires_grad_()
-        module, mask = get_module(model, point.path), token_mask(batch, x)
+        module, mask = get_module(model, point.path), token_mask(batch, x, decoder)
 
         def rows(y: torch.Tensor) -> torch.Tensor:
             y = features_last(y.detach(), module).float()
@@ -81,9 +93,9 @@ def _changes(
         seen = rows(x)
 
         def add(gradient: torch.Tensor) -> None:
-            name = at[point]
-            changes = priced[name].changes(seen, rows(gradient))
-            totals[name] = totals[name] + changes if name in totals else changes
+            place = at[point]
+            changes = priced[place[0]].changes(seen, rows(gradient))
+            totals[place] = totals[place] + changes if place in totals else changes
 
         x.register_hook(add)
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from ..batches import Store, batch_size, first_samples, main_input, padding_mask, run
+from ..batches import Store, batch_size, decoder_mask, first_samples, main_input, padding_mask, run
 from ..modeling_rmtkd import is_norm
 from ..spectra.products import exact_matmul
 from .calibration import features_last, token_mask
@@ -37,6 +37,8 @@ from .units import own_units
 __all__ = ["Replay", "Scope", "least_squares_update", "norm_fit", "refit"]
 
 Seen = torch.Tensor | tuple[torch.Tensor, ...]  # of a module that is called several times in a pass
+# (batch, length) bool each, or None: those of the model's input, those of an encoder-decoder's decoder
+Masks = tuple[torch.Tensor | None, torch.Tensor | None]
 MAX_TOKENS = 32768  # rows of a regression; ten times the widest input that is common
 
 
@@ -67,7 +69,7 @@ def refit(
 ) -> None:
     """Fit all units of `student` that a cut touches, in place, in forward order."""
     batches = _cap(batches)
-    masks = [_mask(batch) for batch in batches]
+    masks = [_masks(teacher, batch) for batch in batches]
     free = own_units(student, anatomy)
     bar = tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False)
     # sums of products that bf16 has rounded tell nothing of small eigenvalues
@@ -83,10 +85,10 @@ def _cap(batches: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     return batches[:: max(1, -(-sum(map(_tokens, batches)) // MAX_TOKENS))]
 
 
-def _mask(batch: Mapping[str, Any]) -> torch.Tensor | None:
-    """(batch, length) bool of the positions that are no padding; None where none is."""
-    mask = padding_mask(batch)
-    return None if mask is None or bool(mask.all()) else mask
+def _masks(model: nn.Module, batch: Mapping[str, Any]) -> Masks:
+    """The positions that are no padding; None where none is."""
+    found = padding_mask(batch), decoder_mask(model, batch)
+    return tuple(None if mask is None or bool(mask.all()) else mask for mask in found)
 
 
 def _tokens(batch: Mapping[str, Any]) -> int:
@@ -106,16 +108,18 @@ def _parts(student, teacher, anatomy, batches, masks, cuts) -> Iterator[_Part]:
     if anatomy.repeats > 1:  # no block is finished before all have run
         yield _Part(list(anatomy.units), *whole)
         return
-    positions = [i for i, unit in enumerate(anatomy.units) if unit.block is not None]
-    first, last = (positions[0], positions[-1] + 1) if positions else (len(anatomy.units), len(anatomy.units))
-    yield _Part(list(anatomy.units[:first]), *whole)
-    if anatomy.blocks:
-        replays = [Replay(model, anatomy.blocks, scope) for model, scope in zip(models, whole, strict=True)]
-        for block, units in itertools.groupby(anatomy.units[first:last], key=lambda unit: unit.block):
+    rest = list(anatomy.units)
+    for stack in anatomy.runs:
+        positions = [i for i, unit in enumerate(rest) if unit.block in stack]
+        first, last = positions[0], positions[-1] + 1
+        yield _Part(rest[:first], *whole)
+        # a later stack reads what an earlier one gives, which is finished
+        replays = [Replay(model, stack, scope) for model, scope in zip(models, whole, strict=True)]
+        for block, units in itertools.groupby(rest[first:last], key=lambda unit: unit.block):
             scopes = [replay.scope(block) for replay in replays]
             yield _Part(list(units), *scopes, tuple(replay.advance for replay in replays))
-        after = [unit for unit in anatomy.units[last:] if _touched(unit, whole[0], cuts)]
-        if after:
+        rest = rest[last:]
+        if after := [unit for unit in rest if _touched(unit, whole[0], cuts)]:
             points = [Point(u.path, side) for u in after for side in ("input", "output")]
             points += [point for u in after for point in u.sums]
             part = first_samples(batches[0], 1)
@@ -124,7 +128,7 @@ def _parts(student, teacher, anatomy, batches, masks, cuts) -> Iterator[_Part]:
                 replay.behind(scope, lambda model=model: run(model, part), share, points)
                 for model, replay, scope in zip(models, replays, whole, strict=True)
             ]
-    yield _Part(list(anatomy.units[last:]), *whole)
+    yield _Part(rest, *whole)
 
 
 def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
@@ -293,12 +297,13 @@ def _answer(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return F.linear(x, weight, last.bias)
 
 
-def _rows(x: Seen, mask: torch.Tensor | None, module: nn.Module | None = None) -> torch.Tensor:
+def _rows(x: Seen, masks: Masks, module: nn.Module | None = None) -> torch.Tensor:
     """(n, d) of the unmasked positions of (batch, length, d), (batch, d) or (batch, d, h, w); behind a `module` whose
     features are last, of (batch, h, w, d); of a module that was called several times those of all calls."""
     if isinstance(x, tuple):
-        return torch.cat([_rows(each, mask, module) for each in x])
-    keep = token_mask({"attention_mask": mask}, x) if mask is not None else None
+        return torch.cat([_rows(each, masks, module) for each in x])
+    own, decoder = masks
+    keep = token_mask({"attention_mask": own}, x, decoder)
     x = features_last(x, module)
     return x[keep] if keep is not None else x.reshape(-1, x.shape[-1])
 
@@ -313,7 +318,7 @@ def _spaced(rows: torch.Tensor, batches: int) -> torch.Tensor:
     return rows[((torch.arange(most) + within) * (len(rows) / most)).long().to(rows.device)]
 
 
-def _entry(module: nn.Module, x: Seen, mask: torch.Tensor | None) -> torch.Tensor:
+def _entry(module: nn.Module, x: Seen, mask: Masks) -> torch.Tensor:
     """What the weight of a layer is multiplied with, (n, in): patches (n, in * kernel) of a convolution, normalised
     features of a norm, the thin features of a factored layer."""
     if isinstance(x, tuple):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import Cache
 
 from ..batches import Store, unchunked
@@ -25,6 +25,13 @@ from .sites import Point, get_module
 
 
 __all__ = ["Progress", "Replay", "Scope"]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A tensor by its number in a store."""
+
+    number: int
 
 
 class _Stop(Exception):
@@ -38,7 +45,7 @@ class Scope:
     Attributes:
         module: the model.
         run: index of a batch -> output.
-        masks: per batch (batch, length) bool or None.
+        masks: what of each batch is padding, for whoever reads what is seen; the number of them is that of batches.
         root: path of the block that `run` runs; None: the whole model.
         copies: activations are copied when they are seen.
         calls: {path of a module: how often one pass calls it}, where that is more than once; known from whole passes.
@@ -46,7 +53,7 @@ class Scope:
 
     module: nn.Module
     run: Callable[[int], Any]
-    masks: list[torch.Tensor | None]
+    masks: list[Any]
     root: str | None = None
     copies: bool = False
     calls: dict[str, int] = field(default_factory=dict)
@@ -96,7 +103,10 @@ class Replay:
             None  # what the blocks return beside the stream, in a tuple; None: the stream alone
         )
         device = next(model.parameters()).device
-        self._rest, self._stream = Store(device), Store(device)
+        self._stream = Store(device)
+        # what each block is given beside the stream: its structure, and each tensor once, for blocks share most
+        self._rest: list[list[tuple[list[Any], Any]]] = []
+        self._tensors = Store(device)
         one_kind = len(set(getattr(getattr(model, "config", None), "layer_types", None) or ())) < 2
         known = False  # are all blocks called with the same arguments beside the stream, in every batch?
         for index in range(len(whole.masks)):
@@ -106,7 +116,23 @@ class Replay:
             alike = all(_same((rest, names), other) for other in others)
             known |= alike and one_kind  # windows of some layers show in batches longer than they are
             self._stream.append(stream)
-            self._rest.append([(*rest, names)] if alike else [(*r, n) for r, n in ((rest, names), *others)])
+            kept: dict[int, int] = {}
+            self._rest.append([self._kept((*r, n), kept) for r, n in ((rest, names), *(() if alike else others))])
+
+    def _kept(self, structure: Any, known: dict[int, int]) -> tuple[list[Any], Any]:
+        """(leaves, form) of a structure, its tensors by their number in the store.
+
+        Args:
+            known: {id of a tensor that is kept: its number}, added to.
+        """
+        leaves, form = tree_flatten(structure)
+        for at, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor):
+                if id(leaf) not in known:
+                    known[id(leaf)] = len(self._tensors)
+                    self._tensors.append(leaf)
+                leaves[at] = _Kept(known[id(leaf)])
+        return leaves, form
 
     def _calls(self, whole: Scope, index: int, blocks: Sequence[str]) -> list[tuple[tuple, dict]]:
         """(positional, named) arguments of these blocks in one pass, which ends with the last of them."""
@@ -135,7 +161,9 @@ class Replay:
 
     def _arguments(self, index: int) -> tuple[tuple, dict]:
         rests = self._rest[index]
-        args, kwargs, name = rests[self.at] if len(rests) > 1 else rests[0]
+        leaves, form = rests[self.at] if len(rests) > 1 else rests[0]
+        leaves = [self._tensors[leaf.number] if isinstance(leaf, _Kept) else leaf for leaf in leaves]
+        args, kwargs, name = tree_unflatten(leaves, form)
         hidden = self._stream[index]
         return ((hidden, *args), kwargs) if name is None else (args, {**kwargs, name: hidden})
 
@@ -210,7 +238,7 @@ class Replay:
         self._beside = beside.pop()
         with self.known(0, share):
             found = trial.watch(0, points)
-        if found.keys() != expected.keys() or not all(nearly_equal(found[p], expected[p]) for p in expected):
+        if found.keys() != expected.keys() or not all(_nearly_equal(found[p], expected[p]) for p in expected):
             return whole
 
         def run(index: int) -> Any:
@@ -218,6 +246,12 @@ class Replay:
                 return whole.run(index)
 
         return Scope(self.model, run, whole.masks, calls=self.counted)
+
+
+def _nearly_equal(found: Any, expected: Any) -> bool:
+    """Of activations, those of each call of a module that is called several times."""
+    found, expected = ([x] if isinstance(x, torch.Tensor) else x for x in (found, expected))
+    return len(found) == len(expected) and all(map(nearly_equal, found, expected))
 
 
 def _beside(output: Any) -> Any:

@@ -10,6 +10,7 @@ Paths starting with "@." are relative to the backbone, the others to the whole m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +125,7 @@ class Unit:
         full: the width of `factor` at which nothing is inserted: the layer stays as it is.
         norm: path of the batch norm that follows at once, which takes up a constant where this layer has no bias.
         through: path of the norm through which it reads the stream of a pre-norm model; the scale of that norm is
-            folded into it.
+            folded into it. Of what reads another stack: the norm that this ends with, in any model.
         beside: what else is added to the same sum before its own output is, beside the residual path (the attention
             of a parallel block).
         tied: it has no weight of its own, but that of the word table.
@@ -188,6 +189,7 @@ class Anatomy:
     Attributes:
         blocks: paths of the residual blocks, in forward order.
         repeats: how often each block runs, one call after the other, where its layers are shared.
+        stacks: the same in runs through each of which one stream flows; none named: it is one.
         config_fields: {field of the config: site whose width it states}.
         fixed_attrs: {path: {name: value}} that must be pinned when heads change (the softmax scale of the original
             head).
@@ -204,6 +206,7 @@ class Anatomy:
     sites: dict[str, Site]
     units: tuple[Unit, ...]
     blocks: tuple[str, ...]
+    stacks: tuple[tuple[str, ...], ...] = ()
     attributes: tuple[Attribute, ...] = ()
     repeats: float = 1.0
     config_fields: dict[str, str] = field(default_factory=dict)
@@ -215,6 +218,20 @@ class Anatomy:
     last_norm: str | None = None
     answers: bool = False
     refused: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def runs(self) -> tuple[tuple[str, ...], ...]:
+        """The blocks, stack by stack."""
+        return self.stacks or ((self.blocks,) if self.blocks else ())
+
+    def stack_of(self, path: str) -> int:
+        """Number of the run of blocks that the unit at `path` belongs to, from the first of its blocks up to the next
+        run."""
+        if len(self.runs) < 2:
+            return 0
+        order = [unit.path for unit in self.units]
+        begins = [next(i for i, unit in enumerate(self.units) if unit.block == run[0]) for run in self.runs]
+        return max(sum(begin <= order.index(path) for begin in begins) - 1, 0)
 
     def units_of(self, site: str) -> list[Unit]:
         """Units that read, write or are factored by `site`."""
@@ -331,7 +348,7 @@ def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, i
     return delta
 
 
-def check_needs(model: nn.Module, needs: dict[str, object]) -> None:
+def check_needs(model: nn.Module, needs: Mapping[str, object]) -> None:
     """Whether the config has the values {field: value} without which the classes run other code than what a family
     declares.
 

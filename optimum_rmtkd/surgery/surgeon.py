@@ -223,7 +223,9 @@ class Surgeon:
         """The widths there are to decide, each with what it costs to narrow it; with `spectra` also what these say."""
         if self.anatomy.answers and self.calibration.gradients and not self._priced:
             found = {site.name: self.directions_of(site) for site in self.sites if site.chosen}
-            self.directions |= directional_prices(self.teacher, self.batches, found, self.config.seed)
+            self.directions |= directional_prices(
+                self.teacher, self.batches, found, self.config.seed, self.anatomy.stack_of
+            )
             self._priced = True
         if (channels := self._channels()) and not self._priced:
             found = {site.name: self.directions_of(site) for site in channels}
@@ -345,7 +347,7 @@ class Surgeon:
         }
         student = build_student(self.teacher, self.anatomy, couples, self.config.to_dict(), provenance)
         initialise(student, self.teacher, self.anatomy, cuts)
-        student.tie_weights()
+        student.tie_weights(recompute_mapping=False)
         cuts = cuts.encodings()
         self._try_out(student)
         if self.config.refit and self.config.form == "absorbed":

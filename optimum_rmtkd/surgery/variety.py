@@ -115,6 +115,8 @@ def _tokens(batch: Mapping[str, Any]) -> int:
     mask, ids = padding_mask(batch), batch.get("input_ids")
     if mask is not None:
         return int(mask.sum())
+    if ids is None:  # speech, which is answered with words
+        ids = batch.get("decoder_input_ids", batch.get("labels"))
     return ids.numel() if isinstance(ids, torch.Tensor) else batch_size(batch)
 
 

@@ -206,5 +206,5 @@ def _with_part(
     student = rebuilt(model, rmtkd)
     parent, _, leaf = name.rpartition(".")
     setattr(student.get_submodule(parent), leaf, mlp.to(device=model.device, dtype=model.dtype))
-    student.tie_weights()
+    student.tie_weights(recompute_mapping=False)
     return carry_over(model, student).eval()

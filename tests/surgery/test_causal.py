@@ -20,16 +20,15 @@ from transformers.pytorch_utils import Conv1D
 
 from optimum_rmtkd import CalibrationError, RMTKDConfig, UnsupportedArchitectureError, count_parameters, narrow
 from optimum_rmtkd.surgery import narrow_to, reduce
-from optimum_rmtkd.surgery.bases import Projection, rotate_onto_ones
-from optimum_rmtkd.surgery.directions import _before_norms, _centred
+from optimum_rmtkd.surgery.directions import _centred
 from optimum_rmtkd.surgery.likelihood import answers
-from optimum_rmtkd.surgery.narrowing import Cuts, build_student, fold_norms, initialise
 from optimum_rmtkd.surgery.norms import norm_of
 from optimum_rmtkd.surgery.replay import Replay, Scope
 from optimum_rmtkd.surgery.sites import get_module
 from optimum_rmtkd.surgery.surgeon import Surgeon, anatomy_of
 
 from . import decoder_zoo as zoo
+from .rotations import rotated
 
 
 RECIPE = RMTKDConfig(target_reduction=0.3, round_to=4, min_width=4, calibration_samples=48)
@@ -48,25 +47,6 @@ def is_tied(model) -> bool:
     return head.weight is table.weight
 
 
-def rotated(model, seed=3, anyway=False):
-    """The same model in another basis of its stream: random, but for the all-ones direction of layer norms; axes in
-    another order and of other signs, where norms stand between layers and the stream."""
-    anatomy = anatomy_of(model, RECIPE)
-    teacher = fold_norms(model, anatomy)
-    width = anatomy.sites["hidden"].width
-    basis = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=torch.manual_seed(seed)))[0]
-    if norm_of(get_module(model, anatomy.last_norm)).centres:
-        ones = torch.full((width,), width**-0.5, dtype=torch.float64)
-        basis = rotate_onto_ones(basis, basis.T @ ones)
-    if any(unit.behind for unit in anatomy.units) and not anyway:
-        basis = torch.eye(width, dtype=torch.float64)[torch.randperm(width)] * basis[0].sign()
-    cuts = Cuts({"hidden": {"": Projection(basis, basis), **_before_norms(teacher, anatomy, basis)}})
-    student = build_student(teacher, anatomy, {"hidden": anatomy.sites["hidden"].group_width}, {}, {})
-    initialise(student, teacher, anatomy, cuts)
-    student.tie_weights()
-    return student
-
-
 @pytest.mark.parametrize("name", [*zoo.CONFIGS, *KIN])
 def test_a_rotation_of_the_stream_changes_nothing(name):
     model = zoo.make(name)
@@ -77,7 +57,7 @@ def test_a_rotation_of_the_stream_changes_nothing(name):
         norm.set_scale(torch.full_like(norm.scale, 1.3))
     batch = zoo.batches(count=1)[0]
     batch["attention_mask"].fill_(1)  # rows of padding alone are NaN in fp64
-    before, after = zoo.logits(model, batch), zoo.logits(rotated(model), batch)
+    before, after = zoo.logits(model, batch), zoo.logits(rotated(model, RECIPE), batch)
     bound = 1e-12 if name in zoo.EXACT else 2e-6  # RMS norms compute in fp32
     assert (before - after).abs().max() < bound * before.abs().max()
 

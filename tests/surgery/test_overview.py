@@ -33,23 +33,23 @@ def test_the_page_is_what_the_registry_answers():
 
 
 def test_a_family_is_asked_by_a_model_of_its_own():
-    rows = family_rows(("bert", "mobilenet_v2", "mamba", "t5"))
+    rows = family_rows(("bert", "mobilenet_v2", "mamba", "mpt"))
     found = {name: row for row in rows for name in row.model_types}
     model = zoo.make("bert", "ForSequenceClassification")
     kinds = {site.kind for site in families.family_of(model).layout.anatomy(model).sites.values() if site.chosen}
     assert set(found["bert"].sites) == kinds and found["bert"].factored and factored_anatomy(model).sites
     assert found["bert"].native == "" and native_anatomy(model)
     assert found["mobilenet_v2"].native == "the config of its class has no field for the widths inside a block"
-    assert found["t5"].sites == () and found["t5"].native == "no family is declared"
+    assert found["mpt"].sites == () and found["mpt"].native == "no family is declared"
     with pytest.raises(UnsupportedArchitectureError, match="No family is registered"):
         narrow(_unknown(), zoo.batches("bert"))
     table = families_table(rows)
-    assert "BERT" in table and re.search(r"only form=\"factored\":\n +no family +mamba, t5", table)
+    assert "BERT" in table and re.search(r"only form=\"factored\":\n +no family +mamba, mpt", table)
 
 
 def _unknown():
     model = zoo.make("bert", "ForSequenceClassification")
-    model.config.model_type = "t5"
+    model.config.model_type = "mpt"
     return model
 
 

@@ -65,7 +65,7 @@ def activations(model, batches, points):
 def rows(model, batches, point):
     """Rows of all batches at a point."""
     found = activations(model, batches, [point])[point]
-    return torch.cat([_rows(x, padding_mask(batch)) for x, batch in zip(found, batches, strict=True)]).double()
+    return torch.cat([_rows(x, (padding_mask(batch), None)) for x, batch in zip(found, batches, strict=True)]).double()
 
 
 def with_statistics(norm, channels):
@@ -90,7 +90,7 @@ def refit_one_by_one(student, teacher, anatomy, cuts, batches, ridge):
         wanted = wanted - (rows(student, batches, unit.skip) if unit.skip else 0.0)
         entries = activations(student, batches, [entrance])[entrance]
         with torch.no_grad():
-            x = [_entry(module, x, padding_mask(batch)) for x, batch in zip(entries, batches, strict=True)]
+            x = [_entry(module, x, (padding_mask(batch), None)) for x, batch in zip(entries, batches, strict=True)]
             x = torch.cat(x).double()
             if isinstance(module, (nn.LayerNorm, nn.BatchNorm2d)):
                 u, t = x - x.mean(0), wanted - wanted.mean(0)

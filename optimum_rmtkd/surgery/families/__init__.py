@@ -10,6 +10,7 @@ from ...errors import UnsupportedArchitectureError
 from ...modeling_rmtkd import TYPE_PREFIX
 from ..convolutions import ResidualConvLayout
 from ..layouts import EncoderLayout
+from ..seq2seq import Seq2SeqLayout
 
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ ENCODERS = ("bert", "roberta", "distilbert", "electra", "mpnet", "deberta", "alb
 VISION = ("vit", "deit", "dinov2", "beit", "clip", "swin")
 CONVOLUTIONS = ("resnet", "regnet", "mobilenet", "convnext")
 DECODERS = ("llama", "gpt2", "opt", "neox", "phi3", "stablelm", "gemma", "olmo", "cohere", "experts", "glm", "single")
+SEQ2SEQ = ("t5", "bart", "whisper")
 FAMILIES: dict[str, Family] = {}
 
 
@@ -38,7 +40,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]
-    layout: EncoderLayout | ResidualConvLayout | Any
+    layout: EncoderLayout | ResidualConvLayout | Seq2SeqLayout | Any
     inert_padding: bool = False
 
 
@@ -68,10 +70,11 @@ def register_family(family: Family) -> Family:
     "@." stands for the backbone (`model.base_model`), so that one declaration serves the bare model and all task
     heads. The attention module must take its head size from a plain attribute (`head_size`) at each forward, as
     transformers' do. `inert_padding=True` lets calibration regroup texts by length. A causal language model with norms
-    in front of its layers declares a `DecoderLayout` (`families/llama.py` shows one), a convolutional network a
-    `ResidualConvLayout` (`families/resnet.py`); anything else may bring a layout of its own with a method
-    `anatomy(model) -> Anatomy`. Check it with `optimum_rmtkd.narrow` at every width left full:
-    the logits must not move by more than 1e-5. A model type registered again replaces the former declaration.
+    in front of its layers declares a `DecoderLayout` (`families/llama.py` shows one), an encoder-decoder a
+    `Seq2SeqLayout` (`families/t5.py`), a convolutional network a `ResidualConvLayout` (`families/resnet.py`); anything
+    else may bring a layout of its own with a method `anatomy(model) -> Anatomy`. Check it with `optimum_rmtkd.narrow`
+    at every width left full: the logits must not move by more than 1e-5. A model type registered again replaces the
+    former declaration.
     """
     for model_type in family.model_types:
         FAMILIES[model_type] = family
@@ -90,7 +93,7 @@ def family_of(model: nn.Module) -> Family:
         UnsupportedArchitectureError: none is registered for its `config.model_type`; names the linear layers that were
             found and both ways out.
     """
-    for name in (*ENCODERS, *VISION, *CONVOLUTIONS, *DECODERS):
+    for name in (*ENCODERS, *VISION, *CONVOLUTIONS, *DECODERS, *SEQ2SEQ):
         import_module(f"{__name__}.{name}")
     model_type = base_model_type(model)
     if model_type in FAMILIES:
