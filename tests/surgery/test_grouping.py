@@ -14,6 +14,7 @@ from optimum_rmtkd.surgery.families import FAMILIES
 from optimum_rmtkd.surgery.grouping import by_length
 from optimum_rmtkd.surgery.surgeon import anatomy_of
 
+from ..tables import some_slow
 from . import zoo
 
 
@@ -67,7 +68,10 @@ def test_the_same_samples_in_batches_of_like_length(bert):
     assert all(torch.allclose(mine[i], theirs[i], atol=1e-5) for i in mine)
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "electra"])
+ALIKE = ["bert", "roberta", "distilbert", "electra"]
+
+
+@pytest.mark.parametrize("name", some_slow([*ALIKE, "mpnet", "albert"], ALIKE))
 def test_moments_are_those_of_the_collator_s_batches(name):
     model = zoo.make(name, "ForSequenceClassification")
     hidden = anatomy_of(model, RECIPE).sites["hidden"].points
@@ -80,6 +84,13 @@ def test_moments_are_those_of_the_collator_s_batches(name):
         other = theirs.moments[point]
         assert moments.count == other.count
         assert torch.allclose(moments.covariance, other.covariance, rtol=1e-4, atol=1e-5 * other.covariance.max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deberta-v2", "deberta-v3"])
+def test_what_is_made_of_relative_positions_is_no_sample(name):
+    """It has one row for all samples, or none of its own."""
+    assert len(regrouped(zoo.make(name, "ForSequenceClassification"), TEXT)[0]["input_ids"]) == 10
 
 
 def test_labels_of_tokens_travel_with_their_samples():

@@ -22,7 +22,7 @@ from . import decoder_zoo, zoo
 
 
 RECIPE = RMTKDConfig(target_reduction=0.4, round_to=4, min_width=4, calibration_samples=48)
-OTHERS = ("resnet-basic", "resnet-bottleneck", "modernbert")  # no encoder layouts
+OTHERS = ("resnet-basic", "resnet-bottleneck", "modernbert", "clip", "swin")  # no encoder layouts
 TRANSFORMERS = [case for case in zoo.ONE_EACH if case.values[0] not in OTHERS]
 
 
