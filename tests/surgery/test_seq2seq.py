@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import subprocess
 import sys
@@ -13,7 +14,14 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from optimum_rmtkd import RMTKDConfig, UnsupportedArchitectureError, count_parameters, narrow
+from optimum_rmtkd import (
+    RMTKDConfig,
+    SpecMismatchError,
+    UnsupportedArchitectureError,
+    count_parameters,
+    narrow,
+)
+from optimum_rmtkd.models import outline
 from optimum_rmtkd.surgery import narrow_to, reduce
 from optimum_rmtkd.surgery.norms import norm_of
 from optimum_rmtkd.surgery.prices import directional_prices
@@ -133,6 +141,39 @@ def test_life_cycle(name, tmp_path):
     torch.testing.assert_close(zoo.logits(third, data[0]), zoo.logits(twice, data[0]), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", some_slow([*zoo.CONFIGS, *zoo.KIN], ["marian"]))
+def test_a_narrow_stream_alone(name, tmp_path):
+    """Positions that a class computes from the width are those of the file."""
+    model, data = zoo.make(name), zoo.batches(name)
+    small = narrow_to(model, data, {"hidden": 24}, RECIPE, progress=False)
+    assert small.get_input_embeddings().weight.shape == (61, 24)
+    assert groups_of_ties(small) == groups_of_ties(model)
+    small.save_pretrained(tmp_path)
+    again = load(tmp_path, name)
+    torch.testing.assert_close(zoo.logits(again, data[0]), zoo.logits(small, data[0]), atol=1e-5, rtol=1e-5)
+    assert torch.equal(assert_generates_alike(again, data[0]), assert_generates_alike(small, data[0]))
+    ours, theirs = (torch.cat([zoo.logits(m, batch) for batch in data]).log_softmax(-1) for m in (small, model))
+    lost, most = (
+        (theirs.exp() * (theirs - ours)).sum(-1).mean(),
+        (theirs.exp() * (theirs + math.log(61))).sum(-1).mean(),
+    )
+    assert lost < 0.7 * most  # of what there is to know
+
+
+@pytest.mark.parametrize(
+    "name, attention, number",
+    [
+        ("t5", "@.decoder.block.0.layer.1.EncDecAttention", "key_value_proj_dim"),
+        ("bart", "@.decoder.layers.0.encoder_attn", "head_dim"),
+    ],
+)
+def test_heads_that_their_layers_do_not_fit_are_refused_by_name(name, attention, number):
+    """In the config of whoever wrote it: the same tensors would load, and compute something else."""
+    spec = {"attrs": {attention: {number: 4}}}
+    with pytest.raises(SpecMismatchError, match="rmtkd.spec.attrs.*heads that the layer '[qk]"):
+        outline(zoo.make(name), {"version": 3, "spec": spec})
+
+
 FRESH = """
 import sys, torch, transformers
 from safetensors.torch import load_file
@@ -150,7 +191,7 @@ print("equal")
 @pytest.mark.parametrize("name", ["t5-untied", "marian"])
 def test_a_fresh_process_without_the_package(name, tmp_path):
     data = zoo.batches(name)
-    small = narrow(zoo.make(name), data, RECIPE, progress=False)
+    small = narrow_to(zoo.make(name), data, {"hidden": 24, "decoder.0.cross_attention": 4}, RECIPE, progress=False)
     small.save_pretrained(tmp_path / "small")
     inputs = {"input_ids": data[0]["input_ids"], "decoder_input_ids": data[0]["input_ids"][:, :5].clone()}
     with torch.no_grad():

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
 
 from optimum_rmtkd import RMTKDConfig, RMTKDSeq2SeqTrainer, count_parameters
+from optimum_rmtkd.trainer.swap.architecture import skeleton
 
 from .conftest import RECIPE
 
@@ -18,6 +19,16 @@ def copies(samples=48):
     generator = torch.Generator().manual_seed(1)
     rows = torch.randint(3, 60, (samples, 8), generator=generator)
     return [{"input_ids": row, "attention_mask": torch.ones_like(row), "labels": row[:4].clone()} for row in rows]
+
+
+def test_what_a_checkpoint_holds_apart_stays_apart_in_a_model_that_is_read():
+    """FLAN-T5: the config says that all tables are tied, and the file holds an output layer of its own."""
+    model = T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0))
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(60, 32))
+    model.all_tied_weights_keys.pop("lm_head.weight")
+    fresh = skeleton(model, model.config.to_dict())
+    assert fresh.lm_head.weight is not fresh.shared.weight
+    assert fresh.encoder.embed_tokens.weight is fresh.decoder.embed_tokens.weight is fresh.shared.weight
 
 
 def test_a_run_with_generation(tmp_path):

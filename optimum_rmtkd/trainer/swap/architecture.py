@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ...errors import RMTKDError
-from ...models import blank, is_narrowed, match_precision, pinned, widest_dtype
+from ...models import as_tied, blank, is_narrowed, match_precision, pinned, widest_dtype
 from ..data import isolated_rng
 from .engine import built_whole
 from .sharded import load_state, outline, real_class, whole
@@ -24,7 +24,8 @@ __all__ = ["enable_checkpointing", "load_skeleton", "load_weights", "same_archit
 
 
 def skeleton(template: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
-    """An untrained model of the architecture in `config`, with the head, device, dtype and attention of `template`."""
+    """An untrained model of the architecture in `config`, with the head, device, dtype, attention and ties of
+    `template`."""
     cls = type(template)
     if is_narrowed(config.get("model_type")):
         from ... import modeling_rmtkd
@@ -34,7 +35,7 @@ def skeleton(template: PreTrainedModel, config: dict[str, Any]) -> PreTrainedMod
     built._attn_implementation = template.config._attn_implementation
     built.use_cache = getattr(template.config, "use_cache", None)
     with isolated_rng(0):
-        fresh = cls(built)
+        fresh = as_tied(cls(built), template)
     if _spec_of(built) == _spec_of(template.config):  # else the spec states the numbers of single layers
         for path, numbers in pinned(template, blank(template)).items():
             vars(fresh.get_submodule(path)).update(numbers)
