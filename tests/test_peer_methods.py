@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
 import sys
 
 import pytest
@@ -13,8 +14,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from .conftest import ROOT
 
 
-sys.path.insert(0, str(ROOT / "examples" / "benchmarks"))
-from peer_methods import (  # noqa: E402  # noqa: E402
+sys.path.append(str(ROOT / "examples" / "benchmarks"))
+import peers  # noqa: E402
+from peer_methods import (  # noqa: E402
     METHODS,
     Given,
     OutOfReachError,
@@ -211,3 +213,38 @@ def test_code_lines_are_those_with_code():
         )
         == 3
     )
+
+
+def row(rate: float, seed: int, lost: float) -> dict:
+    sizes = {"parameters": 37, "before": 100, "agreement": 95.0, "divergence": 0.1}
+    return {"method": "ours", "steps": 8, "rate": rate, "seed": seed, "lost": lost} | sizes
+
+
+def test_a_row_is_shown_at_the_best_of_its_rates():
+    rows = [row(1e-4, 0, 0.5), row(1e-4, 1, 2.5), row(3e-4, 0, 1.0), row(3e-4, 1, 1.2)]
+    lost, cells = peers.line_of("ours", rows, 8)
+    assert lost == pytest.approx(1.1)
+    assert cells[:4] == ["ours, free widths", "63.0 %", "3e-04 of 2, 2", "1.10 (1.00 .. 1.20)"]
+    assert peers.line_of("ours", [], 8) is None
+    assert peers.line_of("ours", [{"rate": 0.0, "refused": "too small"}], 8)[1][1] == "out of reach: too small"
+
+
+def test_what_cannot_be_trained_or_sized_is_measured_once():
+    arguments = peers.Arguments(
+        "run", methods=["ours", "int8", "taylor_fine_tuned"], steps=8, rates=[1e-4, 3e-4], latency=False
+    )
+    (key, ours), (_, int8), (_, tuned) = peers.keys(arguments)
+    assert [one["steps"] for one in ours] == [0, 8, 8] and key["target"] == 0.5
+    assert [one["steps"] for one in int8] == [0] and int8[0]["target"] is None
+    assert [one["steps"] for one in tuned] == [8, 8]  # the cut is that of another row
+
+
+@pytest.mark.slow
+def test_the_papers_own_size_is_skipped_with_a_reason_where_there_is_no_gpu(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: it would be measured")
+    script = ROOT / "examples" / "benchmarks" / "paper_parity.py"
+    options = [sys.executable, script, "run", "--tasks", "bert_base", "resnet50", "-o", tmp_path]
+    done = subprocess.run(options, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no GPU here; this size is not measured") == 2

@@ -57,6 +57,7 @@ class Arguments:
     rates: list[float] = field(default_factory=lambda: [1e-4], metadata={"help": "Peak learning rates."})
     seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Of calibration rows and training order."})
     calibration: int = field(default=1024, metadata={"help": "Rows of calibration."})
+    untrained: bool = field(default=True, metadata={"help": "Measure the cut models themselves as well."})
     latency: bool = field(default=True, metadata={"help": "Time the cut models against the dense one (minutes)."})
 
 
@@ -143,8 +144,10 @@ def keys(arguments: Arguments) -> Iterator[tuple[dict, list[dict]]]:
     for task, target, seed, name in product(arguments.tasks, arguments.targets, arguments.seeds, arguments.methods):
         method = METHODS[name]
         key = {"task": task, "target": target if method.sized else None, "method": name, "seed": seed}
-        wanted = [key | {"steps": 0, "rate": 0.0}] if method.distils else []  # else another method made the same cut
-        if arguments.latency and method.distils and seed == arguments.seeds[0]:
+        wanted = []
+        if method.distils and arguments.untrained:  # else another method made the same cut
+            wanted.append(key | {"steps": 0, "rate": 0.0})
+        if method.distils and arguments.latency and seed == arguments.seeds[0]:
             wanted.append(key | {"steps": 0, "threads": torch.get_num_threads()})
         if arguments.steps and method.trains and method.sized:
             wanted += [key | {"steps": arguments.steps, "rate": rate} for rate in arguments.rates]
