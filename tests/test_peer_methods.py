@@ -162,6 +162,20 @@ def test_what_has_no_effect_goes_first(given):
     torch.testing.assert_close(answers(model, given), before, atol=1e-4, rtol=1e-4)
 
 
+def test_rearranging_lowers_the_cost_of_a_mask():
+    half = torch.randn(40, 12, dtype=torch.float64)
+    matrix = half @ half.T  # correlated: the diagonal alone misleads
+    kept = matrix.diagonal().argsort(descending=True)[:20]
+
+    def cost(kept: torch.Tensor) -> float:
+        mask = torch.ones(40, dtype=torch.float64)
+        mask[kept] = 0
+        return float(mask @ matrix @ mask)
+
+    better = fisher_masks._rearranged(matrix, kept)
+    assert len(better.unique()) == 20 and cost(better) < 0.9 * cost(kept)
+
+
 def test_tuned_masks_undo_a_scale(given):
     model, kept = given.copied(), fisher_masks.Kept([torch.arange(4)] * 3, [torch.arange(192)] * 3)
     with torch.no_grad():

@@ -95,10 +95,12 @@ class Bench:
         """What a method starts from, but for the target; the same rows, whatever the vocabulary."""
         task, size = self.task(trim), self.task(trim).model.config.vocab_size
         numbers = torch.randperm(len(task.train), generator=torch.Generator().manual_seed(seed)).tolist()
-        numbers = numbers[: self.calibration]
+        lengths = [len(ids) for ids in task.train.select(numbers[: self.calibration])["input_ids"]]
+        numbers = [numbers[i] for i in sorted(range(len(lengths)), key=lengths.__getitem__)]  # less padding
         batches = [batch_of(task.train, numbers[at : at + 64], task.collator) for at in range(0, len(numbers), 64)]
-        ids = torch.tensor([i for row in task.train["input_ids"] for i in row])
-        counts = torch.bincount(ids, minlength=size).double()
+        counts = torch.zeros(size, dtype=torch.float64)
+        for rows in task.train.iter(4096):
+            counts += torch.bincount(torch.tensor([i for ids in rows["input_ids"] for i in ids]), minlength=size)
         return Given(task.model.eval(), task.processor, batches, counts, 0.0, self.before, seed)
 
     def judged(self, model: PreTrainedModel, trim: bool) -> dict[str, float]:

@@ -19,7 +19,7 @@ from .common import Given, OutOfReachError, blocks, factorise_table, hooked, inp
 
 
 LARGEST_SCALE = 10.0  # of a tuned mask: beyond, the paper keeps the masks as they were
-TUNED_ON = 4  # batches of calibration
+TUNED_ON = 4  # batches of calibration, spread over all, which are in the order of their lengths
 
 
 @dataclass
@@ -48,7 +48,7 @@ def prune(given: Given, tune: bool = True) -> PreTrainedModel:
     factorise_table(model, rank, given.counts)
     remove(model, kept)
     if tune:
-        tune_masks(given.model, model, given.batches[:TUNED_ON], kept)
+        tune_masks(given.model, model, given.batches[:: -(-len(given.batches) // TUNED_ON)], kept)
     return model
 
 
@@ -133,11 +133,14 @@ def _rearranged(matrix: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
     exchanged for the one whose removal costs least beside the others."""
     removed = torch.ones(len(matrix), dtype=torch.bool)
     removed[kept] = False
+    beside = matrix[:, removed].sum(1)  # F m
     for index in removed.nonzero().flatten():
         removed[index] = False
-        cost = 2 * matrix[:, removed].sum(1) + matrix.diagonal()
+        beside -= matrix[:, index]
+        cost = 2 * beside + matrix.diagonal()
         cost[removed] = torch.inf
-        removed[cost.argmin()] = True
+        removed[best := cost.argmin()] = True
+        beside += matrix[:, best]
     return (~removed).nonzero().flatten()
 
 
