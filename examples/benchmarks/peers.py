@@ -128,8 +128,10 @@ def cut(bench: Bench, key: dict, folder: Path) -> tuple[PreTrainedModel, dict]:
     began, clock = time.process_time(), time.perf_counter()
     model = method.make(given).eval()
     took = {"cpu_seconds": time.process_time() - began, "seconds": time.perf_counter() - clock}
-    folder.mkdir(exist_ok=True)
-    torch.save((model, took), file)
+    if method.trains:  # what does not is wanted once, and need not be of a kind that can be pickled
+        folder.mkdir(exist_ok=True)
+        torch.save((model, took), beside := file.with_suffix(".tmp"))
+        beside.replace(file)
     return model, took
 
 
