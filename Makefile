@@ -17,7 +17,7 @@ help:
 	@echo "make style       let ruff repair what it can"
 	@echo "make docs        build the documentation into build/site; a warning is an error"
 	@echo "make families    write the table of docs/guides/families.md from the registry"
-	@echo "make benchmark   the measurements of docs/results.md"
+	@echo "make benchmark   the measurements of docs/results.md and docs/peers.md"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,10 @@ $(VENV)/.installed-dev: $(RECIPE) | $(BIN)/python
 
 $(VENV)/.installed-docs: $(RECIPE) | $(BIN)/python
 	$(PIP) install -c constraints.txt -e ".[docs]"
+	@touch $@
+
+$(VENV)/.installed-peers: $(RECIPE) | $(BIN)/python
+	$(PIP) install -c constraints.txt -e ".[peers]"
 	@touch $@
 
 demo: $(VENV)/.installed-demo
@@ -60,7 +64,7 @@ docs: $(VENV)/.installed-docs
 families: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.surgery.families_page
 
-benchmark: $(VENV)/.installed-dev
+benchmark: $(VENV)/.installed-dev $(VENV)/.installed-peers
 	$(BIN)/python examples/benchmarks/surgery.py
 	$(BIN)/python examples/benchmarks/surgery.py speed
 	$(BIN)/python examples/benchmarks/digits.py
@@ -71,6 +75,12 @@ benchmark: $(VENV)/.installed-dev
 	for task in sst2 rte; do for action in sweep seeds once; do \
 		$(BIN)/python examples/benchmarks/distillation.py $$action --task $$task --output results || exit 1; \
 	done; done
+	for task in sst2 ag_news; do \
+		$(BIN)/python examples/benchmarks/peers.py run --tasks $$task --targets 0.3 0.5 -o results || exit 1; \
+		$(BIN)/python examples/benchmarks/peers.py run --tasks $$task --targets 0.63 0.8 0.9 --steps 384 \
+			--rates 3e-5 1e-4 3e-4 --seeds 0 1 2 --latency False -o results || exit 1; \
+	done
+	$(BIN)/python examples/benchmarks/paper_parity.py run --tasks sst2 ag_news cifar10 bert_base resnet50 -o results
 	$(BIN)/python examples/benchmarks/ternary.py all -o results
 	$(BIN)/python examples/benchmarks/ternary.py latency -o results
 
