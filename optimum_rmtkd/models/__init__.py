@@ -26,11 +26,13 @@ from .rebuilding import (
     twin_of,
     widest_dtype,
 )
+from .scratch import Scratch, in_files, released, scratch_for
 
 
 __all__ = [
     "AROUND_THE_RESULT",
     "UNCUT",
+    "Scratch",
     "blank",
     "carry_over",
     "check_behaviour",
@@ -38,6 +40,7 @@ __all__ = [
     "copied",
     "count_parameters",
     "has_head",
+    "in_files",
     "is_narrowed",
     "is_plain",
     "match_precision",
@@ -46,6 +49,8 @@ __all__ = [
     "pinned",
     "provenance_of",
     "rebuilt",
+    "released",
+    "scratch_for",
     "shifts_labels",
     "twin_of",
     "uncut_parameters",

@@ -15,7 +15,7 @@ over the data; what is held is a number a token and direction of one batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,11 @@ MOST_TOKENS = 65536  # a price is one number a width: it needs fewer tokens than
 
 
 def directional_prices(
-    model: nn.Module, batches: Sequence[Mapping[str, Any]], found: Mapping[str, Directions], seed: int
+    model: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    found: Mapping[str, Directions],
+    seed: int,
+    again: Collection[Point] = (),
 ) -> dict[str, Directions]:
     """The same directions with what their loss costs, in nats a sample as the other prices are; no less than what
     those said before.
@@ -43,16 +47,20 @@ def directional_prices(
         model: with folded norms; in any mode.
         found: {site: its directions}; those without `changes` come back as they are, the others without them.
         seed: of the draws.
+        again: points whose activations are seen a second time, just before their gradients (`recomputing.inside`).
     """
     priced = {name: d for name, d in found.items() if d.changes is not None}
     at = {point: name for name, d in priced.items() for point in d.site.points}
     sums = {name: torch.zeros(len(d.damage), dtype=torch.float64) for name, d in priced.items()}
     samples = 0
+
+    def add(name: str, changes: torch.Tensor) -> None:
+        tails = changes.flip(1).cumsum(1).flip(1).double().square().sum(0).cpu()
+        sums[name][: len(tails)] += 0.5 * tails
+
     with evaluating(model), frozen(model):
         for batch in _some(batches):
-            for name, changes in _changes(model, batch, at, priced, seed).items():
-                tails = changes.flip(1).cumsum(1).flip(1).double().square().sum(0).cpu()
-                sums[name][: len(tails)] += 0.5 * tails
+            _pass(model, batch, at, priced, seed, again, add)
             samples += batch_size(batch)
     prices = {name: (total / max(samples, 1)).cummin(0).values for name, total in sums.items()}
     prices = {name: torch.maximum(price, found[name].damage.to(price)) for name, price in prices.items()}
@@ -60,30 +68,45 @@ def directional_prices(
     return {name: dataclasses.replace(d, damage=prices.get(name, d.damage), changes=None) for name, d in found.items()}
 
 
-def _changes(
-    model: nn.Module, batch: Mapping[str, Any], at: Mapping[Point, str], priced: Mapping[str, Directions], seed: int
-) -> dict[str, torch.Tensor]:
-    """{site: (tokens, directions)}: to first order, what the log-likelihood loses with each direction."""
+def _pass(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    at: Mapping[Point, str],
+    priced: Mapping[str, Directions],
+    seed: int,
+    again: Collection[Point],
+    tell: Callable[[str, torch.Tensor], None],
+) -> None:
+    """Tell of each site (its name, (tokens, directions)): to first order, what the log-likelihood loses with each
+    direction. Of a site that is seen at one place this is told, and let go, as soon as its gradient has come."""
     totals: dict[str, torch.Tensor] = {}
+    seen: dict[Point, torch.Tensor] = {}
+    alone = {name for name, d in priced.items() if len(d.site.points) == 1}
     forward = True
 
     def see(point: Point, x: torch.Tensor) -> None:
-        if not forward:
-            return
         if not x.requires_grad:
             x.requires_grad_()
+        if not forward and point not in again:
+            return
         module, mask = get_module(model, point.path), token_mask(batch, x)
 
         def rows(y: torch.Tensor) -> torch.Tensor:
             y = features_last(y.detach(), module).float()
             return y.reshape(-1, y.shape[-1]) if mask is None else y[mask]
 
-        seen = rows(x)
+        if not forward:
+            seen[point] = rows(x)
+            return
+        here = None if point in again else rows(x)
 
         def add(gradient: torch.Tensor) -> None:
             name = at[point]
-            changes = priced[name].changes(seen, rows(gradient))
-            totals[name] = totals[name] + changes if name in totals else changes
+            changes = priced[name].changes(seen.pop(point) if here is None else here, rows(gradient))
+            if name in alone:
+                tell(name, changes)
+            else:
+                totals[name] = totals[name].add_(changes) if name in totals else changes
 
         x.register_hook(add)
 
@@ -91,7 +114,8 @@ def _changes(
         likelihood = log_likelihood(model, run(model, batch), batch, seed)
         forward = False
         likelihood.backward()
-    return totals
+    for name, changes in totals.items():
+        tell(name, changes)
 
 
 def _some(batches: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
