@@ -29,6 +29,7 @@ _EXPORTS = {
         "UnsupportedArchitectureError",
     ),
     "hub.adapters": ("lora_targets",),
+    "hub.streaming": ("narrow_streamed",),
     "registration": ("register_model_type",),
     "spectra": ("SecondMoments", "SignalSubspace", "register_edge_estimator", "signal_subspace"),
     "surgery": (

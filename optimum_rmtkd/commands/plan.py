@@ -92,10 +92,13 @@ class PlanCommand(Command):
         shape = shape_of(model, batch, recipe, self.args.train_samples)
         room = device if device is not None else (host if host is not None else _of_this_machine())
         where = "device" if device is not None else "host"
-        needs = phases(shape)
+        needs, files = phases(shape), phases(shape, streamed=True)
         print("\n".join(_report(self.args.model, model, shape, recipe, needs, room, where)))
+        schedule, words = _schedule(needs, files, room, where)
+        print(words)
         if self.args.json:
             record = _record(self.args.model, shape, recipe, needs, room, where)
+            record |= {"schedule": schedule, "streamed": _told(files, room)}
             write_signed(self.args.json, json.dumps(record | {"written_by": UNSIGNED}, indent=1) + "\n")
 
 
@@ -190,6 +193,18 @@ def _report(
     return lines + [f"  {advice}" for advice in dict.fromkeys(_advice(phase, shape) for phase in beyond)]
 
 
+def _schedule(needs: list[Phase], files: list[Phase], room: int | None, where: str) -> tuple[str | None, str]:
+    """("memory", "streamed" or None where neither fits, what is said of it)"""
+    most = max(files, key=lambda phase: phase.bytes)
+    says = f"with models and moments in files (narrow_streamed, on the host): {most.bytes / 1e9:.2f} GB ({most.name})"
+    cut = [phase for phase in needs if phase.name not in ("distillation", "saving")]
+    if room is None or all(phase.bytes + SPARE <= room for phase in cut):
+        return "memory", f"Schedule of the cut: in memory. {says[0].upper()}{says[1:]}."
+    if where == "host" and most.bytes + SPARE <= room:
+        return "streamed", f"Schedule of the cut: streamed. {says[0].upper()}{says[1:]}."
+    return None, f"Schedule of the cut: none fits. {says[0].upper()}{says[1:]}."
+
+
 def _advice(phase: Phase, shape: Shape) -> str:
     """What to change where a phase does not fit, by what takes the most of it."""
     cures = {
@@ -221,15 +236,19 @@ def _record(
         "length": shape.length,
         "batch_size": shape.batch,
         "memory": {"where": where, "bytes": room},
-        "phases": [
-            {
-                "name": p.name,
-                "bytes": p.bytes,
-                "flops": p.flops,
-                "parts": dict(p.parts),
-                "largest": p.largest,
-                "fits": None if room is None else p.bytes + SPARE <= room,
-            }
-            for p in needs
-        ],
+        "phases": _told(needs, room),
     }
+
+
+def _told(needs: list[Phase], room: int | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": p.name,
+            "bytes": p.bytes,
+            "flops": p.flops,
+            "parts": dict(p.parts),
+            "largest": p.largest,
+            "fits": None if room is None else p.bytes + SPARE <= room,
+        }
+        for p in needs
+    ]

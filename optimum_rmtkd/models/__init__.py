@@ -27,11 +27,13 @@ from .rebuilding import (
     twin_of,
     widest_dtype,
 )
+from .scratch import Scratch, in_files, released, scratch_for
 
 
 __all__ = [
     "AROUND_THE_RESULT",
     "UNCUT",
+    "Scratch",
     "as_tied",
     "blank",
     "carry_over",
@@ -40,6 +42,7 @@ __all__ = [
     "copied",
     "count_parameters",
     "has_head",
+    "in_files",
     "is_narrowed",
     "is_plain",
     "match_precision",
@@ -48,6 +51,8 @@ __all__ = [
     "pinned",
     "provenance_of",
     "rebuilt",
+    "released",
+    "scratch_for",
     "shifts_labels",
     "twin_of",
     "uncut_parameters",

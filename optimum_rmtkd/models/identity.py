@@ -131,7 +131,8 @@ def _check_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     if away := [name for name, tensor in model.named_parameters() if is_lazy(tensor) or tensor.is_meta]:
         raise UnsupportedArchitectureError(
             f"{len(away)} tensor(s) of {type(model).__name__} are offloaded or empty (device meta), the first is "
-            f"{away[0]}: surgery needs all weights. Load the model whole, from_pretrained(..., device_map=None)."
+            f"{away[0]}: surgery needs all weights. Load the model whole, from_pretrained(..., device_map=None); one "
+            "that memory has no room for is cut from its folder, optimum_rmtkd.narrow_streamed(folder, out, data)."
         )
     if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
         raise UnsupportedArchitectureError(
@@ -142,7 +143,8 @@ def _check_weights(model: PreTrainedModel, stock: PreTrainedModel) -> None:
     if len(places) > 1:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} is spread over {', '.join(places)} (device_map): surgery needs it on one device. "
-            "Load it with device_map=None and move it with model.to(device)."
+            "Load it with device_map=None and move it with model.to(device); one that no device has room for is cut "
+            "on the host from its folder, optimum_rmtkd.narrow_streamed(folder, out, data)."
         )
     _check_quantised(model)
     if compiled := [path for path, module in model.named_modules() if isinstance(module, OptimizedModule)]:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_rmtkd import reduced_class
 from ..spec_rmtkd import EPSILONS
+from .scratch import Scratch, in_files, released
 
 
 __all__ = [
@@ -73,7 +74,8 @@ HOOKS = (  # where torch keeps them, who registers them, and {option: where it k
 )
 # Plain numbers that decide what a layer computes, and that few configs state: the spec of a narrow model states them.
 PINNED = ("eps", "variance_epsilon", "scaling", "scale", "softmax_scale", "negative_slope", "momentum")
-RETURNING = ("transformers.utils.output_capturing", "accelerate.")  # whose hooks come back by themselves
+# whose hooks come back by themselves, or are ours for the time of a cut
+RETURNING = ("transformers.utils.output_capturing", "accelerate.", released.__module__)
 
 
 def blank(model: PreTrainedModel, config: Any = None) -> PreTrainedModel:
@@ -147,13 +149,20 @@ def as_tied(model: PreTrainedModel, reference: PreTrainedModel) -> PreTrainedMod
     return model
 
 
-def match_precision(model: nn.Module, reference: nn.Module) -> nn.Module:
+def match_precision(model: nn.Module, reference: nn.Module, scratch: Scratch | None = None) -> nn.Module:
     """`model` with the dtypes that `reference` has, in place: tensor by tensor where both have it, else that of the
-    nearest relative (the other tensors of the smallest module around it)."""
+    nearest relative (the other tensors of the smallest module around it).
+
+    Args:
+        scratch: where tensors of another dtype are put.
+    """
     known = {name: t for name, t in _tensors(reference) if t.is_floating_point()}
     for name, tensor in _tensors(model):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(_nearest(name, known))
+        if tensor.is_floating_point() and tensor.dtype != (dtype := _nearest(name, known)):
+            in_file = scratch is not None and not tensor.is_meta
+            tensor.data = scratch.keep(tensor, dtype) if in_file else tensor.data.to(dtype)
+            if in_file:
+                scratch.release()
     return model
 
 
@@ -180,7 +189,12 @@ def _relatives(name: str, known: Mapping[str, torch.Tensor]) -> list[torch.Tenso
     return []
 
 
-def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def rebuilt(
+    model: PreTrainedModel,
+    rmtkd: dict[str, Any],
+    fields: Mapping[str, Any] | None = None,
+    scratch: Scratch | None = None,
+) -> PreTrainedModel:
     """A new model of the architecture that `rmtkd` (spec and all) describes, in eval mode, in the dtypes and on the
     device of `model`; tensors of the same name and shape are copied, the others are as initialised.
 
@@ -189,10 +203,17 @@ def rebuilt(model: PreTrainedModel, rmtkd: dict[str, Any], fields: Mapping[str, 
 
     Args:
         fields: fields of the config that change.
+        scratch: where its parameters are put; those that are not copied are zero then.
     """
     rmtkd = rmtkd | {"spec": _with_pinned(model, rmtkd["spec"])}
-    student = as_tied(outline(model, rmtkd, fields).to(device=model.device), model)
-    student = match_precision(student, model).eval()
+    if scratch is None:
+        student = as_tied(outline(model, rmtkd, fields).to(device=model.device), model)
+        student = match_precision(student, model).eval()
+    else:
+        with init_empty_weights(include_buffers=False):
+            student = as_tied(outline(model, rmtkd, fields), model)
+        student = in_files(match_precision(student, model), scratch).eval()
+        student.tie_weights(recompute_mapping=False)
     old = dict(_tensors(model))  # not its state dict, whose hooks may rename tensors
     with torch.no_grad():
         for name, tensor in _tensors(student):

@@ -6,6 +6,7 @@ subtracted before the matrix product and undone by exact algebra afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class SecondMoments:
         halves: keep the sums of two halves apart, which the split-half diagnostic needs; it doubles the memory of the
             second moments.
         seed: of the random signs. Under torch.distributed the rank is added, so that ranks draw different signs.
+        zeros: (shape, dtype) -> a tensor on the host, in which a sum is kept. None: in the memory of `device`.
 
     Notes:
         Precision. fp64 input: products in fp64; any chunking and any order of merges agree to about 1e-13. Other
@@ -50,7 +52,14 @@ class SecondMoments:
     """
 
     def __init__(
-        self, dim: int, *, null_moments: bool = False, device: Any = None, halves: bool = True, seed: int = 0
+        self,
+        dim: int,
+        *,
+        null_moments: bool = False,
+        device: Any = None,
+        halves: bool = True,
+        seed: int = 0,
+        zeros: Callable[[tuple[int, ...], torch.dtype], Tensor] | None = None,
     ):
         if dim < 1:
             raise RMTKDError(f"SecondMoments(dim={dim}): expected at least one channel.")
@@ -59,6 +68,9 @@ class SecondMoments:
         self.halves = bool(halves)
         self.seed = int(seed)
         self.device = _fp64_device(device) if device is not None else None
+        self._made_of = zeros
+        if zeros is not None:
+            self.device = torch.device("cpu")
         self._pivot: Tensor | None = None  # (dim,) fp64, values representable in fp32
         self._sums: dict[str, Tensor] = {}  # every entry is additive over samples, all fp64
         self._generator: torch.Generator | None = None
@@ -174,6 +186,8 @@ class SecondMoments:
         self._sums |= {name: self._zeros(*shape) for name, shape in (shapes | lagged_shapes(self.dim)).items()}
 
     def _zeros(self, *shape: int) -> Tensor:
+        if self._made_of is not None:
+            return self._made_of(shape, torch.float64)
         return torch.zeros(shape, dtype=torch.float64, device=self.device)
 
     # What was learned

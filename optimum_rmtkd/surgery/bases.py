@@ -7,10 +7,12 @@ encode_out.T @ W @ decode_in.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ..models import Scratch
 from .linalg import check_finite, cholesky, eigh, qr, svd
 
 
@@ -22,6 +24,7 @@ __all__ = [
     "fisher_directions",
     "head_projection",
     "identity_projection",
+    "kept_in",
     "natural_gauge",
     "never_free",
     "neuron_order",
@@ -103,6 +106,17 @@ class Rescaled(Projection):
         tiny = torch.finfo(self.basis.dtype).tiny
         encode = self.rows[:, None] * self.basis / self.scale.clamp_min(tiny)
         return encode - encode.mean(0) if self.centres else encode
+
+
+def kept_in(scratch: Scratch | None, cuts: Mapping[str, Projection]) -> dict[str, Projection]:
+    """The same selections, their decodes in files; without `scratch` as they are."""
+
+    def kept(cut: Projection) -> Projection:
+        if not isinstance(cut, Selection) or not cut.decode.numel():
+            return cut
+        return Selection(scratch.keep(cut.decode), cut.index, cut.width, cut.offset)
+
+    return dict(cuts) if scratch is None else {path: kept(cut) for path, cut in cuts.items()}
 
 
 def encoding(cut: Projection) -> Projection:

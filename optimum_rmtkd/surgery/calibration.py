@@ -15,6 +15,7 @@ from ..batches import batch_size, decoder_mask, evaluating, explained, padding_m
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError
 from ..modeling_rmtkd import LowRankLinear, is_norm, resolve_path
+from ..models import Scratch
 from ..spectra import SecondMoments, sample_tokens
 from ..spectra.edges import needs_null_moments
 from .divergence import Remembered
@@ -162,6 +163,7 @@ class Calibration:
             done where it is the recipe's.
         halves: keep the moments of two halves of the data apart, see `SecondMoments`.
         remembered: told what the model answers to each batch, where gradients are asked for.
+        scratch: where the sums are put. None: in memory.
 
     Attributes:
         moments: {point: SecondMoments}; those of the gradient are in `gradient_moment`.
@@ -177,7 +179,9 @@ class Calibration:
         null_moments: bool = False,
         halves: bool = True,
         remembered: Remembered | None = None,
+        scratch: Scratch | None = None,
     ):
+        self.scratch = scratch
         self.points, self.gradients, self.config = tuple(points), frozenset(gradients), config
         self.halves, self.remembered = halves, remembered
         self.null_moments = null_moments or needs_null_moments(config.edge_estimator)
@@ -199,6 +203,7 @@ class Calibration:
                 device=device,
                 halves=self.halves,
                 seed=self.config.seed,
+                zeros=None if self.scratch is None else self.scratch.zeros,
             )
         return self.moments[point]
 
@@ -212,10 +217,10 @@ class Calibration:
         seen, decoder, forward = {}, decoder_mask(model, batch), True
 
         def see(point: Point, x: torch.Tensor) -> None:
-            if not forward:
-                return  # a block that is recomputed for its gradients
             if point in self.gradients and not x.requires_grad:
                 x.requires_grad_()
+            if not forward:
+                return  # a block that is recomputed for its gradients
             mask, module = token_mask(batch, x, decoder), get_module(model, point.path)
             positions = mask.sum().item() if mask is not None else features_last(x, module)[..., 0].numel()
             if point in self.gradients or not self.gradients:  # along the stream
@@ -266,6 +271,11 @@ class Calibration:
         """Let go of the moments at all other points."""
         kept = set(points)
         self.moments = {point: moments for point, moments in self.moments.items() if point in kept}
+
+    def rest(self) -> None:
+        """Give back the memory of sums that lie in files and were read."""
+        if self.scratch is not None:
+            self.scratch.release()
 
     def all_reduce(self, accelerator: Any) -> None:
         """Sum over processes; every process ends with the same moments."""

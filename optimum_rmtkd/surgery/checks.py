@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from ..batches import batch_size, evaluating, first_samples, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError
-from ..models import check_behaviour, check_structure, uncut_parameters
+from ..models import Scratch, check_behaviour, check_structure, uncut_parameters
 from ..spectra.edges import find_estimator
 from .budget import check_reachable, flops_of, parameters_of
 from .calibration import features_last, observed, points_of
@@ -73,8 +73,13 @@ def check_shape(model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], con
         check_expressible(model, anatomy, {site.couple: max(1, 3 * site.group_width // 4) for site in sites})
 
 
-def check_finite(model: PreTrainedModel) -> None:
-    broken = [name for name, tensor in model.named_parameters() if not bool(tensor.isfinite().all())]
+def check_finite(model: PreTrainedModel, scratch: Scratch | None = None) -> None:
+    broken = []
+    for name, tensor in model.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            broken.append(name)
+        if scratch is not None:
+            scratch.release()
     if broken:
         raise CalibrationError(
             f"{len(broken)} tensor(s) of {type(model).__name__} hold NaN or infinite values, the first is "

@@ -8,12 +8,13 @@ Without gradients: the share of the stream's energy there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..models import Scratch
 from ..spectra import SecondMoments
 from ..spectra.products import symmetric_product
 from .bases import (
@@ -105,16 +106,25 @@ def _centred(model: nn.Module, anatomy: Anatomy) -> bool:
     return next((norm.centres for norm in asked if norm is not None), False)
 
 
+def _joint(at: Sequence[SecondMoments], rest: Callable[[], None]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Means of the second moments of several places and of those of their gradients, each of trace 1; a matrix at a
+    time."""
+    joint, fisher, count = 0.0, 0.0, 0
+    for moments in at:
+        second, gradient = moments.second_moment.cpu(), moments.gradient_moment
+        joint = joint + second / second.trace()
+        if gradient is not None and gradient.trace() > 0:
+            fisher, count = fisher + gradient.cpu() / gradient.trace().cpu(), count + 1
+        rest()
+    return joint / len(at), fisher / count if count else None
+
+
 def hidden_directions(
     model: nn.Module, site: Site, anatomy: Anatomy, calibration: Calibration, basis: str
 ) -> Directions:
     """The residual stream: one basis for its whole depth, from trace-normalised moments before and after each norm."""
     at = [calibration.moments[point] for point in site.points]
-    seconds = [moments.second_moment.cpu() for moments in at]
-    joint = sum(s / s.trace() for s in seconds) / len(seconds)
-    gradients = [moments.gradient_moment.cpu() for moments in at if moments.gradient_moment is not None]
-    gradients = [g / g.trace() for g in gradients if g.trace() > 0]
-    fisher = sum(gradients) / len(gradients) if gradients else None
+    joint, fisher = _joint(at, calibration.rest)
     dim = site.width
     ones = torch.full((dim, 1), dim**-0.5, dtype=torch.float64)
     keeps_ones = anatomy.pre_norm and _centred(model, anatomy)
@@ -132,9 +142,10 @@ def hidden_directions(
     nested = qr(ranked, "Basis of the stream")[0]
     # tr(M (1 - P) S (1 - P)) for every nested P at once: sums over the lower right corner of a Hadamard product
     corner = torch.zeros(dim, dim, dtype=torch.float64)
-    for point, second in zip(site.points, seconds, strict=True):
-        metric = stream_metric(calibration, point, dim)
-        corner += (nested.T @ metric @ nested) * (nested.T @ second @ nested) / len(seconds)
+    for point, moments in zip(site.points, at, strict=True):
+        metric = nested.T @ stream_metric(calibration, point, dim) @ nested
+        corner += metric * (nested.T @ moments.second_moment.cpu() @ nested) / len(at)
+        calibration.rest()
     sums = corner.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
     # The stream is cut anew at each of its two sums a block, each time of what that block adds. Half as many whole
     # cuts fitted best: of 1, L/2, 2L/3 and 5L/3 for L = 6 blocks (docs/surgery.md).
@@ -199,7 +210,7 @@ def neuron_directions(
 
     if not anatomy.answers or not calibration.gradients:
         return Directions(site, residual, cut)
-    return Directions(site, residual, cut, _neuron_changes(moment, effect, order, mean))
+    return Directions(site, residual, cut, _neuron_changes(moment, effect, order, mean, calibration.scratch))
 
 
 def _mean(model: nn.Module, reader: Unit | None, moments: SecondMoments) -> torch.Tensor | None:
@@ -212,13 +223,18 @@ def _less(x: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
 
 
 def _neuron_changes(
-    moment: torch.Tensor, effect: torch.Tensor, order: torch.Tensor, mean: torch.Tensor | None
+    moment: torch.Tensor,
+    effect: torch.Tensor,
+    order: torch.Tensor,
+    mean: torch.Tensor | None,
+    scratch: Scratch | None,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """With M = L L^T the moment in the order of the pivots, the activation is L z: without neuron j, predicted from
     those before it, it loses z_j times the column j of L."""
     size = effect.clamp_min(1e-30).sqrt()[order]
     scaled = moment[order][:, order] * torch.outer(size, size)
     factor = cholesky(scaled, "Prices of features", (1e-8, *JITTERS[2:])).float()
+    factor = factor if scratch is None else scratch.part().keep(factor)  # a file of its own: it goes before the rest
 
     def changes(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         by, lower = size.to(x), factor.to(x)

@@ -17,7 +17,7 @@ from ..models import shifts_labels
 __all__ = ["Answers", "answers", "content_uniforms", "gives_likelihood", "log_likelihood"]
 
 
-DRAWN_AT_ONCE = 1024  # answers whose probabilities are held in fp64 at a time
+DRAWN_AT_ONCE = 2**23  # probabilities that are held in fp64 at a time
 
 
 def gives_likelihood(model: nn.Module, batch: Mapping[str, Any]) -> bool:
@@ -121,9 +121,27 @@ def log_likelihood(model: nn.Module, outputs: Any, batch: Mapping[str, Any], see
 def _drawn(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
     """Log-probability (...,) of the class that `uniforms` (...,) draw from each row of logits (..., classes)."""
     rows, uniforms = logits.detach().flatten(0, -2), uniforms.to(logits.device).flatten()
-    drawn = []
-    for part, u in zip(rows.split(DRAWN_AT_ONCE), uniforms.split(DRAWN_AT_ONCE), strict=True):
-        cumulative = part.log_softmax(-1).double().exp().cumsum(-1)  # in fp64: a chunk of it, never all
+    drawn, sums, chunk = [], [], max(1, DRAWN_AT_ONCE // logits.shape[-1])
+    for part, u in zip(rows.split(chunk), uniforms.split(chunk), strict=True):
+        sums.append(part.logsumexp(-1))
+        cumulative = part.log_softmax(-1).double().exp_()
+        cumulative = torch.cumsum(cumulative, -1, out=cumulative)
         drawn.append((cumulative < u[:, None] * cumulative[:, -1:]).sum(-1))
     index = torch.cat(drawn).clamp(max=logits.shape[-1] - 1).reshape(logits.shape[:-1])
-    return logits.gather(-1, index[..., None])[..., 0] - logits.logsumexp(-1)
+    return _LogProbability.apply(logits, index, torch.cat(sums).reshape(index.shape))
+
+
+class _LogProbability(torch.autograd.Function):
+    """logits[..., index] less their logsumexp, which is given. Beside the logits it needs one matrix of their size,
+    the gradient; what torch makes of the two terms needs four."""
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, index: torch.Tensor, logsumexp: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(logits, index, logsumexp)
+        return logits.gather(-1, index[..., None])[..., 0] - logsumexp
+
+    @staticmethod
+    def backward(ctx, given: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, index, logsumexp = ctx.saved_tensors
+        gradient = (logits - logsumexp[..., None]).exp_().mul_(-given[..., None])
+        return gradient.scatter_add_(-1, index[..., None], given[..., None]), None, None

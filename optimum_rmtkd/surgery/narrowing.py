@@ -15,7 +15,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from ..errors import RMTKDError
 from ..modeling_rmtkd import TernaryMLP, epsilon_name, version_of
-from ..models import rebuilt
+from ..models import Scratch, copied, rebuilt
 from .bases import Projection, encoding
 from .budget import site_widths
 from .norms import Norm, norm_of
@@ -45,7 +45,7 @@ class Cuts:
         return Cuts({s: {path: encoding(p) for path, p in found.items()} for s, found in self.projections.items()})
 
 
-def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
+def fold_norms(model: PreTrainedModel, anatomy: Anatomy, scratch: Scratch | None = None) -> PreTrainedModel:
     """A copy of a pre-norm model whose stream can be rotated: same outputs, other weights, of decoders fp32 where they
     were narrower (so that they are rounded once, when all is done).
 
@@ -55,13 +55,22 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
     A norm before a layer that is tied to the word table keeps its own scale, and so does the last one of a model
     without a head, for what it gives is the model's output: there a rotation is not exact.
     Scales a feature behind a layer go into it. Post-norm models are given back as they are.
+
+    Args:
+        scratch: where the parameters of the copy are put. None: in memory, where those of `model` are.
     """
     if not anatomy.pre_norm:
         return model
-    model = copy.deepcopy(model)
-    # pixels come in the dtype of the model, ids in any
-    for parameter in model.parameters() if anatomy.answers or anatomy.heads else ():
-        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    wide = anatomy.answers or anatomy.heads  # pixels come in the dtype of the model, ids in any
+
+    def kept(parameter: nn.Parameter) -> nn.Parameter:
+        dtype = torch.promote_types(parameter.dtype, torch.float32) if wide else parameter.dtype
+        if scratch is None:
+            return nn.Parameter(parameter.detach().to(dtype, copy=True), parameter.requires_grad)
+        scratch.release()
+        return nn.Parameter(scratch.keep(parameter, dtype), parameter.requires_grad)
+
+    model = copied(model, {id(parameter): kept(parameter) for parameter in model.parameters()})
     if (anatomy.answers or anatomy.heads) and is_flash_attention_requested(model.config):
         model.config._attn_implementation = "sdpa"  # flash attention takes half precision alone
     present = [unit for unit in anatomy.units if is_layer(model, unit.path)]
@@ -74,6 +83,8 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy) -> PreTrainedModel:
             if unit.scaled is not None:
                 scale_outputs(get_module(model, unit.path), get_module(model, unit.scaled))
                 get_module(model, unit.scaled).fill_(1.0)
+            if scratch is not None:
+                scratch.release()
     return model
 
 
@@ -172,19 +183,29 @@ def _refuse_ternary(model: PreTrainedModel, unit: Unit, widths: Mapping[str, int
 
 
 def build_student(
-    model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, int], recipe: dict, provenance: dict
+    model: PreTrainedModel,
+    anatomy: Anatomy,
+    couples: Mapping[str, int],
+    recipe: dict,
+    provenance: dict,
+    scratch: Scratch | None = None,
 ) -> PreTrainedModel:
     """The narrow architecture, in the dtype and on the device of `model`; what did not change is copied, the rest is
-    still to be initialised."""
+    still to be initialised. Its parameters lie in `scratch`, where there is one."""
     spec = narrow_spec(model, anatomy, couples)
     former = (getattr(model.config, "rmtkd", None) or {}).get("version", 1)  # what it needed, the result needs, too
     version = max(former, version_of(spec, decoder=bool(anatomy.heads or anatomy.stacks)))
     record = {"version": version, "spec": spec, "recipe": recipe, "provenance": provenance}
-    return rebuilt(model, record, narrow_fields(anatomy, couples))
+    return rebuilt(model, record, narrow_fields(anatomy, couples), scratch)
 
 
-def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: Cuts) -> None:
+def initialise(
+    student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: Cuts, scratch: Scratch | None = None
+) -> None:
     """Fill every layer of the student that a cut touches: W' = encode_out.T @ W @ decode_in, and so on.
+
+    Args:
+        scratch: where the weights of both lie; None: in memory.
 
     Raises:
         RMTKDError: a layer of a changed shape that no cut accounts for: the family's declaration is incomplete.
@@ -209,6 +230,8 @@ def initialise(student: nn.Module, teacher: nn.Module, anatomy: Anatomy, cuts: C
                 reads = Projection(*(torch.block_diag(*[m] * unit.copies) for m in (reads.encode, reads.decode)))
             _fill(new, old, reads, writes, factor)
             touched.update(id(p) for p in new.parameters())
+            if scratch is not None:
+                scratch.release()
         for unit in anatomy.units:
             if unit.scaled is not None:  # folded into the layer in front of it
                 get_module(student, unit.scaled).fill_(1.0)

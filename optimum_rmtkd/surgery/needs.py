@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from ..batches.storing import HELD
 from ..spectra.autocorrelation import MAX_LAG, PROJECTIONS
 from ..spectra.products import packed_size
+from .likelihood import DRAWN_AT_ONCE
 
 
 __all__ = ["Group", "Observed", "Phase", "Shape", "phases"]
 
 FP32, FP64 = 4, 8  # bytes
+SHARD = 10**9  # bytes, of one file of weights
+MODELS = ("source", "copy with folded norms", "student")  # parts that are whole models
 OPTIMIZER = 12  # bytes a weight: its gradient and AdamW's two means, in fp32
 
 
@@ -47,7 +50,8 @@ class Shape:
         observed: all places that are observed.
         hidden: width of the stream; 0: the model has none. `hidden_points`: places where it is observed.
         neurons: width of each site whose features are selected (feed-forward parts, whole heads, channels).
-        priced: widths of the neurons that are priced by a factor of their moment (language models).
+        priced: widths of the neurons that are priced by a factor of their moment (language models); of channels twice
+            for each of their readers, for their factors are fp64.
         heads: features of each site that is cut inside its heads, once for each of its projections.
         blocks: groups of each residual block (the largest of these counts).
         width_share: share of each width that stays, where all are cut alike.
@@ -59,6 +63,7 @@ class Shape:
         flops: of a forward pass over one sample.
         refitted: samples of the refit; `directional`: samples of the directional prices, 0 without.
         rows: positions of a sample whose activations go into moments.
+        inside_blocks, largest_block: parameters of all residual blocks, and of the largest.
         distilled: samples of the training after the cut, all epochs together.
     """
 
@@ -86,6 +91,8 @@ class Shape:
     refitted: int
     directional: int
     rows: int
+    inside_blocks: int = 0
+    largest_block: int = 0
     distilled: int = 0
 
     @property
@@ -129,28 +136,42 @@ def moments(observed: tuple[Observed, ...], length: int) -> int:
 
 
 def backward(saved: int, answers: int) -> int:
-    """Bytes of one pass with gradients: what autograd keeps, the answers in fp32, and at the begin of the way back the
-    exponentials of these, two gradients and their sum (`likelihood.log_likelihood`)."""
+    """Bytes of one pass with gradients: what autograd keeps, the answers in fp32 and their gradient, and the
+    probabilities of those that are drawn at once (`likelihood.log_likelihood`)."""
+    return saved + 2 * FP32 * answers + (2 * FP64 + FP32) * min(answers, DRAWN_AT_ONCE)
+
+
+def training(saved: int, answers: int) -> int:
+    """Bytes of one pass of a training: as torch makes the gradient of a cross-entropy, in five matrices of answers."""
     return saved + 5 * FP32 * answers
 
 
 def directions(shape: Shape) -> int:
-    """Bytes while directions are found: of the stream all moments at once, unpacked (`directions.hidden_directions`);
-    else of one site its moment, that seen through its reader, and two of `pivoted_cholesky`."""
-    gradients = sum(p.gradient for p in shape.observed)
-    stream = (shape.hidden_points + min(gradients, shape.hidden_points) + 6) * shape.hidden**2
-    return FP64 * max([stream, *(4 * width**2 for width in shape.neurons)])
+    """Bytes while directions are found: of the stream the mean of its moments and of their gradients, one of each, and
+    what an eigendecomposition takes (`directions.hidden_directions`); else of one site its moment, that seen through
+    its reader, and two of `pivoted_cholesky`."""
+    return FP64 * max([10 * shape.hidden**2, *(4 * width**2 for width in shape.neurons)])
 
 
 def factors(shape: Shape) -> int:
-    """Bytes of what prices neurons: a Cholesky factor each, fp32, until all are priced (`_neuron_changes`)."""
+    """Bytes of what prices neurons and channels: a Cholesky factor each, fp32, until all are priced
+    (`directions._neuron_changes`, `channels.channel_directions`)."""
     return FP32 * sum(width**2 for width in shape.priced)
 
 
 def changes(shape: Shape) -> int:
-    """Bytes of what each direction adds to the likelihood of each token of a batch, fp32, and of its square in fp64,
-    summed up (`prices.directional_prices`)."""
-    return 2 * FP32 * shape.batch * shape.length * (shape.hidden + sum(shape.priced)) if shape.directional else 0
+    """Bytes of what each direction adds to the likelihood of each token of a batch: of the stream fp32, summed over
+    places; of one site at a time fp32, and twice as fp64 while its squares are summed up (`prices._pass`)."""
+    widest = max([shape.hidden, *shape.priced], default=0)
+    per_token = FP32 * shape.hidden + (FP32 + 2 * FP64) * widest
+    return shape.batch * shape.length * per_token if shape.directional else 0
+
+
+def waiting(shape: Shape) -> int:
+    """Bytes of the activations that wait for their gradients to be priced, fp32."""
+    if not (shape.directional and shape.hidden):
+        return 0
+    return FP32 * shape.batch * shape.length * sum(p.width for p in shape.observed)
 
 
 def projections(shape: Shape) -> int:
@@ -210,13 +231,51 @@ def fits(shape: Shape) -> float:
     return total
 
 
-def phases(shape: Shape) -> list[Phase]:
-    """All phases of one cut, and of the training after it, in order. FLOPs are 2 a multiply-add."""
+def phases(shape: Shape, streamed: bool = False) -> list[Phase]:
+    """All phases of one cut, and of the training after it, in order. FLOPs are 2 a multiply-add.
+
+    Args:
+        streamed: of `narrow_streamed`, or of `narrow` with `scratch`, after which nothing is trained.
+    """
+    found = _streamed(shape) if streamed else _in_memory(shape)
+    return [Phase(p.name, {name: size for name, size in p.parts.items() if size}, p.flops) for p in found]
+
+
+def _streamed(shape: Shape) -> list[Phase]:
+    """What lies in files is held while a block runs (`models.Scratch.release`): its weights, the sums that are taken
+    in it; of the backward pass its own activations, and what goes into each other one (`recomputing.recomputed`)."""
+    count, per_token = max(1, len(shape.blocks)), FP32 * shape.batch * shape.length
+    wide, whole = shape.copied or shape.element, {p.name: p for p in _in_memory(shape)}
+    tables = {"tables and head": (shape.parameters - shape.inside_blocks) * wide}
+    block = {"weights of one block": shape.largest_block * wide}
+    sums = moments(shape.observed, shape.rows) // count
+    sums += FP32 * max((packed_size(p.width) for p in shape.observed), default=0)
+    batch = backward(shape.saved // count, shape.answers) + per_token * shape.hidden * count
+    of_one = {
+        "factors that price neurons": factors(shape) // count,
+        "directions": directions(shape),
+        "changes of the likelihood": changes(shape) + waiting(shape) // count,
+    }
+    cut = {"projection of one site": FP64 * 4 * max((width**2 for width in shape.neurons), default=0)}
+    refit = {name: size for name, size in whole["refit"].parts.items() if name not in MODELS}
+    passes = {"one batch, forward and backward": batch}
+    again = {"calibration": shape.samples * shape.flops, "planning": shape.directional * shape.flops}
+    parts = {
+        "calibration": {**tables, **block, "moments": sums, **passes},
+        "planning": {**tables, **block, **of_one, **(passes if shape.directional else {})},
+        "cutting": {**block, **cut},
+        "refit": {**tables, **block, **refit},
+        "saving": {"one shard": min(SHARD, round(shape.kept * shape.source))},
+    }
+    return [Phase(name, held, whole[name].flops + again.get(name, 0.0)) for name, held in parts.items()]
+
+
+def _in_memory(shape: Shape) -> list[Phase]:
     models = {"source": shape.source} | ({"copy with folded norms": shape.folded} if shape.copied else {})
     sums, batch = moments(shape.observed, shape.rows), backward(shape.saved, shape.answers)
     per_token = FP32 * shape.batch * shape.length
     narrow = shape.kept * shape.flops
-    found = [
+    return [
         Phase(
             "calibration",
             {**models, "moments": sums, "one batch, forward and backward": batch},
@@ -229,7 +288,7 @@ def phases(shape: Shape) -> list[Phase]:
                 "moments": sums,
                 "factors that price neurons": factors(shape),
                 "directions": directions(shape),
-                "changes of the likelihood": changes(shape),
+                "changes of the likelihood": changes(shape) + waiting(shape),
                 "one batch, forward and backward": batch if shape.directional else 0,
             },
             2 * shape.directional * shape.flops + decompositions(shape),
@@ -256,7 +315,7 @@ def phases(shape: Shape) -> list[Phase]:
                 "teacher": shape.source,
                 "student": shape.student,
                 "gradients and optimizer": round(OPTIMIZER * shape.kept * shape.parameters),
-                "one batch, forward and backward": backward(
+                "one batch, forward and backward": training(
                     round(shape.width_share * shape.trained), shape.answered_at_once
                 ),
             },
@@ -264,4 +323,3 @@ def phases(shape: Shape) -> list[Phase]:
         ),
         Phase("saving", {"teacher": shape.source, "student": round(shape.kept * shape.source)}, 0.0),
     ]
-    return [Phase(p.name, {name: size for name, size in p.parts.items() if size}, p.flops) for p in found]

@@ -71,6 +71,7 @@ def shape_of(
     chosen = [site for site in sites if site.chosen]
     neurons = tuple(site.width for site in chosen if site.kind in SELECTED)
     hidden = next((site for site in chosen if site.kind == "hidden"), None)
+    sizes = [count_parameters(get_module(model, path)) for path in anatomy.blocks]
     samples, widest = config.calibration_samples, max(site.width for site in chosen)
     taken = config.tokens_per_sequence if config.sample_unit == "spaced" else length
     return Shape(
@@ -82,7 +83,7 @@ def shape_of(
         hidden=hidden.width if hidden else 0,
         hidden_points=len(hidden.points) if hidden else 0,
         neurons=neurons,
-        priced=tuple(s.width for s in chosen if s.kind == "intermediate") if anatomy.answers else (),
+        priced=_priced(anatomy, chosen),
         heads=tuple(s.width for s in chosen for _ in range(INSIDE.get(s.kind, 0))),
         blocks=_groups(model, anatomy, sites),
         width_share=share,
@@ -99,6 +100,8 @@ def shape_of(
         # channels: all samples twice (`channels.reading_effects`, `channels.channel_prices`)
         directional=min(samples, -(-MOST_TOKENS // length)) if anatomy.answers else 2 * samples * bool(read),
         rows=min(length, max(taken, -(-ROWS * widest // samples) if anatomy.answers else 0)),
+        inside_blocks=sum(sizes),
+        largest_block=max(sizes, default=0),
         distilled=distilled,
     )
 
@@ -132,6 +135,12 @@ def _shares(model: nn.Module, anatomy: Anatomy, sites: list[Site], config: RMTKD
         else:
             low = middle
     return (1 - target) * whole / count_parameters(model), high
+
+
+def _priced(anatomy: Anatomy, chosen: list[Site]) -> tuple[int, ...]:
+    neurons = [s.width for s in chosen if s.kind == "intermediate" and anatomy.answers]
+    readers = [s.width for s in chosen if s.kind in CHANNELS for point in s.points if point.whole]
+    return (*neurons, *readers, *readers)  # each factor of channels is fp64
 
 
 def _gradients(anatomy: Anatomy, config: RMTKDConfig) -> frozenset[Point]:

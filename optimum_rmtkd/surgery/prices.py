@@ -15,7 +15,7 @@ over the data; what is held is a number a token and direction of one batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,7 @@ def directional_prices(
     found: Mapping[str, Directions],
     seed: int,
     stack_of: Callable[[str], int] = lambda path: 0,
+    again: Collection[Point] = (),
 ) -> dict[str, Directions]:
     """The same directions with what their loss costs, in nats a sample as the other prices are; no less than what
     those said before.
@@ -49,6 +50,7 @@ def directional_prices(
         seed: of the draws.
         stack_of: which stack a path belongs to. The terms of one are added token by token; the tokens of another are
             others.
+        again: points whose activations are seen a second time, just before their gradients (`recomputing.inside`).
     """
     priced = {name: d for name, d in found.items() if d.changes is not None}
     at = {
@@ -56,11 +58,14 @@ def directional_prices(
     }
     sums = {name: torch.zeros(len(d.damage), dtype=torch.float64) for name, d in priced.items()}
     samples = 0
+
+    def add(name: str, changes: torch.Tensor) -> None:
+        tails = changes.flip(1).cumsum(1).flip(1).double().square().sum(0).cpu()
+        sums[name][: len(tails)] += 0.5 * tails
+
     with evaluating(model), frozen(model):
         for batch in _some(batches):
-            for (name, _), changes in _changes(model, batch, at, priced, seed).items():
-                tails = changes.flip(1).cumsum(1).flip(1).double().square().sum(0).cpu()
-                sums[name][: len(tails)] += 0.5 * tails
+            _pass(model, batch, at, priced, seed, again, add)
             samples += batch_size(batch)
     prices = {name: (total / max(samples, 1)).cummin(0).values for name, total in sums.items()}
     prices = {name: torch.maximum(price, found[name].damage.to(price)) for name, price in prices.items()}
@@ -68,34 +73,46 @@ def directional_prices(
     return {name: dataclasses.replace(d, damage=prices.get(name, d.damage), changes=None) for name, d in found.items()}
 
 
-def _changes(
+def _pass(
     model: nn.Module,
     batch: Mapping[str, Any],
     at: Mapping[Point, tuple[str, int]],
     priced: Mapping[str, Directions],
     seed: int,
-) -> dict[tuple[str, int], torch.Tensor]:
-    """{(site, stack): (tokens, directions)}: to first order, what the log-likelihood loses with each direction."""
+    again: Collection[Point],
+    tell: Callable[[str, torch.Tensor], None],
+) -> None:
+    """Tell of each site (its name, (tokens, directions)): to first order, what the log-likelihood loses with each
+    direction. Of a site that is seen at one place this is told, and let go, as soon as its gradient has come."""
     totals: dict[tuple[str, int], torch.Tensor] = {}
+    seen: dict[Point, torch.Tensor] = {}
+    calls: dict[Point, int] = {}  # more than one where blocks share their layers
+    alone = {name for name, d in priced.items() if len(d.priced_at or d.site.points) == 1}
     forward, decoder = True, decoder_mask(model, batch)
 
     def see(point: Point, x: torch.Tensor) -> None:
-        if not forward:
-            return
         if not x.requires_grad:
             x.requires_grad_()
+        if not forward and point not in again:
+            return
         module, mask = get_module(model, point.path), token_mask(batch, x, decoder)
 
         def rows(y: torch.Tensor) -> torch.Tensor:
             y = features_last(y.detach(), module).float()
             return y.reshape(-1, y.shape[-1]) if mask is None else y[mask]
 
-        seen = rows(x)
+        if not forward:
+            seen[point] = rows(x)
+            return
+        here, calls[point] = None if point in again else rows(x), calls.get(point, 0) + 1
 
         def add(gradient: torch.Tensor) -> None:
             place = at[point]
-            changes = priced[place[0]].changes(seen, rows(gradient))
-            totals[place] = totals[place] + changes if place in totals else changes
+            changes = priced[place[0]].changes(seen.pop(point) if here is None else here, rows(gradient))
+            if place[0] in alone and calls[point] == 1:
+                tell(place[0], changes)
+            else:
+                totals[place] = totals[place].add_(changes) if place in totals else changes
 
         x.register_hook(add)
 
@@ -103,7 +120,8 @@ def _changes(
         likelihood = log_likelihood(model, run(model, batch), batch, seed)
         forward = False
         likelihood.backward()
-    return totals
+    for (name, _), changes in totals.items():
+        tell(name, changes)
 
 
 def _some(batches: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from ..config import RMTKDConfig
 from ..errors import NoTargetError, RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import resolve_path
-from ..models import count_parameters
+from ..models import Scratch, count_parameters, scratch_for
 from .budget import Plan, site_widths
 from .cautions import divergence_warning
 from .checks import anatomy_of
@@ -172,6 +173,7 @@ def narrow(
     evaluate: Callable[[PreTrainedModel], float] | None = None,
     greater_is_better: bool = True,
     progress: bool = True,
+    scratch: str | Path | Scratch | None = None,
 ) -> PreTrainedModel:
     """One cut, no training: a new, narrow model; `model` is left bit-identical.
 
@@ -184,6 +186,10 @@ def narrow(
             asked about `model` and about each size that is tried, some seven of them; the table of them is printed
             with `progress`.
         greater_is_better: False where that metric is to be small, as a loss or a perplexity is.
+        scratch: a folder on a disk, for models that memory has no room to cut: copies of the model, moments, and what
+            is made of them lie in files there, and backward passes compute each block twice, so that what has to be in
+            memory at a time is that of one block. Same widths, same weights; the model must be on the host, and
+            that of the result are mapped from a file. See `narrow_streamed`, which loads and saves, too.
 
     Raises:
         NoTargetError: a recipe without a target where the spectra do not say how far to cut.
@@ -197,13 +203,14 @@ def narrow(
         raise RMTKDError("schedule='none' cuts nothing, and narrow is one cut: leave the schedule out.")
     if config.tolerance is not None or evaluate is not None:
         check_evaluate(config, evaluate)
-        search = _search(model, dataloader, config, evaluate, greater_is_better, progress)
+        search = _search(model, dataloader, config, evaluate, greater_is_better, progress, scratch)
         if progress:
             print(search.table())
         _warn_of(search.surgeon.divergence(search.found.student))
         return search.found.student
     # nobody sees the spectra: they are not computed where a budget decides
-    done = _cut(model, dataloader, config, progress=progress, trust_edges=asks_for_edges(config), reported=False)
+    options = {"trust_edges": asks_for_edges(config), "reported": False, "scratch": scratch}
+    done = _cut(model, dataloader, config, progress=progress, **options)
     if has_target(config):  # else _cut has looked at it
         _warn_of(done.divergence)
     return done.student
@@ -236,9 +243,12 @@ def _search(
     evaluate: Callable[[PreTrainedModel], float],
     greater_is_better: bool,
     progress: bool,
+    scratch: str | Path | Scratch | None = None,
 ) -> Search:
+    files = scratch_for(model, scratch)
     baseline = measured(evaluate, model)  # what is wrong with it should show now
-    return search_size(Surgeon(model, dataloader, config, progress=progress), evaluate, baseline, greater_is_better)
+    surgeon = Surgeon(model, dataloader, config, progress=progress, scratch=files)
+    return search_size(surgeon, evaluate, baseline, greater_is_better)
 
 
 def narrow_to(
@@ -340,11 +350,13 @@ def _cut(
     progress: bool = True,
     trust_edges: bool = False,
     reported: bool = True,
+    scratch: str | Path | Scratch | None = None,
 ) -> _Cut:
     by_edge = target_reduction is None and not has_target(config)
     options = _targets(config, target_reduction) | {
         "null_moments": by_edge and not trust_edges,
         "trust_edges": trust_edges,
+        "scratch": scratch_for(model, scratch),
     }
     surgeon = Surgeon(model, dataloader, config, sites, accelerator, progress, **options)
     with one_for_all(accelerator):

@@ -24,7 +24,7 @@ from .calibration import observed
 from .sites import Point, get_module
 
 
-__all__ = ["Progress", "Replay", "Scope"]
+__all__ = ["Progress", "Replay", "Scope", "forwards"]
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Replay:
             # a copy each: what comes after may change it in place
             return (stream.clone(), *self._beside) if self._beside is not None else stream.clone()
 
-        with _forwards({get_module(self.model, path): given for path in self.blocks}):
+        with forwards({get_module(self.model, path): given for path in self.blocks}):
             yield
 
     def behind(self, whole: Scope, part: Callable[[], Any], share: float, points: Collection[Point]) -> Scope:
@@ -290,7 +290,7 @@ class Progress:
             found, changed = None, True
             while found is None or changed:
                 records = _Records(self._of(index), unfitted, keepable, self._copies)
-                with _forwards({module: records.wrapped(module, name) for module, name in self._names.items()}):
+                with forwards({module: records.wrapped(module, name) for module, name in self._names.items()}):
                     found = self.scope.attempt(index, self.groups[step][1])
                 changed = records.changed()
                 self._copies |= changed
@@ -303,7 +303,7 @@ class Progress:
     def output(self, index: int) -> Any:
         """What the scope gives once all is fitted."""
         records = _Records(self._of(index), set(), set(), False)
-        with _forwards({module: records.wrapped(module, name) for module, name in self._names.items()}):
+        with forwards({module: records.wrapped(module, name) for module, name in self._names.items()}):
             return self.scope.run(index)
 
     def _of(self, index: int) -> list[tuple[str, Any]]:
@@ -384,7 +384,7 @@ def _versions(output: Any) -> list[int]:
 
 
 @contextlib.contextmanager
-def _forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+def forwards(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
     """Other forwards for the time of this context; hooks go on as they are."""
     own = {module: module.__dict__["forward"] for module in forwards if "forward" in module.__dict__}
     for module, forward in forwards.items():

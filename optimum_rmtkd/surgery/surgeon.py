@@ -19,12 +19,14 @@ from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import (
     UNCUT,
+    Scratch,
     carry_over,
     check_behaviour,
     check_structure,
     count_parameters,
     match_precision,
     provenance_of,
+    released,
     twin_of,
     uncut_parameters,
 )
@@ -32,6 +34,7 @@ from ..spectra import SecondMoments, SignalSubspace, signal_subspace
 from ..spectra.edges import find_estimator
 from ..spectra.separation import doubt
 from ..spectra.subspace import check_varies
+from .bases import kept_in
 from .budget import (
     BudgetPoint,
     Couple,
@@ -62,9 +65,10 @@ from .native import check_expressible, plain_form
 from .planning import planned
 from .prices import directional_prices
 from .processes import all_batches, one_for_all, several, share_of
+from .recomputing import inside, recomputed
 from .refit import refit
 from .report import SiteSpectrum, SpectralReport
-from .sites import CHANNELS, Point, Site, select_sites
+from .sites import CHANNELS, Point, Site, get_module, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
 from .untargeted import asks_for_edges
@@ -87,6 +91,9 @@ class Surgeon:
     refused (BudgetError) before any data is read, before the calibration a `target_flops` and, `timed`, the recipe's
     `target_latency`; `plan` is asked for them again. With `trust_edges` a plan without a target takes every spectral
     edge as it is; default: where the recipe names an estimator.
+
+    With `scratch`, copies of the model, moments and what is made of them lie in its files, backward passes run each
+    block twice: what has to be in memory is that of one block.
     """
 
     def __init__(
@@ -103,10 +110,12 @@ class Surgeon:
         timed: bool = False,
         trust_edges: bool | None = None,
         null_moments: bool = False,
+        scratch: Scratch | None = None,
     ):
         check_structure(model)
         find_estimator(config.edge_estimator)
         self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
+        self.scratch = scratch
         self.trust_edges = asks_for_edges(config) if trust_edges is None else trust_edges
         self.anatomy = anatomy_of(model, config)
         wanted = config.sites if sites is None else tuple(sites)
@@ -114,7 +123,7 @@ class Surgeon:
         check_shape(model, self.anatomy, self.sites, config)
         check_parameters(model, self.anatomy, self.sites, config, target_reduction)
         with one_for_all(accelerator):
-            check_finite(model)
+            check_finite(model, scratch)
             share = share_of(config.calibration_samples, accelerator)
             batches = checked_batches(model, dataloader, share, self.anatomy, self.sites)
         check_variety(batches, accelerator=accelerator)
@@ -126,7 +135,7 @@ class Surgeon:
                 self.anatomy = with_traced_reads(twin, self.anatomy, first_samples(batches[0], LOOKED_AT))
                 self.sites = select_sites(self.anatomy, wanted)
                 check_shape(twin, self.anatomy, self.sites, config)
-            self.teacher = fold_norms(twin, self.anatomy)
+            self.teacher = fold_norms(twin, self.anatomy, scratch)
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
             check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)
@@ -136,8 +145,10 @@ class Surgeon:
             # several processes look at all batches, and have run over their own alone
             self.remembered = None if several(accelerator) else Remembered(len(self.batches), model.device)
             options = {"null_moments": thorough or null_moments, "halves": thorough, "remembered": self.remembered}
+            options["scratch"] = None if scratch is None else scratch.part()
             self.calibration = Calibration(points, self._with_gradients(), calibrating, **options)
-            calibrate(self.teacher, self.batches, self.calibration, progress=progress)
+            with recomputed(self.teacher, self.anatomy.blocks, scratch):
+                calibrate(self.teacher, self.batches, self.calibration, progress=progress)
         if several(accelerator):
             self.calibration.all_reduce(accelerator)
         self.sites = self._alive()
@@ -172,6 +183,7 @@ class Surgeon:
                 self.directions[site.name] = find(
                     self.teacher, site, self.anatomy, self.calibration, self.config.basis
                 )
+            self.calibration.rest()
         return self.directions[site.name]
 
     def _alive(self) -> list[Site]:
@@ -223,9 +235,11 @@ class Surgeon:
         """The widths there are to decide, each with what it costs to narrow it; with `spectra` also what these say."""
         if self.anatomy.answers and self.calibration.gradients and not self._priced:
             found = {site.name: self.directions_of(site) for site in self.sites if site.chosen}
-            self.directions |= directional_prices(
-                self.teacher, self.batches, found, self.config.seed, self.anatomy.stack_of
-            )
+            again = inside(self.teacher, self.anatomy.blocks, self.calibration.points) if self.scratch else ()
+            with recomputed(self.teacher, self.anatomy.blocks, self.scratch):
+                self.directions |= directional_prices(
+                    self.teacher, self.batches, found, self.config.seed, self.anatomy.stack_of, again
+                )
             self._priced = True
         if (channels := self._channels()) and not self._priced:
             found = {site.name: self.directions_of(site) for site in channels}
@@ -264,6 +278,7 @@ class Surgeon:
             check_varies(moments)
         except CalibrationError as error:
             raise CalibrationError(f"Site {site.name!r}, {moments.count} samples: {error}") from error
+        self.calibration.rest()
 
     def plan(self, target_reduction: float | None = None) -> Plan:
         """Widths by budget where there is a target, else by the spectral edges that mean something.
@@ -314,7 +329,12 @@ class Surgeon:
 
     def divergence(self, student: PreTrainedModel) -> float | None:
         """Measured: see `mean_divergence`. Of a twin: what the user hung on the model does not run here."""
-        return mean_divergence(self.teacher, twin_of(student), self.batches, self.remembered)
+        twin = twin_of(student)
+        with released(self.scratch, self._blocks_of(self.teacher, twin)):
+            return mean_divergence(self.teacher, twin, self.batches, self.remembered)
+
+    def _blocks_of(self, *models: PreTrainedModel) -> list[torch.nn.Module]:
+        return [get_module(model, path) for model in models for path in self.anatomy.blocks]
 
     def report(self, couples: dict[str, int], curve: list[BudgetPoint], round_to: int | None = None) -> SpectralReport:
         """The spectra of all sites in question and what a `Plan` makes of them."""
@@ -345,14 +365,16 @@ class Surgeon:
             "parameters_before": uncut_parameters(self.source),
             "rounds": former.get("rounds", 0) + 1,
         }
-        student = build_student(self.teacher, self.anatomy, couples, self.config.to_dict(), provenance)
-        initialise(student, self.teacher, self.anatomy, cuts)
+        recipe, scratch = self.config.to_dict(), self.scratch
+        student = build_student(self.teacher, self.anatomy, couples, recipe, provenance, scratch)
+        initialise(student, self.teacher, self.anatomy, cuts, scratch)
         student.tie_weights(recompute_mapping=False)
         cuts = cuts.encodings()
-        self._try_out(student)
-        if self.config.refit and self.config.form == "absorbed":
-            refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
-        student = match_precision(student, self.source)
+        with released(scratch, self._blocks_of(student, self.teacher)):
+            self._try_out(student)
+            if self.config.refit and self.config.form == "absorbed":
+                refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
+        student = match_precision(student, self.source, scratch)
         if self.config.shape == "native":
             student = self._plain(student)
         student.config._attn_implementation = self.source.config._attn_implementation  # see `fold_norms`
@@ -387,7 +409,8 @@ class Surgeon:
                 still = {point for other in order[at:] for point in other.points}
                 self.calibration.keep(still)
             with _naming(site):
-                chosen[site.name] = self.directions_of(site).cut(couples[site.couple], stream)
+                found = self.directions_of(site).cut(couples[site.couple], stream)
+            chosen[site.name] = kept_in(self.scratch, found)
             if site.kind == "hidden":
                 stream = chosen[site.name][""]
         if last:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from transformers import BertConfig
+from transformers import BertConfig, LlamaConfig
 
 
 @pytest.fixture
@@ -27,6 +27,8 @@ def test_a_plan_is_told_from_the_config_alone(cli, folder, tmp_path):
         assert phase in out
     told = json.loads((tmp_path / "needs.json").read_text())
     assert told["batch_size"] == 4 and told["length"] == 64
+    assert told["schedule"] == "memory" and "Schedule of the cut: in memory" in out
+    assert [phase["name"] for phase in told["streamed"]] == ["calibration", "planning", "cutting", "refit", "saving"]
     assert all(phase["fits"] and phase["bytes"] == sum(phase["parts"].values()) for phase in told["phases"])
 
 
@@ -36,6 +38,20 @@ def test_what_does_not_fit_is_told_with_what_to_change(cli, folder):
     assert code == 0, err
     assert "calibration" in out.split("would not fit")[0].splitlines()[-1]
     assert "--batch-size under 512" in out
+
+
+def test_the_streamed_schedule_is_named_where_memory_has_no_room(cli, tmp_path):
+    config = LlamaConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, vocab_size=1000
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    options = ("--target-reduction", 0.3, "--batch-size", 1, "--length", 64)
+    code, out, err = cli("plan", "--model", tmp_path, *options, "--host-memory", "4GB")
+    assert code == 0, err
+    assert "Schedule of the cut: streamed" in out and "narrow_streamed" in out
+    code, out, err = cli("plan", "--model", tmp_path, *options, "--device-memory", "4GB")
+    assert code == 0 and "none fits" in out  # files are mapped into the memory of the host
 
 
 @pytest.mark.parametrize(
