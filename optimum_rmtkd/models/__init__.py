@@ -11,6 +11,7 @@ from torch import nn
 
 from ..modeling_rmtkd import TYPE_PREFIX
 from .behaviour import check_behaviour, nearly_equal
+from .depth import KEPT, block_names, kept_blocks, parameters_as
 from .differences import AROUND_THE_RESULT
 from .heads import has_head, shifts_labels, unwrapped
 from .identity import check_structure
@@ -30,8 +31,10 @@ from .rebuilding import (
 
 __all__ = [
     "AROUND_THE_RESULT",
+    "KEPT",
     "UNCUT",
     "blank",
+    "block_names",
     "carry_over",
     "check_behaviour",
     "check_structure",
@@ -40,9 +43,11 @@ __all__ = [
     "has_head",
     "is_narrowed",
     "is_plain",
+    "kept_blocks",
     "match_precision",
     "nearly_equal",
     "outline",
+    "parameters_as",
     "pinned",
     "provenance_of",
     "rebuilt",

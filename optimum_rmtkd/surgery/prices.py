@@ -28,7 +28,7 @@ from .likelihood import log_likelihood
 from .sites import Point, get_module
 
 
-__all__ = ["directional_prices"]
+__all__ = ["directional_prices", "some"]
 
 MOST_TOKENS = 65536  # a price is one number a width: it needs fewer tokens than the directions
 
@@ -49,7 +49,7 @@ def directional_prices(
     sums = {name: torch.zeros(len(d.damage), dtype=torch.float64) for name, d in priced.items()}
     samples = 0
     with evaluating(model), frozen(model):
-        for batch in _some(batches):
+        for batch in some(batches):
             for name, changes in _changes(model, batch, at, priced, seed).items():
                 tails = changes.flip(1).cumsum(1).flip(1).double().square().sum(0).cpu()
                 sums[name][: len(tails)] += 0.5 * tails
@@ -94,7 +94,7 @@ def _changes(
     return totals
 
 
-def _some(batches: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+def some(batches: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Evenly spaced batches of about MOST_TOKENS tokens."""
     tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
     return batches[:: max(1, round(tokens / MOST_TOKENS))]
