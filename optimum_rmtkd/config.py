@@ -78,7 +78,8 @@ class RMTKDConfig(Recipe):
         None,
         "Kinds of sites to narrow (hidden, intermediate, attention_qk, attention_vo, attention_groups, embedding, "
         "channels, residual_channels, linear; a model has some of them, and decoders attention_groups alone of those "
-        "of attention), or names of single sites. None: all that the family declares in the chosen form.",
+        "of attention), or names of single sites; 'block' lets whole blocks go. None: all that the family declares in "
+        "the chosen form but 'block'.",
     )
     form: str = _option(
         "absorbed",
@@ -288,10 +289,28 @@ class RMTKDConfig(Recipe):
             raise RMTKDError(
                 "sites is empty: nothing would be cut. Name kinds or single sites, or leave it None for all."
             )
+        self._check_blocks()
         if self.objectives is not None:
             self.check_no_terms()
         if self.edge_estimator == "fixed" and self.fixed_rank is None:
             raise RMTKDError("edge_estimator='fixed' needs fixed_rank, the rank to keep at every site.")
+
+    def _check_blocks(self) -> None:
+        """A block is all or nothing: no spectrum says how much of it to keep."""
+        blocks = [name for name in self.sites or () if name == "block" or name.endswith(".block")]
+        if not blocks:
+            return
+        if self.schedule == "layerwise" or self.allocation != "loss":
+            what = f"allocation={self.allocation!r}" if self.allocation != "loss" else "schedule='layerwise'"
+            raise RMTKDError(
+                f"The site {blocks[0]!r} with {what}: a whole block has no width to share out and no spectral edge, "
+                "only a predicted loss. Use allocation='loss' and schedule='rounds', or leave it out of sites."
+            )
+        if self.form == "factored" and len(blocks) == len(self.sites):
+            raise RMTKDError(
+                f"sites={self.sites!r} with form='factored': factors leave whole blocks as they are, so nothing would "
+                "be cut. Name 'linear' or leave sites out."
+            )
 
     @property
     def targets(self) -> dict[str, float | str]:

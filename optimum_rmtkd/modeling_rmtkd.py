@@ -21,6 +21,8 @@ checkpoint serves `AutoModel`, other task heads and another `num_labels` alike:
     attrs       {path: {name: value}}: head sizes and scales that modules keep as plain attributes
     heads       {path of an attention: {"kept", "of"}}: whole key-value groups that were kept, each as wide as before;
                 with "config": true the layer sees a config that says so
+    blocks      {path of the list of blocks: {"kept", "of"}}: numbers, of the uncut model, of the blocks that stayed;
+                the config says how many these are, and all other paths count them anew
     ternary     {path: options of TernaryMLP, and "replaces": class name}: parts with ternary weights
 """
 
@@ -138,7 +140,7 @@ def check_spec(model, spec):
     Raises:
         SpecMismatchError: names the entry.
     """
-    for section in ("modules", "parameters", "attrs", "heads", "ternary"):
+    for section in ("modules", "parameters", "attrs", "heads", "blocks", "ternary"):
         resolved = {}
         for raw, entry in spec.get(section, {}).items():
             where = f"rmtkd.spec.{section}[{raw!r}]"
@@ -155,6 +157,8 @@ def check_spec(model, spec):
                 raise mismatch(f"{where}.dim", entry["dim"], f"at most {found.shape[entry.get('axis', -1)]}")
             elif section == "attrs":
                 check_attributes(found, entry, where)
+            elif section == "blocks" and len(entry["kept"]) != len(found):
+                raise mismatch(f"{where}.kept", entry["kept"], f"as many as the config says, {len(found)}")
             elif isinstance(found, nn.Linear) and entry["in_features"] > found.in_features:
                 raise mismatch(f"{where}.in_features", entry["in_features"], f"at most {found.in_features}")
     _check_all_heads(model, spec)
@@ -179,6 +183,7 @@ _FITS = {
     "parameters": lambda found, entry: isinstance(found, nn.Parameter) and found.dim() >= -entry.get("axis", -1),
     "attrs": lambda found, entry: isinstance(found, nn.Module),
     "heads": lambda found, entry: isinstance(found, nn.Module),
+    "blocks": lambda found, entry: isinstance(found, nn.ModuleList),
     "ternary": lambda found, entry: type(found).__name__ == entry["replaces"],
 }
 _ELSEWHERE = set()  # (dense class, section, path) that were found in another class

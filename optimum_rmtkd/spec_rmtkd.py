@@ -3,9 +3,10 @@
 A config comes from whoever wrote it, so its grammar is closed: what is not described here is refused, with the entry's
 name. Lies beside `modeling_rmtkd.py` in every saved repository, and imports torch and transformers alone.
 
-    version     1, 2 where the spec has `heads`, or 3 where it has `groups` of convolutions or an `axis` of
-                parameters; missing in a config without widths. A later format is refused, with the advice to upgrade
-    spec        base, modules, parameters, attrs, heads, ternary: see `modeling_rmtkd.py`
+    version     1, 2 where the spec has `heads`, 3 where it has `groups` of convolutions or an `axis` of parameters, or
+                4 where it has `blocks`; missing in a config without widths. A later format is refused, with the
+                advice to upgrade
+    spec        base, modules, parameters, attrs, heads, blocks, ternary: see `modeling_rmtkd.py`
     recipe      how it was narrowed; a record that nothing is built from
     provenance  where it comes from: base_model, parameters_before, rounds, ternary
 
@@ -24,8 +25,8 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 
-VERSION = 3
-SECTIONS = ("base", "modules", "parameters", "attrs", "heads", "ternary")
+VERSION = 4
+SECTIONS = ("base", "modules", "parameters", "attrs", "heads", "blocks", "ternary")
 DELTAS = ("in", "out", "rank", "dim", "eps", "groups")
 PATH = re.compile(r"(@\.)?[A-Za-z_][\w-]*(\.[\w-]+)*", re.ASCII)
 NAME = re.compile(r"[A-Za-z]\w*", re.ASCII)
@@ -200,6 +201,16 @@ def _check_kept(entry, where):
     _whole(entry.get("kept"), f"{where}.kept", most=_whole(entry.get("of"), f"{where}.of"))
 
 
+def _check_blocks(entry, where):
+    _object(entry, where, ("kept", "of"))
+    kept, most = entry.get("kept"), _whole(entry.get("of"), f"{where}.of", most=MOST_LAYERS)
+    if not isinstance(kept, (list, tuple)) or not 1 <= len(kept) <= most:
+        raise mismatch(f"{where}.kept", kept, f"a list of 1 to {most} numbers of blocks")
+    for place, number in enumerate(kept):
+        least = kept[place - 1] + 1 if place else 0
+        _whole(number, f"{where}.kept[{place}]", most=most - 1, least=least)
+
+
 def _check_part(options, where):
     _object(options, where, (*TERNARY, "replaces"))
     if not isinstance(options.get("replaces"), str) or not NAME.fullmatch(options["replaces"]):
@@ -214,6 +225,7 @@ _ENTRIES = {
     "parameters": _check_parameter,
     "attrs": _check_attributes,
     "heads": _check_kept,
+    "blocks": _check_blocks,
     "ternary": _check_part,
 }
 
@@ -326,7 +338,10 @@ def check_base(config, base):
 
 def version_of(spec, decoder=False):
     """The format that a spec needs. The first knew no norms but layer norms, nor heads that go, and so no decoder; the
-    second no convolutions in groups, nor experts, whose parameters are cut along another axis."""
+    second no convolutions in groups, nor experts, whose parameters are cut along another axis; the third no blocks
+    that go."""
+    if spec.get("blocks"):
+        return 4
     modules, parameters = (spec.get(section, {}).values() for section in ("modules", "parameters"))
     third = any("groups" in delta for delta in modules) or any("axis" in delta for delta in parameters)
     return 3 if third else 2 if decoder or spec.get("heads") else 1

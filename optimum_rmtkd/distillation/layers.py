@@ -8,11 +8,12 @@ from typing import Annotated, Literal
 from torch import nn
 
 from ..errors import RMTKDError, UnsupportedArchitectureError
+from ..models import kept_blocks
 from ..reparameterization.targets import block_list
 from ..validation import Length, check_value
 
 
-__all__ = ["Layers", "blocks_of", "check_layers", "in_decoder", "layer_pairs", "uniform_map"]
+__all__ = ["Layers", "blocks_of", "check_layers", "in_decoder", "layer_pairs", "own_blocks", "uniform_map"]
 
 Layers = Literal["last", "uniform"] | Annotated[Mapping[str | int, str | int], Length(1)]
 
@@ -34,6 +35,21 @@ def uniform_map(student: int, teacher: int) -> list[int]:
     return [max(0, (layer + 1) * teacher // student - 1) for layer in range(student)]
 
 
+def own_blocks(student: nn.Module, teacher: nn.Module) -> list[int] | None:
+    """For each block of the student the number of the teacher's that it was made from, where blocks went that the
+    teacher still has; None where both have as many, or the one was not made from the other."""
+    ours, theirs = blocks_of(student), blocks_of(teacher)
+    if len(ours) >= len(theirs):
+        return None
+    entry = next(iter(kept_blocks(student).values()), None)
+    if entry is None or len(entry["kept"]) != len(ours):
+        return None
+    former = next(iter(kept_blocks(teacher).values()), {"kept": range(len(theirs)), "of": len(theirs)})
+    places = {number: place for place, number in enumerate(former["kept"])}
+    known = former["of"] == entry["of"] and all(number in places for number in entry["kept"])
+    return [places[number] for number in entry["kept"]] if known else None
+
+
 def check_layers(layers: Layers) -> Layers:
     """The same, if `layer_pairs` can read it.
 
@@ -47,7 +63,8 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, layers: Layers) -> tuple
     """(student path, teacher path) of the layers to compare.
 
     Args:
-        layers: "last"; "uniform": every student block, with `uniform_map`; or {student: teacher} of module paths or
+        layers: "last"; "uniform": every student block, with the block of the teacher that it was made from
+            (`own_blocks`), else with `uniform_map`; or {student: teacher} of module paths or
             block numbers (from 0, negative from the end).
 
     Raises:
@@ -65,7 +82,8 @@ def layer_pairs(student: nn.Module, teacher: nn.Module, layers: Layers) -> tuple
             )
     if layers == "last":
         return ((ours[-1], theirs[-1]),)
-    return tuple((ours[i], theirs[j]) for i, j in enumerate(uniform_map(len(ours), len(theirs))))
+    own = own_blocks(student, teacher) or uniform_map(len(ours), len(theirs))
+    return tuple((ours[i], theirs[j]) for i, j in enumerate(own))
 
 
 def in_decoder(model: nn.Module, path: str) -> bool:

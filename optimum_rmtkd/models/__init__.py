@@ -11,6 +11,7 @@ from torch import nn
 
 from ..modeling_rmtkd import TYPE_PREFIX
 from .behaviour import check_behaviour, nearly_equal
+from .depth import KEPT, block_names, kept_blocks, parameters_as
 from .differences import AROUND_THE_RESULT
 from .heads import has_head, shifts_labels, unwrapped
 from .identity import check_structure
@@ -32,10 +33,12 @@ from .scratch import Scratch, in_files, released, scratch_for
 
 __all__ = [
     "AROUND_THE_RESULT",
+    "KEPT",
     "UNCUT",
     "Scratch",
     "as_tied",
     "blank",
+    "block_names",
     "carry_over",
     "check_behaviour",
     "check_structure",
@@ -45,9 +48,11 @@ __all__ = [
     "in_files",
     "is_narrowed",
     "is_plain",
+    "kept_blocks",
     "match_precision",
     "nearly_equal",
     "outline",
+    "parameters_as",
     "pinned",
     "provenance_of",
     "rebuilt",

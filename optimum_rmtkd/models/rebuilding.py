@@ -7,7 +7,7 @@ import functools
 import logging
 import operator
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..modeling_rmtkd import reduced_class
 from ..spec_rmtkd import EPSILONS
+from .depth import block_names
 from .scratch import Scratch, in_files, released
 
 
@@ -252,22 +253,24 @@ def _with_pinned(model: PreTrainedModel, spec: Mapping[str, Any]) -> dict[str, A
 def carry_over(old: PreTrainedModel, new: PreTrainedModel, root: nn.Module | None = None) -> PreTrainedModel:
     """`new`, in place, with what the instance `old` has beyond its class and config and beyond its weights.
 
-    Carried are, module by module at the same path: `requires_grad`; attributes that the class does not set, or sets
-    otherwise (dropout rates, a loss function, tags); methods bound to the instance, bound anew; modules without
-    parameters; buffers of the user's; hooks; attributes of parameters; and the generation config. Where an attribute
-    refers to a module or a method of `old`, it refers to that of `new` afterwards.
+    Carried are, module by module at the same path (where blocks were removed, of the same block): `requires_grad`;
+    attributes that the class does not set, or sets otherwise (dropout rates, a loss function, tags); methods bound to
+    the instance, bound anew; modules without parameters; buffers of the user's; hooks; attributes of parameters; and
+    the generation config. Where an attribute refers to a module or a method of `old`, it refers to that of `new`
+    afterwards.
 
     Args:
         root: what such references to `old` itself are to be; default: `new`.
     """
-    stock = blank(old)
+    stock, name = blank(old), block_names(old, new)
     twins, students = dict(stock.named_modules()), dict(new.named_modules())
-    known = {id(module): students[path] for path, module in old.named_modules() if path in students}
+    places = {path: place for path, _ in old.named_modules() if (place := name(path)) in students}
+    known = {id(module): students[places[path]] for path, module in old.named_modules() if path in places}
     known[id(old)] = new if root is None else root
-    _carry_flags(old, new)
+    _carry_flags(old, new, name)
     if getattr(old, "generation_config", None) is not None:
         new.generation_config = copy.deepcopy(old.generation_config)
-    triples = [(m, twins[p], students[p]) for p, m in old.named_modules() if p in twins and p in students]
+    triples = [(m, twins[p], students[places[p]]) for p, m in old.named_modules() if p in twins and p in places]
     for triple in triples:
         _carry_modules(*triple)
         _carry_buffers(*triple)
@@ -284,10 +287,10 @@ def carry_over(old: PreTrainedModel, new: PreTrainedModel, root: nn.Module | Non
     return new
 
 
-def _carry_flags(old: nn.Module, new: nn.Module) -> None:
+def _carry_flags(old: nn.Module, new: nn.Module, place: Callable[[str], str | None]) -> None:
     """Frozen parameters stay frozen by name; a new one (a factor in place of a layer) where its relatives all are.
     Attributes of parameters (that optimizers read) stay on those of the same name."""
-    known = dict(old.named_parameters())
+    known = {found: parameter for name, parameter in old.named_parameters() if (found := place(name)) is not None}
     for name, parameter in new.named_parameters():
         if name in known:
             parameter.requires_grad_(known[name].requires_grad)

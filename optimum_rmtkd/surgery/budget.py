@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from ..config import RMTKDConfig
 from ..errors import BudgetError
 from .costs import Additive, flops_of, parameters_of, site_widths
-from .sites import Site
+from .couples import Couple, change, couple_grid, predicted
+from .sites import BLOCK, Site
 
 
 __all__ = [
@@ -23,9 +21,11 @@ __all__ = [
     "Plan",
     "allocate",
     "check_reachable",
+    "couple_grid",
     "descent",
     "flops_of",
     "parameters_of",
+    "predicted",
     "site_widths",
     "smallest_widths",
     "speed_weight_of",
@@ -39,41 +39,7 @@ SPEED_WEIGHT, DEEP_SPEED_WEIGHT, DEEP = (
     0.85,
 )  # docs/surgery.md, section 3: by latency, by accuracy, beyond that
 TOLERANCE = 0.005  # overshoot of a share that a step may leave while another step fits better
-HEADS = 8  # a head may be narrower than another site by this factor
 MET = 0.01  # of the uncut model: a plan that goes further beyond its target than this is made again in smaller steps
-
-
-@dataclass(frozen=True)
-class Couple:
-    """Sites that share one width a group.
-
-    Attributes:
-        name: see `Site.couple`.
-        sites: its members.
-        width: features of a group now.
-        floor: the smallest width it may get.
-        step: widths are multiples of this, the full width excepted.
-        stride: how far one move of the allocation goes, a multiple of `step`.
-        damage: (width + 1,) fp64 predicted loss by width, summed over members.
-        score: (width,) eigenvalue over noise edge of each direction, descending; empty where nothing reads it.
-        rank: width that the spectral edge asks for; None where nothing reads it.
-    """
-
-    name: str
-    sites: tuple[Site, ...]
-    width: int
-    floor: int
-    step: int
-    stride: int
-    damage: torch.Tensor
-    score: torch.Tensor
-    rank: int | None
-
-    def on_grid(self, config: RMTKDConfig) -> Couple:
-        """The same with the floor, step and stride of another recipe."""
-        lead = next(site for site in self.sites if site.chosen)
-        floor, step, stride = couple_grid(lead, config)
-        return dataclasses.replace(self, floor=floor, step=step, stride=stride)
 
 
 @dataclass(frozen=True)
@@ -101,29 +67,6 @@ class Plan(NamedTuple):
     round_to: int
 
 
-def couple_grid(site: Site, config: RMTKDConfig) -> tuple[int, int, int]:
-    """(floor, step, stride) of the widths of one group of a site.
-
-    Heads are cut in multiples of `round_to` where they are at least four times as wide, else of a quarter of their
-    width, so that narrow heads can be cut at all; none is narrower than an eighth of `min_width`. Where one width is
-    that of a head and, times their number, that of the stream, the stream is a multiple of `round_to`.
-    """
-    full = site.group_width
-    if site.kind == "attention_groups":  # whole groups, down to the last one
-        return 1, 1, 1
-    if site.kind == "hidden" and site.groups > 1:
-        step = min(config.round_to // math.gcd(config.round_to, site.groups), max(1, full // 4))
-        least = max(-(-config.min_width // HEADS), -(-config.min_width // site.groups))
-        return _grid(full, step, least)
-    step = min(config.round_to, max(1, full // 4)) if site.groups > 1 else min(config.round_to, full)
-    least = -(-config.min_width // HEADS) if site.groups > 1 else config.min_width
-    return _grid(full, step, least)
-
-
-def _grid(full: int, step: int, least: int) -> tuple[int, int, int]:
-    return min(full, -(-least // step) * step), step, max(step, full // 64 // step * step)
-
-
 def speed_weight_of(config: RMTKDConfig) -> float:
     """The recipe's, or the default for its target_reduction."""
     if config.speed_weight is not None:
@@ -131,10 +74,13 @@ def speed_weight_of(config: RMTKDConfig) -> float:
     return DEEP_SPEED_WEIGHT if (config.target_reduction or 0.0) > DEEP else SPEED_WEIGHT
 
 
-def _move_price(couple: Couple, old: int, new: int, config: RMTKDConfig) -> float:
+def _move_price(
+    couples: list[Couple], couple: Couple, new: int, widths: Mapping[str, int], config: RMTKDConfig
+) -> float:
     """What a move costs in quality: the allocation takes the cheapest per unit of size."""
+    old = widths[couple.name]
     if config.allocation == "loss":
-        return float(couple.damage[new] - couple.damage[old])
+        return change(couples, couple, new, widths)
     return float(couple.score[new:old].mean()) if len(couple.score) else 0.0
 
 
@@ -180,6 +126,9 @@ def smallest_widths(
         for name, site in leads.items():
             tries = [{**widths, name: width} for width in (site.group_width, couple_grid(site, finest)[0])]
             widths = min(tries, key=cost)
+    blocks = [name for name, site in leads.items() if site.kind == BLOCK]
+    if blocks and len(blocks) == len(cost.anatomy.blocks):  # one stays, the smallest
+        widths = min(({**widths, name: 1} for name in blocks), key=cost)
     return widths
 
 
@@ -209,6 +158,9 @@ def allocate(
         what: "parameters" or "FLOPs", for the message.
         near: share of `whole` that a plan may go beyond the goal without being made again in smaller steps.
 
+    Blocks go like widths do, which is no more than a greedy choice: what it comes to is held against a plan of widths
+    alone, and the one of less predicted loss is taken.
+
     Returns:
         The plan nearest to the goal: where single features are too coarse for it, it may be further off than `near`.
 
@@ -218,6 +170,31 @@ def allocate(
     size = cost({c.name: c.width for c in couples})
     if size <= goal:
         raise _already_met(size, goal, what)
+    plans, failure = [], None
+    widths_alone = [c for c in couples if not c.is_block]
+    for chosen in (couples, widths_alone) if widths_alone and len(widths_alone) < len(couples) else (couples,):
+        try:
+            plans.append(_planned(chosen, cost, worth, goal, whole, config, near))
+        except _Stuck as stuck:
+            failure = failure or stuck
+    if not plans:
+        raise _beyond_reach(goal, failure.size, whole, config, what)
+    best = min(plans, key=lambda plan: plan.curve[-1].predicted_loss)
+    best = best._replace(couples={c.name: c.width for c in couples} | best.couples)
+    _say(best, goal, whole, config, what, near)
+    return best
+
+
+def _planned(
+    couples: list[Couple],
+    cost: Callable[[Mapping[str, int]], float],
+    worth: Callable[[Couple], Callable[[Mapping[str, int]], float]],
+    goal: float,
+    whole: float,
+    config: RMTKDConfig,
+    near: float,
+) -> Plan:
+    """One plan of `allocate`; raises _Stuck where these couples cannot reach the goal."""
     local = {c.name: worth(c) for c in couples}
     nearest, last, failure = None, None, None
     for round_to, pinned in _tries(config.round_to, lambda: last):
@@ -233,8 +210,7 @@ def allocate(
         if last.cost >= goal - near * whole:
             break
     if nearest is None:
-        raise _beyond_reach(goal, failure.size, whole, config, what)
-    _say(nearest, goal, whole, config, what, near)
+        raise failure
     return nearest
 
 
@@ -321,11 +297,13 @@ def _descend(
     """
     widths = {c.name: c.width for c in couples}
     size, curve = cost(widths), []
-    lost = sum(float(c.damage[c.width]) for c in couples)
+    lost = predicted(couples, widths)
+    blocks = {c.name for c in couples if c.is_block}
+    spare = len(cost.anatomy.blocks) - len(blocks) if blocks else 0  # that are not up for choice
 
     def take(couple: Couple, width: int, saved: float) -> None:
         nonlocal size, lost
-        lost += float(couple.damage[width] - couple.damage[widths[couple.name]])
+        lost += change(couples, couple, width, widths)
         widths[couple.name] = width
         size -= saved
         curve.append(BudgetPoint(float(size), lost, couple.name, width))
@@ -338,8 +316,10 @@ def _descend(
     offered: dict[str, list[tuple]] = {}
     while size > goal:
         for c in free:
+            if c.name in blocks and spare + sum(widths[name] for name in blocks) == 1:
+                offered[c.name] = []  # the last one
             if c.name not in offered:
-                offered[c.name] = _moves(c, widths, size, cost, local[c.name], config)
+                offered[c.name] = _moves(couples, c, widths, size, cost, local[c.name], config)
         moves = [m for c in free for m in offered[c.name]]
         if not moves:
             raise _Stuck(size, curve)
@@ -352,11 +332,19 @@ def _descend(
         # what the others offer is what it was, unless a unit of theirs is one of this couple's, too
         for name in cost.neighbours(couple.name) if isinstance(cost, Additive) else everything:
             offered.pop(name, None)
+        for name in blocks if couple.name in blocks else ():  # what they lose together
+            offered.pop(name, None)
     return curve, widths
 
 
 def _moves(
-    couple: Couple, widths: dict[str, int], size: float, cost: Callable, worth: Callable, config: RMTKDConfig
+    couples: list[Couple],
+    couple: Couple,
+    widths: dict[str, int],
+    size: float,
+    cost: Callable,
+    worth: Callable,
+    config: RMTKDConfig,
 ) -> list[tuple]:
     """(priority, saved, couple, new width) of the one-stride and one-step moves of a couple."""
     old = widths[couple.name]
@@ -372,7 +360,7 @@ def _moves(
             saved = size - cost({**widths, couple.name: new})
         if saved <= 0:
             continue
-        price = _move_price(couple, old, new, config)
+        price = _move_price(couples, couple, new, widths, config)
         if config.allocation == "loss":
             priority = price / (worth(widths) - worth({**widths, couple.name: new}))
         elif config.allocation == "edge":

@@ -15,6 +15,7 @@ from ..models import Scratch, check_behaviour, check_structure, uncut_parameters
 from ..spectra.edges import find_estimator
 from .budget import check_reachable, flops_of, parameters_of
 from .calibration import features_last, observed, points_of
+from .depth import with_blocks
 from .families import family_of
 from .grouping import by_length
 from .layouts import factored_anatomy
@@ -42,9 +43,8 @@ def anatomy_of(model: PreTrainedModel, config: RMTKDConfig) -> Anatomy:
     RMTKDError for a model that cannot have that shape."""
     if config.form == "factored":
         return factored_anatomy(model)
-    if config.shape == "native":
-        return native_anatomy(model)
-    return family_of(model).layout.anatomy(model)
+    anatomy = native_anatomy(model) if config.shape == "native" else family_of(model).layout.anatomy(model)
+    return with_blocks(model, anatomy, config.sites)
 
 
 def check_recipe(model: PreTrainedModel, config: RMTKDConfig) -> None:

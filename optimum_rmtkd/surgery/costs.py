@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from ..models import count_parameters
-from .sites import Anatomy, Unit, get_module, is_layer, linear_shape, module_parameters, unit_delta
+from .sites import BLOCK, Anatomy, Unit, get_module, is_layer, linear_shape, module_parameters, unit_delta
 
 
 __all__ = ["Additive", "couples_of", "flops_of", "parameters_of", "site_widths"]
@@ -16,15 +16,17 @@ __all__ = ["Additive", "couples_of", "flops_of", "parameters_of", "site_widths"]
 def site_widths(couples: Mapping[str, int], anatomy: Anatomy) -> dict[str, int]:
     """{site: all features} from {couple: features of a group}; the pooler follows the stream even where it is absent.
 
-    Factors of full rank are no cut, nor is a table's factor that is not thinner than the stream it feeds: such sites
-    are left out.
+    Factors of full rank are no cut, nor is a table's factor that is not thinner than the stream it feeds, nor a block
+    that stays: such sites are left out.
     """
     stream = couples.get("hidden", float("inf"))
     widths = {}
     for site in anatomy.sites.values():
         width = couples.get(site.couple)
         factored = site.kind in ("embedding", "linear")
-        if width is None or (factored and width >= min(site.width, stream if site.kind == "embedding" else width + 1)):
+        if width is None or (site.kind == BLOCK and width):
+            continue
+        if factored and width >= min(site.width, stream if site.kind == "embedding" else width + 1):
             continue
         widths[site.name] = width * site.groups
     if "hidden" in widths:
@@ -81,7 +83,8 @@ def couples_of(unit: Unit, anatomy: Anatomy) -> set[str]:
         found |= {site.couple} if site is not None else set()
         # the pooler follows the stream, and a table's factor counts only while it is thinner than that
         found |= {"hidden"} if name == "pooler" or (site is not None and site.kind == "embedding") else set()
-    return found
+    whole = anatomy.block_sites.get(unit.block)
+    return found if whole is None else found | {whole.couple}
 
 
 def _is_tied(model: nn.Module, unit: Unit) -> bool:
@@ -98,15 +101,22 @@ def parameters_of(
     ]
 
     def size(unit: Unit, module: nn.Module, widths: dict[str, int]) -> int:
-        if unit.tied:
+        if unit.tied or anatomy.is_gone(unit.block, widths):
             return 0
         delta = unit_delta(unit, module, widths)
         if _is_tied(model, unit):
             return delta.get("rank", getattr(module, "rank", 0)) * module.in_features
         return module_parameters(module, delta)
 
-    fixed = 0 if scope is not None else count_parameters(model) - sum(size(u, m, {}) for u, m in units)
-    return Additive(anatomy, fixed, [(u, lambda widths, u=u, m=m: (size(u, m, widths),)) for u, m in units])
+    terms = [(u, lambda widths, u=u, m=m: (size(u, m, widths),)) for u, m in units]
+    if scope is not None:
+        return Additive(anatomy, 0, terms)
+    fixed = count_parameters(model) - sum(size(u, m, {}) for u, m in units)
+    for block in anatomy.block_sites:  # what no unit declares goes with its block, too
+        rest = count_parameters(get_module(model, block)) - sum(size(u, m, {}) for u, m in units if u.block == block)
+        terms.append((Unit(block, block=block), lambda w, b=block, n=rest: (0 if anatomy.is_gone(b, w) else n,)))
+        fixed -= rest
+    return Additive(anatomy, fixed, terms)
 
 
 def flops_of(
@@ -122,7 +132,8 @@ def flops_of(
         (u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if u.path in positions
     ]
     fixed = set(positions) - {u.path for u in anatomy.units} if scope is None else ()
-    units += [(Unit(path), get_module(model, path)) for path in sorted(fixed)]
+    blocks = {path: next((b for b in anatomy.blocks if path.startswith(f"{b}.")), None) for path in fixed}
+    units += [(Unit(path, block=blocks[path]), get_module(model, path)) for path in sorted(fixed)]
     # products with the keys and with the values: 2 L^2 a feature each (of cross-attention twice the product of both
     # lengths); queries and keys are two units that share one
     pairs = {"attention_qk": 1.0, "attention_vo": 2.0}
@@ -131,6 +142,8 @@ def flops_of(
     causal = {s.name for s in anatomy.sites.values() if s.kind == "attention_groups"} | set(anatomy.heads.values())
 
     def work(unit: Unit, module: nn.Module, widths: Mapping[str, int]) -> tuple[float, ...]:
+        if anatomy.is_gone(unit.block, widths):
+            return (0.0,)
         shape, delta = linear_shape(module), unit_delta(unit, module, widths)
         # a grouped convolution has fewer groups, each reads as much as before
         inputs = shape[0] if "groups" in delta else delta.get("in", shape[0])

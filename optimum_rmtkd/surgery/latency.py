@@ -30,9 +30,10 @@ from .budget import Couple, Plan, allocate, couple_grid, smallest_widths
 from .calibration import observed
 from .checks import anatomy_of
 from .costs import Additive, site_widths
+from .depth import without_blocks
 from .layertimes import Kind, LayerTimes, grid
 from .narrowing import build_student
-from .sites import Anatomy, Point, Site, get_module, is_layer, select_sites
+from .sites import Anatomy, Point, Site, Unit, get_module, is_layer, select_sites
 from .timecache import cache_file, read_times, write_times
 from .timeparts import parts_of
 
@@ -291,7 +292,8 @@ class Stopwatch:
 
     def _outline(self, couples: Mapping[str, int]) -> PreTrainedModel:
         """The narrow architecture with any weights."""
-        return build_student(self.dense, self.anatomy, couples, self.config.to_dict(), {})
+        shallow, anatomy = without_blocks(self.dense, self.anatomy, couples)
+        return build_student(shallow, anatomy, couples, self.config.to_dict(), {})
 
     def _measured(self, narrow: PreTrainedModel) -> Latency:
         """By the medians of a few pairs of blocks; of more, where the middle half of them differs by more than the
@@ -359,14 +361,21 @@ class _Terms:
         """offset + scale times the milliseconds of all layers, or of those that touch the sites `names`."""
 
         def time(number: int, value: Callable, widths: Mapping[str, int]) -> tuple[float, ...]:
+            if self.anatomy.is_gone(self.parts[number][0].block, widths):
+                return ()
             return tuple(1e3 * scale * self.surfaces[number, kind](*found) for kind, found in value(widths))
 
         chosen = [
             (unit, lambda widths, n=n, v=value: time(n, v, widths))
             for n, (unit, value) in enumerate(self.parts)
-            if names is None or set(names) & {unit.reads, unit.writes, unit.factor}
+            if names is None or set(names) & {unit.reads, unit.writes, unit.factor, self._block_of(unit)}
         ]
         return Additive(self.anatomy, offset, chosen)
+
+    def _block_of(self, unit: Unit) -> str | None:
+        """Name of the site that is the whole block of a unit."""
+        site = self.anatomy.block_sites.get(unit.block)
+        return None if site is None else site.name
 
 
 def _input_shapes(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

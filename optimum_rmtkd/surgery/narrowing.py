@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from transformers.utils.generic import is_flash_attention_requested
 from ..errors import RMTKDError
 from ..modeling_rmtkd import TernaryMLP, epsilon_name, version_of
 from ..models import Scratch, copied, rebuilt
-from .bases import Projection, encoding
+from .bases import Projection, encoding, identity_projection
 from .budget import site_widths
+from .depth import list_of
 from .norms import Norm, norm_of
 from .sites import Anatomy, Unit, get_module, has_module, is_layer, unit_delta
 from .weights import dense_table, dense_weight, scale_inputs, scale_outputs, set_weight
 
 
-__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_fields", "narrow_spec"]
+__all__ = ["Cuts", "build_student", "fold_norms", "initialise", "narrow_fields", "narrow_spec", "origin_of"]
 
 
 class Cuts:
@@ -39,6 +41,22 @@ class Cuts:
         """The projection of a site as the unit at `path` sees it; None where the site is not cut."""
         found = self.projections.get(site)
         return None if found is None else found.get(path, found.get(""))
+
+    def renamed(self, former: Mapping[str, str]) -> Cuts:
+        """The same for a model of fewer blocks, {path of a block: what it was before}."""
+        places = {old: new for new, old in former.items()}
+        if all(old == new for old, new in places.items()):
+            return self
+
+        def name(path: str) -> str:
+            block = next((old for old in places if path.startswith(f"{old}.")), None)
+            return path if block is None else places[block] + path[len(block) :]
+
+        return Cuts({s: {name(path): p for path, p in found.items()} for s, found in self.projections.items()})
+
+    def with_whole(self, name: str, width: int) -> Cuts:
+        """The same where a site of this width is written and read otherwise, though it is not cut."""
+        return self if name in self else Cuts({**self.projections, name: {"": identity_projection(width)}})
 
     def encodings(self) -> Cuts:
         """The same for what is written alone: nothing can be initialised from them any more."""
@@ -126,6 +144,8 @@ def _takes_shift(reader: nn.Module) -> bool:
 def narrow_spec(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping[str, int]) -> dict[str, Any]:
     """The spec of `model` narrowed to {couple: features of a group}, on top of the spec it may already have."""
     spec = copy.deepcopy((getattr(model.config, "rmtkd", None) or {}).get("spec", {}))
+    if anatomy.kept and (path := list_of(anatomy)):
+        spec["blocks"] = {path: {"kept": list(anatomy.kept[0]), "of": anatomy.kept[1]}}
     modules, parameters = spec.setdefault("modules", {}), spec.setdefault("parameters", {})
     base, attrs = spec.setdefault("base", {}), spec.setdefault("attrs", {})
     widths = site_widths(couples, anatomy)
@@ -180,6 +200,11 @@ def _refuse_ternary(model: PreTrainedModel, unit: Unit, widths: Mapping[str, int
             "them. Narrow first and replace the part afterwards, or restrict `sites` to others (for example "
             "intermediate)."
         )
+
+
+def origin_of(name: str) -> str:
+    """Name of the uncut model; of a folder its last part, for paths of somebody's machine do not belong on the Hub."""
+    return Path(name).name if Path(name).exists() else name
 
 
 def build_student(

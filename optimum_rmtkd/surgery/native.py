@@ -33,6 +33,7 @@ from ..models import blank, count_parameters, is_narrowed, match_precision, outl
 from ..spectra.products import exact_matmul
 from .convolutions import ResidualConvLayout
 from .decoders import DecoderLayout
+from .depth import without_blocks
 from .families import family_of
 from .layouts import EncoderLayout
 from .narrowing import narrow_fields, narrow_spec
@@ -200,6 +201,7 @@ def check_expressible(model: PreTrainedModel, anatomy: Anatomy, couples: Mapping
     Raises:
         UnsupportedArchitectureError: names the first tensor.
     """
+    model, anatomy = without_blocks(model, anatomy, couples)
     spec, fields = narrow_spec(model, anatomy, couples), narrow_fields(anatomy, couples)
     with torch.device("meta"):
         student = outline(model, {"version": VERSION, "spec": spec}, fields)

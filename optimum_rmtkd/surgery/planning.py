@@ -85,6 +85,7 @@ def _by_edges(surgeon: Known, couples: list[Couple]) -> Plan:
     for c in couples:
         sure = all(doubts.get(site.name) is None for site in c.sites)
         # two factors of a rank near the full one hold more parameters than the layer they replace
+        sure = sure and not c.is_block  # a block has no spectrum
         widths[c.name] = c.rank if sure and parameters({c.name: c.rank}) < whole else c.width
     lost = surgeon.predicted_loss(widths) if surgeon.loss_unit == "nats" else None
     if not surgeon.trust_edges and (all(widths[c.name] == c.width for c in couples) or (lost or 0.0) > MUCH):
@@ -140,5 +141,8 @@ def _worth(
 
 
 def _units_of(surgeon: Known, couple: Couple) -> list[Unit]:
+    if couple.is_block:
+        blocks = {surgeon.anatomy.blocks[site.depth] for site in couple.sites}
+        return [u for u in surgeon.anatomy.units if u.block in blocks]
     names = {site.name for site in couple.sites} | ({"pooler"} if couple.name == "hidden" else set())
     return [u for u in surgeon.anatomy.units if names & {u.reads, u.writes, u.factor}]

@@ -28,7 +28,7 @@ from .likelihood import log_likelihood
 from .sites import Point, get_module
 
 
-__all__ = ["directional_prices"]
+__all__ = ["directional_prices", "some"]
 
 MOST_TOKENS = 65536  # a price is one number a width: it needs fewer tokens than the directions
 
@@ -64,7 +64,7 @@ def directional_prices(
         sums[name][: len(tails)] += 0.5 * tails
 
     with evaluating(model), frozen(model):
-        for batch in _some(batches):
+        for batch in some(batches):
             _pass(model, batch, at, priced, seed, again, add)
             samples += batch_size(batch)
     prices = {name: (total / max(samples, 1)).cummin(0).values for name, total in sums.items()}
@@ -124,7 +124,7 @@ def _pass(
         tell(name, changes)
 
 
-def _some(batches: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+def some(batches: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     """Evenly spaced batches of about MOST_TOKENS tokens."""
     tokens = sum(batch["input_ids"].numel() for batch in batches if "input_ids" in batch)
     return batches[:: max(1, round(tokens / MOST_TOKENS))]

@@ -20,11 +20,12 @@ from ..models import Scratch, count_parameters, scratch_for
 from .budget import Plan, site_widths
 from .cautions import divergence_warning
 from .checks import anatomy_of
+from .depth import removed_blocks
 from .families import family_of
 from .latency import Measurement
 from .processes import broadcast_model, from_main, one_for_all
 from .report import SpectralReport
-from .sites import select_sites
+from .sites import BLOCK, select_sites
 from .surgeon import Surgeon
 from .tolerance import Search, check_evaluate, measured, search_size
 from .untargeted import asks_for_edges, has_target, whole_sites
@@ -111,7 +112,7 @@ def block_paths(model: PreTrainedModel) -> tuple[str, ...]:
 def stage_sites(model: PreTrainedModel, config: RMTKDConfig) -> list[list[str]]:
     """Names of the sites a recipe cuts, grouped layer by layer, shallow to deep (the paper's order)."""
     anatomy = anatomy_of(model, config)
-    chosen = [site for site in select_sites(anatomy, config.sites) if site.chosen]
+    chosen = [site for site in select_sites(anatomy, config.sites) if site.chosen and site.kind != BLOCK]
     depths = sorted({site.depth for site in chosen})
     return [[site.name for site in chosen if site.depth == depth] for depth in depths]
 
@@ -262,7 +263,8 @@ def narrow_to(
     """Narrow to given widths, {couple: features of a group} (a site's `couple` names it), instead of found ones."""
     anatomy = anatomy_of(model, config)
     known = {site.couple: site.group_width for site in anatomy.sites.values()}
-    wrong = {name: width for name, width in couples.items() if not 1 <= width <= known.get(name, 0)}
+    blocks = {site.couple for site in anatomy.block_sites.values()}
+    wrong = {n: width for n, width in couples.items() if not (n not in blocks) <= width <= known.get(n, -1)}
     if wrong:
         raise RMTKDError(f"Widths {wrong}: expected a couple and at most its width a group, of {known}.")
     names = [site.name for site in anatomy.sites.values() if site.couple in couples]
@@ -311,7 +313,13 @@ def _reduction(model: PreTrainedModel, done: _Cut) -> Reduction:
     records = tuple(
         SiteRecord(s.name, s.kind, s.width, s.planned, s.subspace.edge, s.subspace.rank)
         for s in done.report.sites
-        if s.name in widths
+        if s.name in widths or not s.planned
+    )
+    numbers = {*removed_blocks(done.surgeon.anatomy, done.plan.couples)}
+    records += tuple(  # a block has no spectrum
+        SiteRecord(site.name, site.kind, 1, int(site.depth not in numbers), math.nan, 1)
+        for site in done.surgeon.sites
+        if site.kind == BLOCK
     )
     sizes = count_parameters(model), count_parameters(done.student)
     costs = done.predicted_loss, done.surgeon.loss_unit, done.divergence

@@ -10,6 +10,7 @@ whatever the resolution of the images.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from .sites import Anatomy, Point, Unit, get_module, is_layer
 from .units import own_units
 
 
-__all__ = ["Replay", "Scope", "least_squares_update", "norm_fit", "refit"]
+__all__ = ["Pairs", "Replay", "Scope", "least_squares_update", "norm_fit", "refit"]
 
 Seen = torch.Tensor | tuple[torch.Tensor, ...]  # of a module that is called several times in a pass
 # (batch, length) bool each, or None: those of the model's input, those of an encoder-decoder's decoder
@@ -49,13 +50,48 @@ class _Part:
     Attributes:
         units: those in it, in forward order.
         student, teacher: how each runs.
+        cuts: what of it was cut.
         through: how each goes on to the next block, given what runs the present one on a batch; None: there is none.
+        names: paths of the block in the student and in the teacher.
     """
 
     units: list[Unit]
     student: Scope
     teacher: Scope
+    cuts: Cuts
     through: tuple[Callable, Callable] | None = None
+    names: tuple[str, str] = ("", "")
+
+    def taught(self, point: Point) -> Point:
+        """A point of the student as the teacher calls it."""
+        block, own = self.names
+        inside = block != own and f"{point.path}.".startswith(f"{block}.")
+        return dataclasses.replace(point, path=own + point.path[len(block) :]) if inside else point
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which block of the teacher each block of the student was.
+
+    Attributes:
+        blocks: paths of all of the teacher's. former: {path in the student: that in the teacher}.
+    """
+
+    blocks: tuple[str, ...]
+    former: Mapping[str, str]
+
+    @property
+    def missing(self) -> bool:
+        """Whether the student has fewer."""
+        return len(self.former) < len(self.blocks)
+
+    def run_of(self, stack: tuple[str, ...]) -> tuple[str, ...]:
+        """The teacher's blocks where these of the student's are: all of them, where any are missing."""
+        return self.blocks if self.missing else stack
+
+    def moved(self, block: str) -> bool:
+        """Whether blocks before this one of the student are missing."""
+        return self.blocks.index(self.former[block]) != list(self.former).index(block)
 
 
 def refit(
@@ -66,16 +102,25 @@ def refit(
     batches: Sequence[dict[str, Any]],
     ridge: float | None,
     progress: bool = True,
+    pairs: Pairs | None = None,
+    late: Cuts | None = None,
 ) -> None:
-    """Fit all units of `student` that a cut touches, in place, in forward order."""
+    """Fit all units of `student` that a cut touches, in place, in forward order.
+
+    Args:
+        anatomy: of the student's layers.
+        pairs: which blocks of the teacher these are; None: they are called alike.
+        late: the cuts from where on blocks are missing: all that reads the stream has another one there.
+    """
+    pairs = pairs or Pairs(anatomy.blocks, {block: block for block in anatomy.blocks})
     batches = _cap(batches)
     masks = [_masks(teacher, batch) for batch in batches]
     free = own_units(student, anatomy)
     bar = tqdm(total=len(anatomy.blocks) + 2, desc="Refitting", unit="block", disable=not progress, leave=False)
     # sums of products that bf16 has rounded tell nothing of small eigenvalues
     with bar, exact_matmul(next(student.parameters()).device):
-        for part in _parts(student, teacher, anatomy, batches, masks, cuts):
-            _fit_part(part, cuts, free, ridge)
+        for part in _parts(student, teacher, anatomy, batches, masks, (cuts, cuts if late is None else late), pairs):
+            _fit_part(part, free, ridge)
             bar.update()
 
 
@@ -100,26 +145,29 @@ def _tokens(batch: Mapping[str, Any]) -> int:
     return ids.numel() if texts else batch_size(batch)
 
 
-def _parts(student, teacher, anatomy, batches, masks, cuts) -> Iterator[_Part]:
+def _parts(student, teacher, anatomy, batches, masks, cuts, pairs) -> Iterator[_Part]:
     """What comes before the blocks, each block, and what comes after, with both networks ready to run."""
     models = (student, teacher)
     calls: dict[str, int] = {}  # the same in both
     whole = [Scope(model, lambda i, model=model: run(model, batches[i]), masks, calls=calls) for model in models]
     if anatomy.repeats > 1:  # no block is finished before all have run
-        yield _Part(list(anatomy.units), *whole)
+        yield _Part(list(anatomy.units), *whole, cuts[0])
         return
     rest = list(anatomy.units)
     for stack in anatomy.runs:
         positions = [i for i, unit in enumerate(rest) if unit.block in stack]
         first, last = positions[0], positions[-1] + 1
-        yield _Part(rest[:first], *whole)
+        yield _Part(rest[:first], *whole, cuts[0])
         # a later stack reads what an earlier one gives, which is finished
-        replays = [Replay(model, stack, scope) for model, scope in zip(models, whole, strict=True)]
+        each = zip(models, (stack, pairs.run_of(stack)), whole, strict=True)
+        replays = [Replay(model, blocks, scope) for model, blocks, scope in each]
         for block, units in itertools.groupby(rest[first:last], key=lambda unit: unit.block):
-            scopes = [replay.scope(block) for replay in replays]
-            yield _Part(list(units), *scopes, tuple(replay.advance for replay in replays))
+            names = block, pairs.former[block]  # the teacher goes through what is between them on the way
+            scopes = [replay.scope(name) for replay, name in zip(replays, names, strict=True)]
+            onwards = tuple(replay.advance for replay in replays)
+            yield _Part(list(units), *scopes, cuts[pairs.moved(block)], onwards, names)
         rest = rest[last:]
-        if after := [unit for unit in rest if _touched(unit, whole[0], cuts)]:
+        if after := [unit for unit in rest if _touched(unit, whole[0], cuts[1])]:
             points = [Point(u.path, side) for u in after for side in ("input", "output")]
             points += [point for u in after for point in u.sums]
             part = first_samples(batches[0], 1)
@@ -128,7 +176,7 @@ def _parts(student, teacher, anatomy, batches, masks, cuts) -> Iterator[_Part]:
                 replay.behind(scope, lambda model=model: run(model, part), share, points)
                 for model, replay, scope in zip(models, replays, whole, strict=True)
             ]
-    yield _Part(rest, *whole)
+    yield _Part(rest, *whole, cuts[1])
 
 
 def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
@@ -146,7 +194,8 @@ def _touched(unit: Unit, scope: Scope, cuts: Cuts) -> bool:
     return hasattr(module, "weight") and (unit.reads in cuts or (inside and unit.writes in cuts))
 
 
-def _fit_part(part: _Part, cuts: Cuts, free: Collection[str], ridge: float | None) -> None:
+def _fit_part(part: _Part, free: Collection[str], ridge: float | None) -> None:
+    cuts = part.cuts
     units = [unit for unit in part.units if _touched(unit, part.student, cuts)]
     groups = [
         list(group)
@@ -159,7 +208,7 @@ def _fit_part(part: _Part, cuts: Cuts, free: Collection[str], ridge: float | Non
     fits = [_Fit(group, part.student, free, ridge) for group in groups]
     # the first group is fitted while the teacher runs: what it wants need not be kept
     early = progress.through(0) if groups else iter(())
-    wants = _wants(groups, part, cuts, lambda index, wanted: fits[0].add(index, next(early), wanted))
+    wants = _wants(groups, part, lambda index, wanted: fits[0].add(index, next(early), wanted))
     for step, fit in enumerate(fits):
         for index, seen in enumerate(early if step == 0 else progress.through(step)):
             fit.add(index, seen, wants[step][index])
@@ -169,18 +218,18 @@ def _fit_part(part: _Part, cuts: Cuts, free: Collection[str], ridge: float | Non
 
 
 def _wants(
-    groups: list[list[Unit]], part: _Part, cuts: Cuts, first: Callable[[int, dict[str, torch.Tensor]], None]
+    groups: list[list[Unit]], part: _Part, first: Callable[[int, dict[str, torch.Tensor]], None]
 ) -> list[Store]:
     """For each group, batch by batch, {path: rows that its unit should give, its skip path included}; those of the
     first one are not kept but told to `first`. The teacher goes on to the next block, where there is one."""
     scope, count = part.teacher, len(part.teacher.masks)
-    points = {p for group in groups for unit in group for p in (Point(unit.path), *unit.sums)}
+    points = {part.taught(p): p for group in groups for unit in group for p in (Point(unit.path), *unit.sums)}
     device = next(scope.module.parameters()).device
     wants = [Store(device) for _ in groups]
 
     def keep(index: int, seen: dict[Point, torch.Tensor]) -> dict[str, torch.Tensor]:
-        rows = {p: _spaced(_rows(x, scope.masks[index], _at(scope, p)), count) for p, x in seen.items()}
-        wanted = [{u.path: _wanted(u, rows, cuts) for u in group} for group in groups]
+        rows = {points[p]: _spaced(_rows(x, scope.masks[index], _at(scope, p)), count) for p, x in seen.items()}
+        wanted = [{u.path: _wanted(u, rows, part.cuts) for u in group} for group in groups]
         for rest, store in zip(wanted[1:], wants[1:], strict=True):
             store.append(rest)
         return wanted[0]

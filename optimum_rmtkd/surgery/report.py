@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class SpectralReport:
         round_to: what planned widths are multiples of: less than the recipe says where that would have missed the
             target. None: not known.
         note: what is to be said of a recipe without a target; empty otherwise.
+        blocks: where whole blocks may go, {name: (predicted loss without it, whether the recipe leaves it)}.
     """
 
     sites: tuple[SiteSpectrum, ...]
@@ -64,6 +66,7 @@ class SpectralReport:
     recipe: dict[str, Any]
     round_to: int | None = None
     note: str = ""
+    blocks: Mapping[str, tuple[float, bool]] = field(default_factory=dict)
 
     def table(self) -> str:
         """One line a site: width, planned width, rank under the chosen and every other estimator, and the fit of the
@@ -105,10 +108,19 @@ class SpectralReport:
             "",
             f"parameters {self.parameters:,} -> {self.planned_parameters:,} ({-share:+.1%})",
             *([f"widths: {self.steps}"] if self.steps else []),
+            *self._of_blocks(),
             *self.warnings(),
             *([self.note] if self.note else []),
         ]
         return "\n".join(lines)
+
+    def _of_blocks(self) -> list[str]:
+        """Whole blocks, and what their loss is predicted to cost."""
+        if not self.blocks:
+            return []
+        costs = ", ".join(f"{name} {_short(cost)}" for name, (cost, _) in self.blocks.items())
+        gone = [name for name, (_, stays) in self.blocks.items() if not stays]
+        return [f"blocks: predicted loss without {costs}; removed: {', '.join(gone) or 'none'}"]
 
     @property
     def steps(self) -> str:
@@ -141,6 +153,7 @@ class SpectralReport:
             "round_to": self.round_to,
             "steps": self.steps,
             "note": self.note,
+            "blocks": {n: {"predicted_loss": cost, "kept": stays} for n, (cost, stays) in self.blocks.items()},
             "recipe": self.recipe,
             "sites": [site.to_dict() for site in self.sites],
             "budget": [vars(point) for point in self.budget],

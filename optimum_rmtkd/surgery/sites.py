@@ -10,6 +10,7 @@ Paths starting with "@." are relative to the backbone, the others to the whole m
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ from ..modeling_rmtkd import LowRankConv2d, LowRankEmbedding, LowRankLinear, is_
 
 
 __all__ = [
+    "BLOCK",
     "CHANNELS",
     "FOLLOWERS",
     "Anatomy",
@@ -42,6 +44,7 @@ __all__ = [
 
 
 CHANNELS = ("channels", "residual_channels")  # kinds of sites of convolutional networks
+BLOCK = "block"  # kind of the sites that are whole blocks, of width 1: all or nothing
 FOLLOWERS = ("pooled", "parted")  # kinds of sites whose width follows another's
 
 
@@ -62,7 +65,7 @@ class Site:
     Attributes:
         name: unique in the model, for example "layer.3.intermediate".
         kind: one of hidden, intermediate, attention_qk, attention_vo, attention_groups, embedding, channels,
-            residual_channels, linear; or one of FOLLOWERS, which are never chosen on their own: "pooled", the
+            residual_channels, linear, block; or one of FOLLOWERS, which are never chosen on their own: "pooled", the
             element-wise width of a pooler, which follows the hidden width, and "parted", the output of a layer that
             makes what another site holds (fused layers; keys and values of attention whose whole groups are cut).
         width: number of features now.
@@ -201,6 +204,8 @@ class Anatomy:
         last_norm: path of the norm between a pre-norm stream and the head.
         answers: a language model: each token is a sample of its own, and prices are taken token by token.
         refused: {kind of a site that models of this family have and that is not cut: why}.
+        kept: numbers of these blocks in the uncut model, by which their sites are named, and how many it had; None
+            where none is missing.
     """
 
     sites: dict[str, Site]
@@ -218,6 +223,23 @@ class Anatomy:
     last_norm: str | None = None
     answers: bool = False
     refused: dict[str, str] = field(default_factory=dict)
+    kept: tuple[tuple[int, ...], int] | None = None
+
+    @functools.cached_property
+    def block_sites(self) -> dict[str, Site]:
+        """{path of a block: the site that is all of it}, where blocks may go."""
+        return {self.blocks[site.depth]: site for site in self.sites.values() if site.kind == BLOCK}
+
+    def is_gone(self, block: str | None, widths: Mapping[str, int]) -> bool:
+        """Whether a block is removed under `widths` {site: new width}."""
+        site = self.block_sites.get(block)
+        return site is not None and widths.get(site.name) == 0
+
+    def is_missing(self, name: str) -> bool:
+        """Whether this names a site of a block that was removed before."""
+        number = name.split(".")[1] if name.startswith("layer.") else ""
+        here, most = self.kept or ((), 0)
+        return number.isdigit() and int(number) < most and int(number) not in here
 
     @property
     def runs(self) -> tuple[tuple[str, ...], ...]:
@@ -380,7 +402,7 @@ def decoder_units(model: nn.Module, decoder: str | None, table: str | None) -> l
 
 def all_but_the_stream(anatomy: Anatomy) -> str:
     """The option that leaves the stream of this model as wide as it is, as one writes it."""
-    kinds = dict.fromkeys(site.kind for site in anatomy.sites.values() if site.chosen)
+    kinds = dict.fromkeys(site.kind for site in anatomy.sites.values() if site.chosen and site.kind != BLOCK)
     return f"sites={tuple(kind for kind in kinds if kind != 'hidden')!r}"
 
 
@@ -393,19 +415,23 @@ def select_sites(anatomy: Anatomy, wanted: tuple[str, ...] | None) -> list[Site]
         UnsupportedArchitectureError: a kind that is not cut in this family; says why.
     """
     if wanted is None:
-        return list(anatomy.sites.values())
+        return [site for site in anatomy.sites.values() if site.kind != BLOCK]
+    if (kinds := {site.kind for site in anatomy.sites.values()}) == {"linear"}:  # factors, of any architecture
+        wanted = tuple(name for name in wanted if name != BLOCK)
+    wanted = tuple(name for name in wanted if not anatomy.is_missing(name))
     for name in wanted:
         if name in anatomy.refused:
             raise UnsupportedArchitectureError(
                 f"The site {name!r} is not cut in this model: {anatomy.refused[name]}. Leave it out of `sites`."
             )
-    kinds = {site.kind for site in anatomy.sites.values()}
     unknown = [name for name in wanted if name not in kinds and name not in anatomy.sites]
     if unknown:
         raise RMTKDError(
             f"Unknown site(s) {', '.join(unknown)}. Kinds of this model: {', '.join(sorted(kinds - set(FOLLOWERS)))}; "
             f"single sites: {', '.join(anatomy.sites)}."
         )
+    if not wanted:
+        raise RMTKDError("No site of those in `sites` is there to be narrowed: their blocks were removed before.")
     named = [site for site in anatomy.sites.values() if site.kind in wanted or site.name in wanted]
     couples = {site.couple for site in named}
     chosen = [site for site in anatomy.sites.values() if site.couple in couples]

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +17,14 @@ from ..batches import evaluating, first_samples, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
 from ..models import (
+    KEPT,
     UNCUT,
     Scratch,
     carry_over,
     check_behaviour,
     check_structure,
     count_parameters,
+    kept_blocks,
     match_precision,
     provenance_of,
     released,
@@ -35,12 +36,14 @@ from ..spectra.edges import find_estimator
 from ..spectra.separation import doubt
 from ..spectra.subspace import check_varies
 from .bases import kept_in
+from .block_prices import block_prices, whole_block
 from .budget import (
     BudgetPoint,
     Couple,
     Plan,
     couple_grid,
     parameters_of,
+    predicted,
     site_widths,
 )
 from .calibration import Calibration, calibrate, gradient_points, points_of
@@ -55,20 +58,22 @@ from .checks import (
     check_recipe,
     check_shape,
 )
+from .couples import group_means
+from .depth import former_blocks, removed_blocks, without_blocks
 from .directions import Directions, parted_projection, site_directions
 from .divergence import Remembered, answers_per_sample, mean_divergence
 from .grouping import by_length
 from .latency import Stopwatch
 from .likelihood import answers
-from .narrowing import Cuts, build_student, fold_norms, initialise
+from .narrowing import Cuts, build_student, fold_norms, initialise, origin_of
 from .native import check_expressible, plain_form
 from .planning import planned
 from .prices import directional_prices
 from .processes import all_batches, one_for_all, several, share_of
 from .recomputing import inside, recomputed
-from .refit import refit
+from .refit import Pairs, refit
 from .report import SiteSpectrum, SpectralReport
-from .sites import CHANNELS, Point, Site, get_module, select_sites
+from .sites import BLOCK, CHANNELS, Anatomy, Point, Site, get_module, has_module, select_sites
 from .tracing import with_traced_reads
 from .tryout import checked_batches
 from .untargeted import asks_for_edges
@@ -156,6 +161,7 @@ class Surgeon:
         if sites is None and (accelerator is None or accelerator.is_main_process):  # once, not of each layer of many
             widths = {site.kind: site.width for site in sorted(self.sites, key=lambda site: site.width)}
             warn_of_few(self.batches, calibrating, widths.get("hidden", max(widths.values(), default=0)))
+        self.blocks: torch.Tensor | None = None  # what leaving them out costs, see `block_prices`
         self.directions: dict[str, Directions] = {}
         self.subspaces: dict[str, SignalSubspace] = {}
         self._priced = False  # are the directions of a language model priced from the data?
@@ -234,7 +240,7 @@ class Surgeon:
     def couples(self, spectra: bool = False) -> list[Couple]:
         """The widths there are to decide, each with what it costs to narrow it; with `spectra` also what these say."""
         if self.anatomy.answers and self.calibration.gradients and not self._priced:
-            found = {site.name: self.directions_of(site) for site in self.sites if site.chosen}
+            found = {site.name: self.directions_of(site) for site in self._with_widths()}
             again = inside(self.teacher, self.anatomy.blocks, self.calibration.points) if self.scratch else ()
             with recomputed(self.teacher, self.anatomy.blocks, self.scratch):
                 self.directions |= directional_prices(
@@ -247,6 +253,10 @@ class Surgeon:
             self._priced = True
         return [self._couple(name, members, spectra) for name, members in self._members().items()]
 
+    def _with_widths(self) -> list[Site]:
+        """The sites whose width is a decision; of a block it is all or nothing."""
+        return [site for site in self.sites if site.chosen and site.kind != BLOCK]
+
     def _members(self) -> dict[str, tuple[Site, ...]]:
         """{couple: its sites}"""
         grouped: dict[str, list[Site]] = {}
@@ -257,19 +267,30 @@ class Surgeon:
     def _damage(self, members: tuple[Site, ...]) -> torch.Tensor:
         return sum(self.directions_of(site).damage for site in members if site.chosen)
 
+    def _whole_block(self, site: Site) -> Couple:
+        if self.blocks is None:
+            fisher = bool(self.calibration.gradients)
+            self.blocks = block_prices(self.teacher, self.batches, self.anatomy, self.config.seed, fisher)
+        return whole_block(self.anatomy, site, self.blocks)
+
     def _couple(self, name: str, members: tuple[Site, ...], spectra: bool) -> Couple:
         own = [site for site in members if site.chosen]
         lead, score, rank = own[0], torch.empty(0), None
+        if lead.kind == BLOCK:
+            return self._whole_block(lead)
         for site in own:
             self._check_varies(site)
         floor, step, stride = couple_grid(lead, self.config)
         damage = self._damage(members)
         if spectra:
             subspaces = [self.subspace_of(site) for site in own]
-            score = torch.stack([_group_means(s.over_edge, lead) for s in subspaces]).mean(0)
+            score = torch.stack([group_means(s.over_edge, lead) for s in subspaces]).mean(0)
             rank = max(math.ceil(s.rank / lead.groups) for s in subspaces)
             rank = min(lead.group_width, max(floor, -(-rank // step) * step))
-        return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank)
+        blocks = [site for site in self.anatomy.block_sites.values() if site in self.sites]
+        parts = {b.couple: tuple(site for site in own if site.depth == b.depth) for b in blocks}
+        inside = {block: self._damage(sites) for block, sites in parts.items() if sites}
+        return Couple(name, members, lead.group_width, floor, step, stride, damage, score, rank, inside)
 
     def _check_varies(self, site: Site) -> None:
         """A constant activation is refused whether or not its spectrum is asked for."""
@@ -296,7 +317,7 @@ class Surgeon:
             narrow = f"too narrow for a bulk, {site.width} features" if site.width < TOO_NARROW else None
             return None if self.trust_edges else narrow or doubt(self.subspace_of(site))
 
-        return {site.name: of(site) for site in self.sites if site.chosen}
+        return {site.name: of(site) for site in self._with_widths()}
 
     @property
     def loss_unit(self) -> str | None:
@@ -323,8 +344,8 @@ class Surgeon:
         """What a cut to {couple: features of a group} is predicted to cost, in `loss_unit`; None without a unit."""
         if self.loss_unit is None:
             return None
-        damages = {name: self._damage(members) for name, members in self._members().items()}
-        lost = sum(float(damage[couples.get(name, len(damage) - 1)]) for name, damage in damages.items())
+        known = [self._couple(name, members, False) for name, members in self._members().items()]
+        lost = predicted(known, {couple.name: couples.get(couple.name, couple.width) for couple in known})
         return lost / (self.answers if self.loss_unit == "nats" else 1.0)
 
     def divergence(self, student: PreTrainedModel) -> float | None:
@@ -334,19 +355,26 @@ class Surgeon:
             return mean_divergence(self.teacher, twin, self.batches, self.remembered)
 
     def _blocks_of(self, *models: PreTrainedModel) -> list[torch.nn.Module]:
-        return [get_module(model, path) for model in models for path in self.anatomy.blocks]
+        paths = self.anatomy.blocks
+        return [get_module(model, path) for model in models for path in paths if has_module(model, path)]
 
     def report(self, couples: dict[str, int], curve: list[BudgetPoint], round_to: int | None = None) -> SpectralReport:
         """The spectra of all sites in question and what a `Plan` makes of them."""
-        widths = site_widths(couples, self.anatomy)
+        widths, gone = site_widths(couples, self.anatomy), set(removed_blocks(self.anatomy, couples))
+
+        def width_of(site: Site) -> int:
+            inside = site.kind != "hidden" and site.depth in gone
+            return 0 if inside else widths.get(site.name, site.width)
+
         spectra = [
-            SiteSpectrum(s.name, s.kind, s.width, widths.get(s.name, s.width), self.subspace_of(s))
-            for s in self.sites
-            if s.chosen
+            SiteSpectrum(s.name, s.kind, s.width, width_of(s), self.subspace_of(s)) for s in self._with_widths()
         ]
         after = parameters_of(self.teacher, self.anatomy)(couples)
+        blocks = [site for site in self.sites if site.kind == BLOCK]
         return SpectralReport(
-            tuple(spectra), count_parameters(self.source), int(after), tuple(curve), self.config.to_dict(), round_to
+            tuple(spectra),
+            *(count_parameters(self.source), int(after), tuple(curve), self.config.to_dict(), round_to),
+            blocks={s.name: (float(self._whole_block(s).damage[0]), s.depth not in gone) for s in blocks},
         )
 
     def operate(self, couples: dict[str, int], last: bool = False) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
@@ -358,22 +386,27 @@ class Surgeon:
         """
         if self.config.shape == "native":
             check_expressible(self.source, self.anatomy, couples)
-        cuts = self._cuts(couples, last)
+        shallow, anatomy = without_blocks(self.teacher, self.anatomy, couples)
+        cuts = self._cuts(anatomy, couples, last)
         former = provenance_of(self.source)
         provenance = {
-            "base_model": former.get("base_model", _origin(self.source.config._name_or_path)),
+            "base_model": former.get("base_model", origin_of(self.source.config._name_or_path)),
             "parameters_before": uncut_parameters(self.source),
             "rounds": former.get("rounds", 0) + 1,
         }
         recipe, scratch = self.config.to_dict(), self.scratch
-        student = build_student(self.teacher, self.anatomy, couples, recipe, provenance, scratch)
-        initialise(student, self.teacher, self.anatomy, cuts, scratch)
+        student = build_student(shallow, anatomy, couples, recipe, provenance, scratch)
+        initialise(student, shallow, anatomy, cuts, scratch)
+        del shallow
         student.tie_weights(recompute_mapping=False)
         cuts = cuts.encodings()
+        pairs = Pairs(self.anatomy.blocks, former_blocks(self.anatomy, anatomy))
         with released(scratch, self._blocks_of(student, self.teacher)):
             self._try_out(student)
             if self.config.refit and self.config.form == "absorbed":
-                refit(student, self.teacher, self.anatomy, cuts, self.batches, self.config.ridge, self.progress)
+                late = cuts.with_whole("hidden", anatomy.sites["hidden"].width) if pairs.missing else cuts
+                batches, ridge = self.batches, self.config.ridge
+                refit(student, self.teacher, anatomy, cuts, batches, ridge, self.progress, pairs, late)
         student = match_precision(student, self.source, scratch)
         if self.config.shape == "native":
             student = self._plain(student)
@@ -384,6 +417,8 @@ class Surgeon:
         """The same as an instance of the stock class, whose config remembers the size before."""
         plain = plain_form(student, first_samples(self.batches[0], LOOKED_AT)).model
         setattr(plain.config, UNCUT, uncut_parameters(self.source))
+        if kept := kept_blocks(student):
+            setattr(plain.config, KEPT, kept)
         return plain
 
     def _try_out(self, student: PreTrainedModel) -> None:
@@ -398,8 +433,9 @@ class Surgeon:
                 "form='factored'."
             ) from error
 
-    def _cuts(self, couples: dict[str, int], last: bool) -> Cuts:
-        chosen, stream, cut = {}, None, site_widths(couples, self.anatomy)
+    def _cuts(self, anatomy: Anatomy, couples: dict[str, int], last: bool) -> Cuts:
+        """The cuts of the sites of `anatomy`, which may lack blocks; of units by their paths there."""
+        chosen, stream, cut = {}, None, site_widths(couples, anatomy)
         order = sorted(self.anatomy.sites.values(), key=lambda site: site.kind != "hidden")
         order = [site for site in order if site.name in cut and site.kind != "parted"]
         for site in order:
@@ -419,7 +455,7 @@ class Surgeon:
             if site.kind == "parted" and site.name in cut:
                 lead = self.anatomy.sites[site.follows]
                 chosen[site.name] = {"": parted_projection(site, lead, chosen[lead.name][""])}
-        return Cuts(chosen)
+        return Cuts(chosen).renamed(former_blocks(self.anatomy, anatomy))
 
     def _stream_projection(self, cuts: Cuts) -> dict[str, torch.Tensor]:
         cut = cuts.of("hidden", "")
@@ -437,13 +473,3 @@ def _naming(site: Site) -> Iterator[None]:
         if repr(site.name) in str(error):
             raise
         raise CalibrationError(f"Site {site.name!r}: {error}") from error
-
-
-def _origin(name: str) -> str:
-    """Name of the uncut model; of a folder its last part, for paths of somebody's machine do not belong on the Hub."""
-    return Path(name).name if Path(name).exists() else name
-
-
-def _group_means(values: torch.Tensor, site: Site) -> torch.Tensor:
-    """(width,) descending values -> (group_width,): heads are cut alike, so their k-th directions go together."""
-    return values[: site.width].reshape(site.group_width, site.groups).mean(1)

@@ -98,7 +98,8 @@ def _beside(site: Site, model: nn.Module, anatomy: Anatomy, shapes: Shapes) -> l
     rows = _product(shapes[writer.path][:-1])
     if site.kind == "intermediate":
         kind = Kind("activation", (rows,))
-        return [(Unit(writer.path, writes=site.name), lambda widths: [(kind, (widths.get(site.name, site.width),))])]
+        unit = Unit(writer.path, writes=site.name, block=writer.block)
+        return [(unit, lambda widths: [(kind, (widths.get(site.name, site.width),))])]
     other = anatomy.sites.get(site.name.replace("attention_qk", "attention_vo"))
     if site.kind != "attention_qk" or other is None or len(shapes[writer.path]) != 3:
         return []
@@ -109,7 +110,7 @@ def _beside(site: Site, model: nn.Module, anatomy: Anatomy, shapes: Shapes) -> l
     def parts(widths: Mapping[str, int]) -> list[tuple[Kind, tuple[int, ...]]]:
         return [(kind, tuple(widths.get(s.name, s.width) // site.groups for s in (site, other)))]
 
-    return [(Unit(writer.path, reads=site.name, writes=other.name), parts)]
+    return [(Unit(writer.path, reads=site.name, writes=other.name, block=writer.block), parts)]
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:

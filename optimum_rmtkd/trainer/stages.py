@@ -192,8 +192,10 @@ def check_target(config: RMTKDConfig, parameters: int, reference: int) -> None:
 
 
 def narrowest(sites: Iterable[dict[str, Any]]) -> tuple[str, float] | None:
-    """(name, width after / width before) of the site cut hardest; None without sites."""
-    ratios = [(site["width_after"] / site["width_before"], site["name"]) for site in sites if site["width_before"]]
+    """(name, width after / width before) of the site cut hardest; None without sites. Those of a block that went as a
+    whole are none that are too narrow."""
+    widths = [(site["width_after"], site["width_before"], site["name"]) for site in sites]
+    ratios = [(after / before, name) for after, before, name in widths if after and before]
     return (min(ratios)[1], min(ratios)[0]) if ratios else None
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...errors import RMTKDError, UnsupportedArchitectureError
-from ..layers import blocks_of
+from ..layers import blocks_of, own_blocks
 from ..projections import projection_for
 from ..step import DistillationStep
 from .base import DistillationObjective, FeatureRequest, register_objective
@@ -55,6 +55,8 @@ class HiddenStateLoss(DistillationObjective):
             logger.warning("HiddenStateLoss drops out, the other objectives stay: %s", error)
             self._blocks, self.active = (), False
             return
+        if (own := own_blocks(student, teacher)) is not None:
+            theirs = tuple(theirs[number] for number in own)
         if len(ours) != len(theirs):
             raise RMTKDError(
                 f"The student has {len(ours)} residual blocks, the teacher {len(theirs)}; HiddenStateLoss pairs them "

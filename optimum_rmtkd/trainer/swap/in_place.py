@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...models import carry_over
+from ...models import carry_over, parameters_as
 from .optimizer import regroup
 
 
@@ -31,9 +31,10 @@ def become(model: nn.Module, other: nn.Module) -> set[str]:
     hooks on the model itself are kept; whatever accelerate hung on it is gone with the old inside.
 
     Returns:
-        Names of the parameters that the cut left as they were: same name, shape and values.
+        Names of the parameters that the cut left as they were: same name (in a model of fewer blocks that of the same
+        block), shape and values.
     """
-    old = dict(model.named_parameters())
+    old = parameters_as(model, other)
     same = {
         name
         for name, parameter in carry_over(model, other, root=model).named_parameters()
@@ -61,7 +62,7 @@ def install(
     Args:
         fresh_groups: the groups that an optimizer made now would have; None: the user built it, see `regroup`.
     """
-    old, place = dict(model.named_parameters()), next(model.parameters())
+    old, place = parameters_as(model, replacement), next(model.parameters())
     same = become(model, replacement.to(device=place.device))
     if optimizer is not None:
         groups = None if fresh_groups is None else fresh_groups()

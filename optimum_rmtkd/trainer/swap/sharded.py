@@ -21,7 +21,7 @@ from torch import nn
 
 from ...distillation import Teacher
 from ...distillation.teachers import clean_copy
-from ...models import copied
+from ...models import block_names, copied
 from .in_place import become
 from .optimizer import raw_optimizer, regroup
 
@@ -317,10 +317,12 @@ class Sharding(Holder):
 
         raw, accelerator = raw_optimizer(optimizer), self.accelerator
         twin = self.whole(model)
+        name = block_names(twin, replacement)
         same = become(twin, replacement.to(next(twin.parameters()).device))
         ready(twin)
         self.remember(twin)
-        old = {_plain_name(name): p for name, p in resharded(model).named_parameters()}
+        before = {_plain_name(path): p for path, p in resharded(model).named_parameters()}
+        old = {name(path) or f"removed {path}": p for path, p in before.items()}
         # in one order on all processes, which gather it one by one: that of a set of names is each process's own
         state = {name: raw.state[p] for name, p in old.items() if name in same and p in raw.state}
         groups = None if fresh_groups is None else fresh_groups()
