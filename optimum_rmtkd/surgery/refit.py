@@ -48,12 +48,14 @@ class _Part:
         units: those in it, in forward order.
         student, teacher: how each runs.
         through: how each goes on to the next block, given what runs the present one on a batch; None: there is none.
+        repeats: one pass calls some of them several times.
     """
 
     units: list[Unit]
     student: Scope
     teacher: Scope
     through: tuple[Callable, Callable] | None = None
+    repeats: bool = False
 
 
 def refit(
@@ -104,7 +106,7 @@ def _parts(student, teacher, anatomy, batches, masks, cuts) -> Iterator[_Part]:
     calls: dict[str, int] = {}  # the same in both
     whole = [Scope(model, lambda i, model=model: run(model, batches[i]), masks, calls=calls) for model in models]
     if anatomy.repeats > 1:  # no block is finished before all have run
-        yield _Part(list(anatomy.units), *whole)
+        yield _Part(list(anatomy.units), *whole, repeats=True)
         return
     positions = [i for i, unit in enumerate(anatomy.units) if unit.block is not None]
     first, last = (positions[0], positions[-1] + 1) if positions else (len(anatomy.units), len(anatomy.units))
@@ -192,7 +194,8 @@ def _wants(
         part.through[1](call if groups else None)
     elif groups:
         for index in range(count):
-            seen = scope.watch(index, points) if index else scope.pass_through(index, points)[1]  # which counts calls
+            counts = part.repeats and index == 0  # a whole pass counts calls
+            seen = scope.pass_through(index, points)[1] if counts else scope.watch(index, points)
             wanted = keep(index, seen)
             del seen
             first(index, wanted)
