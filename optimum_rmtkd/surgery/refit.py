@@ -53,6 +53,7 @@ class _Part:
         cuts: what of it was cut.
         through: how each goes on to the next block, given what runs the present one on a batch; None: there is none.
         names: paths of the block in the student and in the teacher.
+        repeats: one pass calls some of them several times.
     """
 
     units: list[Unit]
@@ -61,6 +62,7 @@ class _Part:
     cuts: Cuts
     through: tuple[Callable, Callable] | None = None
     names: tuple[str, str] = ("", "")
+    repeats: bool = False
 
     def taught(self, point: Point) -> Point:
         """A point of the student as the teacher calls it."""
@@ -151,7 +153,7 @@ def _parts(student, teacher, anatomy, batches, masks, cuts, pairs) -> Iterator[_
     calls: dict[str, int] = {}  # the same in both
     whole = [Scope(model, lambda i, model=model: run(model, batches[i]), masks, calls=calls) for model in models]
     if anatomy.repeats > 1:  # no block is finished before all have run
-        yield _Part(list(anatomy.units), *whole, cuts[0])
+        yield _Part(list(anatomy.units), *whole, cuts[0], repeats=True)
         return
     rest = list(anatomy.units)
     for stack in anatomy.runs:
@@ -245,7 +247,8 @@ def _wants(
         part.through[1](call if groups else None)
     elif groups:
         for index in range(count):
-            seen = scope.watch(index, points) if index else scope.pass_through(index, points)[1]  # which counts calls
+            counts = part.repeats and index == 0  # a whole pass counts calls
+            seen = scope.pass_through(index, points)[1] if counts else scope.watch(index, points)
             wanted = keep(index, seen)
             del seen
             first(index, wanted)
