@@ -158,7 +158,9 @@ def _batch(model: PreTrainedModel, size: int, length: int | None) -> dict[str, A
     if length is not None and longest is not None and length > longest:
         raise RMTKDError(f"--length {length}: {type(model).__name__} takes {longest} tokens at most.")
     length = length or min(512, longest or 512)
-    return {"input_ids": torch.empty(size, length, device="meta", dtype=torch.long)}
+    ids = torch.empty(size, length, device="meta", dtype=torch.long)
+    both = getattr(config, "is_encoder_decoder", False)
+    return {"input_ids": ids, **({"decoder_input_ids": ids} if both else {})}
 
 
 def _report(

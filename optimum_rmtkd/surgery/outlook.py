@@ -109,6 +109,10 @@ def shape_of(
 def _with_mask(model: PreTrainedModel, anatomy: Anatomy, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Of a decoder with a mask of its own: to make one it would look whether texts are packed, at values that are not
     there."""
+    if "decoder_input_ids" in batch:
+        size, length = batch["decoder_input_ids"].shape
+        causal = torch.empty(size, 1, length, length, dtype=torch.bool, device="meta")
+        return {**batch, "decoder_attention_mask": causal}
     decoder = shifts_labels(model) or any(site.kind == "attention_groups" for site in anatomy.sites.values())
     if not decoder or "input_ids" not in batch:
         return dict(batch)

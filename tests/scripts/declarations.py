@@ -114,7 +114,6 @@ SCRIPTS = (
         50.0,
         6.0,
         {"predict_with_generate": True, "learning_rate": 5e-3},
-        {"form": "factored"},
     ),
     Script(
         "summarization_bart",
@@ -125,7 +124,6 @@ SCRIPTS = (
         50.0,
         6.0,
         {"predict_with_generate": True},
-        {"form": "factored"},
     ),
     Script(
         "image",

@@ -55,7 +55,8 @@ def check_model(shop: Workshop, out: Path, target: float) -> None:
     """The saved model has the size that was asked for, and is what a fresh process evaluates alike."""
     told = journal(out)
     assert told["reduction"] == pytest.approx(target, abs=0.02)
-    assert sum(t.numel() for t in weights(out).values()) == told["parameters_after"]
+    parameters = {name: t for name, t in weights(out).items() if name != "final_logits_bias"}  # a buffer of BART
+    assert sum(t.numel() for t in parameters.values()) == told["parameters_after"]
     assert json.loads((out / "config.json").read_text())["model_type"].startswith("rmtkd_")
     again, final = shop.evaluated_again(out), results(out)
     name = shop.script.judged_by
