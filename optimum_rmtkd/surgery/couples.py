@@ -51,7 +51,7 @@ class Couple:
     @property
     def is_block(self) -> bool:
         """Whether it is a whole block, all or nothing."""
-        return self.sites[0].kind == BLOCK
+        return any(site.kind == BLOCK for site in self.sites)
 
     def loss(self, width: int, widths: Mapping[str, int]) -> float:
         """Predicted loss at this width, where the others have those of {couple: width}."""

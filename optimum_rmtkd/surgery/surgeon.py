@@ -251,6 +251,8 @@ class Surgeon:
             found = {site.name: self.directions_of(site) for site in channels}
             self.directions |= channel_prices(self.teacher, self.batches, found, *self._drawn())
             self._priced = True
+        for site in self._with_widths():
+            self._check_varies(site)
         return [self._couple(name, members, spectra) for name, members in self._members().items()]
 
     def _with_widths(self) -> list[Site]:
@@ -278,8 +280,6 @@ class Surgeon:
         lead, score, rank = own[0], torch.empty(0), None
         if lead.kind == BLOCK:
             return self._whole_block(lead)
-        for site in own:
-            self._check_varies(site)
         floor, step, stride = couple_grid(lead, self.config)
         damage = self._damage(members)
         if spectra:
