@@ -47,7 +47,7 @@ def prepared(name, task):
     """(surgeon, cuts, a student that is not refitted yet)"""
     found = Surgeon(zoo.make(name, task), zoo.batches(name), RECIPE, progress=False)
     couples = found.plan().couples
-    return found, found._cuts(couples, False), found.operate(couples)[0]
+    return found, found._cuts(found.anatomy, couples, False), found.operate(couples)[0]
 
 
 # The oracle
@@ -407,7 +407,7 @@ def test_memory_does_not_grow_with_the_number_of_batches(name, task, monkeypatch
             with Held() as calibration:
                 found = Surgeon(model, iter(data), config, progress=False)
             couples = {s.couple: max(4, s.group_width // 2) for s in found.sites}
-            cuts, student = found._cuts(couples, False), found.operate(couples)[0]
+            cuts, student = found._cuts(found.anatomy, couples, False), found.operate(couples)[0]
             with Held() as fit:
                 refit(student, found.teacher, found.anatomy, cuts, found.batches, 1e-3, progress=False)
         peaks[count] = calibration.peak, fit.peak
