@@ -12,7 +12,7 @@ from ..batches import Store, evaluating, run
 from .likelihood import Answers, answers
 
 
-__all__ = ["LOOKED_AT", "Remembered", "answers_per_sample", "mean_divergence"]
+__all__ = ["LOOKED_AT", "Remembered", "answers_per_sample", "looked_at", "mean_divergence"]
 
 LOOKED_AT = 4  # batches: a warning needs no more, and a cut costs a multiple of so few passes
 MOST_KEPT = 2**30  # bytes of answers: writing those of a long text over many words takes longer than a pass
@@ -31,7 +31,7 @@ class Remembered:
     """
 
     def __init__(self, count: int, device: torch.device | str, most: int = MOST_KEPT):
-        self._wanted, self._places, self._left = set(_spread(count)), {}, most
+        self._wanted, self._places, self._left = set(looked_at(count)), {}, most
         self._logits, self._rest = Store(device), []  # of a language model they are large
         self.per_sample: dict[int, float] = {}
 
@@ -76,7 +76,7 @@ def mean_divergence(
     """
     total, count, numbers = 0.0, 0, []
     with evaluating(teacher), evaluating(student):
-        for index in _spread(len(batches)):
+        for index in looked_at(len(batches)):
             batch = batches[index]
             true = remembered.of(index) if remembered is not None else None
             if true is None:
@@ -97,7 +97,7 @@ def answers_per_sample(given: Answers) -> float:
     return given.count / len(given.logits)
 
 
-def _spread(count: int) -> list[int]:
+def looked_at(count: int) -> list[int]:
     """Numbers of at most LOOKED_AT of so many batches, evenly spaced: they may be sorted by length."""
     taken = min(LOOKED_AT, count)
     return [(2 * i + 1) * count // (2 * taken) for i in range(taken)]

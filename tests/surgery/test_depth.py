@@ -143,7 +143,7 @@ def test_prices_order_blocks_as_leaving_them_out_does():
 
     true = torch.tensor([lost(depth) for depth in range(4)])
     assert prices.argsort().tolist() == true.argsort().tolist()
-    assert 0.3 < float(prices[1] / true[1]) < 3  # small changes are what second order is about
+    torch.testing.assert_close(prices, true.double(), rtol=0.3, atol=1e-9)  # measured, on a few of the batches
 
 
 def test_widths_of_a_block_that_is_gone_are_not_counted_twice():
