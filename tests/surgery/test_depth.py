@@ -195,7 +195,7 @@ AUTO = {
 
 @pytest.mark.parametrize("shape", ["free", "native"])
 @pytest.mark.parametrize("kind", ["bert", *(pytest.param(k, marks=pytest.mark.slow) for k in ("vit", "llama"))])
-def test_life_cycle(kind, shape, tmp_path):
+def test_a_life_with_fewer_blocks(kind, shape, tmp_path):
     model, batches = deep(kind), data(kind)
     config = WITH.replace(shape=shape)
     heads = anatomy_of(model, config).sites["hidden"].groups

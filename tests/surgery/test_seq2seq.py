@@ -161,15 +161,18 @@ def test_a_narrow_stream_alone(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, attention, number",
+    "name, attention, number, others",
     [
-        ("t5", "@.decoder.block.0.layer.1.EncDecAttention", "key_value_proj_dim"),
-        ("bart", "@.decoder.layers.0.encoder_attn", "head_dim"),
+        ("t5", "@.decoder.block.0.layer.1.EncDecAttention", "key_value_proj_dim", {"inner_dim": 16}),
+        ("bart", "@.decoder.layers.0.encoder_attn", "head_dim", {"embed_dim": 16}),
     ],
 )
-def test_heads_that_their_layers_do_not_fit_are_refused_by_name(name, attention, number):
+def test_heads_that_their_layers_do_not_fit_are_refused_by_name(name, attention, number, others):
     """In the config of whoever wrote it: the same tensors would load, and compute something else."""
     spec = {"attrs": {attention: {number: 4}}}
+    with pytest.raises(SpecMismatchError, match="rmtkd.spec.attrs.*the entry 'scaling' as well, which its code reads"):
+        outline(zoo.make(name), {"version": 3, "spec": spec})
+    spec["attrs"][attention] |= {"scaling": 1.0} | others
     with pytest.raises(SpecMismatchError, match="rmtkd.spec.attrs.*heads that the layer '[qk]"):
         outline(zoo.make(name), {"version": 3, "spec": spec})
 
