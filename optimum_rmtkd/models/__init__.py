@@ -13,7 +13,7 @@ from ..modeling_rmtkd import TYPE_PREFIX
 from .behaviour import check_behaviour, nearly_equal
 from .differences import AROUND_THE_RESULT
 from .heads import has_head, shifts_labels, unwrapped
-from .identity import check_structure
+from .identity import check_kind, check_structure
 from .rebuilding import (
     as_tied,
     blank,
@@ -36,6 +36,7 @@ __all__ = [
     "blank",
     "carry_over",
     "check_behaviour",
+    "check_kind",
     "check_structure",
     "copied",
     "count_parameters",

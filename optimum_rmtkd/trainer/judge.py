@@ -283,7 +283,8 @@ class Judge:
             wanted = (self.name, self.host.loss_name, self.second(now, cut))
             names = dict.fromkeys(name for name in wanted if name in (now.metrics or {}))
             return ", ".join(f"{n} {now.metrics[n]:.4g}, {cut.metrics[n]:.4g} just after the cut" for n in names)
-        return f"{now.divergence:.3g} nats an answer from the uncut model, {cut.divergence:.3g} just after the cut"
+        near, at_first = (max(0.0, moment.divergence) for moment in (now, cut))
+        return f"{near:.3g} nats an answer from the uncut model, {at_first:.3g} just after the cut"
 
     def loss_of(self, now: Measured) -> str | None:
         """A warning where the run lost more than a few points, or a tenth of the perplexity; None where it did not."""

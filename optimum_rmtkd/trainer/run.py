@@ -358,7 +358,7 @@ class Run:
         why = "the spectra say nothing of a further cut" if untold else "there is no smaller size"
         self.agenda.stopped = f"{why} ({error.message if untold else error})"
         if self.stages[-1].accepted:
-            self.agenda.change(reason=self.agenda.stopped)
+            self.agenda.change(reason=why)  # in a column of a table: the log has the whole
         logger.warning("No further cut is made: %s.", self.agenda.stopped)
         self._stay(measured)
         self.disable_dropout()
