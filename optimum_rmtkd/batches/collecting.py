@@ -112,8 +112,9 @@ def from_loader(dataloader: Iterable) -> Iterator[Any]:
         except (RMTKDError, torch.OutOfMemoryError):
             raise
         except (*RAW, OSError) as error:
+            what = " (DataLoader)" if isinstance(dataloader, torch.utils.data.DataLoader) else ""
             raise CalibrationError(
-                f"The calibration data fails at batch {number}, in its dataset or its collator. "
+                f"The calibration data{what} fails at batch {number}, in its dataset or its collator. "
                 f"{unfit_columns(dataloader)} ({type(error).__name__}: {in_one_line(error)})"
             ) from error
         yield batch
