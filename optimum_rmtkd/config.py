@@ -41,6 +41,8 @@ class RMTKDConfig(Recipe):
     """
 
     # How small
+    SIZE = "target_reduction"
+
     target_reduction: Annotated[float, _share("the parameters to remove, for example 0.8")] | None = _option(
         None,
         "Share of all parameters to remove, embeddings included, in (0, 1); of a model that was narrowed before, of "

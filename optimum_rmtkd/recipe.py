@@ -8,7 +8,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .errors import RMTKDError
 from .files import write_text
@@ -30,6 +30,8 @@ def option(default: Any, help: str, choices: tuple | None = None) -> Any:
 class Recipe:
     """Base of frozen dataclasses whose fields are checked by their declared types (see `validation`)."""
 
+    SIZE: ClassVar[str | None] = None  # the field that a bare number would have meant
+
     def __post_init__(self):
         check_fields(self)
         self.check_together()
@@ -40,6 +42,25 @@ class Recipe:
         Raises:
             RMTKDError: with the fields and a way out.
         """
+
+    @classmethod
+    def taken(cls: type[R], given: Any, name: str = "config") -> R:
+        """The recipe that was passed as the argument `name`, or the default one for None.
+
+        Raises:
+            RMTKDError: something else; says how a recipe is made of it.
+        """
+        if given is None or isinstance(given, cls):
+            return cls() if given is None else given
+        word = cls.__name__
+        cure = f"{word}(**values), {word}.from_json_file(path)"
+        if isinstance(given, (int, float)) and not isinstance(given, bool) and cls.SIZE is not None:
+            cure = f"{word}({cls.SIZE}={given!r})"
+        elif isinstance(given, (str, os.PathLike)):
+            cure = f"{word}.from_json_file({os.fspath(given)!r}), if that is its file"
+        elif isinstance(given, type):
+            cure = f"an instance, {word}({'' if cls.SIZE is None else f'{cls.SIZE}=0.5'})"
+        raise RMTKDError(f"{name} is {a_kind(given)}; expected {word}: {cure}.")
 
     def replace(self: R, **changes: Any) -> R:
         """A copy with some fields changed, validated again.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import collections
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from optimum_rmtkd.batches import (
     to_device,
     unchunked,
 )
+from optimum_rmtkd.batches.rows import unfit_columns
 
 from .surgery import zoo
 
@@ -191,3 +194,23 @@ def test_labels_of_other_models_are_never_run():
     classifier = tf.WhisperForAudioClassification(tf.WhisperConfig(**SPEECH)).eval()
     batch = {"input_features": torch.randn(2, 16, 40), "labels": torch.tensor([-1, 99])}
     assert run(classifier, batch).logits.shape[0] == 2
+
+
+ROW = {"input_ids": [5, 6], "labels": 0}
+
+
+@pytest.mark.parametrize(
+    "rows, told",
+    [
+        ([{"text": "a text", "labels": 0}] * 2, "'text' holds text that is not tokenized .*tokenizer.row.'text'"),
+        ([ROW | {"text": "a text"}] * 2, r"leave it out, dataset.remove_columns\(\['text'\]\)"),
+        ([ROW | {"labels": "good"}] * 2, "'labels' holds words .'good'.*label2id"),
+        ([{"text": "a text", "label": "good"}] * 2, "not tokenized .*'label' holds words"),
+        ([ROW, ROW | {"input_ids": [5]}], "'input_ids' has rows of 1 to 2 values.*DataCollatorWithPadding"),
+        ([ROW, ROW | {"labels": None}], "'labels' is None in row 1"),
+        ([{"labels": 0}] * 2, "none of what a model reads"),
+        ([(1, 2)], "columns of text have to be left out"),
+    ],
+)
+def test_the_column_that_makes_no_batch_is_named(rows, told):
+    assert re.search(told, unfit_columns(SimpleNamespace(dataset=rows)))

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import CalibrationError, RMTKDError
 from .explaining import RAW, cure_of_lists, in_one_line
 from .reading import INPUTS, LABELS, accepted_names, batch_size, described, first_samples, with_tensors
+from .rows import unfit_columns
 from .storing import Store
 
 
@@ -111,10 +112,10 @@ def from_loader(dataloader: Iterable) -> Iterator[Any]:
         except (RMTKDError, torch.OutOfMemoryError):
             raise
         except (*RAW, OSError) as error:
+            what = " (DataLoader)" if isinstance(dataloader, torch.utils.data.DataLoader) else ""
             raise CalibrationError(
-                f"The calibration data ({type(dataloader).__name__}) fails at batch {number}, in its dataset or its "
-                "collator: rows of different sizes need a collator that pads them (DataCollatorWithPadding("
-                f"tokenizer)), columns of text have to be left out. ({type(error).__name__}: {in_one_line(error)})"
+                f"The calibration data{what} fails at batch {number}, in its dataset or its collator. "
+                f"{unfit_columns(dataloader)} ({type(error).__name__}: {in_one_line(error)})"
             ) from error
         yield batch
 

@@ -276,6 +276,8 @@ def _classes(
     given = {key: _target(label_map[mapped[i]], names) for key in keys if (i := find(key, mapped)) is not None}
     named = {key: i for key in keys if key not in given and (i := find(key, names)) is not None}
     known = named | given
+    if given and not named:
+        known |= _left_by_number([key for key in keys if key not in given], given, column, names, numbered)
     if not known:
         by_number = _by_number(keys, column, names, numbered)
         if by_number is not None:
@@ -289,6 +291,35 @@ def _classes(
             f"class {named[double[0]]} by name and class {double[0]} by number. Say which: {_hint(keys, names)}"
         )
     return known
+
+
+def _left_by_number(
+    left: Sequence[str],
+    given: dict[str, int],
+    column: str,
+    names: Sequence[str],
+    numbered: Sequence[str] | None,
+) -> dict[str, int]:
+    """The labels that `--label-map` says nothing of, as class indices, as they would be without it; none of them where
+    one is no class index.
+
+    Raises:
+        RMTKDError: one falls on a class that the map gives to another label: are they to be joined, or was its
+            counterpart forgotten?
+    """
+    if numbered is not None or not all(WHOLE.fullmatch(key) and 0 <= int(key) < len(names) for key in left):
+        return {}
+    for key in left:
+        if mapped := [other for other, target in given.items() if target == int(key)]:
+            both = {**{brief(other): names[given[other]] for other in mapped}, key: "CLASS"}
+            raise RMTKDError(
+                f"--label-map gives {_quoted(mapped)} of column '{column}' to class {key} ({brief(names[int(key)])}), "
+                f"and says nothing of the label {key}, which would be that class by its number: say which class it "
+                f"is, that one to join them: --label-map {' '.join(shlex.quote(f'{k}={v}') for k, v in both.items())}"
+            )
+    if left:
+        print(f"labels that --label-map does not name are class indices: {shown(sorted(left))}")
+    return {key: int(key) for key in left}
 
 
 def _target(wanted: str, names: Sequence[str]) -> int:

@@ -119,6 +119,7 @@ def load_config(name: str | Path) -> PreTrainedConfig:
     """
     from transformers import AutoConfig
 
+    _check_place(name)
     try:
         with refusals_named(f"Cannot load model '{name}'"):
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -135,6 +136,29 @@ def load_config(name: str | Path) -> PreTrainedConfig:
             raise
         hint = f" There is no folder {name} here, so it was looked for on the Hub."
         raise RMTKDError(f"{error}{hint}") from error.__cause__
+
+
+def _check_place(name: str | Path) -> None:
+    """Refuse a path that is none of a folder, before transformers takes it for the name of a repository.
+
+    Raises:
+        RMTKDError: a file; or what can only be a path, and is none that is there.
+    """
+    path, text = Path(name), str(name)
+    if path.is_file() and _gguf(name) is None:
+        beside = " (it has one)" if (path.parent / "config.json").is_file() else ""
+        raise RMTKDError(
+            f"Cannot load model '{name}': it is a file; expected a folder with config.json and weights, or the name "
+            f"of a repository. Give the folder that it lies in, {path.parent}{beside}."
+        )
+    a_path = text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1
+    if a_path and not path.exists():
+        home = path.expanduser() if text.startswith("~") else path
+        hint = f"The shell did not expand ~: write {home}" if home.exists() else "Check the path"
+        raise RMTKDError(
+            f"Cannot load model '{name}'. There is no folder {name} here, and no repository of the Hub has such a "
+            f"name. {hint}."
+        )
 
 
 def _gguf(name: str | Path) -> Path | None:

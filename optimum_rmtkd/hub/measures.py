@@ -3,6 +3,7 @@ cost. Plain functions over the plain dictionaries of `rmtkd_stages.json`."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,19 +72,27 @@ def stage_measures(
             rows += [(name, stage["index"], *row)] if any(value is not None for value in row) else []
     for key, name in (("predicted_loss", "added loss, predicted"), ("divergence", "divergence from uncut, nats")):
         for stage in stages:
-            values = stage.get(key), stage.get(f"{key}_after")
+            values = [stage.get(moment) for moment in (key, f"{key}_after")]
+            if key == "divergence":  # is not negative: rounding is
+                values = [max(0.0, value) if is_number(value) else value for value in values]
             rows += [(name, stage["index"], None, *values)] if any(value is not None for value in values) else []
     return rows
 
 
 def stage_notes(stages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A line for each stage that has something to say: its learning rate, what was noticed."""
+    """Lines about the stages that have something to say, their learning rates and what was noticed; neighbours that
+    say the same have one together."""
     lines = []
-    for stage in stages:
-        rate = stage.get("learning_rate")
-        said = [*([f"learning rate {rate:.3g}"] if is_number(rate) else []), *filter(None, [stage.get("note")])]
-        lines += [f"stage {stage['index']}: {'; '.join(said)}"] if said else []
+    for text, alike in itertools.groupby(stages, _note):
+        numbers = [str(stage["index"]) for stage in alike]
+        which = f"stage {numbers[0]}" if len(numbers) == 1 else f"stages {numbers[0]} to {numbers[-1]}"
+        lines += [f"{which}: {text}"] if text else []
     return lines
+
+
+def _note(stage: Mapping[str, Any]) -> str:
+    rate = stage.get("learning_rate")
+    return "; ".join([*([f"learning rate {rate:.3g}"] if is_number(rate) else []), *filter(None, [stage.get("note")])])
 
 
 def fit_text(fit: Mapping[str, Any] | None, stages: Sequence[Mapping[str, Any]]) -> str:

@@ -29,6 +29,7 @@ REPORT = {"parameters": int, "planned_parameters": int, "recipe": dict, "sites":
 POINT = {"cost": numbers.Real, "predicted_loss": NUMBER}
 FIT = {"steps": int | None, "share": NUMBER, "why": NAME, "metrics": dict | None}
 RESULTS = {"base_model": NAME, "parameters": list[int], "bytes": list[int], "metric": dict, "dataset": dict}
+RESULTS |= {"architecture": NAME, "auto_class": NAME}
 RESULTS |= {"log_history": list[dict[str, Any]], "training": dict, "recipe": dict, "card": dict}
 RESULTS |= {"vocabulary": dict | None, "earlier_vocabularies": list[dict]}
 TRIMMED = dict.fromkeys(("texts", "rows_before", "rows_after", "used", "required"), int)

@@ -135,7 +135,9 @@ class Run:
     @property
     def plain(self) -> bool:
         """Whether the model is one of a stock class, which transformers alone loads."""
-        return bool(self.config) and not self.config.get("rmtkd")
+        if not self.config:  # the model lies nowhere yet
+            return bool(self.results.get("architecture")) and not self.results.get("auto_class")
+        return not self.config.get("rmtkd")
 
     @property
     def vocabulary(self) -> list[Trimming]:
@@ -199,7 +201,7 @@ class Run:
     @property
     def architecture(self) -> str:
         """Class of the model, for example RMTKDBertForSequenceClassification; "" where unknown."""
-        return (self.config.get("architectures") or [""])[0]
+        return (self.config.get("architectures") or [self.results.get("architecture") or ""])[0]
 
     @property
     def task(self) -> str | None:
@@ -210,6 +212,7 @@ class Run:
     def auto_class(self) -> str:
         """The Auto class that loads it."""
         names = [name for name in self.config.get("auto_map") or {} if name != "AutoConfig"]
+        names = names or [self.results.get("auto_class") or "AutoModel"]
         return next((name for name in names if name != "AutoModel"), "AutoModel")
 
 
@@ -223,8 +226,8 @@ def write_spectra(folder: str | Path, index: int, report: Any) -> None:
 
 def write_results(folder: str | Path, **results: Any) -> None:
     """Add to the results of a run: `base_model`, `parameters` and `bytes` (before, after), `metric` {name, before,
-    after}, `dataset` {id, name, config, split, rows, on_hub}, `log_history`, `training`, `recipe`. What is None is
-    left as it was."""
+    after}, `dataset` {id, name, config, split, rows, on_hub}, `log_history`, `training`, `recipe`; `architecture` and
+    `auto_class` of a model that lies nowhere yet. What is None is left as it was."""
     path = Path(folder) / RESULTS
     given = {key: value for key, value in results.items() if value is not None}
     _write(path, {"version": 1} | _load(path) | given)

@@ -14,7 +14,7 @@ from .behaviour import check_behaviour, nearly_equal
 from .depth import KEPT, block_names, kept_blocks, parameters_as
 from .differences import AROUND_THE_RESULT
 from .heads import has_head, shifts_labels, unwrapped
-from .identity import check_structure
+from .identity import check_kind, check_structure
 from .rebuilding import (
     as_tied,
     blank,
@@ -41,6 +41,7 @@ __all__ = [
     "block_names",
     "carry_over",
     "check_behaviour",
+    "check_kind",
     "check_structure",
     "copied",
     "count_parameters",

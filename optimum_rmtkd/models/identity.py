@@ -8,6 +8,7 @@ without changing an output (a dropout rate, a hook that looks on) is carried ove
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import torch
@@ -21,11 +22,12 @@ from transformers import PreTrainedModel
 from .. import modeling_rmtkd
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import PREFIX
+from ..validation.wording import shown
 from .differences import AROUND_THE_RESULT, ON_THE_RESULT, differences, not_its_config
 from .rebuilding import as_tied, blank, is_wrapped
 
 
-__all__ = ["check_structure"]
+__all__ = ["check_kind", "check_structure"]
 
 
 def check_structure(model: Any) -> None:
@@ -37,7 +39,7 @@ def check_structure(model: Any) -> None:
             masked or parametrised; modules, shapes, ties or attributes that differ. Names the modules, and the field
             of the config where there is one.
     """
-    _check_kind(model)
+    check_kind(model)
     _check_class(type(model))
     _check_config(model)
     stock = blank(model)
@@ -48,7 +50,11 @@ def check_structure(model: Any) -> None:
     _check_forwards(model)
 
 
-def _check_kind(model: Any) -> None:
+def check_kind(model: Any) -> None:
+    """
+    Raises:
+        RMTKDError: no PreTrainedModel: its name, its class, a wrapper, an adapter, a plain module.
+    """
     if isinstance(model, PreTrainedModel):
         return
     name, inner = type(model).__name__, _unwrapped(model)
@@ -62,6 +68,11 @@ def _check_kind(model: Any) -> None:
         cure = "Merge the adapter first: model = model.merge_and_unload(); then narrow it, and train a new adapter."
     elif inner is not None:
         cure = f"Pass the model inside it, {inner}."
+    elif isinstance(model, (str, os.PathLike)):
+        name = f"{name} ({shown(os.fspath(model))})"
+        cure = "Load it: AutoModelForSequenceClassification.from_pretrained(name), or the Auto class of your task."
+    elif isinstance(model, type):
+        name, cure = f"the class {model.__name__}", f"Make one: {model.__name__}.from_pretrained(name)."
     else:
         cure = "Load the model with a class of transformers."
     raise RMTKDError(f"Expected a transformers PreTrainedModel, got {name}. {cure}")

@@ -84,11 +84,19 @@ def _move_price(
     return float(couple.score[new:old].mean()) if len(couple.score) else 0.0
 
 
-def _already_met(size: float, goal: float, what: str) -> BudgetError:
-    """The error for a model of `size` "parameters" or "FLOPs" that is to get `goal` of them, and is no larger now."""
+def _already_met(size: float, goal: float, whole: float, what: str) -> BudgetError:
+    """The error for a model of `size` "parameters" or "FLOPs", of `whole` ones before its first cut, that is to get
+    `goal` of them, and is no larger now."""
+    gone = 1 - size / whole
+    cure = "Ask for a larger reduction, or leave the model as it is."
+    if gone > 0:
+        cure = (
+            f"A target counts from the uncut model, which had {whole:,.0f}: {gone:.1%} of them are gone already, and "
+            f"{1 - goal / whole:.1%} are asked for. {cure}"
+        )
     return BudgetError(
         f"The model has {size:,.0f} {what}, already no more than the {goal:,.0f} that were asked for: nothing is left "
-        "to narrow. Ask for a larger reduction, or leave the model as it is."
+        f"to narrow. {cure}"
     )
 
 
@@ -110,7 +118,7 @@ def check_reachable(
     """
     size = cost({})
     if size <= goal:
-        raise _already_met(size, goal, what)
+        raise _already_met(size, goal, whole, what)
     if (least := cost(smallest_widths(sites, cost, config))) > goal:
         raise _beyond_reach(goal, least, whole, config, what)
 
@@ -169,7 +177,7 @@ def allocate(
     """
     size = cost({c.name: c.width for c in couples})
     if size <= goal:
-        raise _already_met(size, goal, what)
+        raise _already_met(size, goal, whole, what)
     plans, failure = [], None
     widths_alone = [c for c in couples if not c.is_block]
     for chosen in (couples, widths_alone) if widths_alone and len(widths_alone) < len(couples) else (couples,):
@@ -271,9 +279,9 @@ def _say(plan: Plan, goal: float, whole: float, config: RMTKDConfig, what: str, 
             what,
         )
     reached = plan.curve[-1].cost
-    if reached < goal - near * whole:
+    if reached < goal - near * whole or whole - reached > 2 * (whole - goal):
         logger.warning(
-            "%.1f %% of the %s are removed where %.1f %% were asked for: single features of the chosen sites are too "
+            "%.3g %% of the %s are removed where %.3g %% were asked for: single features of the chosen sites are too "
             "coarse for less. More sites come nearer.",
             100 * (1 - reached / whole),
             what,

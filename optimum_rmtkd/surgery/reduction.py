@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..config import RMTKDConfig
 from ..errors import NoTargetError, RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import resolve_path
-from ..models import Scratch, count_parameters, scratch_for
+from ..models import Scratch, check_kind, count_parameters, scratch_for
 from .budget import Plan, site_widths
 from .cautions import divergence_warning
 from .checks import anatomy_of
@@ -129,7 +129,7 @@ def analyze(
     Raises:
         UnsupportedArchitectureError, CalibrationError, BudgetError: see `optimum_rmtkd.errors`.
     """
-    config = config or RMTKDConfig()
+    config = _arguments(model, config)
     surgeon = Surgeon(model, dataloader, config, progress=progress, thorough=True, **_targets(config))
     try:
         plan, note = surgeon.plan(), "" if has_target(config) else whole_sites(surgeon.doubts())
@@ -158,6 +158,7 @@ def check_edges(
         NoTargetError: the edge of no site means anything; the message shows what sizes are predicted to cost.
         UnsupportedArchitectureError, CalibrationError: as for `analyze`.
     """
+    config = _arguments(model, config)
     if has_target(config) or asks_for_edges(config) or config.schedule == "none":
         return None
     surgeon = Surgeon(model, dataloader, config, None, accelerator, progress, trust_edges=False, null_moments=True)
@@ -199,7 +200,7 @@ def narrow(
         RMTKDError: a recipe with `schedule="none"`, which cuts nothing; `evaluate` without `tolerance`, or the
             reverse; an `evaluate` that returns no finite number of the uncut model.
     """
-    config = config or RMTKDConfig()
+    config = _arguments(model, config)
     if config.schedule == "none":
         raise RMTKDError("schedule='none' cuts nothing, and narrow is one cut: leave the schedule out.")
     if config.tolerance is not None or evaluate is not None:
@@ -228,6 +229,7 @@ def narrow_within(
 ) -> tuple[Reduction, Search]:
     """The smallest model that keeps the recipe's tolerance, untrained, with all that is known of the cut, and the path
     to it. Arguments and errors as for `narrow`."""
+    config = _arguments(model, config)
     check_evaluate(config, evaluate)
     search = _search(model, dataloader, config, evaluate, greater_is_better, progress)
     surgeon, found = search.surgeon, search.found
@@ -261,6 +263,7 @@ def narrow_to(
     progress: bool = True,
 ) -> PreTrainedModel:
     """Narrow to given widths, {couple: features of a group} (a site's `couple` names it), instead of found ones."""
+    config = _arguments(model, config)
     anatomy = anatomy_of(model, config)
     known = {site.couple: site.group_width for site in anatomy.sites.values()}
     blocks = {site.couple for site in anatomy.block_sites.values()}
@@ -300,6 +303,7 @@ def reduce(
         UnsupportedArchitectureError, CalibrationError, BudgetError, RMTKDError: see `optimum_rmtkd.errors`.
         NoTargetError: no target, edges that are not trusted, and none of them means anything.
     """
+    config = _arguments(model, config)
     if trust_edges is None:
         trust_edges = asks_for_edges(config) or config.schedule == "layerwise"
     return _reduction(
@@ -338,6 +342,16 @@ class _Cut:
     predicted_loss: float | None
     divergence: float | None
     latency: Measurement | None = None
+
+
+def _arguments(model: Any, config: Any) -> RMTKDConfig:
+    """The recipe, where these are a model and a recipe, or none: looked at before anything is read from them.
+
+    Raises:
+        RMTKDError: something else.
+    """
+    check_kind(model)
+    return RMTKDConfig.taken(config)
 
 
 def _targets(config: RMTKDConfig, target_reduction: float | None = None) -> dict[str, Any]:

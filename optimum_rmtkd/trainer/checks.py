@@ -10,16 +10,17 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from ..batches import from_loader, main_input, no_mapping
+from ..batches import from_loader, no_mapping
 from ..config import COMPARING, RMTKDConfig
 from ..distillation import CachedTeacher, KLDivergence, TaskLoss
 from ..distillation.cached import COLUMNS
 from ..distillation.objectives.answers import has_head
 from ..distillation.signatures import named_inputs
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
-from ..models import AROUND_THE_RESULT, check_structure
+from ..models import AROUND_THE_RESULT, check_kind, check_structure
 from . import plain
 from .host import Host
+from .labels import check_labels
 from .rehearsal import outputs_on, rehearse
 from .run import Run
 
@@ -27,11 +28,13 @@ from .run import Run
 __all__ = [
     "check_data",
     "check_first_batch",
+    "check_given",
     "check_rows",
     "check_length",
     "check_model",
     "check_own_loss",
     "check_parts",
+    "check_steps",
     "check_wrapped",
     "cuts_stream",
 ]
@@ -39,11 +42,38 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 
+UNLABELLED = "objectives=[KLDivergence()], with from optimum_rmtkd.objectives import KLDivergence"
+
+
 class Checked(Protocol):
     """A trainer whose data can be looked at before it trains."""
 
     def check_first_batch(self) -> None:
         """What its first step would say of the data."""
+
+
+def check_given(model: Any) -> None:
+    """What was passed as the model of a trainer of transformers, before that trainer moves it to a device.
+
+    Raises:
+        RMTKDError: no module: the name of one, its class, a pipeline.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        check_kind(model)
+
+
+def check_steps(args: Any) -> None:
+    """Is anything trained at all?
+
+    Raises:
+        RMTKDError: no epochs and no steps.
+    """
+    if args.max_steps <= 0 and args.num_train_epochs <= 0:
+        raise RMTKDError(
+            f"num_train_epochs={args.num_train_epochs:g} and max_steps={args.max_steps}: no step would be trained, "
+            "and a cut needs steps of distillation behind it. Set num_train_epochs=3, for example; for a cut without "
+            "training use optimum_rmtkd.narrow."
+        )
 
 
 def check_model(model: nn.Module, recipe: RMTKDConfig, evaluated: bool) -> None:
@@ -276,7 +306,7 @@ def _check_batch(
         else:
             _check_loss(run, model, inputs)
     if classes_known:
-        _check_classes(host.model, inputs)
+        check_labels(host.model, inputs)
     run.loss.look_at_labels(host.model, [inputs])
     _check_segments(tutor.given, host.model, inputs)
 
@@ -303,7 +333,7 @@ def _leave_to_the_teacher(run: Run) -> None:
 
 def _check_loss(run: Run, model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """The task's loss of a batch in which nothing is known as a label."""
-    names, cure = list(run.host.label_names), "leave TaskLoss out of the objectives to distil on unlabelled data"
+    names, cure = list(run.host.label_names), f"leave the task's loss out to distil on unlabelled data: {UNLABELLED}"
     if names:
         raise RMTKDError(
             f"The task loss needs {' or '.join(names)}; the batch holds {', '.join(inputs)}. Give labels, or {cure}."
@@ -314,25 +344,6 @@ def _check_loss(run: Run, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         raise RMTKDError(
             f"{type(run.host.model).__name__} returns no loss on a batch of {', '.join(inputs)}, but {returned}; "
             f"expected a task loss. Give what it is computed from, name its labels (label_names), or {cure}."
-        )
-
-
-def _check_classes(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """One class a sample has to be one of the model's: torch would say so after the cut, without a name."""
-    labels, sample = inputs.get("labels"), main_input(inputs)
-    classes = getattr(model.config, "num_labels", None) or 0
-    one_each = isinstance(labels, torch.Tensor) and labels.dim() == 1 and not labels.is_floating_point()
-    if not one_each or classes < 2:
-        return
-    if sample is None or sample.dim() not in (2, 4):  # (batch, choices, length): the label is a choice
-        return
-    known = labels[labels != -100]
-    lowest, highest = (int(known.min()), int(known.max())) if len(known) else (0, 0)
-    if lowest < 0 or highest >= classes:
-        raise RMTKDError(
-            f"The labels of a batch go from {lowest} to {highest}; expected classes from 0 to {classes - 1}, as "
-            f"{type(model).__name__} has {classes} (config.num_labels). Map the labels, or load the model "
-            "with more of them."
         )
 
 

@@ -73,6 +73,11 @@ class CalibrationBatches:
     def __len__(self) -> int:
         return len(self._starts)
 
+    @property
+    def dataset(self) -> Sequence[Any]:
+        """The rows, as a DataLoader calls them."""
+        return self._samples
+
     def __iter__(self) -> Iterator[dict]:
         for number, start in self._starts:
             stop = min(start + self.batch_size, len(self._samples))

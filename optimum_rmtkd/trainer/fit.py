@@ -86,7 +86,8 @@ class Fit:
         self.steps = max(0, min(max(1, round(share * host.max_steps)), most)) if share else 0
         self.going = self.steps > 0
         if share and not self.going:
-            logger.warning("%d steps are too few to fine-tune the model first (%s).", host.max_steps, self.why)
+            steps = "1 step is" if host.max_steps == 1 else f"{host.max_steps} steps are"
+            logger.warning("%s too few to fine-tune the model first (%s).", steps, self.why)
         if self.going:
             logger.warning(
                 "The model is fine-tuned for %d of %d steps before its first cut%s: %s. RMTKDConfig(fit_share=0) cuts "

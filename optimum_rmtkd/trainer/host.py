@@ -58,7 +58,7 @@ class Measuring(Protocol):
         label_names: entries of a batch that are labels.
         columns: what of a batch reaches the student.
         metric_name, greater_is_better: key among the values of `measure` that judges the stages, and its direction.
-        metric_asked_for: the user named that metric, so that it must be there.
+        metric_asked_for: the user named that metric, so that it must be there; what is no number is NaN then.
         loss_name: key of the loss among those values.
         validation_rows: rows of the validation data; None where unknown.
     """

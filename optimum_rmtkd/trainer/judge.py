@@ -15,6 +15,7 @@ from ..config import COMPARING, RMTKDConfig
 from ..errors import RMTKDError
 from ..surgery import allowed_loss, divergence_warning, keeps_tolerance, loss_warning
 from ..surgery.divergence import mean_divergence
+from ..validation.wording import close
 from . import plain, verdicts
 from .data import isolated_rng
 from .host import Host
@@ -50,6 +51,8 @@ class Judge:
     pending: that moment is not measured yet.
     last: the moment measured last.
     chosen: the metric that judges where the host names none that the evaluation returns.
+    stand_in: what judges in place of a metric that is no finite number of the uncut model: the loss by its name, or ""
+        for the divergence from the uncut model; None where that metric judges.
     """
 
     def __init__(self, host: Host, config: RMTKDConfig):
@@ -61,7 +64,40 @@ class Judge:
         """Forget the run."""
         self.baseline = self.just_cut = self.last = Measured()
         self.chosen: str | None = None
+        self.stand_in: str | None = None
         self.pending = False
+
+    def begin(self, uncut: Measured) -> Measured:
+        """Take a moment as that of the uncut model, which all others are held against. A metric that is no finite
+        number there says nothing of any later model: from here on the loss judges, or else the divergence.
+
+        Returns:
+            The moment with the value of what judges.
+
+        Raises:
+            RMTKDError: the recipe compares that metric.
+        """
+        if uncut.value is not None and not math.isfinite(uncut.value):
+            uncut = uncut._replace(value=self._appoint_stand_in(uncut))
+        self.baseline = self.last = uncut
+        return uncut
+
+    def _appoint_stand_in(self, uncut: Measured) -> float | None:
+        """Its value; None for the divergence."""
+        name, loss, finite = self.name, self.host.loss_name, _finite_ones(uncut.metrics)
+        cause = f"{name} is {uncut.value:g} for the uncut model, no finite number, and cannot judge the stages"
+        others = f" (finite are {', '.join(sorted(finite))})" if finite else ""
+        cure = f"Look at compute_metrics, or name another metric as metric_for_best_model{others}."
+        if needed := self._compared():
+            raise RMTKDError(f"{cause}, as {needed[0]} expects. {cure}")
+        self.stand_in = loss if loss in finite else ""
+        instead = f"{loss} judges" if self.stand_in else "how far the answers are from the uncut model's judges"
+        self.say_once("%s: %s in its place. %s", cause, instead, cure)
+        return finite.get(self.stand_in)
+
+    def _compared(self) -> list[str]:
+        """Fields of the recipe that compare the metric."""
+        return [name for name in COMPARING if getattr(self.config, name) is not None]
 
     def measure(self, uncut: nn.Module | None = None) -> Measured:
         """The model under training now.
@@ -75,10 +111,11 @@ class Judge:
         host = self.host
         with isolated_rng(self.config.seed):
             metrics = host.measure()
-        value = None if metrics is None else metrics.get(self.name)
-        if value is None and metrics is not None:
+        value = None if metrics is None or self.stand_in == "" else metrics.get(self.name)
+        if value is None and metrics is not None and self.stand_in is None:
             value = self._choose(metrics)
-        away = self._divergence(uncut) if value is None and uncut is not None else None
+        judges = value is not None and math.isfinite(value)
+        away = self._divergence(uncut) if not judges and uncut is not None else None
         self.last = Measured(metrics, None if value is None else float(value), away)
         return self.last
 
@@ -98,11 +135,13 @@ class Judge:
     @property
     def name(self) -> str:
         """Of the metric that judges the stages."""
-        return self.chosen or self.host.metric_name
+        return self.stand_in or self.chosen or self.host.metric_name
 
     @property
     def greater_is_better(self) -> bool:
         """Its direction."""
+        if self.stand_in:
+            return False  # a loss
         if self.chosen is None or self.host.metric_asked_for:
             return self.host.greater_is_better
         return verdicts.greater_is_better(self.chosen)
@@ -123,11 +162,14 @@ class Judge:
                 found,
             )
             return metrics[found]
-        needed = [name for name in COMPARING if getattr(self.config, name) is not None]
         found = ", ".join(sorted(metrics)) or "nothing (eval_dataset is empty, or holds no labels)"
         hint = "Set metric_for_best_model to one of them (with several eval datasets: <name>_<metric>)."
-        if host.metric_asked_for or needed:
-            raise RMTKDError(f"The evaluation gave {found}; the stages are judged by {host.metric_name!r}. {hint}")
+        if host.metric_asked_for or self._compared():
+            meant = close(host.metric_name, metrics)
+            raise RMTKDError(
+                f"The evaluation gave {found}; the stages are judged by {host.metric_name!r}. "
+                f"{meant}{' ' if meant else ''}{hint}"
+            )
         self.say_once(
             "The evaluation gave %s, and no %s: the stages are judged without a metric, by how far the model's "
             "answers are from the uncut model's. %s",
@@ -175,9 +217,17 @@ class Judge:
     def worse(self, now: Measured) -> bool:
         """Is the model worse than just after the cut of the open stage, beyond the noise?"""
         cut = self.just_cut
-        if now.value is not None and cut.value is not None:
-            return self._lost(now, cut)
-        return self._farther(now, midst=False)
+        if now.value is None or cut.value is None:
+            return self._farther(now, midst=False)
+        if not (math.isfinite(now.value) or math.isfinite(cut.value)):  # a correlation of equal answers is none
+            losses = self._losses(now, cut)
+            return verdicts.worse(*losses, greater_is_better=False) if losses else self._farther(now, midst=False)
+        return self._lost(now, cut)
+
+    def _losses(self, now: Measured, cut: Measured) -> list[float] | None:
+        """At two moments; None where there are none to compare."""
+        losses = [moment.metrics.get(self.host.loss_name) for moment in (now, cut)]
+        return None if None in losses or not math.isfinite(losses[1]) else losses
 
     def _farther(self, now: Measured, midst: bool) -> bool:
         """Where no metric judges."""
@@ -198,9 +248,10 @@ class Judge:
     def _others(self, now: Measured, then: Measured) -> list[str]:
         """Metrics, known as the greater the better, that have a say beside a loss that nobody asked for; the one that
         says most first."""
-        if self.host.metric_asked_for or not self.name.endswith("loss"):
+        asked_for = self.host.metric_asked_for and not self.stand_in
+        if asked_for or not self.name.endswith("loss"):
             return []
-        both = [name for name in now.metrics or {} if name in (then.metrics or {})]
+        both = [name for name in now.metrics or {} if name in _finite_ones(then.metrics)]
         return [name for name in verdicts.known(both) if verdicts.greater_is_better(name)]
 
     def second(self, now: Measured, then: Measured) -> str | None:
@@ -213,12 +264,14 @@ class Judge:
 
     def spoiled(self, now: Measured) -> bool:
         """Is a stage in its midst being ruined, by its loss, by the metric that judges, or by the second one?"""
-        cut, loss = self.just_cut, self.host.loss_name
+        cut = self.just_cut
         if now.value is None or cut.value is None:
             return self._farther(now, midst=True)
-        losses = [moment.metrics.get(loss) for moment in (now, cut)]
-        if None not in losses and verdicts.spoiled(*losses, greater_is_better=False):
+        losses = self._losses(now, cut)
+        if losses and verdicts.spoiled(*losses, greater_is_better=False):
             return True
+        if not losses and not math.isfinite(cut.value):
+            return self._farther(now, midst=True)
         if verdicts.spoiled(now.value, cut.value, self.greater_is_better, self.host.validation_rows):
             return True
         return self._fell(now, cut)
@@ -230,7 +283,8 @@ class Judge:
             wanted = (self.name, self.host.loss_name, self.second(now, cut))
             names = dict.fromkeys(name for name in wanted if name in (now.metrics or {}))
             return ", ".join(f"{n} {now.metrics[n]:.4g}, {cut.metrics[n]:.4g} just after the cut" for n in names)
-        return f"{now.divergence:.3g} nats an answer from the uncut model, {cut.divergence:.3g} just after the cut"
+        near, at_first = (max(0.0, moment.divergence) for moment in (now, cut))
+        return f"{near:.3g} nats an answer from the uncut model, {at_first:.3g} just after the cut"
 
     def loss_of(self, now: Measured) -> str | None:
         """A warning where the run lost more than a few points, or a tenth of the perplexity; None where it did not."""
@@ -272,13 +326,18 @@ class Judge:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able."""
         moments = {name: [_told(part) for part in getattr(self, name)] for name in MOMENTS}
-        return moments | {"chosen": self.chosen, "pending": self.pending}
+        return moments | {"chosen": self.chosen, "stand_in": self.stand_in, "pending": self.pending}
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Inverse of `state_dict`."""
-        self.chosen, self.pending = values["chosen"], values.get("pending", False)
+        self.chosen, self.stand_in = values["chosen"], values.get("stand_in")
+        self.pending = values.get("pending", False)
         for name in MOMENTS:
             setattr(self, name, Measured(*map(_heard, values[name])))
+
+
+def _finite_ones(metrics: Mapping[str, float] | None) -> dict[str, float]:
+    return {name: value for name, value in (metrics or {}).items() if math.isfinite(value)}
 
 
 def _told(part: Any) -> Any:

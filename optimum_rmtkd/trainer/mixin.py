@@ -18,16 +18,17 @@ from ..batches import evaluating
 from ..config import RMTKDConfig
 from ..distillation import BatchTransform, CachedTeacher, DistillationObjective, Teacher
 from ..distillation.cached import CLASSES, AnswerCollator
-from ..errors import RMTKDError
 from ..reparameterization import Reparameterization
 from ..signals import Terminated, Termination
 from .checks import (
     check_data,
+    check_given,
     check_length,
     check_model,
     check_own_loss,
     check_parts,
     check_rows,
+    check_steps,
     check_wrapped,
     cuts_stream,
 )
@@ -116,14 +117,11 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
         transforms: BatchTransform | Sequence | Mapping[str, Any] | str | None = None,
         **kwargs,
     ):
-        self.rmtkd_config = rmtkd_config if rmtkd_config is not None else RMTKDConfig()
-        if not isinstance(self.rmtkd_config, RMTKDConfig):
-            raise RMTKDError(
-                f"rmtkd_config is a {type(rmtkd_config).__name__}; expected an RMTKDConfig: RMTKDConfig(**values), "
-                "RMTKDConfig.from_json_file(path)."
-            )
+        self.rmtkd_config = RMTKDConfig.taken(rmtkd_config, "rmtkd_config")
         self._parts = parts = parts_of(self.rmtkd_config, objectives, reparameterization, transforms)
         given = _by_name(super().__init__, positional) | kwargs
+        if getattr(super().__init__, "__module__", "").startswith("transformers."):  # TRL's take names as well
+            check_given(given.get("model"))
         if (args := given.get("args")) is not None:
             check_sharding_arguments(args)
             check_length(args, given.get("train_dataset"))
@@ -277,6 +275,8 @@ class RMTKDMixin(LossHooks, CheckpointHooks, ScheduleHooks, ResultHooks):
     def _train_watched(self, resume_from_checkpoint, *positional, **kwargs):
         run, host = self._host.run, self._host
         check_data(self.train_dataset, host.own_loader)
+        if self.rmtkd_config.schedule != "none":
+            check_steps(self.args)
         self._tidy()
         resume_from_checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         host.keep_stream()

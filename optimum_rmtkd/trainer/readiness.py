@@ -163,7 +163,8 @@ def _judged(total: Tally | None, new: bool | None, absent: bool, own_loss: bool)
         return Readiness(True, loss, chance, figures)
     if own_loss and new is False:
         return Readiness(True, loss, chance, f"{figures}; the task's loss is another one, so that says little")
-    expected = f"; expected at least {gain:.0%} less" + ("" if new is False else " of a head that may be new")
+    unsure = f", as its head may be new; of one that is known to be trained {GAIN:.0%} would do"
+    expected = f"; expected at least {gain:.0%} less" + ("" if new is False else unsure)
     return Readiness(False, loss, chance, figures + expected)
 
 

@@ -243,7 +243,7 @@ class Run:
             return
         measured = self.measure() if self.stages or self.judge.baseline.metrics is None else self.judge.baseline
         if self.judge.baseline.metrics is None:
-            self.judge.baseline = measured
+            measured = self.judge.begin(measured)
         if self._may_cut(measured, step) and not self._target_met():
             # a stage that was settled just now may have its weights of just after the cut again
             self._cut(cut, step, self.judge.last if self.stages else measured)
@@ -251,7 +251,7 @@ class Run:
     def _end_fit(self) -> None:
         """The model is fine-tuned: from here on it is the teacher, and the reference of all that follows."""
         self.initial = whole_copy(self.host.model)
-        self.judge.baseline = self.judge.measure()
+        self.judge.begin(self.judge.measure())
         self.fit.end(self.judge.baseline.metrics)
         self.host.model_changed()
         self.host.reschedule()
@@ -358,7 +358,7 @@ class Run:
         why = "the spectra say nothing of a further cut" if untold else "there is no smaller size"
         self.agenda.stopped = f"{why} ({error.message if untold else error})"
         if self.stages[-1].accepted:
-            self.agenda.change(reason=self.agenda.stopped)
+            self.agenda.change(reason=why)  # in a column of a table: the log has the whole
         logger.warning("No further cut is made: %s.", self.agenda.stopped)
         self._stay(measured)
         self.disable_dropout()

@@ -221,11 +221,18 @@ def test_label_map_decides():
     assert values(["a", "b", "c"], ("x", "y"), label_map={"a": "x", "b": "x", "c": "y"}) == [0, 0, 1]
 
 
+def test_numbers_that_the_map_does_not_name_stay_class_indices(capsys):
+    assert values([-1, 1], ("LABEL_0", "LABEL_1"), label_map={"-1": "LABEL_0"}) == [0, 1]
+    assert "labels that --label-map does not name are class indices: 1" in capsys.readouterr().out
+
+
 def test_label_map_that_does_not_fit():
     with pytest.raises(RMTKDError, match="names the class 'fish', which the model does not have; it has dog, kitten"):
         values(["cat", "dog"], ("dog", "kitten"), label_map={"cat": "fish"})
     with pytest.raises(RMTKDError, match="'bad'"):
         values(["good", "bad"], ("LABEL_0", "LABEL_1"), label_map={"good": "LABEL_0"})
+    with pytest.raises(RMTKDError, match="and says nothing of the label 1, .*--label-map 0=LABEL_1 1=CLASS"):
+        values([0, 1], ("LABEL_0", "LABEL_1"), label_map={"0": "1"})  # joined, or half of an exchange?
     with pytest.raises(RMTKDError, match="'2'"):
         values([1, 2], ("LABEL_0", "LABEL_1"), label_map={"1": "LABEL_1"})
     with pytest.raises(RMTKDError, match="--label-map is for classes"):

@@ -170,3 +170,19 @@ def test_a_class_whose_package_is_missing_is_no_wrong_class(tmp_path):
     change(tmp_path / "preprocessor_config.json", image_processor_type="ViTImageProcessorFast")
     change(tmp_path / "config.json", model_type="vit")
     assert loading.load_image_processor(tmp_path).size == {"height": 8, "width": 8}
+
+
+def test_a_path_is_answered_as_a_path(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    told = {
+        str(tmp_path / "model.safetensors"): f"is a file.*Give the folder that it lies in, {tmp_path} .it has one",
+        str(tmp_path / "none"): "There is no folder .*Check the path",
+        "./none": "There is no folder ./none here, and no repository of the Hub has such a name",
+        f"~/{tmp_path.name}": f"did not expand ~: write {tmp_path}",
+    }
+    for name, words in told.items():
+        with pytest.raises(RMTKDError, match=words) as caught:
+            loading.load_config(name)
+        assert "Repo id" not in str(caught.value)

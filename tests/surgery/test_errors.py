@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from optimum_rmtkd import (
@@ -225,7 +226,8 @@ def test_targets_count_from_the_uncut_model(bert):
     half = narrow(model, data, RECIPE.replace(target_reduction=0.5), progress=False)
     message = refused(BudgetError, "already no more than", narrow, half, data, RECIPE.replace(target_reduction=0.4))
     assert f"The model has {count_parameters(half):,}" in message and f"the {0.6 * before:,.0f}" in message
-    assert "Ask for a larger reduction" in message
+    assert f"counts from the uncut model, which had {before:,}" in message and "Ask for a larger reduction" in message
+    assert f"{1 - count_parameters(half) / before:.1%} of them are gone already, and 40.0% are asked for" in message
     smaller = narrow(half, data, RECIPE.replace(target_reduction=0.6), progress=False)
     assert count_parameters(smaller) / before == pytest.approx(0.4, abs=0.03)
     provenance = smaller.config.rmtkd["provenance"]
@@ -455,3 +457,44 @@ def test_check_recipe_refuses_what_cannot_work(bert):
         half.classifier.weight[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="1 tensor.s. of RMTKDBert.* the first is classifier.weight"):
         check_recipe(half, RECIPE.replace(target_reduction=0.6))
+
+
+# Arguments of another type
+
+
+@pytest.mark.parametrize(
+    "function, given, told",
+    [
+        (narrow, 0.5, r"config is a float; expected RMTKDConfig: RMTKDConfig\(target_reduction=0.5\)"),
+        (analyze, {"target_reduction": 0.5}, r"config is a dict; expected RMTKDConfig: RMTKDConfig\(\*\*values\)"),
+        (reduce, "recipe.json", r"config is a str; .*from_json_file\('recipe.json'\)"),
+        (
+            lambda *given, **options: narrow_to(*given[:2], {}, given[2], **options),
+            RMTKDConfig,
+            "expected RMTKDConfig",
+        ),
+    ],
+    ids=["a number", "a dictionary", "a path", "a class"],
+)
+def test_what_is_no_recipe(bert, function, given, told):
+    refused(RMTKDError, told, function, *bert, given)
+
+
+@pytest.mark.parametrize(
+    "given, told",
+    [
+        ("./my-bert", r"got str \('./my-bert'\)\. Load it: .*from_pretrained"),
+        (transformers.BertModel, "got the class BertModel. Make one"),
+        (None, "got NoneType"),
+    ],
+    ids=["a path", "a class", "none"],
+)
+def test_what_is_no_model(bert, given, told):
+    for function in (narrow, analyze, reduce):
+        refused(RMTKDError, told, function, given, bert[1], RECIPE)
+    refused(RMTKDError, told, narrow, given, bert[1], RMTKDConfig(tolerance=0.5), evaluate=lambda model: 0.5)
+
+
+def test_a_target_far_below_what_single_features_remove_is_said(bert, caplog):
+    narrow(*bert, RECIPE.replace(target_reduction=1e-9), progress=False)
+    assert "are removed where 1e-07 % were asked for" in caplog.text

@@ -195,3 +195,10 @@ def test_numbers_of_quality_are_told_from_times_and_speeds():
         "eval_flag": True,
     }
     assert of_quality(returned) == {"eval_loss": 0.5, "eval_accuracy": 1.0}
+
+
+def test_stages_that_say_the_same_share_a_line_and_no_divergence_is_negative():
+    stages = [Stage(i, i, (), 9, 8, learning_rate=2e-5, divergence=-1e-9) for i in range(3)]
+    table = stage_table([*stages, Stage(3, 3, (), 9, 8, learning_rate=1e-5)])
+    assert table.splitlines()[-2:] == ["stages 0 to 2: learning rate 2e-05", "stage 3: learning rate 1e-05"]
+    assert "divergence from uncut, nats" in table and "-1e-09" not in table

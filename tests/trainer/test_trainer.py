@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, BertForMaskedLM, EarlyStoppingCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    EarlyStoppingCallback,
+)
 
 from optimum_rmtkd.distillation import (
     BatchTransform,
@@ -346,7 +351,7 @@ def test_what_would_train_badly_or_nothing_is_said(make_trainer, caplog):
     caplog.clear()
     make_trainer(recipe={"schedule": "none", "target_reduction": None}, teacher_model=tiny_bert(seed=3))
     assert "nothing is cut" not in caplog.text and "float16" not in caplog.text
-    with pytest.raises(RMTKDError, match="rmtkd_config is a dict; expected an RMTKDConfig"):
+    with pytest.raises(RMTKDError, match="rmtkd_config is a dict; expected RMTKDConfig"):
         RMTKDTrainer(tiny_bert(), rmtkd_config={"schedule": "none"})
 
 
@@ -611,3 +616,44 @@ def test_an_unknown_metric_is_answered_with_the_known_ones(make_trainer):
 
 def test_default_objectives(make_trainer):
     assert [type(o) for o in make_trainer().objectives] == [TaskLoss, KLDivergence, HiddenStateLoss]
+
+
+def test_a_name_or_a_class_in_place_of_a_model(tmp_path):
+    for given, told in (("./my-bert", "Load it"), (BertForSequenceClassification, "Make one")):
+        with pytest.raises(RMTKDError, match=told):
+            RMTKDTrainer(model=given)
+
+
+def test_no_epochs_are_named(make_trainer):
+    with pytest.raises(RMTKDError, match="num_train_epochs=0 and max_steps=-1: no step would be trained"):
+        make_trainer(max_steps=-1, num_train_epochs=0).train()
+
+
+def test_the_way_to_train_without_labels_is_said_and_works(make_trainer):
+    rows = [{name: value for name, value in row.items() if name != "labels"} for row in toy_data()]
+    given = {"train_dataset": rows, "eval_dataset": None}
+    with pytest.raises(
+        RMTKDError, match=r"objectives=\[KLDivergence\(\)\], with from optimum_rmtkd.objectives import"
+    ):
+        make_trainer(trainer_kwargs=given).train()
+    from optimum_rmtkd.objectives import KLDivergence
+
+    make_trainer(trainer_kwargs=given, objectives=[KLDivergence()]).check_first_batch()
+
+
+def test_the_card_of_a_model_that_was_not_saved_names_its_auto_class(make_trainer, tmp_path):
+    trainer = make_trainer(max_steps=2)
+    trainer.train()
+    trainer.create_model_card()
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf8")
+    assert "AutoModelForSequenceClassification.from_pretrained" in text and "AutoModel.from_pretrained" not in text
+    assert "pipeline_tag: text-classification" in text
+
+
+def test_a_metric_that_is_nan_leaves_the_run_to_the_loss(make_trainer, caplog):
+    nan = {"compute_metrics": lambda answers: {"mcc": float("nan")}}
+    trainer = make_trainer(max_steps=4, metric_for_best_model="mcc", trainer_kwargs=nan)
+    trainer.train()
+    stage = trainer.stages[0]
+    assert stage.metric_name == "eval_loss" and None not in (stage.metric_before, stage.metric_cut, stage.metric_after)
+    assert caplog.text.count("eval_mcc is nan for the uncut model") == 1

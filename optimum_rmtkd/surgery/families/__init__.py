@@ -102,8 +102,8 @@ def family_of(model: nn.Module) -> Family:
 
     linear = list(factored_anatomy(model).sites)
     raise UnsupportedArchitectureError(
-        f"No family is registered for model_type {model_type!r} ({type(model).__name__}); registered: "
-        f"{', '.join(sorted(FAMILIES))}. Found {len(linear)} linear layers, for example {', '.join(linear[:3])}. "
-        "Either declare its sites (optimum_rmtkd.register_family), or use RMTKDConfig(form='factored'), which "
-        "replaces every linear layer by two thin ones and works for every architecture."
+        f"No family is registered for model_type {model_type!r} ({type(model).__name__}). Use "
+        "RMTKDConfig(form='factored') (--form factored), which replaces every linear layer by two thin ones and works "
+        f"for every architecture: {len(linear)} of them were found, for example {', '.join(linear[:3])}. Or declare "
+        f"its sites (optimum_rmtkd.register_family). Registered are {', '.join(sorted(FAMILIES))}."
     )

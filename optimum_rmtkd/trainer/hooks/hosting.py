@@ -16,10 +16,10 @@ from ...batches import batch_size
 from ...config import COMPARING
 from ...distillation import Teacher
 from ...errors import RMTKDError
-from ...hub.measures import of_quality
 from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, is_hf_dataset, isolated_rng, pick_samples
+from ..evaluations import numbers_of
 from ..inside import Inside, inside_of
 from ..stream import Stream, is_stream, rewindable
 from ..swap import adam_rate, enable_checkpointing, forget_moments, install, raw_optimizer, rewrapped
@@ -49,6 +49,7 @@ class TrainerHost:
         self.patience: Any = None
         self.ignored: list[str] | None = None
         self._nothing_to_evaluate = False
+        self._no_numbers: set[str] = set()
         self.teacher: Teacher | None = None  # that was passed in
         self._stream: Stream | None = None
         self._loaded: tuple[Any, list] | None = None
@@ -178,7 +179,8 @@ class TrainerHost:
         if self._nothing_to_evaluate and not self._holds_data:
             return None
         # an evaluate of the user's own may leave its metrics to the main process
-        return from_main(of_quality(metrics or {}), self.accelerator)
+        asked = self.metric_name if self.metric_asked_for else None
+        return from_main(numbers_of(metrics or {}, asked, self._no_numbers), self.accelerator)
 
     def _evaluated_by_itself(self, evaluate: Callable[..., Any], told: Mapping[str, Any]) -> Any:
         """What a subclass returns that has no eval_dataset: it may have data of its own, or need one after all.

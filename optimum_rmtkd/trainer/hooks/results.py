@@ -43,7 +43,13 @@ class ResultHooks:
         if any(given):
             known = {"id": given[0] or given[1], "name": given[1] or given[0], "config": given[2]}
             write_results(self.args.output_dir, dataset=known | {"on_hub": given[0] is not None})
-        write_results(self.args.output_dir, base_model=finetuned_from)
+        live = type(host.model)
+        write_results(
+            self.args.output_dir,
+            base_model=finetuned_from,
+            architecture=live.__name__,
+            auto_class=live._auto_class or "",  # "": a stock class, which needs none of ours
+        )
         kept = getattr(self._host.run.initial, "model_tags", None) or []  # a cut makes a new model, without them
         tags = [*([tags] if isinstance(tags, str) else tags or []), *kept]
         metadata = {"language": language, "license": license, "tags": tags, "pipeline_tag": first(tasks)}

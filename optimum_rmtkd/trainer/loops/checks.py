@@ -39,13 +39,7 @@ def recipe_of(given: Any) -> RMTKDConfig:
     Raises:
         RMTKDError: something else.
     """
-    config = RMTKDConfig() if given is None else given
-    if not isinstance(config, RMTKDConfig):
-        raise RMTKDError(
-            f"rmtkd_config is a {type(given).__name__}; expected an RMTKDConfig: RMTKDConfig(**values), "
-            "RMTKDConfig.from_json_file(path)."
-        )
-    return config
+    return RMTKDConfig.taken(given, "rmtkd_config")
 
 
 def check_steps(max_steps: Any) -> None:

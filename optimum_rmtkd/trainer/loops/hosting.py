@@ -13,10 +13,10 @@ from transformers.utils import find_labels
 from ...config import RMTKDConfig
 from ...distillation import Teacher
 from ...errors import RMTKDError
-from ...hub.measures import of_quality
 from ...surgery.processes import from_main
 from ..columns import Columns
 from ..data import CalibrationBatches, pick_samples
+from ..evaluations import numbers_of
 from ..stream import Stream, is_stream, rewindable
 from ..swap import adam_rate, forget_moments, install, renew_wrapper
 from ..verdicts import greater_is_better
@@ -64,6 +64,7 @@ class LoopHost:
         self.teacher: Teacher | None = None
         self.schedule: LoopSchedule | None = None
         self._asked: str | None = None
+        self._no_numbers: set[str] = set()
         self._greater: bool | None = None
         self._stream: Stream | None = None
 
@@ -141,7 +142,7 @@ class LoopHost:
                 f"evaluate() returned a {type(given).__name__}; expected the metrics by name, such as "
                 '{"accuracy": 0.91, "loss": 0.27}.'
             )
-        found = of_quality({str(name): value for name, value in given.items()})
+        found = numbers_of({str(name): value for name, value in given.items()}, self._asked, self._no_numbers)
         found = from_main(found, self.accelerator)
         asked = FALLBACK if self._asked is None else self._asked
         names = (asked, f"eval_{asked}", asked.removeprefix("eval_"))
