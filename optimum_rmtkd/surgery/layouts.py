@@ -51,6 +51,8 @@ class EncoderLayout:
         attention: the module that holds head sizes; `head_size`, `heads` name its attributes; `total_size` may be "".
             Names of widths are among `spec_rmtkd.WIDTHS`.
         scale: its attribute for the softmax scale; "" where its code makes it from the width of a head.
+        score_terms: (its attribute, names): each of these that the attribute holds adds a term to a score, and as many
+            features as a head has to what the root is taken of.
         position_query, position_key: its layers that make queries and keys of relative positions, from what lies
             `beside` the stream.
         up: the layer in front of the activation, or several: those that a model lacks are passed over, and what two
@@ -91,6 +93,7 @@ class EncoderLayout:
     total_size: str = "all_head_size"
     heads: str = "num_attention_heads"
     scale: str = "scaling"
+    score_terms: tuple[str, tuple[str, ...]] = ("", ())
     position_query: str | None = None
     position_key: str | None = None
     pre_norm: bool = False
@@ -203,7 +206,9 @@ class EncoderLayout:
         if self.scale:
             return float(getattr(attention, self.scale))
         features = linear_shape(get_module(model, f"{block}.{self.query}"))[1]
-        return (features / getattr(attention, self.heads)) ** -0.5
+        name, terms = self.score_terms
+        count = 1 + sum(term in getattr(attention, name, ()) for term in terms)
+        return (count * features / getattr(attention, self.heads)) ** -0.5
 
     def _projects(self, model: nn.Module) -> bool:
         return self.project is not None and has_module(model, self.project)

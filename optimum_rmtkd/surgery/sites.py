@@ -246,6 +246,13 @@ class Anatomy:
         """The blocks, stack by stack."""
         return self.stacks or ((self.blocks,) if self.blocks else ())
 
+    @property
+    def turned_blocks(self) -> tuple[str, ...]:
+        """The blocks that write the stream which is cut: all, but for those of a stack whose stream cannot be
+        turned."""
+        writers = {unit.block for unit in self.units if unit.writes == "hidden"}
+        return tuple(block for block in self.blocks if block in writers)
+
     def stack_of(self, path: str) -> int:
         """Number of the run of blocks that the unit at `path` belongs to, from the first of its blocks up to the next
         run."""

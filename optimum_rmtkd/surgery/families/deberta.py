@@ -23,6 +23,7 @@ register_family(
             blocks="@.encoder.layer",
             attention="attention.self",
             scale="",
+            score_terms=("pos_att_type", ("c2p", "p2c")),
             query="attention.self.query_proj",
             key="attention.self.key_proj",
             value="attention.self.value_proj",
