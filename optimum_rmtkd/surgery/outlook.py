@@ -67,7 +67,8 @@ def shape_of(
         saved, answers = _saved(_folded(model, anatomy), batch, with_gradient | read, frozen)
         trained, _ = _saved(model, batch, frozenset(), lambda _: contextlib.nullcontext())
     chunk = config.logits_chunk if anatomy.answers else None
-    size, length = batch_size(batch), max(1, round(max(positions.values(), default=1.0)))
+    calls = [rows for path in positions for rows, _ in positions.calls_of(path)]
+    size, length = batch_size(batch), max(1, round(max(calls, default=1.0)))
     chosen = [site for site in sites if site.chosen]
     neurons = tuple(site.width for site in chosen if site.kind in SELECTED)
     hidden = next((site for site in chosen if site.kind == "hidden"), None)
