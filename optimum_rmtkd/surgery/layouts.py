@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedArchitectureError
 from ..modeling_rmtkd import LowRankConv2d, LowRankLinear
 from .sites import (
     Anatomy,
@@ -74,6 +75,7 @@ class EncoderLayout:
         width_fields: others that state it.
         ratio_field: field of the config that states the feed-forward width in units of the hidden one.
         needs: {field of the config: its value}, without which the classes run other code than what is declared.
+        undeclared: heads of some classes that read the stream otherwise than any declaration says.
     """
 
     stream: tuple[str, ...]
@@ -117,6 +119,7 @@ class EncoderLayout:
     width_fields: tuple[str, ...] = ()
     ratio_field: str | None = None
     needs: dict[str, object] = field(default_factory=dict)
+    undeclared: tuple[str, ...] = ()
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Sites and units of `model`.
@@ -126,6 +129,12 @@ class EncoderLayout:
                 declaration covers.
         """
         check_needs(model, self.needs)
+        for head in self.undeclared:
+            if has_module(model, head):
+                raise UnsupportedArchitectureError(
+                    f"{type(model).__name__} with a head {head!r} runs other code than what its family declares. Use "
+                    "form='factored', which works for every architecture."
+                )
         return dataclasses.replace(self, **self._found(model))._anatomy(model)
 
     def _found(self, model: nn.Module) -> dict[str, Any]:

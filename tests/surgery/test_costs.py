@@ -87,7 +87,7 @@ def descend_anew(couples, pinned, cost, local, goal, whole, config):
             move
             for c in couples
             if c.name not in pinned
-            for move in budget._moves(c, widths, size, cost, local[c.name], config)
+            for move in budget._moves(couples, c, widths, size, cost, local[c.name], config)
         ]
         if not moves:
             raise budget._Stuck(size, curve)

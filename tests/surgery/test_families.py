@@ -416,6 +416,15 @@ def test_a_stream_costs_the_same_whether_blocks_are_shared_or_alike():
     assert 0.7 < prices[0] / prices[1] < 1.4
 
 
+def test_a_head_of_other_code_is_refused_by_name():
+    config = copy.deepcopy(zoo.CONFIGS["deberta-v3"])
+    config.legacy = False
+    model = transformers.DebertaV2ForMaskedLM(config).eval()
+    with pytest.raises(UnsupportedArchitectureError, match="DebertaV2ForMaskedLM with a head 'lm_predictions'"):
+        anatomy_of(model, RECIPE)
+    assert anatomy_of(transformers.DebertaV2Model(config), RECIPE).sites
+
+
 def test_report_reads(tmp_path):
     model, data = zoo.make("bert", "ForSequenceClassification"), zoo.batches("bert")
     report = quiet(analyze, model, data, RECIPE)

@@ -241,6 +241,15 @@ def test_a_native_stream_is_that_of_the_free_shape():
     torch.testing.assert_close(zoo.logits(plain, data[0]), zoo.logits(free, data[0]), atol=1e-4, rtol=1e-4)
 
 
+def test_a_native_head_that_is_not_divided_stays_so():
+    config = copy.deepcopy(zoo.CONFIGS["t5"][1])
+    config.num_labels = 2
+    model = zoo.enlivened(transformers.T5ForQuestionAnswering(config))
+    data = [{key: value for key, value in batch.items() if key != "labels"} for batch in zoo.batches(count=2)]
+    recipe = RECIPE.replace(shape="native", sites=("hidden",), target_reduction=0.2, importance="auto", refit=False)
+    assert type(narrow(model, data, recipe, progress=False)) is transformers.T5ForQuestionAnswering
+
+
 def test_a_native_shape_that_no_config_states_is_refused():
     with pytest.raises(UnsupportedArchitectureError, match="shape='native'.*MarianMTModel.*Use shape='free'"):
         narrow(zoo.make("marian"), zoo.batches(), RECIPE.replace(shape="native"), progress=False)

@@ -40,6 +40,7 @@ register_family(
             decoder="cls.predictions.decoder",
             width_fields=("pooler_hidden_size",),
             needs={"conv_kernel_size": 0},
+            undeclared=("lm_predictions",),  # of masked language models with legacy=False
         ),
         inert_padding=True,
     )
