@@ -138,29 +138,24 @@ def _batch(model: PreTrainedModel, size: int, length: int | None) -> dict[str, A
     """A batch without values.
 
     Raises:
-        RMTKDError: texts longer than the model takes; a model that reads neither token ids nor pixels.
+        RMTKDError: texts longer than the model takes; a model whose inputs are not known.
     """
     import torch
 
-    from ..batches.examples import longest_text
+    from ..batches.examples import example_inputs, longest_text
 
-    config = model.config
-    if model.main_input_name == "pixel_values":
-        side = getattr(config, "image_size", 224)
-        height, width = side if isinstance(side, (tuple, list)) else (side, side)
-        pixels = (size, config.num_channels, height, width)
-        return {"pixel_values": torch.empty(pixels, device="meta", dtype=model.dtype)}
-    if model.main_input_name != "input_ids":
-        raise RMTKDError(
-            f"{type(model).__name__} reads {model.main_input_name!r}: expected a model of token ids or pixels."
-        )
-    longest = longest_text(model)
-    if length is not None and longest is not None and length > longest:
-        raise RMTKDError(f"--length {length}: {type(model).__name__} takes {longest} tokens at most.")
-    length = length or min(512, longest or 512)
-    ids = torch.empty(size, length, device="meta", dtype=torch.long)
-    both = getattr(config, "is_encoder_decoder", False)
-    return {"input_ids": ids, **({"decoder_input_ids": ids} if both else {})}
+    inputs = example_inputs(model, 1, 1)
+    if any(name.endswith("input_ids") for name in inputs):
+        longest = longest_text(model)
+        if length is not None and longest is not None and length > longest:
+            raise RMTKDError(f"--length {length}: {type(model).__name__} takes {longest} tokens at most.")
+        length = length or min(512, longest or 512)
+    wanted = {name: value for name, value in inputs.items() if name not in ("attention_mask", "token_type_ids")}
+    shapes = {
+        name: (size, *(value.shape[1:] if value.is_floating_point() else (length,))) for name, value in wanted.items()
+    }
+    types = {name: model.dtype if value.is_floating_point() else torch.long for name, value in wanted.items()}
+    return {name: torch.empty(shape, device="meta", dtype=types[name]) for name, shape in shapes.items()}
 
 
 def _report(

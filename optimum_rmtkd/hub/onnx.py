@@ -89,10 +89,11 @@ def _dynamic(model: PreTrainedModel, inputs: dict) -> dict[str, dict]:
     from torch.export import Dim
 
     batch = Dim("batch")
-    if "pixel_values" in inputs or "features" in inputs:
+    if not any(name.endswith("input_ids") for name in inputs):
         return {name: {0: batch} for name in inputs}
     length, behind = Dim("length", max=_longest(model)), Dim("decoder_length", max=_longest(model))
-    return {name: {0: batch, 1: behind if name.startswith("decoder") else length} for name in inputs}
+    rows = {name: {1: behind if name.startswith("decoder") else length} for name in inputs}
+    return {name: {0: batch} | ({} if inputs[name].is_floating_point() else rows[name]) for name in inputs}
 
 
 def _longest(model: PreTrainedModel) -> int:
@@ -102,7 +103,10 @@ def _longest(model: PreTrainedModel) -> int:
     tables = [
         m for name, m in model.named_modules() if name.endswith("position_embeddings") and isinstance(m, nn.Embedding)
     ]
-    rows = getattr(model.config, "max_position_embeddings", None) or 4096
+    from ..batches.examples import stating
+
+    name = "max_position_embeddings"
+    rows = getattr(stating(model.config, name), name, None) or 4096
     return rows - max((table.padding_idx + 1 for table in tables if table.padding_idx is not None), default=0)
 
 

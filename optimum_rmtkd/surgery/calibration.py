@@ -168,7 +168,7 @@ class Calibration:
     Attributes:
         moments: {point: SecondMoments}; those of the gradient are in `gradient_moment`.
         effects: {point: what a unit of variance of each channel costs there}, see `channels`; kept here, not made.
-        batches_seen, samples_seen, tokens_seen: what has flowed through; tokens are unmasked positions.
+        batches_seen, samples_seen: what has flowed through.
     """
 
     def __init__(
@@ -188,12 +188,11 @@ class Calibration:
         self.moments: dict[Point, SecondMoments] = {}
         self.effects: dict[Point, torch.Tensor] = {}
         self.batches_seen = self.samples_seen = 0
-        self.tokens_seen = 0.0
 
-    @property
-    def tokens_per_sample(self) -> float:
-        """Mean number of unmasked positions of a sample."""
-        return self.tokens_seen / max(self.samples_seen, 1)
+    def positions_per_sample(self, point: Point) -> float:
+        """Mean number of unmasked positions of a sample at a point where gradients are observed, of all calls of its
+        module: sources and targets differ in it, and what a head selects."""
+        return self.moments[point].gradient_count / max(self.samples_seen, 1)
 
     def _moments_at(self, point: Point, dim: int, device: torch.device) -> SecondMoments:
         if point not in self.moments:
@@ -214,7 +213,7 @@ class Calibration:
             CalibrationError: non-finite activations or gradients; names the module, the batch and how many. A batch
                 that the model cannot run on.
         """
-        seen, decoder, forward = {}, decoder_mask(model, batch), True
+        decoder, forward = decoder_mask(model, batch), True
 
         def see(point: Point, x: torch.Tensor) -> None:
             if point in self.gradients and not x.requires_grad:
@@ -222,9 +221,6 @@ class Calibration:
             if not forward:
                 return  # a block that is recomputed for its gradients
             mask, module = token_mask(batch, x, decoder), get_module(model, point.path)
-            positions = mask.sum().item() if mask is not None else features_last(x, module)[..., 0].numel()
-            if point in self.gradients or not self.gradients:  # along the stream
-                seen[point] = seen.get(point, 0.0) + float(positions)  # where layers are shared, of all calls
             unit = "token" if point.whole else self.config.sample_unit
             flat, kept = sample_tokens(turned(x.detach(), module), mask, unit, self.config.tokens_per_sequence)
             if point.whole and mask is None:
@@ -249,7 +245,6 @@ class Calibration:
                     run(model, batch)
         self.batches_seen += 1
         self.samples_seen += batch_size(batch)
-        self.tokens_seen += max(seen.values(), default=0.0)
 
     def _see_gradient(self, model: nn.Module, point: Point, g: torch.Tensor, mask: torch.Tensor | None) -> None:
         # all positions: a head may read one token alone, and only that one then has a gradient in the last block
@@ -281,23 +276,20 @@ class Calibration:
         """Sum over processes; every process ends with the same moments."""
         for point in self.points:
             self.moments[point].all_reduce(accelerator)
-        counts = torch.tensor([self.samples_seen, self.tokens_seen], dtype=torch.float64, device=accelerator.device)
-        samples, tokens = accelerator.reduce(counts, reduction="sum").tolist()
-        self.samples_seen, self.tokens_seen = int(samples), tokens
+        count = torch.tensor([self.samples_seen], dtype=torch.float64, device=accelerator.device)
+        self.samples_seen = int(accelerator.reduce(count, reduction="sum").item())
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on with the next batch."""
         return {
             "batches_seen": self.batches_seen,
             "samples_seen": self.samples_seen,
-            "tokens_seen": self.tokens_seen,
             "moments": {f"{p.path}|{p.side}" + "|whole" * p.whole: m.state_dict() for p, m in self.moments.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
         """Inverse of `state_dict`, for the same points; `device`: that of the model, where sums go on."""
         self.batches_seen, self.samples_seen = state["batches_seen"], state["samples_seen"]
-        self.tokens_seen = state["tokens_seen"]
         for key, moments in state["moments"].items():
             path, side, *whole = key.split("|")
             dim = moments["dim"] if isinstance(moments["dim"], int) else int(moments["dim"])

@@ -14,13 +14,14 @@ from ..errors import CalibrationError, RMTKDError
 from ..models import Scratch, check_behaviour, check_structure, uncut_parameters
 from ..spectra.edges import find_estimator
 from .budget import check_reachable, flops_of, parameters_of
-from .calibration import features_last, observed, points_of
+from .calibration import observed, points_of
+from .costs import Positions
 from .depth import with_blocks
 from .families import family_of
 from .grouping import by_length
 from .layouts import factored_anatomy
 from .native import check_expressible, native_anatomy
-from .sites import Anatomy, Point, Site, get_module, linear_layers, select_sites
+from .sites import Anatomy, Point, Site, linear_layers, linear_shape, select_sites
 from .tryout import checked_batches
 
 
@@ -141,16 +142,19 @@ def check_flops(
         check_reachable(sites, flops, (1 - target) * flops({}), flops({}), config, "FLOPs")
 
 
-def positions_of(model: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """{spec path: positions of a sample it is applied at} of all linear layers, from a batch of middling length."""
-    positions: dict[str, float] = {}
+def positions_of(model: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> Positions:
+    """Positions of a sample that all linear layers and convolutions are applied at, from a batch of middling
+    length."""
+    calls: dict[str, list[tuple[float, float]]] = {}
     batch = first_samples(batches[len(batches) // 2], LOOKED_AT)  # all samples of a batch are as long
     size = batch_size(batch)
+    layers = linear_layers(model, torch.nn.Conv1d)
 
     def see(point: Point, x: torch.Tensor) -> None:
-        features = features_last(x, get_module(model, point.path)).shape[-1]
-        positions[point.path] = positions.get(point.path, 0.0) + x.numel() / features / size
+        rows = x.numel() / linear_shape(layers[point.path])[1] / size
+        # some classes lay all samples out on one axis
+        calls.setdefault(point.path, []).append((rows, float(x.shape[-2]) if x.dim() > 2 else rows))
 
-    with observed(model, [Point(p) for p in linear_layers(model)], see), torch.no_grad():
+    with observed(model, [Point(path) for path in layers], see), torch.no_grad():
         run(model, batch)
-    return positions
+    return Positions({path: sum(rows for rows, _ in each) for path, each in calls.items()}, calls)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from ..models import count_parameters
-from .sites import BLOCK, Anatomy, Unit, get_module, is_layer, linear_shape, module_parameters, unit_delta
+from .sites import BLOCK, Anatomy, Site, Unit, get_module, is_layer, linear_shape, module_parameters, unit_delta
 
 
-__all__ = ["Additive", "couples_of", "flops_of", "parameters_of", "site_widths"]
+__all__ = ["Additive", "Positions", "couples_of", "flops_of", "parameters_of", "site_widths"]
 
 
 def site_widths(couples: Mapping[str, int], anatomy: Anatomy) -> dict[str, int]:
@@ -119,6 +119,26 @@ def parameters_of(
     return Additive(anatomy, fixed, terms)
 
 
+class Positions(dict[str, float]):
+    """{spec path: positions of a sample that a layer is applied at, of all its calls}
+
+    Attributes:
+        calls: {spec path: of each call (positions of a sample, length of the rows that they come in)}: of windows of
+            an image, positions attend to those of their row alone. A layer that is not named is called once, on one
+            row a sample.
+    """
+
+    def __init__(
+        self, positions: Mapping[str, float], calls: Mapping[str, list[tuple[float, float]]] | None = None
+    ) -> None:
+        super().__init__(positions)
+        self.calls = dict(calls or {})
+
+    def calls_of(self, path: str) -> list[tuple[float, float]]:
+        """Of each call of a layer that has positions."""
+        return self.calls.get(path) or [(self[path], self[path])]
+
+
 def flops_of(
     model: nn.Module, anatomy: Anatomy, positions: Mapping[str, float], scope: list[Unit] | None = None
 ) -> Callable[[Mapping[str, int]], float]:
@@ -126,20 +146,24 @@ def flops_of(
     and attention products (with `scope`: of these units).
 
     Args:
-        positions: {spec path: positions of a sample it is applied to}, of every layer that counts.
+        positions: {spec path: positions of a sample it is applied to}, of every layer that counts; a mapping that is
+            none of `Positions` is one of layers that are called once.
     """
+    positions = positions if isinstance(positions, Positions) else Positions(positions)
     units = [
         (u, get_module(model, u.path)) for u in (anatomy.units if scope is None else scope) if u.path in positions
     ]
     fixed = set(positions) - {u.path for u in anatomy.units} if scope is None else ()
     blocks = {path: next((b for b in anatomy.blocks if path.startswith(f"{b}.")), None) for path in fixed}
     units += [(Unit(path, block=blocks[path]), get_module(model, path)) for path in sorted(fixed)]
-    # products with the keys and with the values: 2 L^2 a feature each (of cross-attention twice the product of both
-    # lengths); queries and keys are two units that share one
-    pairs = {"attention_qk": 1.0, "attention_vo": 2.0}
-    attention, facing = {s.name: pairs[s.kind] for s in anatomy.sites.values() if s.kind in pairs}, _facing(anatomy)
-    # whole heads of causal attention are both products, each over half of the positions
-    causal = {s.name for s in anatomy.sites.values() if s.kind == "attention_groups"} | set(anatomy.heads.values())
+    # products with the keys and with the values: 2 a pair of positions and feature each; queries and keys share one
+    halves = {"attention_qk": 1.0, "attention_vo": 2.0}
+    attention, pairs = {s.name: halves[s.kind] for s in anatomy.sites.values() if s.kind in halves}, {}
+    for site in anatomy.sites.values():
+        pairs |= _pairs_of(site, anatomy, positions) if site.kind == "attention_qk" else {}
+    # whole heads are both products, of causal attention each over half of the pairs
+    heads = {s.name for s in anatomy.sites.values() if s.kind == "attention_groups"} | set(anatomy.heads.values())
+    both = 2.0 if anatomy.causal else 4.0
 
     def work(unit: Unit, module: nn.Module, widths: Mapping[str, int]) -> tuple[float, ...]:
         if anatomy.is_gone(unit.block, widths):
@@ -151,25 +175,39 @@ def flops_of(
         rank = delta.get("rank", getattr(module, "rank", None))
         products = inputs * outputs * shape[2] if rank is None else rank * (inputs + outputs)
         linear = 2.0 * products * positions[unit.path]
-        if unit.reads in causal:
-            return linear, 2.0 * positions[unit.path] ** 2 * inputs
+        if unit.reads in heads:
+            return linear, both * sum(rows * length for rows, length in positions.calls_of(unit.path)) * inputs
         if unit.writes not in attention:
             return (linear,)
-        pairs_of = positions[unit.path] * positions.get(facing[unit.path], 0.0) / anatomy.repeats
-        return linear, attention[unit.writes] * pairs_of * outputs
+        return linear, attention[unit.writes] * pairs.get(unit.path, 0.0) * outputs
 
     return Additive(anatomy, 0.0, [(u, lambda widths, u=u, m=m: work(u, m, widths)) for u, m in units])
 
 
-def _facing(anatomy: Anatomy) -> dict[str, str]:
-    """{layer that makes queries, keys or values: another, whose positions its own are multiplied with}"""
-    found = {}
-    for site in anatomy.sites.values():
-        if site.kind == "attention_qk":
-            units = [unit for unit in anatomy.units if unit.writes == site.name]
-            (query, key), positions = (unit.path for unit in units[:2]), units[2:]  # of relative positions
-            partner = site.name.replace("attention_qk", "attention_vo")
-            values = [unit.path for unit in anatomy.units if unit.writes == partner]
-            found |= {query: key, key: query, **dict.fromkeys(values, query)}
-            found |= {unit.path: query if unit.keys else key for unit in positions}
+def _pairs_of(site: Site, anatomy: Anatomy, positions: Positions) -> dict[str, float]:
+    """{layer that makes queries, keys or values of an attention: pairs of positions of a sample, all calls together,
+    that its features are multiplied for}
+
+    Layers that relative positions share with the text are called once for the text and then for the positions, which
+    are multiplied with the other side of the text. Half of a product is the query's, half the key's; that with
+    positions is all theirs.
+    """
+    units = [unit for unit in anatomy.units if unit.writes == site.name and unit.path in positions]
+    partner = site.name.replace("attention_qk", "attention_vo")
+    values = [unit.path for unit in anatomy.units if unit.writes == partner and unit.path in positions]
+    if len(units) < 2 or not values:
+        return {}
+    runs = len(positions.calls_of(values[0]))
+    sides = [positions.calls_of(unit.path) for unit in units[:2]]
+    texts = [calls[:: max(1, len(calls) // runs)] for calls in sides]
+    pairs = sum(query[0] * key[1] for query, key in zip(*texts, strict=False))
+    found = dict.fromkeys(values, pairs) | {unit.path: pairs for unit in units[:2]}
+    for unit, calls, facing in zip(units, sides, reversed(texts), strict=False):
+        each = len(calls) // len(facing)
+        beside = [(length, facing[i // each][0]) for i, (_, length) in enumerate(calls) if i % each]
+        found[unit.path] += 2.0 * sum(length * rows for length, rows in beside)
+    for unit in units[2:]:
+        facing = texts[0 if unit.keys else 1]
+        made = positions.calls_of(unit.path)
+        found[unit.path] = 2.0 * sum(length * rows for (_, length), (rows, _) in zip(made, facing, strict=False))
     return found

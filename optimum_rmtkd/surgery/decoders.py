@@ -68,6 +68,7 @@ class DecoderLayout:
         inner_field: field of the config that states the feed-forward width, where together with the usual names of
             heads (num_attention_heads, num_key_value_heads, head_dim) it says all widths that shape="native" needs,
             and the stock class is the same function of its tensors; None: there is no native shape.
+        causal: a position attends to those before it alone.
         needs: {field of the config: its value}, without which the classes run other code than what is declared.
         width_field: field of the config that states the hidden width.
     """
@@ -106,6 +107,7 @@ class DecoderLayout:
     widths: tuple[str, ...] = ()
     stream_widths: dict[str, str] = field(default_factory=dict)
     multiplier: str | None = None
+    causal: bool = True
     needs: dict[str, object] = field(default_factory=dict)
     width_field: str = "hidden_size"
     inner_field: str | None = None
@@ -159,6 +161,7 @@ class DecoderLayout:
             heads_in_config=self.heads_in_config,
             pre_norm=True,
             last_norm=self.final_norm,
+            causal=self.causal,
             answers=answers,
             refused=self.refused,
         )

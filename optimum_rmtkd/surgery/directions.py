@@ -75,7 +75,7 @@ def stream_metric(calibration: Calibration, point: Point | None, dim: int) -> to
         return torch.eye(dim, dtype=torch.float64) / dim
     if moments.gradient_moment is None:
         return torch.eye(dim, dtype=torch.float64) / moments.second_moment.trace().cpu().clamp_min(1e-30)
-    return 0.5 * calibration.tokens_per_sample * moments.gradient_moment.cpu()
+    return 0.5 * calibration.positions_per_sample(point) * moments.gradient_moment.cpu()
 
 
 def _tail_sums(scores: torch.Tensor) -> torch.Tensor:
@@ -148,8 +148,10 @@ def hidden_directions(
         calibration.rest()
     sums = corner.flip(0, 1).cumsum(0).cumsum(1).flip(0, 1).diagonal()
     # The stream is cut anew at each of its two sums a block, each time of what that block adds. Half as many whole
-    # cuts fitted best: of 1, L/2, 2L/3 and 5L/3 for L = 6 blocks (docs/surgery.md).
-    damage = torch.cat([sums, sums.new_zeros(1)]).clamp_min(0) * max(1.0, len(anatomy.blocks) / 2)
+    # cuts fitted best: of 1, L/2, 2L/3 and 5L/3 for L = 6 blocks (docs/surgery.md). What runs again and again is seen
+    # as often: the mean is one of all calls.
+    runs, calls = len(anatomy.blocks) * anatomy.repeats, _calls(site.points, anatomy)
+    damage = torch.cat([sums, sums.new_zeros(1)]).clamp_min(0) * max(1.0, runs / 2) * len(at) / calls
 
     def cut(width: int, stream: Projection | None = None) -> dict[str, Projection]:
         kept = polar_alignment(nested[:, :width])
@@ -165,6 +167,12 @@ def hidden_directions(
 
     # where norms stand behind the sums, a later one sees what an earlier cut has removed already
     return Directions(site, damage.cummin(0).values, cut, changes if anatomy.answers and anatomy.pre_norm else None)
+
+
+def _calls(points: Sequence[Point], anatomy: Anatomy) -> float:
+    """How often modules are called at these points, all together."""
+    blocks = tuple(f"{block}." for block in anatomy.blocks)
+    return sum(anatomy.repeats if f"{point.path}.".startswith(blocks) else 1.0 for point in points)
 
 
 def _before_norms(model: nn.Module, anatomy: Anatomy, basis: torch.Tensor) -> dict[str, Projection]:
@@ -306,10 +314,12 @@ def query_key_site_directions(
     """
     makers = [u for u in anatomy.units if u.writes == site.name and is_layer(model, u.path)]
     sides = [[calibration.moments[Point(u.path)] for u in makers if u.keys == keys] for keys in (False, True)]
-    if len(makers) == 2:
+    if not any(u.entrance for u in makers):
         # what all keys have in common adds the same to every logit of a query, which softmax does not see
         moments = [sides[0][0].second_moment.cpu(), sides[1][0].covariance.cpu()]
-    else:  # relative positions: terms of a logit are added, of queries and keys by themselves and with positions
+    else:
+        # relative positions: terms of a logit are added, of queries and keys by themselves and with positions, which
+        # read the mean key of what they share a layer with
         moments = [sum(each.second_moment.cpu() for each in side) for side in sides]
     query, key = (_per_head(moment, site.groups) for moment in moments)
     encode_q, encode_k, scores = query_key_directions(query, key)

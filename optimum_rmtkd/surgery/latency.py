@@ -378,16 +378,16 @@ class _Terms:
         return None if site is None else site.name
 
 
-def _input_shapes(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{spec path: shape of what the layer reads} of all layers of the anatomy that are called."""
+def _input_shapes(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Any]) -> dict[str, list[tuple[int, ...]]]:
+    """{spec path: shapes of what the layer reads, call by call} of all layers of the anatomy that are called."""
     paths = [u.path for u in anatomy.units if is_layer(model, u.path)]
     modules = [path for path in paths if isinstance(get_module(model, path), nn.Module)]
-    shapes: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, list[tuple[int, ...]]] = {}
 
     def see(point: Point, x: torch.Tensor) -> None:
-        shapes[point.path] = tuple(x.shape)
+        shapes.setdefault(point.path, []).append(tuple(x.shape))
 
-    looked_at = [Point(path, "input") for path in modules]
+    looked_at = [Point(path, "input") for path in dict.fromkeys(modules)]
     with observed(model, looked_at, see), torch.inference_mode(), explained(model, inputs, 0):
         model(**inputs)
     return shapes

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedArchitectureError
 from ..modeling_rmtkd import LowRankConv2d, LowRankLinear
 from .sites import (
     Anatomy,
@@ -51,6 +52,8 @@ class EncoderLayout:
         attention: the module that holds head sizes; `head_size`, `heads` name its attributes; `total_size` may be "".
             Names of widths are among `spec_rmtkd.WIDTHS`.
         scale: its attribute for the softmax scale; "" where its code makes it from the width of a head.
+        score_terms: (its attribute, names): each of these that the attribute holds adds a term to a score, and as many
+            features as a head has to what the root is taken of.
         position_query, position_key: its layers that make queries and keys of relative positions, from what lies
             `beside` the stream.
         up: the layer in front of the activation, or several: those that a model lacks are passed over, and what two
@@ -72,6 +75,7 @@ class EncoderLayout:
         width_fields: others that state it.
         ratio_field: field of the config that states the feed-forward width in units of the hidden one.
         needs: {field of the config: its value}, without which the classes run other code than what is declared.
+        undeclared: heads of some classes that read the stream otherwise than any declaration says.
     """
 
     stream: tuple[str, ...]
@@ -91,6 +95,7 @@ class EncoderLayout:
     total_size: str = "all_head_size"
     heads: str = "num_attention_heads"
     scale: str = "scaling"
+    score_terms: tuple[str, tuple[str, ...]] = ("", ())
     position_query: str | None = None
     position_key: str | None = None
     pre_norm: bool = False
@@ -114,6 +119,7 @@ class EncoderLayout:
     width_fields: tuple[str, ...] = ()
     ratio_field: str | None = None
     needs: dict[str, object] = field(default_factory=dict)
+    undeclared: tuple[str, ...] = ()
 
     def anatomy(self, model: nn.Module) -> Anatomy:
         """Sites and units of `model`.
@@ -123,6 +129,12 @@ class EncoderLayout:
                 declaration covers.
         """
         check_needs(model, self.needs)
+        for head in self.undeclared:
+            if has_module(model, head):
+                raise UnsupportedArchitectureError(
+                    f"{type(model).__name__} with a head {head!r} runs other code than what its family declares. Use "
+                    "form='factored', which works for every architecture."
+                )
         return dataclasses.replace(self, **self._found(model))._anatomy(model)
 
     def _found(self, model: nn.Module) -> dict[str, Any]:
@@ -203,7 +215,9 @@ class EncoderLayout:
         if self.scale:
             return float(getattr(attention, self.scale))
         features = linear_shape(get_module(model, f"{block}.{self.query}"))[1]
-        return (features / getattr(attention, self.heads)) ** -0.5
+        name, terms = self.score_terms
+        count = 1 + sum(term in getattr(attention, name, ()) for term in terms)
+        return (count * features / getattr(attention, self.heads)) ** -0.5
 
     def _projects(self, model: nn.Module) -> bool:
         return self.project is not None and has_module(model, self.project)

@@ -279,8 +279,11 @@ def _takes_head_width(model: PreTrainedModel, anatomy: Anatomy, head: int) -> bo
             probe = _base(model)(config)
     except ValueError:  # BERT refuses a stream that its heads do not divide, whatever head_dim says
         return False
-    path = next(unit.path for unit in anatomy.units if (unit.writes or "").endswith("attention_qk"))
-    return get_module(probe, path).out_features == head * config.num_attention_heads
+    query = next(unit.path for unit in anatomy.units if (unit.writes or "").endswith("attention_qk"))
+    # a layer behind the heads that is as wide as the stream may meet queries that are so by rounding alone (ALBERT)
+    output = next(unit.path for unit in anatomy.units if (unit.reads or "").endswith("attention_vo"))
+    wanted = head * config.num_attention_heads
+    return get_module(probe, query).out_features == wanted == get_module(probe, output).in_features
 
 
 def _plain_config(model: PreTrainedModel) -> PreTrainedConfig:

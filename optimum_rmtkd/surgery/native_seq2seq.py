@@ -52,8 +52,9 @@ def stacks_config(model: nn.Module, anatomy: Anatomy, layout: Seq2SeqLayout, con
 
 @torch.no_grad()
 def settle_head(native: PreTrainedModel, model: PreTrainedModel, anatomy: Anatomy, layout: Seq2SeqLayout) -> None:
-    """Put into the last norm of a plain copy, in place, what its head is divided by otherwise than that of `model`."""
+    """Put into the last norm of a plain copy, in place, what its head is divided by otherwise than that of `model`;
+    heads that generate alone are divided."""
     field, name = layout.scales_head or ("", "")
-    if getattr(model.config, field, False) and hasattr(model, name):
+    if anatomy.answers and getattr(model.config, field, False) and hasattr(model, name):
         norm = norm_of(get_module(native, anatomy.last_norm))
         norm.set_scale(norm.scale * (getattr(native, name) / getattr(model, name)) ** 0.5)

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..batches import batch_size, evaluating, run
+from ..batches.explaining import RAW, in_one_line
 from ..config import RMTKDConfig
 from ..errors import BudgetError, RMTKDError
 from ..models import count_parameters, shifts_labels, uncut_parameters
@@ -45,7 +46,7 @@ def shape_of(
 
     Raises:
         UnsupportedArchitectureError: no family, or code that it does not declare; the recipe's target is out of reach
-            (BudgetError); form="factored".
+            (BudgetError); form="factored"; code that looks at values.
     """
     if config.form != "absorbed":
         raise RMTKDError(f"form={config.form!r}: what a cut needs is known for form='absorbed' alone.")
@@ -58,7 +59,7 @@ def shape_of(
     check_shape(model, anatomy, sites, config)
     check_parameters(model, anatomy, sites, config, config.target_reduction)
     batch = _with_mask(model, anatomy, batch)
-    with evaluating(model):
+    with evaluating(model), _without_values(model):
         positions = positions_of(model, [batch])
         kept, share = _shares(model, anatomy, sites, config)
         points, with_gradient = points_of(anatomy, sites), _gradients(anatomy, config)
@@ -67,7 +68,8 @@ def shape_of(
         saved, answers = _saved(_folded(model, anatomy), batch, with_gradient | read, frozen)
         trained, _ = _saved(model, batch, frozenset(), lambda _: contextlib.nullcontext())
     chunk = config.logits_chunk if anatomy.answers else None
-    size, length = batch_size(batch), max(1, round(max(positions.values(), default=1.0)))
+    calls = [rows for path in positions for rows, _ in positions.calls_of(path)]
+    size, length = batch_size(batch), max(1, round(max(calls, default=1.0)))
     chosen = [site for site in sites if site.chosen]
     neurons = tuple(site.width for site in chosen if site.kind in SELECTED)
     hidden = next((site for site in chosen if site.kind == "hidden"), None)
@@ -104,6 +106,33 @@ def shape_of(
         largest_block=max(sizes, default=0),
         distilled=distilled,
     )
+
+
+@contextlib.contextmanager
+def _without_values(model: nn.Module) -> Iterator[None]:
+    """Within this context transformers does not look whether a batch without a mask is padded; other code of a class
+    that looks at values is refused by name.
+
+    Raises:
+        RMTKDError: in place of what a pass without values raises.
+    """
+    name = "warn_if_padding_and_no_attention_mask"
+    looking = [module for module in model.modules() if hasattr(module, name)]
+    for module in looking:
+        setattr(module, name, lambda *_, **__: None)
+    try:
+        yield
+    except RMTKDError:
+        raise
+    except RAW as error:
+        raise RMTKDError(
+            f"What a cut of {type(model).__name__} needs cannot be told from its config alone: its code does not run "
+            f"without values ({type(error).__name__}: {in_one_line(error)}). Cut it where it fits, or plan for another "
+            "head of the same size."
+        ) from error
+    finally:
+        for module in looking:
+            delattr(module, name)
 
 
 def _with_mask(model: PreTrainedModel, anatomy: Anatomy, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -70,7 +70,8 @@ class Reduction:
     Attributes:
         model: the narrow model, in eval mode, on the device and in the dtype of the old one.
         projections: {"hidden": (d_old, d_new) fp32}: stream of the narrow model = old stream @ projection, at the
-            output of every block; empty where the stream was not cut.
+            output of every block; empty where the stream was not cut. Where that of one stack alone can be
+            (Whisper's decoder), {path of each of its blocks: the same matrix}: the other blocks keep theirs.
         sites: what happened to each site that was open to this cut, also where it kept its width.
         parameters_before, parameters_after: tied parameters counted once.
         report: the spectra the widths come from.

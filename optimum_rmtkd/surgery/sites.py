@@ -202,6 +202,7 @@ class Anatomy:
         heads_in_config: its code reads the number of heads from its config.
         pre_norm: the stream is normalised before the layers that read it, and is itself a plain sum.
         last_norm: path of the norm between a pre-norm stream and the head.
+        causal: where whole heads of attention go, a position attends to those before it alone.
         answers: a language model: each token is a sample of its own, and prices are taken token by token.
         refused: {kind of a site that models of this family have and that is not cut: why}.
         kept: numbers of these blocks in the uncut model, by which their sites are named, and how many it had; None
@@ -221,6 +222,7 @@ class Anatomy:
     heads_in_config: bool = False
     pre_norm: bool = False
     last_norm: str | None = None
+    causal: bool = False
     answers: bool = False
     refused: dict[str, str] = field(default_factory=dict)
     kept: tuple[tuple[int, ...], int] | None = None
@@ -245,6 +247,13 @@ class Anatomy:
     def runs(self) -> tuple[tuple[str, ...], ...]:
         """The blocks, stack by stack."""
         return self.stacks or ((self.blocks,) if self.blocks else ())
+
+    @property
+    def turned_blocks(self) -> tuple[str, ...]:
+        """The blocks that write the stream which is cut: all, but for those of a stack whose stream cannot be
+        turned."""
+        writers = {unit.block for unit in self.units if unit.writes == "hidden"}
+        return tuple(block for block in self.blocks if block in writers)
 
     def stack_of(self, path: str) -> int:
         """Number of the run of blocks that the unit at `path` belongs to, from the first of its blocks up to the next
@@ -300,12 +309,12 @@ def is_layer(model: nn.Module, path: str) -> bool:
     return isinstance(module, LAYERS) or is_norm(module)
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """{spec path: module} of all linear layers and 2-d convolutions, in the order of `named_modules`; the two inside a
-    factored one are part of it."""
+def linear_layers(model: nn.Module, *others: type[nn.Module]) -> dict[str, nn.Module]:
+    """{spec path: module} of all linear layers and 2-d convolutions, and modules of the types `others`, in the order
+    of `named_modules`; the two inside a factored one are part of it."""
     prefix = model.base_model_prefix + "." if model.base_model is not model else ""
     inside = {id(c) for m in model.modules() if isinstance(m, (LowRankLinear, LowRankConv2d)) for c in m.children()}
-    kinds = (nn.Linear, Conv1D, nn.Conv2d, LowRankLinear, LowRankConv2d)
+    kinds = (nn.Linear, Conv1D, nn.Conv2d, LowRankLinear, LowRankConv2d, *others)
     return {
         "@." + name[len(prefix) :] if name.startswith(prefix) else name: module
         for name, module in model.named_modules()
@@ -342,6 +351,8 @@ def linear_shape(module: nn.Module) -> tuple[int, int, int]:
         return *module.weight.shape, 1
     if isinstance(module, (nn.Linear, LowRankLinear)):
         return module.in_features, module.out_features, 1
+    if isinstance(module, nn.Conv1d):
+        return module.in_channels // module.groups, module.out_channels, module.kernel_size[0]
     if isinstance(module, (nn.Conv2d, LowRankConv2d)):
         return module.in_channels // module.groups, module.out_channels, module.kernel_size[0] * module.kernel_size[1]
     raise UnsupportedArchitectureError(

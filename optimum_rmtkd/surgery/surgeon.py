@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..batches import evaluating, first_samples, run
 from ..config import RMTKDConfig
 from ..errors import CalibrationError, RMTKDError, UnsupportedArchitectureError
+from ..modeling_rmtkd import resolve_path
 from ..models import (
     KEPT,
     UNCUT,
@@ -461,7 +462,10 @@ class Surgeon:
         cut = cuts.of("hidden", "")
         if cut is None:
             return {}
-        return {"hidden": cut.encode.float().to(self.source.device)}
+        matrix = cut.encode.float().to(self.source.device)
+        if len(turned := self.anatomy.turned_blocks) == len(self.anatomy.blocks):
+            return {"hidden": matrix}
+        return {resolve_path(self.source, path): matrix for path in turned}
 
 
 @contextlib.contextmanager

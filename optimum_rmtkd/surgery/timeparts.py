@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -15,7 +15,7 @@ from .sites import Anatomy, Site, Unit, get_module, is_layer, linear_shape, unit
 __all__ = ["parts_of"]
 
 Parts = Callable[[Mapping[str, int]], list[tuple[Kind, tuple[int, ...]]]]
-Shapes = Mapping[str, tuple[int, ...]]
+Shapes = Mapping[str, Sequence[tuple[int, ...]]]
 
 
 def parts_of(model: nn.Module, anatomy: Anatomy, shapes: Shapes) -> list[tuple[Unit, Parts]]:
@@ -23,15 +23,20 @@ def parts_of(model: nn.Module, anatomy: Anatomy, shapes: Shapes) -> list[tuple[U
     widths); heads and activations as units of their own.
 
     Args:
-        shapes: {spec path: what the layer reads}; a layer that is not there is not called, and takes no time.
+        shapes: {spec path: what the layer reads, call by call}; a layer that is not there is not called, and takes no
+            time.
     """
     found = []
     for unit in anatomy.units:
         if unit.path in shapes and is_layer(model, unit.path):
-            parts = _layer(unit, get_module(model, unit.path), shapes[unit.path])
-            found += [] if parts is None else [(unit, parts)]
+            parts = [_layer(unit, get_module(model, unit.path), shape) for shape in shapes[unit.path]]
+            found += [(unit, _all(each))] if (each := [part for part in parts if part is not None]) else []
     found += [pair for site in anatomy.sites.values() for pair in _beside(site, model, anatomy, shapes)]
     return found
+
+
+def _all(parts: Sequence[Parts]) -> Parts:
+    return lambda widths: [work for part in parts for work in part(widths)]
 
 
 def _layer(unit: Unit, module: nn.Module, shape: tuple[int, ...]) -> Parts | None:
@@ -95,20 +100,23 @@ def _beside(site: Site, model: nn.Module, anatomy: Anatomy, shapes: Shapes) -> l
     writer = next((u for u in anatomy.units if u.writes == site.name and u.path in shapes), None)
     if writer is None:
         return []
-    rows = _product(shapes[writer.path][:-1])
+    calls = shapes[writer.path]
     if site.kind == "intermediate":
-        kind = Kind("activation", (rows,))
+        kinds = [Kind("activation", (_product(shape[:-1]),)) for shape in calls]
         unit = Unit(writer.path, writes=site.name, block=writer.block)
-        return [(unit, lambda widths: [(kind, (widths.get(site.name, site.width),))])]
+        return [(unit, lambda widths: [(kind, (widths.get(site.name, site.width),)) for kind in kinds])]
     other = anatomy.sites.get(site.name.replace("attention_qk", "attention_vo"))
-    if site.kind != "attention_qk" or other is None or len(shapes[writer.path]) != 3:
+    if site.kind != "attention_qk" or other is None or any(len(shape) != 3 for shape in calls):
         return []
-    batch, length, _ = shapes[writer.path]
+    # layers that relative positions share with the text are called for the text first
+    runs = max((len(shapes[u.path]) for u in anatomy.units if u.writes == other.name and u.path in shapes), default=1)
+    texts = calls[:: max(1, len(calls) // runs)]
     eager = getattr(model.config, "_attn_implementation", None) == "eager"
-    kind = Kind("eager_attention" if eager else "attention", (batch, site.groups, length))
+    name = "eager_attention" if eager else "attention"
+    kinds = [Kind(name, (batch, site.groups, length)) for batch, length, _ in texts]
 
     def parts(widths: Mapping[str, int]) -> list[tuple[Kind, tuple[int, ...]]]:
-        return [(kind, tuple(widths.get(s.name, s.width) // site.groups for s in (site, other)))]
+        return [(kind, tuple(widths.get(s.name, s.width) // site.groups for s in (site, other))) for kind in kinds]
 
     return [(Unit(writer.path, reads=site.name, writes=other.name, block=writer.block), parts)]
 

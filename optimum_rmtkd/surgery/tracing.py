@@ -58,7 +58,11 @@ def with_traced_reads(model: nn.Module, anatomy: Anatomy, batch: Mapping[str, An
 
 
 def _sources(model: nn.Module, anatomy: Anatomy) -> list[_Source]:
-    writers = [u for u in anatomy.units if u.writes == "hidden" and is_layer(model, u.path)]
+    writers = [  # a bare parameter is not called: where one is the last, the block gives what it scales
+        u
+        for u in anatomy.units
+        if u.writes == "hidden" and is_layer(model, u.path) and isinstance(get_module(model, u.path), nn.Module)
+    ]
     if "hidden" not in anatomy.sites or not anatomy.blocks or not writers:
         return []
     width, last = anatomy.sites["hidden"].width, writers[-1]

@@ -6,6 +6,8 @@ import random
 
 import pytest
 import torch
+import transformers as tf
+from torch.utils.flop_counter import FlopCounterMode
 
 from optimum_rmtkd import BudgetError, RMTKDConfig, count_parameters
 from optimum_rmtkd.surgery import budget
@@ -13,7 +15,7 @@ from optimum_rmtkd.surgery.budget import Couple, allocate, couple_grid, flops_of
 from optimum_rmtkd.surgery.checks import anatomy_of, positions_of
 from optimum_rmtkd.surgery.sites import get_module, is_layer, linear_shape, module_parameters, unit_delta
 
-from . import zoo
+from . import seq2seq_zoo, zoo
 
 
 MODELS = [
@@ -85,7 +87,7 @@ def descend_anew(couples, pinned, cost, local, goal, whole, config):
             move
             for c in couples
             if c.name not in pinned
-            for move in budget._moves(c, widths, size, cost, local[c.name], config)
+            for move in budget._moves(couples, c, widths, size, cost, local[c.name], config)
         ]
         if not moves:
             raise budget._Stuck(size, curve)
@@ -176,3 +178,33 @@ def test_a_move_prices_again_what_shares_a_layer_with_it_and_nothing_else():
     assert size.neighbours("layer.0.intermediate") == {"hidden", "layer.0.intermediate"}
     assert size.neighbours("layer.1.heads") == {"hidden", "layer.1.heads"}
     assert size.neighbours("hidden") >= {c.name for c in couples}
+
+
+SOUND = {"input_features": torch.randn(1, 8, 20), "decoder_input_ids": torch.randint(3, 60, (1, 8))}
+LONG = zoo.TEXT | {"max_position_embeddings": 70}
+WINDOWS = {"image_size": 28, "patch_size": 1, "num_channels": 1, "embed_dim": 16, "depths": [1, 1], "window_size": 7}
+COUNTED = {
+    "windows of an image": lambda: tf.SwinModel(tf.SwinConfig(**WINDOWS, num_heads=[2, 4])),
+    "attention of whole heads to both sides": lambda: tf.ModernBertModel(
+        tf.ModernBertConfig(**LONG, **zoo.BODY, **zoo.ENDS, local_attention=8)
+    ),
+    "layers that positions share": lambda: tf.DebertaV2Model(
+        tf.DebertaV2Config(**LONG, **zoo.BODY, **zoo.RELATIVE, share_att_key=True, position_buckets=16)
+    ),
+    "layers of positions": lambda: tf.DebertaV2Model(tf.DebertaV2Config(**LONG, **zoo.BODY, **zoo.RELATIVE)),
+    "blocks that run again": lambda: zoo.make("albert", "Model"),
+    "two stacks and convolutions of sounds": lambda: seq2seq_zoo.make("whisper"),
+}
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_flops_are_those_that_torch_counts(kind):
+    model = COUNTED[kind]().eval().requires_grad_(False)
+    model.set_attn_implementation("eager")
+    batch = {"input_ids": torch.randint(5, 61, (1, 36))}
+    if model.main_input_name != "input_ids":
+        batch = {"pixel_values": torch.randn(1, 1, 28, 28)} if "Swin" in type(model).__name__ else SOUND
+    anatomy = anatomy_of(model, RMTKDConfig())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**batch)
+    assert flops_of(model, anatomy, positions_of(model, [batch]))({}) == pytest.approx(counter.get_total_flops())

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 
@@ -20,7 +21,7 @@ from optimum_rmtkd.surgery.bases import Projection, rotate_onto_ones
 from optimum_rmtkd.surgery.directions import _before_norms
 from optimum_rmtkd.surgery.narrowing import Cuts, build_student, fold_norms, initialise
 from optimum_rmtkd.surgery.sites import get_module
-from optimum_rmtkd.surgery.surgeon import anatomy_of
+from optimum_rmtkd.surgery.surgeon import Surgeon, anatomy_of
 
 from ..tables import some_slow
 from . import zoo
@@ -381,6 +382,47 @@ def test_paths_and_stages():
     assert block_paths(model) == ("bert.encoder.layer.0", "bert.encoder.layer.1")
     assert stage_sites(model, RECIPE)[0] == ["hidden", "embedding"]
     assert stage_sites(model, RECIPE)[2] == ["layer.1.attention_qk", "layer.1.attention_vo", "layer.1.intermediate"]
+
+
+@torch.no_grad()
+def test_keys_that_positions_share_keep_their_mean():
+    """Softmax does not see what all keys have in common, but positions are multiplied with it, too."""
+    model, data = zoo.make("deberta-v3", "ForSequenceClassification"), zoo.batches("deberta-v3", 2)
+    attention = model.deberta.encoder.layer[0].attention.self
+    attention.key_proj.weight.mul_(0.02)
+    attention.key_proj.bias.normal_(0, 3.0)
+    recipe = RECIPE.replace(sites=("attention_qk", "attention_vo"))
+    small = quiet(narrow_to, model, data, {"layer.0.heads": 4}, recipe)
+    ours, theirs = (m(**data[0], output_attentions=True).attentions[0] for m in (small, model))
+    assert (ours - theirs).abs().sum(-1).mean() < 0.02
+
+
+def test_positions_add_to_what_the_root_of_a_score_is_taken_of():
+    assert set(anatomy_of(zoo.make("deberta-v3", "Model"), RECIPE).softmax_scales.values()) == {(3 * 8) ** -0.5}
+    assert set(anatomy_of(zoo.make("bert", "Model"), RECIPE).softmax_scales.values()) == {8**-0.5}
+
+
+def test_a_stream_costs_the_same_whether_blocks_are_shared_or_alike():
+    models = []
+    for groups in (1, 4):
+        config = copy.deepcopy(zoo.CONFIGS["albert"])
+        config.num_hidden_groups = groups
+        models.append(zoo.enlivened(transformers.AlbertForSequenceClassification(config).eval()))
+    shared, alike = models
+    names = {name: re.sub(r"groups\.\d", "groups.0", name) for name in alike.state_dict()}
+    alike.load_state_dict({name: shared.state_dict()[own] for name, own in names.items()})
+    surgeons = [Surgeon(model, zoo.batches("albert"), RECIPE, progress=False) for model in models]
+    prices = [surgeon.directions_of(surgeon.anatomy.sites["hidden"]).damage[0] for surgeon in surgeons]
+    assert 0.7 < prices[0] / prices[1] < 1.4
+
+
+def test_a_head_of_other_code_is_refused_by_name():
+    config = copy.deepcopy(zoo.CONFIGS["deberta-v3"])
+    config.legacy = False
+    model = transformers.DebertaV2ForMaskedLM(config).eval()
+    with pytest.raises(UnsupportedArchitectureError, match="DebertaV2ForMaskedLM with a head 'lm_predictions'"):
+        anatomy_of(model, RECIPE)
+    assert anatomy_of(transformers.DebertaV2Model(config), RECIPE).sites
 
 
 def test_report_reads(tmp_path):

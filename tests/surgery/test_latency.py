@@ -9,8 +9,11 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from optimum_rmtkd import LatencyError, RMTKDConfig, RMTKDError, analyze, narrow
+from optimum_rmtkd.batches.examples import unpadded_inputs
 from optimum_rmtkd.surgery import check_latency, reduce
-from optimum_rmtkd.surgery.latency import Measurement, Stopwatch, setting_of
+from optimum_rmtkd.surgery.checks import anatomy_of
+from optimum_rmtkd.surgery.latency import Measurement, Stopwatch, _input_shapes, setting_of
+from optimum_rmtkd.surgery.timeparts import parts_of
 
 from . import zoo
 from .timing import machine, model_seconds  # noqa: F401
@@ -190,3 +193,13 @@ def test_the_dense_model_and_the_threads_stay_as_they_were(wide, machine):  # no
     assert model.training and torch.get_num_threads() == threads and model.dtype == torch.float32
     model.eval()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_layers_that_positions_share_are_timed_for_each_of_their_calls():
+    model = zoo.make("deberta-v3", "ForSequenceClassification")
+    anatomy = anatomy_of(model, RMTKDConfig())
+    shapes = _input_shapes(model, anatomy, unpadded_inputs(model, 8, 32))
+    assert shapes["@.encoder.layer.0.attention.self.query_proj"] == [(8, 32, 32), (1, 8, 32)]
+    kinds = [kind for unit, value in parts_of(model, anatomy, shapes) for kind, _ in value({})]
+    assert [kind.fixed for kind in kinds if "attention" in kind.name] == [(8, 4, 32)] * 2
+    assert sum(kind.name == "linear" and kind.fixed[0] == 8 for kind in kinds) >= 4  # queries and keys of both layers

@@ -12,9 +12,9 @@ from transformers import AutoConfig
 from optimum_rmtkd import RMTKDConfig, count_parameters, narrow
 from optimum_rmtkd.errors import RMTKDError, UnsupportedArchitectureError
 from optimum_rmtkd.models import uncut_parameters
-from optimum_rmtkd.surgery import reduce
+from optimum_rmtkd.surgery import narrow_to, reduce
 from optimum_rmtkd.surgery.budget import couple_grid
-from optimum_rmtkd.surgery.native import native_anatomy
+from optimum_rmtkd.surgery.native import native_anatomy, plain_form
 from optimum_rmtkd.surgery.surgeon import Surgeon
 
 from . import conv_zoo, zoo
@@ -227,3 +227,12 @@ def test_contradictory_recipes():
     for other in ({"form": "factored"}, {"schedule": "layerwise"}):
         with pytest.raises(RMTKDError, match="one width for all layers"):
             RMTKDConfig(shape="native", **other)
+
+
+def test_heads_that_fit_by_rounding_alone_are_refused_by_name():
+    """ALBERT's layer behind the heads is as wide as the stream: 22 // 4 = 5 says nothing of it."""
+    model, data = zoo.make("albert", "ForSequenceClassification"), zoo.batches("albert", 2)
+    couples = {"hidden": 22, "layer.0.heads": 5, "layer.1.heads": 5}
+    small = narrow_to(model, data, couples, RMTKDConfig(refit=False), progress=False)
+    with pytest.raises(RMTKDError, match="4 heads of width 5 on a stream of 22"):
+        plain_form(small, data[0], pad=True)

@@ -21,11 +21,15 @@ from optimum_rmtkd import (
     count_parameters,
     narrow,
 )
+from optimum_rmtkd.batches import run
+from optimum_rmtkd.distillation import DistillationStep, HiddenStateLoss
+from optimum_rmtkd.distillation.projections import compose
 from optimum_rmtkd.models import outline
-from optimum_rmtkd.surgery import narrow_to, reduce
+from optimum_rmtkd.surgery import block_paths, narrow_to, reduce
+from optimum_rmtkd.surgery.calibration import observed
 from optimum_rmtkd.surgery.norms import norm_of
 from optimum_rmtkd.surgery.prices import directional_prices
-from optimum_rmtkd.surgery.sites import get_module
+from optimum_rmtkd.surgery.sites import Point, get_module
 from optimum_rmtkd.surgery.surgeon import Surgeon, anatomy_of
 
 from ..tables import some_slow
@@ -240,6 +244,15 @@ def test_a_native_stream_is_that_of_the_free_shape():
     torch.testing.assert_close(zoo.logits(plain, data[0]), zoo.logits(free, data[0]), atol=1e-4, rtol=1e-4)
 
 
+def test_a_native_head_that_is_not_divided_stays_so():
+    config = copy.deepcopy(zoo.CONFIGS["t5"][1])
+    config.num_labels = 2
+    model = zoo.enlivened(transformers.T5ForQuestionAnswering(config))
+    data = [{key: value for key, value in batch.items() if key != "labels"} for batch in zoo.batches(count=2)]
+    recipe = RECIPE.replace(shape="native", sites=("hidden",), target_reduction=0.2, importance="auto", refit=False)
+    assert type(narrow(model, data, recipe, progress=False)) is transformers.T5ForQuestionAnswering
+
+
 def test_a_native_shape_that_no_config_states_is_refused():
     with pytest.raises(UnsupportedArchitectureError, match="shape='native'.*MarianMTModel.*Use shape='free'"):
         narrow(zoo.make("marian"), zoo.batches(), RECIPE.replace(shape="native"), progress=False)
@@ -262,6 +275,43 @@ def test_tokens_of_two_stacks_are_no_terms_of_one_sum():
     ]
     assert apart[0] == pytest.approx(float(sum(alone)[0]), rel=1e-5)  # at other widths it falls no lower than before
     assert not torch.allclose(apart, together, rtol=1e-2)
+
+
+def test_prices_count_the_positions_of_their_own_stack():
+    """Long sources, short targets: what the product rule says is near what the data says, in both."""
+    data = zoo.batches("t5", count=2, lengths=(60, 4))
+    data = [batch | {"attention_mask": torch.ones_like(batch["input_ids"])} for batch in data]
+    surgeon = Surgeon(zoo.make("t5"), data, RECIPE.replace(refit=False), progress=False)
+    for name in ("encoder.0.intermediate", "decoder.0.intermediate"):
+        found = surgeon.directions_of(surgeon.anatomy.sites[name])
+        bare = {name: dataclasses.replace(found, damage=torch.zeros_like(found.damage))}
+        priced = directional_prices(surgeon.teacher, surgeon.batches, bare, 0)[name]
+        assert 0.5 < found.damage[24] / priced.damage[24] < 2
+
+
+def test_hidden_states_of_a_stream_that_keeps_its_axes_are_compared_as_they_are():
+    model, data = zoo.make("whisper"), zoo.batches("whisper", count=2)
+    found = reduce(model, data, RECIPE.replace(sites=("hidden",), target_reduction=0.1), progress=False)
+    assert set(found.projections) == {"model.decoder.layers.0", "model.decoder.layers.1"}
+    objective = HiddenStateLoss()
+    objective.setup(found.model, model, found.projections)
+    seen = [_outputs_of(m, block_paths(m), data[0]) for m in (found.model, model)]
+    loss = objective(DistillationStep(data[0], student_features=seen[0], teacher_features=seen[1]))
+    assert 0 < loss < 1 and len(seen[0]) == 4
+    again = {name: torch.zeros(matrix.shape[1], 20) for name, matrix in found.projections.items()}
+    both = compose(found.projections, again)
+    assert {name: tuple(matrix.shape) for name, matrix in both.items()} == dict.fromkeys(again, (32, 20))
+
+
+def _outputs_of(model, paths, batch):
+    found = {}
+
+    def keep(point, x):
+        found[point.path] = x
+
+    with observed(model, [Point(path) for path in paths], keep), torch.no_grad():
+        run(model, batch)
+    return found
 
 
 def _seen_in(found, anatomy, stack):

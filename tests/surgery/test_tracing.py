@@ -124,3 +124,14 @@ def test_the_advice_to_leave_the_stream_names_sites_that_there_are(make):
     sites = ast.literal_eval(all_but_the_stream(anatomy).removeprefix("sites="))
     kinds = {site.kind for site in select_sites(anatomy, sites)}
     assert "intermediate" in kinds and "hidden" not in kinds
+
+
+def test_a_stream_that_bare_parameters_write_last_is_traced():
+    """BEiT scales what a block adds, and its head for masked images reads a norm that no family declares."""
+    config = copy.deepcopy(zoo.CONFIGS["beit"])
+    config.vocab_size = 16
+    model = zoo.enlivened(tf.BeitForMaskedImageModeling(config).eval())
+    with pytest.raises(UnsupportedArchitectureError, match="lm_head reads what was made of it"):
+        narrow(model, zoo.batches("beit", 1), RECIPE.replace(target_reduction=0.03), progress=False)
+    backbone = zoo.enlivened(tf.BeitBackbone(copy.deepcopy(zoo.CONFIGS["beit"])).eval())
+    assert narrow_to(backbone, zoo.batches("beit", 1), {"hidden": 24}, RECIPE, progress=False).config.hidden_size == 24

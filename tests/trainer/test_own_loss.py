@@ -72,6 +72,22 @@ SPLITS = some_slow(
 )
 
 
+SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
+SPLITS += [("behind", "token"), ("behind", "causal")]
+
+
+SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
+SPLITS += [("behind", "token"), ("behind", "causal")]
+
+
+SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
+SPLITS += [("behind", "token"), ("behind", "causal")]
+
+
+SPLITS = [(given, kind) for given in ("in front", "function") for kind in ("three", "token", "causal")]
+SPLITS += [("behind", "token"), ("behind", "causal")]
+
+
 def terms(trainer):
     return [e for e in trainer.state.log_history if "loss" in e]
 
@@ -144,6 +160,26 @@ def test_the_split_of_a_batch_changes_nothing(make_trainer, weights, given, kind
             loss = summed(outputs, labels, num_items_in_batch)
             return (loss, outputs) if return_outputs else loss
 
+    classes = {
+        "function": RMTKDTrainer,
+        "in front": type("Front", (Ragged, RMTKDTrainer), {}),
+        "behind": type("Behind", (RMTKDMixin, Ragged, Trainer), {}),
+    }
+    classes = {
+        "function": RMTKDTrainer,
+        "in front": type("Front", (Ragged, RMTKDTrainer), {}),
+        "behind": type("Behind", (RMTKDMixin, Ragged, Trainer), {}),
+    }
+    classes = {
+        "function": RMTKDTrainer,
+        "in front": type("Front", (Ragged, RMTKDTrainer), {}),
+        "behind": type("Behind", (RMTKDMixin, Ragged, Trainer), {}),
+    }
+    classes = {
+        "function": RMTKDTrainer,
+        "in front": type("Front", (Ragged, RMTKDTrainer), {}),
+        "behind": type("Behind", (RMTKDMixin, Ragged, Trainer), {}),
+    }
     classes = {
         "function": RMTKDTrainer,
         "in front": type("Front", (Ragged, RMTKDTrainer), {}),

@@ -23,6 +23,7 @@ register_family(
             blocks="@.encoder.layer",
             attention="attention.self",
             scale="",
+            score_terms=("pos_att_type", ("c2p", "p2c")),
             query="attention.self.query_proj",
             key="attention.self.key_proj",
             value="attention.self.value_proj",
@@ -39,6 +40,7 @@ register_family(
             decoder="cls.predictions.decoder",
             width_fields=("pooler_hidden_size",),
             needs={"conv_kernel_size": 0},
+            undeclared=("lm_predictions",),  # of masked language models with legacy=False
         ),
         inert_padding=True,
     )

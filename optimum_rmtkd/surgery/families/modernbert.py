@@ -23,6 +23,7 @@ register_family(
             final_norm="@.final_norm",
             heads=("head.dense",),
             decoder="decoder",
+            causal=False,
         ),
     )
 )
