@@ -89,8 +89,9 @@ def data_of(task: str, validation: str) -> DataArguments:
     return DataArguments(**paths, max_length=128, text_column=list(setting.columns))
 
 
-def load_from(task: str, model: str, trim: bool = False) -> Task:
-    """The rows of a task and a model for them, with `trim` of the words of the training texts alone."""
+def load_from(task: str, model: str, trim: bool = False, by_length: bool = True) -> Task:
+    """The rows of a task and a model for them, with `trim` of the words of the training texts alone; validation rows
+    `by_length`, which saves padding, or as the files have them, whatever the words."""
     setting = TASKS[task]
     # On a CPU the backward of the fused attention takes 5 to 10 times as long in bf16.
     kernel = None if torch.cuda.is_available() else "eager"
@@ -101,8 +102,9 @@ def load_from(task: str, model: str, trim: bool = False) -> Task:
         train = train.shuffle(seed=0).select(range(setting.rows))
     if setting.judged is not None:
         judged = judged.shuffle(seed=0).select(range(setting.judged))
-    lengths = [len(ids) for ids in judged["input_ids"]]
-    judged = judged.select(sorted(range(len(judged)), key=lengths.__getitem__))  # less padding
+    if by_length:
+        lengths = [len(ids) for ids in judged["input_ids"]]
+        judged = judged.select(sorted(range(len(judged)), key=lengths.__getitem__))
     return dataclasses.replace(found[0], train=train, validation=judged)
 
 
