@@ -11,6 +11,7 @@ from torch import nn
 
 from ..modeling_rmtkd import TYPE_PREFIX
 from .behaviour import check_behaviour, nearly_equal
+from .carrying import carry_over, copied, is_plain
 from .depth import KEPT, block_names, kept_blocks, parameters_as
 from .differences import AROUND_THE_RESULT
 from .heads import has_head, shifts_labels, unwrapped
@@ -18,9 +19,6 @@ from .identity import check_kind, check_structure
 from .rebuilding import (
     as_tied,
     blank,
-    carry_over,
-    copied,
-    is_plain,
     match_precision,
     outline,
     pinned,

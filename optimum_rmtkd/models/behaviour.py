@@ -15,16 +15,9 @@ from transformers import PreTrainedModel
 
 from ..batches import evaluating, run
 from ..errors import UnsupportedArchitectureError
+from .carrying import carry_over, is_plain, is_users_hook, is_wrapped
 from .differences import ON_THE_RESULT, differences, field_that_says_so
-from .rebuilding import (
-    blank,
-    carry_over,
-    is_plain,
-    is_users_hook,
-    is_wrapped,
-    sharing_tensors,
-    with_computed_buffers,
-)
+from .rebuilding import blank, sharing_tensors, with_computed_buffers
 
 
 __all__ = ["check_behaviour", "nearly_equal"]

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..errors import UnsupportedArchitectureError
-from .rebuilding import blank, is_bare, is_plain, is_untrained
+from .carrying import is_bare, is_plain, is_untrained
+from .rebuilding import blank
 
 
 __all__ = ["AROUND_THE_RESULT", "ON_THE_RESULT", "Difference", "differences", "field_that_says_so", "not_its_config"]

@@ -23,8 +23,9 @@ from .. import modeling_rmtkd
 from ..errors import RMTKDError, UnsupportedArchitectureError
 from ..modeling_rmtkd import PREFIX
 from ..validation.wording import shown
+from .carrying import is_wrapped
 from .differences import AROUND_THE_RESULT, ON_THE_RESULT, differences, not_its_config
-from .rebuilding import as_tied, blank, is_wrapped
+from .rebuilding import as_tied, blank
 
 
 __all__ = ["check_kind", "check_structure"]

@@ -21,7 +21,7 @@ from optimum_rmtkd import (
     narrow,
 )
 from optimum_rmtkd.models import copied, match_precision, twin_of, widest_dtype
-from optimum_rmtkd.models.rebuilding import own_forward
+from optimum_rmtkd.models.carrying import own_forward
 from optimum_rmtkd.trainer.swap import skeleton
 
 from ..surgery import zoo
