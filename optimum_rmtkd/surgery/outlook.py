@@ -127,8 +127,8 @@ def _without_values(model: nn.Module) -> Iterator[None]:
     except RAW as error:
         raise RMTKDError(
             f"What a cut of {type(model).__name__} needs cannot be told from its config alone: its code does not run "
-            f"without values ({type(error).__name__}: {in_one_line(error)}). Cut it where it fits, or plan for another "
-            "head of the same size."
+            f"without values ({type(error).__name__}: {in_one_line(error)}). Cut it where it fits, or plan for "
+            "another head of the same size."
         ) from error
     finally:
         for module in looking:
