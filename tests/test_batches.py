@@ -22,9 +22,11 @@ from optimum_rmtkd.batches import (
     to_device,
     unchunked,
 )
+from optimum_rmtkd.batches.examples import example_inputs
 from optimum_rmtkd.batches.rows import unfit_columns
+from optimum_rmtkd.errors import RMTKDError
 
-from .surgery import zoo
+from .surgery import seq2seq_zoo, zoo
 
 
 IDS = torch.randint(5, 60, (8, 12))
@@ -214,3 +216,38 @@ ROW = {"input_ids": [5, 6], "labels": 0}
 )
 def test_the_column_that_makes_no_batch_is_named(rows, told):
     assert re.search(told, unfit_columns(SimpleNamespace(dataset=rows)))
+
+
+READING = {
+    "whisper": (lambda: seq2seq_zoo.make("whisper"), {"input_features": (2, 8, 20), "decoder_input_ids": (2, 6)}),
+    "an encoder of sounds": (
+        lambda: tf.WhisperForAudioClassification(seq2seq_zoo.CONFIGS["whisper"][1]),
+        {"input_features": (2, 8, 20)},
+    ),
+    "images of two configs": (lambda: zoo.make("clip", "ForImageClassification"), {"pixel_values": (2, 1, 8, 8)}),
+    "texts and images": (
+        lambda: tf.CLIPModel(zoo.CONFIGS["clip"]),
+        {"input_ids": (2, 6), "attention_mask": (2, 6), "pixel_values": (2, 1, 8, 8)},
+    ),
+    "texts with one end": (
+        lambda: tf.BartForSequenceClassification(seq2seq_zoo.CONFIGS["bart"][1]),
+        {"input_ids": (2, 6), "attention_mask": (2, 6), "decoder_input_ids": (2, 6)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", READING)
+def test_examples_are_what_a_model_reads(kind):
+    make, shapes = READING[kind]
+    model = make().eval()
+    inputs = example_inputs(model, 2, 6)
+    assert {name: tuple(value.shape) for name, value in inputs.items()} == shapes
+    with torch.no_grad():
+        assert model(**inputs)[0].isfinite().all()
+
+
+def test_examples_of_other_inputs_are_refused_by_name():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = tf.Wav2Vec2Config(**sizes, conv_dim=(8,), conv_kernel=(4,), conv_stride=(2,), num_feat_extract_layers=1)
+    with pytest.raises(RMTKDError, match="Wav2Vec2Model reads 'input_values'"):
+        example_inputs(tf.Wav2Vec2Model(config), 2)

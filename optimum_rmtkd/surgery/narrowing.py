@@ -63,7 +63,9 @@ class Cuts:
         return Cuts({s: {path: encoding(p) for path, p in found.items()} for s, found in self.projections.items()})
 
 
-def fold_norms(model: PreTrainedModel, anatomy: Anatomy, scratch: Scratch | None = None) -> PreTrainedModel:
+def fold_norms(
+    model: PreTrainedModel, anatomy: Anatomy, scratch: Scratch | None = None, turned: bool = True
+) -> PreTrainedModel:
     """A copy of a pre-norm model whose stream can be rotated: same outputs, other weights, of decoders fp32 where they
     were narrower (so that they are rounded once, when all is done).
 
@@ -72,10 +74,12 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy, scratch: Scratch | None
     direction and lays it along the new one, so that the narrow norm subtracts what the old one did.
     A norm before a layer that is tied to the word table keeps its own scale, and so does the last one of a model
     without a head, for what it gives is the model's output: there a rotation is not exact.
-    Scales a feature behind a layer go into it. Post-norm models are given back as they are.
+    Scales a feature behind a layer go into it. Post-norm models are given back as they are. What an encoder gives is
+    an output, too: where it is not turned, its last norm stays as it is.
 
     Args:
         scratch: where the parameters of the copy are put. None: in memory, where those of `model` are.
+        turned: the stream is cut.
     """
     if not anatomy.pre_norm:
         return model
@@ -96,7 +100,8 @@ def fold_norms(model: PreTrainedModel, anatomy: Anatomy, scratch: Scratch | None
     with torch.no_grad():
         for unit in present:
             norm, readers = norm_of(get_module(model, unit.path)), [u for u in present if u.through == unit.path]
-            if norm is not None and readers and unit.path != output and not any(u.tied for u in readers):
+            given = unit.block is None and any(u.block for u in readers) and not (turned and unit.writes)
+            if norm is not None and readers and unit.path != output and not (given or any(u.tied for u in readers)):
                 _fold_scale(norm, [get_module(model, reader.path) for reader in readers])
             if unit.scaled is not None:
                 scale_outputs(get_module(model, unit.path), get_module(model, unit.scaled))

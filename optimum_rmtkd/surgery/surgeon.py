@@ -141,7 +141,7 @@ class Surgeon:
                 self.anatomy = with_traced_reads(twin, self.anatomy, first_samples(batches[0], LOOKED_AT))
                 self.sites = select_sites(self.anatomy, wanted)
                 check_shape(twin, self.anatomy, self.sites, config)
-            self.teacher = fold_norms(twin, self.anatomy, scratch)
+            self.teacher = fold_norms(twin, self.anatomy, scratch, any(s.kind == "hidden" for s in self.sites))
             points = points_of(self.anatomy, self.sites)
             self.batches = by_length(self.teacher, batches, points)
             check_flops(self.teacher, self.anatomy, self.sites, self.batches, config, target_flops)

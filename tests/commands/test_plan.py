@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
+import torch
+import transformers
 from transformers import BertConfig, LlamaConfig
+
+from optimum_rmtkd import RMTKDConfig, RMTKDError
+from optimum_rmtkd.commands.plan import _batch
+from optimum_rmtkd.surgery.outlook import shape_of
+
+from ..surgery import seq2seq_zoo, zoo
 
 
 @pytest.fixture
@@ -66,3 +75,32 @@ def test_the_streamed_schedule_is_named_where_memory_has_no_room(cli, tmp_path):
 def test_wrong_options_are_refused(cli, folder, options, message):
     code, _, err = cli("plan", "--model", folder, *options)
     assert code == 2 and message in err
+
+
+KINDS = {
+    "T5ForConditionalGeneration": ("t5", 512),
+    "BartForConditionalGeneration": ("bart", 40),
+    "WhisperForConditionalGeneration": ("whisper", 20),  # the encoder's frames, halved
+    "DebertaV2ForSequenceClassification": ("deberta-v3", 40),
+    "AlbertForSequenceClassification": ("albert", 40),
+    "CLIPForImageClassification": ("clip", 17),
+    "CLIPModel": ("clip", 40),
+    "SwinForImageClassification": ("swin", 64),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_of_every_kind_of_input(kind):
+    name, length = KINDS[kind]
+    config = seq2seq_zoo.CONFIGS[name][1] if name in seq2seq_zoo.CONFIGS else zoo.CONFIGS[name]
+    with torch.device("meta"):
+        model = getattr(transformers, kind)(copy.deepcopy(config)).eval()
+    shape = shape_of(model, _batch(model, 2, None), RMTKDConfig(target_reduction=0.2, round_to=2, min_width=2))
+    assert shape.length == length and shape.flops > 0 and shape.trained > 0
+
+
+def test_code_that_looks_at_values_is_refused_by_name():
+    with torch.device("meta"):
+        model = transformers.BartForSequenceClassification(copy.deepcopy(seq2seq_zoo.CONFIGS["bart"][1])).eval()
+    with pytest.raises(RMTKDError, match="BartForSequenceClassification needs cannot be told from its config alone"):
+        shape_of(model, _batch(model, 2, None), RMTKDConfig(target_reduction=0.2, round_to=2, min_width=2))

@@ -303,6 +303,17 @@ def test_hidden_states_of_a_stream_that_keeps_its_axes_are_compared_as_they_are(
     assert {name: tuple(matrix.shape) for name, matrix in both.items()} == dict.fromkeys(again, (32, 20))
 
 
+def test_what_the_encoder_gives_stays_where_its_stream_is_not_turned():
+    for name, couple in (("whisper", {"hidden": 24}), ("pegasus", {"decoder.0.intermediate": 24})):
+        model, data = zoo.make(name), zoo.batches(name, count=2)
+        sites = ("hidden",) if name == "whisper" else ("intermediate",)
+        small = narrow_to(model, data, couple, RECIPE.replace(sites=sites), progress=False)
+        given = {key: value for key, value in data[0].items() if key.startswith("input")}
+        with torch.no_grad():
+            ours, theirs = (m.get_encoder()(**given).last_hidden_state for m in (small, model))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
 def _outputs_of(model, paths, batch):
     found = {}
 
