@@ -272,7 +272,9 @@ class Surgeon:
     def _whole_block(self, site: Site) -> Couple:
         if self.blocks is None:
             fisher = bool(self.calibration.gradients)
-            self.blocks = block_prices(self.teacher, self.batches, self.anatomy, self.config.seed, fisher)
+            blocks = self.anatomy.blocks
+            with recomputed(self.teacher, blocks, self.scratch):
+                self.blocks = block_prices(self.teacher, self.batches, self.anatomy, self.config.seed, fisher)
         return whole_block(self.anatomy, site, self.blocks)
 
     def _couple(self, name: str, members: tuple[Site, ...], spectra: bool) -> Couple:

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from optimum_rmtkd import DiskFullError, RMTKDConfig, RMTKDError, narrow, narrow_streamed
 from optimum_rmtkd.models import Scratch, in_files, scratch
 from optimum_rmtkd.surgery import likelihood
+from optimum_rmtkd.surgery.surgeon import Surgeon
 
 from . import decoder_zoo, zoo
 
@@ -79,6 +80,24 @@ def test_other_models_can_be_cut_in_files(name, everything, tmp_path):
     model, data = zoo.make(name, heads.get(name, "ForImageClassification")), zoo.batches(name, 8)
     recipe = RMTKDConfig(target_reduction=0.3, calibration_samples=64, min_width=4, round_to=1)
     in_memory = narrow(model, data, recipe, progress=False)
+    same(narrow(model, data, recipe, progress=False, scratch=tmp_path), in_memory)
+
+
+def test_blocks_are_priced_in_files_as_in_memory(everything, tmp_path):
+    model, data = decoder("llama-tied"), texts()
+    recipe = RECIPE.replace(sites=("block", "intermediate"), target_reduction=0.2)
+    in_memory = narrow(model, data, recipe, progress=False)
+    released = []
+    files = Scratch(tmp_path)
+    files.release = lambda: released.append(1)
+    surgeon = Surgeon(model, data, recipe, progress=False, scratch=files)
+    prices = [float(couple.damage[0]) for couple in surgeon.couples() if couple.is_block]
+    alone = Surgeon(model, data, recipe, progress=False)
+    assert prices == pytest.approx([float(c.damage[0]) for c in alone.couples() if c.is_block], rel=1e-3)
+    blocks = len(surgeon.anatomy.blocks)
+    surgeon.blocks, before = None, len(released)
+    surgeon.couples()
+    assert len(released) - before > blocks * blocks
     same(narrow(model, data, recipe, progress=False, scratch=tmp_path), in_memory)
 
 
