@@ -56,6 +56,7 @@ from .checks import (
     check_flops,
     check_parameters,
     check_recipe,
+    check_scratch,
     check_shape,
 )
 from .couples import group_means
@@ -118,6 +119,8 @@ class Surgeon:
         scratch: Scratch | None = None,
     ):
         check_structure(model)
+        if scratch is not None:
+            check_scratch(config)
         find_estimator(config.edge_estimator)
         self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
         self.scratch = scratch

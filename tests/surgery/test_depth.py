@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from optimum_rmtkd import RMTKDConfig, analyze, narrow
 from optimum_rmtkd.distillation.layers import layer_pairs
+from optimum_rmtkd.distillation.objectives.alignment import _counterparts
 from optimum_rmtkd.errors import RMTKDError, UnsupportedArchitectureError
 from optimum_rmtkd.models import kept_blocks, uncut_parameters
 from optimum_rmtkd.spec_rmtkd import SpecMismatchError, check_rmtkd
@@ -377,3 +378,13 @@ def test_a_plain_config_that_says_odd_things_of_blocks_is_refused(entry):
     model.config.kept_blocks = {"bert.encoder.layer": entry}
     with pytest.raises(SpecMismatchError, match="kept_blocks"):
         kept_blocks(model)
+
+
+def test_weights_are_aligned_with_those_of_the_block_they_were_made_from():
+    model = deep("bert")
+    recipe = RMTKDConfig(sites=("block",), refit=False)
+    small = narrow_to(model, data("bert"), {"layer.3.block": 0, "layer.1.block": 0}, recipe, progress=False)
+    find = _counterparts(small, model)
+    for place, number in enumerate((0, 2)):
+        path = "bert.encoder.layer.{}.intermediate.dense"
+        assert find(path.format(place)) is model.get_submodule(path.format(number)).weight

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from optimum_rmtkd import DiskFullError, RMTKDConfig, RMTKDError, narrow, narrow_streamed
 from optimum_rmtkd.models import Scratch, in_files, scratch
@@ -117,6 +117,19 @@ def test_from_a_folder_of_shards_to_another_one(everything, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["llama", "new"] and os.listdir(tmp_path / "new") == ["small"]
 
 
+def test_a_model_of_several_streams_is_streamed_too(everything, tmp_path):
+    torch.manual_seed(0)
+    body = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = body | {"vocab_size": 61, "max_position_embeddings": 24, "pad_token_id": 0, "eos_token_id": 60}
+    config = CLIPConfig(text_config=text, vision_config=body | {"image_size": 8, "patch_size": 4}, projection_dim=16)
+    model = CLIPModel(config).eval()
+    data = [batch | {"pixel_values": torch.randn(8, 3, 8, 8)} for batch in texts()]
+    recipe = RMTKDConfig(target_reduction=0.1, calibration_samples=64, min_width=4, round_to=1)
+    model.save_pretrained(tmp_path / "clip")
+    found = narrow_streamed(tmp_path / "clip", tmp_path / "small", data, recipe, progress=False)
+    same(found, narrow(model, data, recipe, progress=False))
+
+
 def test_what_cannot_be_streamed_is_refused_before_anything_is_loaded(tmp_path):
     source = tmp_path / "llama"
     decoder("llama").save_pretrained(source)
@@ -127,6 +140,11 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_loaded(tmp_path):
         narrow_streamed(source, tmp_path / "file", texts(), RECIPE)
     with pytest.raises(RMTKDError, match="tolerance tries several sizes"):
         narrow_streamed(source, tmp_path / "out", texts(), RMTKDConfig(tolerance=1.0))
+    native = RECIPE.replace(shape="native")
+    with pytest.raises(RMTKDError, match="shape='native' with models in files"):
+        narrow_streamed(source, tmp_path / "out", texts(), native)
+    with pytest.raises(RMTKDError, match="shape='native' with models in files"):
+        narrow(decoder("llama"), texts(), native, scratch=tmp_path)
     with pytest.raises(RMTKDError, match="is no folder"):
         narrow(decoder("llama"), texts(), RECIPE, scratch=tmp_path / "nowhere")
 
