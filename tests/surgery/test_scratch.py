@@ -130,6 +130,15 @@ def test_a_model_of_several_streams_is_streamed_too(everything, tmp_path):
     same(found, narrow(model, data, recipe, progress=False))
 
 
+def test_a_model_whose_files_have_older_names_is_narrowed_and_read_again(tmp_path):
+    """Swin's layers are renamed while it is loaded, and renamed back when it is saved."""
+    model, data = zoo.make("swin", "ForImageClassification"), zoo.batches("swin", 8)
+    recipe = RMTKDConfig(target_reduction=0.1, calibration_samples=64, min_width=4, round_to=1)
+    model.save_pretrained(tmp_path / "swin")
+    found = narrow_streamed(tmp_path / "swin", tmp_path / "small", data, recipe, progress=False)
+    same(found, narrow(model, data, recipe, progress=False))
+
+
 def test_what_cannot_be_streamed_is_refused_before_anything_is_loaded(tmp_path):
     source = tmp_path / "llama"
     decoder("llama").save_pretrained(source)
