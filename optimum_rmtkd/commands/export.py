@@ -51,14 +51,13 @@ class ExportCommand(Command):
         parser.add_argument("--overwrite", action="store_true", help=OVERWRITE)
 
     def execute(self) -> None:
-        from ..hub.loading import load_model, load_processor
+        from ..hub.loading import load_model, load_processors
 
         inputs = [("the model", self.args.model)]
         with writing_beside(self.args.output, self.args.overwrite, inputs) as folder:
             model = load_model(self.args.model)
             said = FORMATS[self.args.format](model, folder, self.args.pad)
-            processor = load_processor(self.args.model)
-            if processor is not None:
+            for processor in load_processors(self.args.model):
                 processor.save_pretrained(folder)
         print(f"{said}\nsaved to {self.args.output}")
 

@@ -94,11 +94,12 @@ class PlanCommand(Command):
         where = "device" if device is not None else "host"
         needs, files = phases(shape), phases(shape, streamed=True)
         print("\n".join(_report(self.args.model, model, shape, recipe, needs, room, where)))
-        schedule, words = _schedule(needs, files, room, where)
+        host_room = room if where == "host" else host  # files are mapped into the memory of the host
+        schedule, words = _schedule(needs, files, room, host_room)
         print(words)
         if self.args.json:
             record = _record(self.args.model, shape, recipe, needs, room, where)
-            record |= {"schedule": schedule, "streamed": _told(files, room)}
+            record |= {"schedule": schedule, "streamed": _told(files, host_room)}
             write_signed(self.args.json, json.dumps(record | {"written_by": UNSIGNED}, indent=1) + "\n")
 
 
@@ -190,14 +191,14 @@ def _report(
     return lines + [f"  {advice}" for advice in dict.fromkeys(_advice(phase, shape) for phase in beyond)]
 
 
-def _schedule(needs: list[Phase], files: list[Phase], room: int | None, where: str) -> tuple[str | None, str]:
+def _schedule(needs: list[Phase], files: list[Phase], room: int | None, host: int | None) -> tuple[str | None, str]:
     """("memory", "streamed" or None where neither fits, what is said of it)"""
     most = max(files, key=lambda phase: phase.bytes)
     says = f"with models and moments in files (narrow_streamed, on the host): {most.bytes / 1e9:.2f} GB ({most.name})"
     cut = [phase for phase in needs if phase.name not in ("distillation", "saving")]
     if room is None or all(phase.bytes + SPARE <= room for phase in cut):
         return "memory", f"Schedule of the cut: in memory. {says[0].upper()}{says[1:]}."
-    if where == "host" and most.bytes + SPARE <= room:
+    if host is not None and most.bytes + SPARE <= host:
         return "streamed", f"Schedule of the cut: streamed. {says[0].upper()}{says[1:]}."
     return None, f"Schedule of the cut: none fits. {says[0].upper()}{says[1:]}."
 

@@ -26,6 +26,7 @@ __all__ = [
     "load_image_processor",
     "load_model",
     "load_processor",
+    "load_processors",
     "load_tokenizer",
     "refusals_named",
     "tokenizing",
@@ -262,10 +263,53 @@ def load_processor(name: str | Path) -> Any | None:
     Raises:
         RMTKDError: its files are there and cannot be read.
     """
-    for file, load in (("preprocessor_config.json", _image_processor), ("tokenizer_config.json", _tokenizer)):
-        if _file(name, file) is not None:
-            return load(name, f"Cannot load what {file} of '{name}' describes")
-    return None
+    return next(iter(load_processors(name)), None)
+
+
+def load_processors(name: str | Path) -> list[Any]:
+    """All of image processor or feature extractor, and tokenizer, that lie beside a model.
+
+    Raises:
+        RMTKDError: the files of one are there and cannot be read.
+    """
+    found = []
+    whole = _values(name, "processor_config.json")  # newer ones hold what was preprocessor_config.json
+    inner = next((part for part in ("image_processor", "feature_extractor") if part in whole), None)
+    file = "processor_config.json" if inner else "preprocessor_config.json"
+    if inner or _file(name, file) is not None:
+        load = _feature_extractor if _hears(whole.get(inner) if inner else _values(name, file)) else _image_processor
+        found.append(load(name, f"Cannot load what {file} of '{name}' describes"))
+    if _file(name, "tokenizer_config.json") is not None:
+        found.append(_tokenizer(name, f"Cannot load what tokenizer_config.json of '{name}' describes"))
+    return found
+
+
+def _hears(values: Any) -> bool:
+    """Does it describe a feature extractor, of sound?"""
+    import transformers
+    from transformers.utils import DummyObject
+
+    named = values.get("feature_extractor_type") if isinstance(values, dict) else None
+    cls = getattr(transformers, named, None) if isinstance(named, str) and named.isidentifier() else None
+    real = isinstance(cls, type) and not isinstance(cls, DummyObject)
+    return real and issubclass(cls, transformers.FeatureExtractionMixin)
+
+
+def _feature_extractor(name: str | Path, words: str) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    with refusals_named(words):
+        return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
+
+
+def _values(name: str | Path, file: str) -> dict[str, Any]:
+    """What a JSON file beside a model holds; nothing where it is not there, or holds something else."""
+    path = _file(name, file)
+    if path is None:
+        return {}
+    with refusals_named(f"Cannot read {file} of '{name}'"):
+        values = json.loads(Path(path).read_text(encoding="utf8"))
+    return values if isinstance(values, dict) else {}
 
 
 def _tokenizer(name: str | Path, words: str) -> PreTrainedTokenizerBase:

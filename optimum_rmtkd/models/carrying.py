@@ -41,6 +41,7 @@ RUNTIME = frozenset(
         "_hf_hook",
         "_is_accelerate_prepared",
         "_is_hf_initialized",
+        "_weight_conversions",  # names in the files that it was loaded from; the new class has names of its own there
         "_output_capturing_hooks_installed",
         "_compiled_call_impl",
     )

@@ -8,10 +8,12 @@ from typing import Any
 from torch import nn
 
 from ..modeling_rmtkd import resolve_path
+from ..spec_rmtkd import MOST_LAYERS, SpecMismatchError
 
 
 __all__ = ["KEPT", "block_names", "kept_blocks", "parameters_as"]
 
+COUNT = "num_hidden_layers"
 KEPT = "kept_blocks"
 """Field of the config of a plain model of fewer layers: what the spec of another says in `blocks`. transformers keeps
 it and ignores it."""
@@ -19,11 +21,37 @@ it and ignores it."""
 
 def kept_blocks(model: nn.Module) -> dict[str, dict[str, Any]]:
     """{path of the list of blocks: {"kept": numbers of those that stayed, "of": how many there were}}; empty where no
-    block was removed."""
+    block was removed.
+
+    Raises:
+        SpecMismatchError: the field `kept_blocks` of a plain config says anything else.
+    """
     config = getattr(model, "config", None)
     spec = (getattr(config, "rmtkd", None) or {}).get("spec", {})
-    found = spec.get("blocks") or getattr(config, KEPT, None) or {}
-    return found if isinstance(found, Mapping) else {}
+    if found := spec.get("blocks"):
+        return found
+    found = getattr(config, KEPT, None)
+    if found is not None:
+        _check(found, getattr(config, COUNT, None))
+    return found or {}
+
+
+def _check(found: Any, count: Any) -> None:
+    """Of a plain checkpoint nobody has looked at it: a spec is checked where it is read."""
+    entries = list(found.values()) if isinstance(found, Mapping) else [None]
+    for entry in entries:
+        said = entry if isinstance(entry, Mapping) else {}
+        kept, of = said.get("kept"), said.get("of")
+        sound = (
+            set(said) == {"kept", "of"} and type(of) is int and of <= MOST_LAYERS and isinstance(kept, (list, tuple))
+        )
+        sound = sound and kept and all(type(number) is int and 0 <= number < of for number in kept)
+        if not (sound and sorted(set(kept)) == list(kept) and count in (None, len(kept))):
+            raise SpecMismatchError(
+                f"config.json: {KEPT} is {str(found)[:200]}: expected, for a list of blocks, {{'kept': the numbers of "
+                f"the blocks that stayed, {count or 'some'} in ascending order, 'of': how many there were, at most "
+                f"{MOST_LAYERS:,}}}. Delete the field: the blocks are then taken as all there ever were."
+            )
 
 
 def block_names(old: nn.Module, new: nn.Module) -> Callable[[str], str | None]:

@@ -132,7 +132,8 @@ def smallest_widths(
     widths = {name: site.group_width for name, site in leads.items()}
     for _ in range(2):  # two thin factors can be larger than the layer that they replace: each site is tried
         for name, site in leads.items():
-            tries = [{**widths, name: width} for width in (site.group_width, couple_grid(site, finest)[0])]
+            # the floor first: in a block that is gone all widths cost the same, and one of the blocks comes back
+            tries = [{**widths, name: width} for width in (couple_grid(site, finest)[0], site.group_width)]
             widths = min(tries, key=cost)
     blocks = [name for name, site in leads.items() if site.kind == BLOCK]
     if blocks and len(blocks) == len(cost.anatomy.blocks):  # one stays, the smallest
@@ -335,7 +336,7 @@ def _descend(
         if fitting:
             _, saved, couple, width = min(fitting, key=lambda m: m[0])
         else:
-            _, saved, couple, width = min(moves, key=lambda m: m[1])
+            _, saved, couple, width = _least_too_far(moves, TOLERANCE * whole)
         take(couple, width, saved)
         # what the others offer is what it was, unless a unit of theirs is one of this couple's, too
         for name in cost.neighbours(couple.name) if isinstance(cost, Additive) else everything:
@@ -343,6 +344,14 @@ def _descend(
         for name in blocks if couple.name in blocks else ():  # what they lose together
             offered.pop(name, None)
     return curve, widths
+
+
+def _least_too_far(moves: list[tuple], near: float) -> tuple:
+    """Of moves that all go too far the one that saves least; of blocks, which are about as large as each other, the
+    cheapest of those that save no more than `near` beyond that."""
+    least = min(moves, key=lambda m: (m[1], m[0]))
+    alike = [m for m in moves if m[2].is_block and m[1] <= least[1] + near] if least[2].is_block else [least]
+    return min(alike, key=lambda m: m[0])
 
 
 def _moves(

@@ -31,6 +31,7 @@ __all__ = [
     "check_finite",
     "check_flops",
     "check_parameters",
+    "check_scratch",
     "check_shape",
     "check_recipe",
     "positions_of",
@@ -72,6 +73,15 @@ def check_shape(model: PreTrainedModel, anatomy: Anatomy, sites: list[Site], con
     """Refuse a model that cannot be narrowed in the shape of the recipe; raises UnsupportedArchitectureError."""
     if config.shape == "native":  # at three quarters: a half may be the width of something else by chance
         check_expressible(model, anatomy, {site.couple: max(1, 3 * site.group_width // 4) for site in sites})
+
+
+def check_scratch(config: RMTKDConfig) -> None:
+    """Refuse files for what they do not help with; raises RMTKDError."""
+    if config.shape == "native":
+        raise RMTKDError(
+            "shape='native' with models in files: the plain model is made in memory, whole, and more than once. Leave "
+            "`scratch` out where memory has room for it (narrow, in place of narrow_streamed), or use shape='free'."
+        )
 
 
 def check_finite(model: PreTrainedModel, scratch: Scratch | None = None) -> None:

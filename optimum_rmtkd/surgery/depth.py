@@ -25,6 +25,7 @@ from .sites import BLOCK, Anatomy, Point, Site, get_module
 __all__ = ["former_blocks", "list_of", "removed_blocks", "with_blocks", "without_blocks"]
 
 COUNT = "num_hidden_layers"
+ADVICE = "Leave 'block' out of `sites`."
 LISTS = re.compile("layer|block")  # fields of a config with an entry a block
 NUMBERED = ("layer_idx", "layer_id", "layer_index", "layer_number")  # attributes that say which block it is
 OTHERWISE = (*NUMBERED, *NUMBERS, "training")  # that may differ between two blocks, or that the spec states
@@ -37,14 +38,30 @@ def with_blocks(model: nn.Module, anatomy: Anatomy, wanted: tuple[str, ...] | No
     entry = kept_blocks(model).get(path) if path else None
     if entry is not None and len(entry["kept"]) == len(anatomy.blocks):
         anatomy = _numbered(anatomy, tuple(entry["kept"]), entry["of"])
-    if not any(name == BLOCK or name.endswith(f".{BLOCK}") for name in wanted or ()):
+    asked = [name for name in wanted or () if name == BLOCK or name.endswith(f".{BLOCK}")]
+    if not asked:
         return anatomy
     if (why := _why_not(model, anatomy)) is not None:
-        return dataclasses.replace(anatomy, refused={**anatomy.refused, BLOCK: why})
+        return dataclasses.replace(anatomy, refused={**anatomy.refused, **dict.fromkeys(asked, why)})
     numbers = anatomy.kept[0] if anatomy.kept else range(len(anatomy.blocks))
     names = {depth: f"layer.{number}.{BLOCK}" for depth, number in enumerate(numbers)}
     sites = {name: Site(name, BLOCK, 1, (), depth=depth, couple=name) for depth, name in names.items()}
-    return dataclasses.replace(anatomy, sites={**anatomy.sites, **sites})
+    staying = {} if len(sites) == 1 else _staying(model, anatomy, sites)
+    if len(staying) == len(sites):
+        return dataclasses.replace(anatomy, refused={**anatomy.refused, BLOCK: next(iter(staying.values()))})
+    sites = {name: site for name, site in sites.items() if name not in staying}
+    return dataclasses.replace(anatomy, sites={**anatomy.sites, **sites}, refused={**anatomy.refused, **staying})
+
+
+def _staying(model: nn.Module, anatomy: Anatomy, sites: Mapping[str, Site]) -> dict[str, str]:
+    """{name of a block's site: why the class has no model without it}: each is tried without memory."""
+    found = {}
+    for name, site in sites.items():
+        try:
+            without_blocks(model, dataclasses.replace(anatomy, sites={name: site}), {name: 0})
+        except UnsupportedArchitectureError as error:
+            found[name] = str(error).removesuffix(f" {ADVICE}").removesuffix(".")
+    return found
 
 
 def removed_blocks(anatomy: Anatomy, couples: Mapping[str, int]) -> list[int]:
@@ -102,6 +119,10 @@ def list_of(anatomy: Anatomy) -> str | None:
 
 def _why_not(model: nn.Module, anatomy: Anatomy) -> str | None:
     path = list_of(anatomy)
+    if anatomy.stacks:
+        return (
+            "it has an encoder and a decoder, or was built as one of the two, and only one list of blocks is counted"
+        )
     if path is None or not isinstance(get_module(model, path), nn.ModuleList):
         return "its blocks are not one list of equal ones"
     if len(get_module(model, path)) != len(anatomy.blocks):
@@ -167,6 +188,7 @@ def _say(
     if getattr(config, "attention_types", None):  # GPT-Neo: kinds and how often they repeat
         config.attention_types = [[[kind], 1] for kind in config.attention_layers]
     setattr(config, COUNT, len(kept))
+    _say_stages(config, kept, count)
     entry = {"kept": list(stayed[0]), "of": stayed[1]}
     vars(config).pop(KEPT, None)  # the spec says it
     rmtkd = getattr(config, "rmtkd", None)
@@ -179,19 +201,33 @@ def _say(
     config.rmtkd = {**rmtkd, "version": 4, "spec": {**spec, "blocks": {path: entry}}}
 
 
+def _say_stages(config: Any, kept: list[int], count: int) -> None:
+    """Of a config that could be a backbone's: the stem and a stage a block, numbered anew; it gives those of the
+    blocks that stayed, or the last one."""
+    names = getattr(config, "stage_names", None)
+    if not isinstance(names, list) or len(names) != count + 1:
+        return
+    given = [index % len(names) for index in getattr(config, "out_indices", None) or ()]
+    places = [0, *(depth + 1 for depth in kept)]
+    config.stage_names = names[: len(places)]
+    if given:
+        config.out_indices = [place for place, old in enumerate(places) if old in given] or [len(kept)]
+
+
 def _check_alike(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
     """Whether the class, asked for so many blocks, makes these."""
-    cls, advice = type(model).__name__, "Leave 'block' out of `sites`."
+    cls = type(model).__name__
     try:
+        type(model.config).from_dict(model.config.to_dict())  # as it will be read again
         stock = blank(model)
     except REFUSALS as error:
         raise UnsupportedArchitectureError(
-            f"{cls} with {len(blocks)} blocks cannot be built from a config ({error}). {advice}"
+            f"{cls} with {len(blocks)} blocks cannot be built from a config ({error}). {ADVICE}"
         ) from error
     start = next(name for name, module in model.named_modules() if module is blocks)
     twins = dict(stock.named_modules())
     for name, module in model.named_modules():
-        if not name.startswith(start):
+        if not f"{name}.".startswith(f"{start}.") or "drop" in name.rpartition(".")[2]:  # does nothing to answers
             continue
         twin = twins.get(name)
         own, theirs = (None if m is None else _looks(m) for m in (module, twin))
@@ -199,7 +235,7 @@ def _check_alike(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
             odd = "" if theirs is None else next((k for k in own if own.get(k) != theirs.get(k)), "")
             raise UnsupportedArchitectureError(
                 f"{cls}: the class makes {name} otherwise ({odd or 'other tensors'}) where blocks before it are "
-                f"missing: what it does depends on its place. {advice}"
+                f"missing: what it does depends on its place. {ADVICE}"
             )
 
 

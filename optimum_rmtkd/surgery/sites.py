@@ -428,7 +428,7 @@ def select_sites(anatomy: Anatomy, wanted: tuple[str, ...] | None) -> list[Site]
     if wanted is None:
         return [site for site in anatomy.sites.values() if site.kind != BLOCK]
     if (kinds := {site.kind for site in anatomy.sites.values()}) == {"linear"}:  # factors, of any architecture
-        wanted = tuple(name for name in wanted if name != BLOCK)
+        wanted = tuple(name for name in wanted if name != BLOCK and not name.endswith(f".{BLOCK}"))
     wanted = tuple(name for name in wanted if not anatomy.is_missing(name))
     for name in wanted:
         if name in anatomy.refused:

@@ -57,6 +57,7 @@ from .checks import (
     check_flops,
     check_parameters,
     check_recipe,
+    check_scratch,
     check_shape,
 )
 from .couples import group_means
@@ -119,6 +120,8 @@ class Surgeon:
         scratch: Scratch | None = None,
     ):
         check_structure(model)
+        if scratch is not None:
+            check_scratch(config)
         find_estimator(config.edge_estimator)
         self.source, self.config, self.progress, self.thorough = model, config, progress, thorough
         self.scratch = scratch
@@ -273,7 +276,9 @@ class Surgeon:
     def _whole_block(self, site: Site) -> Couple:
         if self.blocks is None:
             fisher = bool(self.calibration.gradients)
-            self.blocks = block_prices(self.teacher, self.batches, self.anatomy, self.config.seed, fisher)
+            blocks = self.anatomy.blocks
+            with recomputed(self.teacher, blocks, self.scratch):
+                self.blocks = block_prices(self.teacher, self.batches, self.anatomy, self.config.seed, fisher)
         return whole_block(self.anatomy, site, self.blocks)
 
     def _couple(self, name: str, members: tuple[Site, ...], spectra: bool) -> Couple:

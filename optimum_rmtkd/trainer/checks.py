@@ -142,6 +142,14 @@ def check_parts(run: Run, model: nn.Module) -> None:
     """
     given, objectives = run.tutor.given, run.tutor.objectives
     teacher = model if given is None else given.model
+    blocks = [name for name in run.config.sites or () if name == "block" or name.endswith(".block")]
+    for objective in objectives if blocks else ():
+        if isinstance(getattr(objective, "layers", None), Mapping):
+            raise RMTKDError(
+                f"{type(objective).__name__} with a mapping of layers beside the site {blocks[0]!r}: which layer "
+                "of the student a number or path means changes when blocks go. Use layers='uniform', which "
+                "compares each block with the one it was made from, or layers='last'; or leave 'block' out of `sites`."
+            )
     for part in (*objectives, *run.parts.transforms):
         part.check(model, teacher)
         part.to_dict()  # every checkpoint holds it

@@ -61,6 +61,10 @@ def test_the_streamed_schedule_is_named_where_memory_has_no_room(cli, tmp_path):
     assert "Schedule of the cut: streamed" in out and "narrow_streamed" in out
     code, out, err = cli("plan", "--model", tmp_path, *options, "--device-memory", "4GB")
     assert code == 0 and "none fits" in out  # files are mapped into the memory of the host
+    both = ("--device-memory", "4GB", "--host-memory")
+    for room, said in (("16GB", "Schedule of the cut: streamed"), ("1GB", "none fits")):
+        code, out, err = cli("plan", "--model", tmp_path, *options, *both, room)
+        assert code == 0 and said in out
 
 
 @pytest.mark.parametrize(

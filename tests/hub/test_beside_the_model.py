@@ -162,6 +162,26 @@ def test_trying_out_changes_nothing_that_is_saved(folder, tmp_path):
     assert (again["padding"], again["truncation"]) == (padding, truncation)
 
 
+def test_all_that_lies_beside_a_model_is_found(folder, tmp_path):
+    from transformers import CLIPImageProcessorPil, WhisperFeatureExtractor
+
+    for name, part in (("eyes", CLIPImageProcessorPil(size=8)), ("ears", WhisperFeatureExtractor(feature_size=8))):
+        there = shutil.copytree(folder, tmp_path / name)
+        part.save_pretrained(there)
+        found = loading.load_processors(str(there))
+        assert len(found) == 2 and found[1].vocab_size > 0
+        (again,) = {type(found[0]), type(loading.load_processor(str(there)))}
+        assert issubclass(again, WhisperFeatureExtractor) == (name == "ears")
+        for processor in found:
+            processor.save_pretrained(tmp_path / "small")
+        assert (tmp_path / "small" / "preprocessor_config.json").is_file()
+        assert (tmp_path / "small" / "tokenizer_config.json").is_file()
+        shutil.rmtree(tmp_path / "small")
+    newer = folder / "processor_config.json"  # transformers 5 puts both into one file
+    newer.write_text(json.dumps({"feature_extractor": WhisperFeatureExtractor(feature_size=8).to_dict()}))
+    assert loading.load_processors(str(folder))[0].feature_size == 8
+
+
 def test_a_class_whose_package_is_missing_is_no_wrong_class(tmp_path):
     """Without torchvision transformers has a placeholder for a Fast processor, and takes another in its place."""
     from transformers import ViTImageProcessor

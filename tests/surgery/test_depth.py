@@ -12,12 +12,15 @@ from transformers import AutoConfig
 
 from optimum_rmtkd import RMTKDConfig, analyze, narrow
 from optimum_rmtkd.distillation.layers import layer_pairs
+from optimum_rmtkd.distillation.objectives.alignment import _counterparts
 from optimum_rmtkd.errors import RMTKDError, UnsupportedArchitectureError
 from optimum_rmtkd.models import kept_blocks, uncut_parameters
 from optimum_rmtkd.spec_rmtkd import SpecMismatchError, check_rmtkd
 from optimum_rmtkd.surgery import narrow_to
 from optimum_rmtkd.surgery.block_prices import block_prices
+from optimum_rmtkd.surgery.budget import couple_grid, parameters_of, smallest_widths
 from optimum_rmtkd.surgery.checks import anatomy_of
+from optimum_rmtkd.surgery.sites import select_sites
 from optimum_rmtkd.surgery.surgeon import Surgeon
 
 from . import zoo
@@ -276,7 +279,7 @@ def test_blocks_are_opt_in_and_refused_where_there_are_none():
         RMTKDConfig(sites=("block", "hidden"), schedule="layerwise")
     with pytest.raises(RMTKDError, match="factors leave whole blocks"):
         RMTKDConfig(sites=("block",), form="factored")
-    config = RMTKDConfig(sites=("linear", "block"), form="factored", target_reduction=0.2, round_to=4)
+    config = RMTKDConfig(sites=("linear", "layer.1.block"), form="factored", target_reduction=0.2, round_to=4)
     assert narrow(model, data("bert"), config, progress=False).config.num_hidden_layers == 4
 
 
@@ -305,3 +308,83 @@ def test_a_spec_and_a_number_of_layers_that_contradict_each_other(tmp_path):
     small.save_pretrained(tmp_path)
     with pytest.raises(SpecMismatchError, match="as many as the config says, 3"):
         type(small)(AutoConfig.from_pretrained(tmp_path))
+
+
+def test_of_blocks_that_all_go_too_far_the_cheapest_goes():
+    """One block is more than was asked for; all are equally large."""
+    model, batches = deep("vit"), data("vit")
+    silence(model, 2)
+    small = narrow(model, batches, RMTKDConfig(sites=("block",), target_reduction=0.1), progress=False)
+    assert list(kept_blocks(small).values()) == [{"kept": [0, 1, 3], "of": 4}]
+
+
+def test_one_block_and_the_narrowest_widths_are_within_reach():
+    model = deep("bert")
+    config = WITH.replace(round_to=1, refit=False)
+    anatomy = anatomy_of(model, config)
+    cost, sites = parameters_of(model, anatomy), select_sites(anatomy, config.sites)
+    least = cost(smallest_widths(sites, cost, config))
+    names = {site.couple: couple_grid(site, config)[0] for site in sites}
+    assert least == min(cost({**names, f"layer.{depth}.block": 1}) for depth in range(4))
+
+
+@pytest.mark.parametrize("kind", ["dinov2", "beit"])
+def test_a_config_that_names_its_stages_follows(kind):
+    config = {"dinov2": tf.Dinov2Config, "beit": tf.BeitConfig}[kind]
+    model = {"dinov2": tf.Dinov2ForImageClassification, "beit": tf.BeitForImageClassification}[kind]
+    shape = BODY if kind == "beit" else {k: v for k, v in BODY.items() if k != "intermediate_size"} | {"mlp_ratio": 2}
+    stochastic = {"drop_path_rate": 0.1}  # which differs from block to block
+    model = model(config(**shape, **stochastic, image_size=8, patch_size=2, num_channels=1, num_labels=3)).eval()
+    recipe = RMTKDConfig(sites=("block",), refit=False)
+    small = narrow_to(model, data("vit"), {"layer.1.block": 0}, recipe, progress=False)
+    assert small.config.stage_names == ["stem", "stage1", "stage2", "stage3"]
+    assert small.config.out_features == ["stage3"] and small.config.out_indices == [3]
+    batch = data("vit")[0]
+    torch.testing.assert_close(zoo.outputs(small, batch), zoo.outputs(without(model, 1), batch), atol=1e-4, rtol=1e-4)
+
+
+def test_a_block_that_the_class_would_make_otherwise_is_not_offered():
+    """ModernBERT's first has no norm in front of its attention."""
+    body = {"global_attn_every_n_layers": 2, "pad_token_id": 0, "cls_token_id": 1, "sep_token_id": 2}
+    body |= {"bos_token_id": 1, "eos_token_id": 2}
+    model = tf.ModernBertForSequenceClassification(tf.ModernBertConfig(**BODY, vocab_size=61, num_labels=3, **body))
+    anatomy = anatomy_of(model, RMTKDConfig(sites=("block",)))
+    assert set(anatomy.block_sites) == {anatomy.blocks[depth] for depth in (1, 2, 3)}
+    with pytest.raises(UnsupportedArchitectureError, match="depends on its place. Leave it out"):
+        narrow(model, data("bert"), RMTKDConfig(sites=("layer.0.block",), target_reduction=0.1), progress=False)
+
+
+def test_an_encoder_of_an_encoder_decoder_keeps_its_blocks():
+    config = tf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=61)
+    with pytest.raises(UnsupportedArchitectureError, match="an encoder and a decoder"):
+        narrow(tf.T5EncoderModel(config), data("bert"), RMTKDConfig(sites=("block",), target_reduction=0.1))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"kept": [0, 1, 3], "of": 10**9},
+        {"kept": [0, 1, 1], "of": 4},
+        {"kept": [1, 0, 3], "of": 4},
+        {"kept": [0, 1, 4], "of": 4},
+        {"kept": [0, 1], "of": 4},
+        {"kept": [0, True, 2], "of": 4},
+        {"kept": [0, 1, 2]},
+        "all",
+    ],
+)
+def test_a_plain_config_that_says_odd_things_of_blocks_is_refused(entry):
+    model = tf.BertForSequenceClassification(tf.BertConfig(**TEXT, **BODY | {"num_hidden_layers": 3}))
+    model.config.kept_blocks = {"bert.encoder.layer": entry}
+    with pytest.raises(SpecMismatchError, match="kept_blocks"):
+        kept_blocks(model)
+
+
+def test_weights_are_aligned_with_those_of_the_block_they_were_made_from():
+    model = deep("bert")
+    recipe = RMTKDConfig(sites=("block",), refit=False)
+    small = narrow_to(model, data("bert"), {"layer.3.block": 0, "layer.1.block": 0}, recipe, progress=False)
+    find = _counterparts(small, model)
+    for place, number in enumerate((0, 2)):
+        path = "bert.encoder.layer.{}.intermediate.dense"
+        assert find(path.format(place)) is model.get_submodule(path.format(number)).weight

@@ -11,11 +11,12 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
 
 from optimum_rmtkd import DiskFullError, RMTKDConfig, RMTKDError, narrow, narrow_streamed
 from optimum_rmtkd.models import Scratch, in_files, scratch
 from optimum_rmtkd.surgery import likelihood
+from optimum_rmtkd.surgery.surgeon import Surgeon
 
 from . import decoder_zoo, zoo
 
@@ -82,6 +83,24 @@ def test_other_models_can_be_cut_in_files(name, everything, tmp_path):
     same(narrow(model, data, recipe, progress=False, scratch=tmp_path), in_memory)
 
 
+def test_blocks_are_priced_in_files_as_in_memory(everything, tmp_path):
+    model, data = decoder("llama-tied"), texts()
+    recipe = RECIPE.replace(sites=("block", "intermediate"), target_reduction=0.2)
+    in_memory = narrow(model, data, recipe, progress=False)
+    released = []
+    files = Scratch(tmp_path)
+    files.release = lambda: released.append(1)
+    surgeon = Surgeon(model, data, recipe, progress=False, scratch=files)
+    prices = [float(couple.damage[0]) for couple in surgeon.couples() if couple.is_block]
+    alone = Surgeon(model, data, recipe, progress=False)
+    assert prices == pytest.approx([float(c.damage[0]) for c in alone.couples() if c.is_block], rel=1e-3)
+    blocks = len(surgeon.anatomy.blocks)
+    surgeon.blocks, before = None, len(released)
+    surgeon.couples()
+    assert len(released) - before > blocks * blocks
+    same(narrow(model, data, recipe, progress=False, scratch=tmp_path), in_memory)
+
+
 def test_from_a_folder_of_shards_to_another_one(everything, tmp_path):
     source, out = tmp_path / "llama", tmp_path / "new" / "small"
     decoder("llama-tied", torch.bfloat16).save_pretrained(source, max_shard_size="20KB")
@@ -98,6 +117,28 @@ def test_from_a_folder_of_shards_to_another_one(everything, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["llama", "new"] and os.listdir(tmp_path / "new") == ["small"]
 
 
+def test_a_model_of_several_streams_is_streamed_too(everything, tmp_path):
+    torch.manual_seed(0)
+    body = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    text = body | {"vocab_size": 61, "max_position_embeddings": 24, "pad_token_id": 0, "eos_token_id": 60}
+    config = CLIPConfig(text_config=text, vision_config=body | {"image_size": 8, "patch_size": 4}, projection_dim=16)
+    model = CLIPModel(config).eval()
+    data = [batch | {"pixel_values": torch.randn(8, 3, 8, 8)} for batch in texts()]
+    recipe = RMTKDConfig(target_reduction=0.1, calibration_samples=64, min_width=4, round_to=1)
+    model.save_pretrained(tmp_path / "clip")
+    found = narrow_streamed(tmp_path / "clip", tmp_path / "small", data, recipe, progress=False)
+    same(found, narrow(model, data, recipe, progress=False))
+
+
+def test_a_model_whose_files_have_older_names_is_narrowed_and_read_again(tmp_path):
+    """Swin's layers are renamed while it is loaded, and renamed back when it is saved."""
+    model, data = zoo.make("swin", "ForImageClassification"), zoo.batches("swin", 8)
+    recipe = RMTKDConfig(target_reduction=0.1, calibration_samples=64, min_width=4, round_to=1)
+    model.save_pretrained(tmp_path / "swin")
+    found = narrow_streamed(tmp_path / "swin", tmp_path / "small", data, recipe, progress=False)
+    same(found, narrow(model, data, recipe, progress=False))
+
+
 def test_what_cannot_be_streamed_is_refused_before_anything_is_loaded(tmp_path):
     source = tmp_path / "llama"
     decoder("llama").save_pretrained(source)
@@ -108,6 +149,11 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_loaded(tmp_path):
         narrow_streamed(source, tmp_path / "file", texts(), RECIPE)
     with pytest.raises(RMTKDError, match="tolerance tries several sizes"):
         narrow_streamed(source, tmp_path / "out", texts(), RMTKDConfig(tolerance=1.0))
+    native = RECIPE.replace(shape="native")
+    with pytest.raises(RMTKDError, match="shape='native' with models in files"):
+        narrow_streamed(source, tmp_path / "out", texts(), native)
+    with pytest.raises(RMTKDError, match="shape='native' with models in files"):
+        narrow(decoder("llama"), texts(), native, scratch=tmp_path)
     with pytest.raises(RMTKDError, match="is no folder"):
         narrow(decoder("llama"), texts(), RECIPE, scratch=tmp_path / "nowhere")
 

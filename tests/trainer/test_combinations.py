@@ -324,3 +324,10 @@ def test_factored_form_on_an_architecture_without_a_family(make_trainer, caplog)
     )
     output = trainer.train()
     assert "HiddenStateLoss drops out" in caplog.text and output.metrics["reduction"] > 0.05
+
+
+def test_a_mapping_of_layers_is_refused_where_blocks_may_go(make_trainer):
+    recipe = {"sites": ("block", "intermediate"), "target_reduction": 0.2}
+    objectives = [{"name": "projected_feature", "layers": {0: 0}}]
+    with pytest.raises(RMTKDError, match="mapping of layers beside the site 'block'"):
+        make_trainer(recipe=recipe, objectives=objectives).train()

@@ -14,7 +14,7 @@ from ...errors import RMTKDError
 from ...models import is_narrowed
 from ...reparameterization.mpo import MPOWeight, mpo_decompose
 from ...reparameterization.targets import block_lists
-from ..layers import blocks_of, uniform_map
+from ..layers import blocks_of, own_blocks, uniform_map
 from ..step import DistillationStep
 from .base import DistillationObjective, register_objective
 from .schedules import Weight
@@ -153,17 +153,23 @@ class TensorAlignment(DistillationObjective):
 
 
 def _counterparts(student: nn.Module, teacher: nn.Module | None):
-    """path in the student -> the teacher's weight there or None, blocks mapped uniformly where depths differ."""
+    """path in the student -> the teacher's weight there or None, blocks by what they were made from, else
+    uniformly where depths differ."""
     if teacher is None:
         return lambda path: None
     stacks, others = block_lists(student), block_lists(teacher)
     same = [(blocks, others[path]) for path, blocks in stacks.items() if path in others]
     matched = [(blocks_of(student), blocks_of(teacher)), *same]
+    own = own_blocks(student, teacher)
+
+    def numbers(ours: tuple[str, ...], theirs: tuple[str, ...]) -> list[int]:
+        return own if own and ours == blocks_of(student) else uniform_map(len(ours), len(theirs))
+
     pairs = {
         a: theirs[j]
         for ours, theirs in matched
         if theirs
-        for a, j in zip(ours, uniform_map(len(ours), len(theirs)), strict=True)
+        for a, j in zip(ours, numbers(tuple(ours), tuple(theirs)), strict=True)
     }
 
     def find(path: str) -> torch.Tensor | None:
