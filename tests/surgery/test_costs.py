@@ -92,7 +92,7 @@ def descend_anew(couples, pinned, cost, local, goal, whole, config):
         if not moves:
             raise budget._Stuck(size, curve)
         fitting = [m for m in moves if size - m[1] >= goal - budget.TOLERANCE * whole]
-        _, saved, couple, width = min(fitting, key=lambda m: m[0]) if fitting else min(moves, key=lambda m: m[1])
+        _, saved, couple, width = min(fitting, key=lambda m: m[0]) if fitting else min(moves, key=lambda m: m[1::-1])
         take(couple, width, saved)
     return curve, widths
 
