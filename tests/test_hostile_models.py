@@ -141,8 +141,8 @@ def test_refusing_absurd_sizes_takes_little_memory_and_time(good, tmp_path):
 
 
 def test_a_later_format_says_to_upgrade(good, tmp_path):
-    _, folder = spoiled(good, "version 4", tmp_path)
-    with pytest.raises(RMTKDError, match=r"rmtkd\.version: got 4, expected 3 at most.*pip install -U"):
+    _, folder = spoiled(good, "version 5", tmp_path)
+    with pytest.raises(RMTKDError, match=r"rmtkd\.version: got 5, expected 4 at most.*pip install -U"):
         load_model(folder)
 
 
