@@ -196,7 +196,7 @@ AUTO = {
 }
 
 
-@pytest.mark.parametrize("shape", ["free", "native"])
+@pytest.mark.parametrize("shape", ["free", pytest.param("native", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["bert", *(pytest.param(k, marks=pytest.mark.slow) for k in ("vit", "llama"))])
 def test_a_life_with_fewer_blocks(kind, shape, tmp_path):
     model, batches = deep(kind), data(kind)
