@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..models import shifts_labels
+from .declaring import check_needs, decoder_units
 from .sites import (
     Anatomy,
     Attribute,
     Point,
     Site,
     Unit,
-    check_needs,
-    decoder_units,
     get_module,
     has_module,
     is_layer,

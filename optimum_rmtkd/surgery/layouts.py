@@ -11,14 +11,13 @@ from torch import nn
 
 from ..errors import UnsupportedArchitectureError
 from ..modeling_rmtkd import LowRankConv2d, LowRankLinear
+from .declaring import check_needs, decoder_units
 from .sites import (
     Anatomy,
     Attribute,
     Point,
     Site,
     Unit,
-    check_needs,
-    decoder_units,
     get_module,
     has_module,
     is_layer,

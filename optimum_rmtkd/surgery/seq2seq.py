@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..models import has_head
-from .sites import Anatomy, Attribute, Point, Site, Unit, check_needs, get_module, has_module, linear_shape
+from .declaring import check_needs
+from .sites import Anatomy, Attribute, Point, Site, Unit, get_module, has_module, linear_shape
 
 
 __all__ = ["Seq2SeqLayout", "Stack"]

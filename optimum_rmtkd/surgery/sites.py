@@ -33,8 +33,6 @@ __all__ = [
     "Site",
     "Unit",
     "all_but_the_stream",
-    "check_needs",
-    "decoder_units",
     "get_module",
     "has_module",
     "is_layer",
@@ -379,36 +377,6 @@ def unit_delta(unit: Unit, module: nn.Module | nn.Parameter, widths: dict[str, i
     elif isinstance(module, LowRankEmbedding) and delta.get("dim", module.output_dim) <= module.rank:
         delta["rank"] = None  # no thinner than the stream it feeds any more: multiplied out
     return delta
-
-
-def check_needs(model: nn.Module, needs: Mapping[str, object]) -> None:
-    """Whether the config has the values {field: value} without which the classes run other code than what a family
-    declares.
-
-    Raises:
-        UnsupportedArchitectureError: names the field.
-    """
-    for name, value in needs.items():
-        found = getattr(model.config, name, value)
-        if found != value:
-            raise UnsupportedArchitectureError(
-                f"{type(model).__name__} with config.{name}={found!r} runs other code than what its family "
-                f"declares, which needs {value!r}. Use form='factored', which works for every architecture."
-            )
-
-
-def decoder_units(model: nn.Module, decoder: str | None, table: str | None) -> list[Unit]:
-    """The unit of an output layer behind a norm of its own that shares the word table, here or in the masked-LM model
-    of the same checkpoint; none where there is no such layer."""
-    if not decoder:
-        return []
-    words = get_module(model, table)
-    if has_module(model, decoder):
-        tied = get_module(model, decoder).weight is words.weight
-    else:
-        tied = bool(getattr(model.config, "tie_word_embeddings", True))
-    width = getattr(words, "output_dim", words.embedding_dim)
-    return [Unit(decoder, factor="hidden", full=width)] if tied else []
 
 
 def all_but_the_stream(anatomy: Anatomy) -> str:
