@@ -6,12 +6,10 @@ import copy
 import errno
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM
+from transformers import CLIPConfig, CLIPModel, LlamaForCausalLM
 
 from optimum_rmtkd import DiskFullError, RMTKDConfig, RMTKDError, narrow, narrow_streamed
 from optimum_rmtkd.models import Scratch, in_files, scratch
@@ -202,75 +200,3 @@ def test_the_likelihood_of_a_draw_has_the_gradient_that_torch_makes(monkeypatch)
     expected = log.gather(-1, index[..., None])[..., 0]
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad((expected * weights).sum(), logits)[0])
-
-
-MEASURE = """
-import sys, threading, torch
-from optimum_rmtkd import RMTKDConfig, narrow, narrow_streamed
-from transformers import LlamaForCausalLM
-
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
-
-source, warm, out, how = sys.argv[1:5]
-recipe = RMTKDConfig(target_reduction=0.3, calibration_samples=32)
-
-def cut(source, out, samples, length, batch):
-    ids = torch.randint(5, 60, (samples, length), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": part} for part in ids.split(batch)]
-    if how == "streamed":
-        return narrow_streamed(source, out, data, recipe, max_shard_size="50MB", progress=False)
-    small = narrow(LlamaForCausalLM.from_pretrained(source, dtype="auto").eval(), data, recipe, progress=False)
-    return small.save_pretrained(out)
-
-cut(warm, out + "-warm", 16, 16, 8)  # what is loaded once does not count
-before, peak, over = resident(), [0], threading.Event()
-
-def look():
-    while not over.wait(0.005):
-        peak[0] = max(peak[0], resident())
-
-thread = threading.Thread(target=look)
-thread.start()
-cut(source, out, 20, 64, 2)
-over.set()
-thread.join()
-print(peak[0] - before)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
-def test_a_streamed_cut_takes_a_fraction_of_the_memory(tmp_path):
-    """60 million parameters: what is told for both schedules, within 25 %, and a third of it."""
-    from optimum_rmtkd.surgery.needs import phases
-    from optimum_rmtkd.surgery.outlook import shape_of
-
-    shape = {
-        "hidden_size": 384,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 3,
-        "vocab_size": 2000,
-        "tie_word_embeddings": True,
-    }
-    few = shape | {"num_hidden_layers": 1, "hidden_size": 48, "intermediate_size": 64, "vocab_size": 100}
-    torch.manual_seed(0)
-    for name, fields in (("source", shape), ("warm", few)):
-        LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(tmp_path / name, max_shard_size="50MB")
-    taken = {}
-    for how in ("whole", "streamed"):
-        command = [sys.executable, "-c", MEASURE, *(tmp_path / n for n in ("source", "warm", how)), how]
-        done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
-        assert not done.returncode, done.stderr
-        taken[how] = int(done.stdout.split()[-1])
-        print(taken, flush=True)
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**shape)).eval()
-    ids = {"input_ids": torch.empty(2, 64, dtype=torch.long, device="meta")}
-    needs = shape_of(model, ids, RMTKDConfig(target_reduction=0.3, calibration_samples=32))
-    assert taken["streamed"] < taken["whole"] / 3
-    for how, streamed in (("whole", False), ("streamed", True)):
-        told = max(p.bytes for p in phases(needs, streamed=streamed) if p.name not in ("distillation",))
-        assert taken[how] == pytest.approx(told, rel=0.25), (how, told)
