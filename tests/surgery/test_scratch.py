@@ -16,7 +16,7 @@ from optimum_rmtkd.models import Scratch, in_files, scratch
 from optimum_rmtkd.surgery import likelihood
 from optimum_rmtkd.surgery.surgeon import Surgeon
 
-from . import decoder_zoo, zoo
+from . import conv_zoo, decoder_zoo, zoo
 
 
 RECIPE = RMTKDConfig(target_reduction=0.3, calibration_samples=64, min_width=8, round_to=1)
@@ -72,10 +72,13 @@ def test_a_cut_in_files_is_the_cut_in_memory(name, everything, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["bert", "vit", "resnet"])
+@pytest.mark.parametrize("name", ["bert", "vit", "resnet basic"])
 def test_other_models_can_be_cut_in_files(name, everything, tmp_path):
-    heads = {"bert": "ForSequenceClassification"}
-    model, data = zoo.make(name, heads.get(name, "ForImageClassification")), zoo.batches(name, 8)
+    if name in conv_zoo.CONFIGS:
+        model, data = conv_zoo.make(name), conv_zoo.batches()
+    else:
+        task = "ForSequenceClassification" if name == "bert" else "ForImageClassification"
+        model, data = zoo.make(name, task), zoo.batches(name, 8)
     recipe = RMTKDConfig(target_reduction=0.3, calibration_samples=64, min_width=4, round_to=1)
     in_memory = narrow(model, data, recipe, progress=False)
     same(narrow(model, data, recipe, progress=False, scratch=tmp_path), in_memory)
