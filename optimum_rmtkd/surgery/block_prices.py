@@ -76,7 +76,7 @@ def whole_block(anatomy: Anatomy, site: Site, prices: torch.Tensor) -> Couple:
 def _measured(model: nn.Module, batches: Sequence[Mapping[str, Any]], anatomy: Anatomy) -> torch.Tensor:
     """(blocks,) fp64: divergence of the answers without each block, in nats a sample; at least 0. One that is not
     finite (a model that falls apart) counts as MOST."""
-    known = Remembered(len(batches), "cpu", most=sys.maxsize)
+    known = Remembered(len(batches), next(model.parameters()).device, most=sys.maxsize)
     with evaluating(model):
         for index in looked_at(len(batches)):
             known.keep(index, answers(model, run(model, batches[index]), batches[index]))
