@@ -71,7 +71,6 @@ def shape_of(
     calls = [rows for path in positions for rows, _ in positions.calls_of(path)]
     size, length = batch_size(batch), max(1, round(max(calls, default=1.0)))
     chosen = [site for site in sites if site.chosen]
-    neurons = tuple(site.width for site in chosen if site.kind in SELECTED)
     hidden = next((site for site in chosen if site.kind == "hidden"), None)
     sizes = [count_parameters(get_module(model, path)) for path in anatomy.blocks]
     samples, widest = config.calibration_samples, max(site.width for site in chosen)
@@ -84,7 +83,7 @@ def shape_of(
         observed=tuple(Observed(width, point in with_gradient) for point, width in widths.items()),
         hidden=hidden.width if hidden else 0,
         hidden_points=len(hidden.points) if hidden else 0,
-        neurons=neurons,
+        neurons=tuple(site.width for site in chosen if site.kind in SELECTED),
         priced=_priced(anatomy, chosen),
         heads=tuple(s.width for s in chosen for _ in range(INSIDE.get(s.kind, 0))),
         blocks=_groups(model, anatomy, sites),
